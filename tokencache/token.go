@@ -1,0 +1,105 @@
+package tokencache
+
+import (
+	"strconv"
+	"time"
+)
+
+// Key names one token: whose it is, and what it is good for. Two pods that may
+// use the same identity share the entry. A Key holds no secret.
+type Key struct {
+	// ClientID of the managed identity, in lower case. It names the identity
+	// alone when set.
+	ClientID string
+	// ResourceID is the Azure resource ID of the managed identity, in lower
+	// case; used where no ClientID is known.
+	ResourceID string
+	// Resource is the audience asked for, exactly as the caller spelled it: the
+	// service echoes it, so another spelling is another answer.
+	Resource string
+}
+
+// String returns the key with each field quoted, so that no two keys share a
+// string, whatever a caller put into Resource.
+func (k Key) String() string {
+	b := make([]byte, 0, len(k.ClientID)+len(k.ResourceID)+len(k.Resource)+8)
+	b = strconv.AppendQuote(b, k.ClientID)
+	b = append(b, ' ')
+	b = strconv.AppendQuote(b, k.ResourceID)
+	b = append(b, ' ')
+	b = strconv.AppendQuote(b, k.Resource)
+	return string(b)
+}
+
+// Token is an access token and what its issuer said about it. Tokens are shared
+// between callers and must not be changed.
+type Token struct {
+	AccessToken string // a secret: never logged
+	ClientID    string // as the issuer spelled it
+	Resource    string // as the issuer echoed it
+	TokenType   string // "Bearer"
+
+	NotBefore time.Time
+	ExpiresOn time.Time
+	// ExtExpiresOn is the end of the extended lifetime that Entra grants during
+	// an outage of its own; the same as ExpiresOn where it grants none.
+	ExtExpiresOn time.Time
+}
+
+// freshness says what may be done with a stored token at a given moment.
+type freshness int
+
+const (
+	expired freshness = iota // never served
+	due                      // served, and refreshed behind the caller's back
+	fresh                    // served
+)
+
+// entry is a stored token and the moment from which it is due.
+type entry struct {
+	token     *Token
+	refreshAt time.Time
+}
+
+const (
+	// longLived separates tokens that are refreshed half-way (managed
+	// identities get 24 hours) from those refreshed shortly before the end.
+	longLived = 2 * time.Hour
+	// lastMinutes is how long before its end a short-lived token is refreshed:
+	// the Azure SDKs themselves start to ask again at that point.
+	lastMinutes = 5 * time.Minute
+	// pause is the least time between two refreshes of one key, so that a
+	// token which comes back close to its end, or an upstream which fails,
+	// does not turn every request into an upstream call.
+	pause = 30 * time.Second
+)
+
+// newEntry stores token as received at now.
+func newEntry(token *Token, now time.Time) entry {
+	at := token.ExpiresOn.Add(-lastMinutes)
+	if life := token.ExpiresOn.Sub(now); life > longLived {
+		at = now.Add(life / 2)
+	}
+	if soonest := now.Add(pause); at.Before(soonest) {
+		at = soonest
+	}
+	return entry{token: token, refreshAt: at}
+}
+
+// freshness is a pure function of the entry and the time.
+func (e entry) freshness(now time.Time) freshness {
+	switch {
+	case !now.Before(e.token.ExpiresOn):
+		return expired
+	case !now.Before(e.refreshAt):
+		return due
+	default:
+		return fresh
+	}
+}
+
+// postponed is the same token, due again after a pause.
+func (e entry) postponed(now time.Time) entry {
+	e.refreshAt = now.Add(pause)
+	return e
+}
