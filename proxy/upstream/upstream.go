@@ -1,0 +1,101 @@
+// Package upstream is where tokens come from.
+//
+// A token's way through here: the key becomes a request to the instance
+// metadata service (IMDS), an azcore pipeline sends it and tries again where
+// the service asks for that, and the answer is checked field by field before
+// anyone may keep it. What the service refuses comes back as an *Error with the
+// service's own words.
+//
+// The same connections carry the requests that are passed on unprocessed, see
+// RoundTrip.
+package upstream
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/url"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
+
+	"github.com/podidentity/nmi/tokencache"
+)
+
+// Config says where IMDS is and who asks.
+type Config struct {
+	// IMDS is the service's base URL, for example http://169.254.169.254:80.
+	// Scheme and host count, nothing else.
+	IMDS *url.URL
+	// UserAgent is sent with each token request.
+	UserAgent string
+}
+
+// Upstream asks IMDS. It is safe for concurrent use.
+type Upstream struct {
+	base      *url.URL
+	userAgent string
+	transport *http.Transport
+	pipeline  runtime.Pipeline
+}
+
+// New returns an Upstream. It opens no connection yet.
+func New(cfg Config) *Upstream {
+	transport := &http.Transport{
+		// No Proxy: IMDS must be reached directly, whatever the environment
+		// says (learn.microsoft.com, "Azure Instance Metadata Service", Proxies).
+		DialContext:           (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		DisableCompression:    true, // what is passed on is passed on as it is
+		MaxIdleConnsPerHost:   16,
+		IdleConnTimeout:       90 * time.Second,
+		ResponseHeaderTimeout: 30 * time.Second,
+	}
+	u := &Upstream{
+		base:      &url.URL{Scheme: cfg.IMDS.Scheme, Host: cfg.IMDS.Host},
+		userAgent: cfg.UserAgent,
+		transport: transport,
+	}
+	u.pipeline = runtime.NewPipeline("nmi", "", runtime.PipelineOptions{}, &policy.ClientOptions{
+		Transport: &http.Client{
+			Transport: transport,
+			// A redirect would send the request, and with it the node's
+			// standing, to another address. IMDS never redirects.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		Telemetry: policy.TelemetryOptions{Disabled: true},
+		Retry: policy.RetryOptions{
+			MaxRetries:    4,
+			TryTimeout:    5 * time.Second,
+			RetryDelay:    200 * time.Millisecond,
+			MaxRetryDelay: 2 * time.Second,
+			// The codes that Microsoft asks clients to try again ("How to use
+			// managed identities on a VM", Retry guidance). 429 is not among
+			// them here: the callers are told to wait instead, so that a
+			// throttled service is left alone.
+			StatusCodes: []int{
+				http.StatusNotFound, http.StatusGone, http.StatusInternalServerError,
+				http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout,
+			},
+		},
+	})
+	return u
+}
+
+// Token fetches one token; the signature is tokencache.Fetch. ctx bounds the
+// call and all its retries. A refusal by IMDS is an *Error.
+func (u *Upstream) Token(ctx context.Context, key tokencache.Key) (*tokencache.Token, error) {
+	return u.imdsToken(ctx, key)
+}
+
+// RoundTrip sends a request to IMDS as it is, whatever host it names. It makes
+// Upstream an http.RoundTripper for a reverse proxy.
+func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context()) // a RoundTripper must not change its request
+	r.URL.Scheme, r.URL.Host = u.base.Scheme, u.base.Host
+	r.Host = u.base.Host
+	return u.transport.RoundTrip(r)
+}
+
+// Close drops the idle connections.
+func (u *Upstream) Close() { u.transport.CloseIdleConnections() }
