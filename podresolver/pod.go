@@ -1,0 +1,78 @@
+package podresolver
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+var (
+	// ErrUnknownAddress means that no pod of this node is known to hold the
+	// address, although its event was waited for. The pod may be about to
+	// appear: ask again shortly.
+	ErrUnknownAddress = errors.New("no pod of this node is known by this address")
+	// ErrAmbiguousAddress means that several live pods claim the address. None
+	// of them gets an identity until all but one are gone.
+	ErrAmbiguousAddress = errors.New("several live pods claim this address")
+	// ErrNoIdentity means that the pod may not use the identity it asked for,
+	// or any. Asking again changes nothing until somebody changes a binding.
+	ErrNoIdentity = errors.New("no identity for this pod")
+)
+
+// Selector is the identity that a request names; at most one field is set. The
+// zero value names none.
+type Selector struct {
+	ClientID   string
+	ResourceID string
+	ObjectID   string
+}
+
+// Identity is an AzureIdentity that a pod may use.
+type Identity struct {
+	Namespace, Name string // of the AzureIdentity
+	Type            aadpodidentity.IdentityType
+	ClientID        string // lower case
+	ResourceID      string // lower case
+}
+
+// Pod is a pod of this node and what has been decided for it. Pods are made
+// anew when anything changes that bears on them, and never change.
+type Pod struct {
+	Namespace, Name string
+
+	exception  string     // name of the exception that applies, or ""
+	identities []Identity // that the pod may use, the default first
+	refusal    error      // said when identities is empty; wraps ErrNoIdentity
+}
+
+// String is the pod's namespace and name.
+func (p *Pod) String() string { return p.Namespace + "/" + p.Name }
+
+// Exception returns the name of the AzurePodIdentityException that applies to
+// the pod, or "". What an excepted pod sends is not the agent's business.
+func (p *Pod) Exception() string { return p.exception }
+
+// Identity decides which identity the pod gets. IDs are compared without regard
+// to case. A selector that names none gets the pod's default, the first bound.
+// The error wraps ErrNoIdentity and says, to an operator, why.
+func (p *Pod) Identity(want Selector) (Identity, error) {
+	if len(p.identities) == 0 {
+		return Identity{}, p.refusal
+	}
+	if want == (Selector{}) {
+		return p.identities[0], nil
+	}
+	// An AzureIdentity does not carry an object ID. The old NMI ignored the
+	// parameter, and so handed out the default for any.
+	if want.ObjectID == "" {
+		for _, id := range p.identities {
+			if want.ClientID != "" && strings.EqualFold(id.ClientID, want.ClientID) ||
+				want.ResourceID != "" && strings.EqualFold(id.ResourceID, want.ResourceID) {
+				return id, nil
+			}
+		}
+	}
+	return Identity{}, fmt.Errorf("%w: none of the %d bound to it has the ID that it asked for", ErrNoIdentity, len(p.identities))
+}
