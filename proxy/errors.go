@@ -1,0 +1,109 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/upstream"
+)
+
+// httpError is an answer that is not a token. The status tells SDKs what to do:
+// they give up at once on 400, and come back on 503. On 404 and 5xx without
+// Retry-After azidentity goes on for 70 s, so no definitive "no" uses those,
+// save for paths that are not served at all.
+type httpError struct {
+	status      int
+	code        string // "error"
+	description string // "error_description"; "" leaves the field out
+	retryAfter  time.Duration
+}
+
+func (e *httpError) Error() string { return e.code + ": " + e.description }
+
+func badRequest(description string) *httpError {
+	return &httpError{status: http.StatusBadRequest, code: "invalid_request", description: description}
+}
+
+func notYet(description string, retryAfter time.Duration) *httpError {
+	return &httpError{status: http.StatusServiceUnavailable, code: "temporarily_unavailable", description: description, retryAfter: retryAfter}
+}
+
+var (
+	// The service's own words, to the letter: SDKs compare them.
+	errMetadataHeader = badRequest("Required metadata header not specified")
+	errNoIdentity     = badRequest("Identity not found")
+	errNotFound       = &httpError{status: http.StatusNotFound, code: "Not Found"}
+
+	errForwarded = badRequest("Requests with an X-Forwarded-For header are not served")
+	errMethod    = &httpError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", description: "Only GET is served here"}
+	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
+)
+
+// retrySoon is the Retry-After for what a moment may change.
+const retrySoon = time.Second
+
+// asHTTP decides how an error of any room is told to the pod. Nothing internal
+// is in it: which pod, binding or address it was about is for the log.
+func asHTTP(err error) *httpError {
+	var own *httpError
+	var refused *upstream.Error
+	switch {
+	case errors.As(err, &own):
+		return own
+	case errors.Is(err, podresolver.ErrNoIdentity):
+		return errNoIdentity
+	case errors.Is(err, podresolver.ErrUnknownAddress):
+		return notYet("The pod of this address is not known yet", retrySoon)
+	case errors.Is(err, podresolver.ErrAmbiguousAddress):
+		return notYet("The address is claimed by more than one pod", 5*time.Second)
+	case errors.As(err, &refused):
+		return refusedUpstream(refused)
+	case errors.Is(err, context.DeadlineExceeded):
+		return notYet("The metadata service did not answer in time", retrySoon)
+	default:
+		return notYet("The metadata service could not be asked", retrySoon)
+	}
+}
+
+// refusedUpstream passes IMDS's own words on where they are about the request.
+func refusedUpstream(e *upstream.Error) *httpError {
+	switch {
+	case e.Status == http.StatusTooManyRequests:
+		return &httpError{
+			status: http.StatusTooManyRequests, code: "invalid_request",
+			description: "Temporarily throttled, too many requests",
+			retryAfter:  max(e.RetryAfter, retrySoon),
+		}
+	case e.Status >= 400 && e.Status < 500 && e.Status != http.StatusNotFound && e.Status != http.StatusGone && e.Code != "":
+		return &httpError{status: http.StatusBadRequest, code: e.Code, description: e.Description}
+	default:
+		return notYet("The metadata service is not available", max(e.RetryAfter, retrySoon))
+	}
+}
+
+// refuse writes an error, and logs it where an operator may have to act.
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() != nil {
+		return // the client has gone
+	}
+	e := asHTTP(err)
+	switch {
+	case error(e) == err: // bare: the client's own mistake, and it is told all there is to say
+		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "status", e.status, "error", err)
+	case s.refusals.Allow():
+		s.log.InfoContext(r.Context(), "no token", "from", r.RemoteAddr, "status", e.status, "error", err)
+	}
+	if e.retryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(int((e.retryAfter+time.Second-1)/time.Second)))
+	}
+	b := append([]byte(`{"error":`), appendString(nil, e.code)...)
+	if e.description != "" {
+		b = append(b, `,"error_description":`...)
+		b = appendString(b, e.description)
+	}
+	writeJSON(w, e.status, append(b, '}'))
+}

@@ -1,0 +1,458 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
+	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/proxy/imdstest"
+	"github.com/podidentity/nmi/proxy/upstream"
+	"github.com/podidentity/nmi/tokencache"
+)
+
+// Pods of the test node, each with a loopback address that it dials from.
+const (
+	bound    = "127.0.0.2" // may use one and two; one is the default
+	unbound  = "127.0.0.3"
+	excepted = "127.0.0.4"
+	secret   = "127.0.0.5" // bound to an identity of type 1
+	stranger = "127.0.0.9" // no pod
+)
+
+var (
+	one = imdstest.Identity{ClientID: "11111111-aaaa-4000-8000-000000000001", ObjectID: "o1", ResourceID: "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/one"}
+	two = imdstest.Identity{ClientID: "22222222-bbbb-4000-8000-000000000002", ObjectID: "o2", ResourceID: "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/two"}
+)
+
+const tokenURL = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net/"
+
+// world is a server on loopback with all the real rooms behind it.
+type world struct {
+	t    *testing.T
+	addr string
+	imds *imdstest.Server
+	log  *lockedBuffer
+
+	stop    func() // tells the server and the resolver to stop
+	running sync.WaitGroup
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex // guards b
+	b  strings.Builder
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func newWorld(t *testing.T, change func(*Config)) *world {
+	t.Helper()
+	w := &world{t: t, imds: imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one, two}}), log: &lockedBuffer{}}
+	log := slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+
+	fakeIMDS := w.imds.Start()
+	t.Cleanup(fakeIMDS.Close)
+	base, err := url.Parse(fakeIMDS.URL)
+	require.NoError(t, err)
+	up := upstream.New(upstream.Config{IMDS: base, UserAgent: "nmi/test"})
+	t.Cleanup(up.Close)
+	tokens := tokencache.New(up.Token, tokencache.Config{})
+	t.Cleanup(tokens.Close)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	w.stop = cancel
+	t.Cleanup(func() { cancel(); w.running.Wait() })
+	resolver := newResolver(t, log)
+	w.running.Go(func() { resolver.Run(ctx) })
+	select {
+	case <-resolver.Synced():
+	case <-time.After(10 * time.Second):
+		t.Fatal("not synced: ", resolver.Ready())
+	}
+
+	cfg := Config{Pods: resolver, Tokens: tokens, Upstream: up, Logger: log}
+	if change != nil {
+		change(&cfg)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	w.addr = ln.Addr().String()
+	w.running.Go(func() { assert.NoError(t, New(cfg).Serve(ctx, ln)) })
+	return w
+}
+
+func newResolver(t *testing.T, log *slog.Logger) *podresolver.Resolver {
+	t.Helper()
+	object := func(kind, name string, spec map[string]any) *unstructured.Unstructured {
+		return &unstructured.Unstructured{Object: map[string]any{
+			"apiVersion": aadpodidentity.GroupVersion.String(), "kind": kind,
+			"metadata": map[string]any{"namespace": "shop", "name": name}, "spec": spec,
+		}}
+	}
+	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
+		return &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: labels},
+			Spec:       corev1.PodSpec{NodeName: "node1"},
+			Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
+		}
+	}
+	kube := fake.NewClientset(
+		pod("bound", bound, map[string]string{"aadpodidbinding": "both"}),
+		pod("unbound", unbound, map[string]string{"aadpodidbinding": "nothing"}),
+		pod("excepted", excepted, map[string]string{"app": "addon"}),
+		pod("secret", secret, map[string]string{"aadpodidbinding": "secret"}),
+	)
+	custom := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
+		aadpodidentity.AzureIdentities:            "AzureIdentityList",
+		aadpodidentity.AzureIdentityBindings:      "AzureIdentityBindingList",
+		aadpodidentity.AzurePodIdentityExceptions: "AzurePodIdentityExceptionList",
+	},
+		object("AzureIdentity", "one", map[string]any{"type": int64(0), "clientID": one.ClientID, "resourceID": one.ResourceID}),
+		object("AzureIdentity", "two", map[string]any{"type": int64(0), "resourceID": two.ResourceID}),
+		object("AzureIdentity", "principal", map[string]any{"type": int64(1), "clientID": "c3"}),
+		object("AzureIdentityBinding", "a", map[string]any{"azureIdentity": "one", "selector": "both"}),
+		object("AzureIdentityBinding", "b", map[string]any{"azureIdentity": "two", "selector": "both"}),
+		object("AzureIdentityBinding", "c", map[string]any{"azureIdentity": "principal", "selector": "secret"}),
+		object("AzurePodIdentityException", "addons", map[string]any{"podLabels": map[string]any{"app": "addon"}}),
+	)
+	r, err := podresolver.New(kube, custom, podresolver.Config{Node: "node1", PodWait: 50 * time.Millisecond, Logger: log})
+	require.NoError(t, err)
+	return r
+}
+
+// send writes raw bytes from a pod's address and reads one answer.
+func (w *world) send(from, raw string) (*http.Response, string) {
+	w.t.Helper()
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0))}
+	conn, err := dialer.DialContext(w.t.Context(), "tcp", w.addr)
+	require.NoError(w.t, err)
+	defer conn.Close()
+	_, err = io.WriteString(conn, raw)
+	require.NoError(w.t, err)
+	method, _, _ := strings.Cut(raw, " ")
+	resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
+	require.NoError(w.t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(w.t, err)
+	return resp, string(body)
+}
+
+// get sends a GET with the metadata header and the given headers.
+func (w *world) get(from, target string, headers ...string) (*http.Response, string) {
+	w.t.Helper()
+	return w.send(from, request("GET", target, append([]string{"Metadata: true"}, headers...)...))
+}
+
+func request(method, target string, headers ...string) string {
+	return method + " " + target + " HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n" + strings.Join(append(headers, "\r\n"), "\r\n")
+}
+
+// whose reads the subject of a token answer; "" if it is none.
+func whose(body string) string {
+	var in struct {
+		Token string `json:"access_token"`
+	}
+	_ = json.Unmarshal([]byte(body), &in)
+	return imdstest.Subject(in.Token)
+}
+
+const (
+	noHeader = `{"error":"invalid_request","error_description":"Required metadata header not specified"}`
+	noID     = `{"error":"invalid_request","error_description":"Identity not found"}`
+)
+
+func TestATokenAnswer(t *testing.T) {
+	w := newWorld(t, nil)
+	begin := time.Now().Unix()
+	resp, body := w.get(bound, tokenURL)
+	require.Equal(t, 200, resp.StatusCode)
+	assert.Equal(t, "application/json; charset=utf-8", resp.Header.Get("Content-Type"))
+	assert.Equal(t, strconv.Itoa(len(body)), resp.Header.Get("Content-Length"))
+
+	var fields map[string]string // every one a string, or this fails
+	require.NoError(t, json.Unmarshal([]byte(body), &fields))
+	assert.Len(t, fields, 8)
+	assert.Equal(t, one.ClientID, fields["client_id"])
+	assert.Equal(t, "https://vault.azure.net/", fields["resource"])
+	assert.Equal(t, "Bearer", fields["token_type"])
+	on, err := strconv.ParseInt(fields["expires_on"], 10, 64)
+	require.NoError(t, err)
+	in, err := strconv.ParseInt(fields["expires_in"], 10, 64)
+	require.NoError(t, err)
+	assert.InDelta(t, on-begin, in, 2)
+	for _, name := range []string{"ext_expires_in", "not_before"} {
+		_, err = strconv.ParseInt(fields[name], 10, 64)
+		require.NoError(t, err, name)
+	}
+	order := -1
+	for _, name := range []string{"access_token", "client_id", "expires_in", "expires_on", "ext_expires_in", "not_before", "resource", "token_type"} {
+		at := strings.Index(body, `"`+name+`":`)
+		assert.Greater(t, at, order, "the order of %s", name)
+		order = at
+	}
+
+	assert.Equal(t, 1, w.imds.Tokens())
+	_, again := w.get(bound, tokenURL)
+	assert.Equal(t, one.ClientID, whose(again))
+	assert.Equal(t, 1, w.imds.Tokens(), "the second came from memory")
+}
+
+func TestTokenRequests(t *testing.T) {
+	w := newWorld(t, nil)
+	const base = "/metadata/identity/oauth2/token"
+	for name, tc := range map[string]struct {
+		raw    string // the request
+		from   string // "" means bound
+		status int
+		body   string // exact; "" means it is not compared
+		whose  string // of the token
+	}{
+		"no header":                            {request("GET", tokenURL), "", 400, noHeader, ""},
+		"no header, from nobody":               {request("GET", tokenURL), stranger, 400, noHeader, ""},
+		"bare probe":                           {request("GET", base), "", 400, noHeader, ""},
+		"probe with api-version":               {request("GET", base+"?api-version=2018-02-01"), "", 400, noHeader, ""},
+		"header True":                          {request("GET", tokenURL, "Metadata: True"), "", 400, noHeader, ""},
+		"header twice":                         {request("GET", tokenURL, "Metadata: true", "Metadata: true"), "", 400, noHeader, ""},
+		"header name in lower case":            {request("GET", tokenURL, "metadata: true"), "", 200, "", one.ClientID},
+		"X-Forwarded-For":                      {request("GET", tokenURL, "Metadata: true", "X-Forwarded-For: 1.2.3.4"), "", 400, "", ""},
+		"empty X-Forwarded-For":                {request("GET", tokenURL, "Metadata: true", "X-Forwarded-For:"), "", 400, "", ""},
+		"no resource":                          {request("GET", base+"?api-version=2018-02-01", "Metadata: true"), "", 400, `{"error":"invalid_request","error_description":"Required query variable 'resource' is missing"}`, ""},
+		"no api-version":                       {request("GET", base+"?resource=r", "Metadata: true"), "", 400, "", ""},
+		"client_id":                            {request("GET", tokenURL+"&client_id="+one.ClientID, "Metadata: true"), "", 200, "", one.ClientID},
+		"client_id in capitals":                {request("GET", tokenURL+"&client_id="+strings.ToUpper(one.ClientID), "Metadata: true"), "", 200, "", one.ClientID},
+		"unknown client_id":                    {request("GET", tokenURL+"&client_id=other", "Metadata: true"), "", 400, noID, ""},
+		"another's client_id":                  {request("GET", tokenURL+"&client_id="+two.ClientID, "Metadata: true"), "", 400, noID, ""},
+		"object_id":                            {request("GET", tokenURL+"&object_id=o1", "Metadata: true"), "", 400, noID, ""},
+		"msi_res_id":                           {request("GET", tokenURL+"&msi_res_id="+two.ResourceID, "Metadata: true"), "", 200, "", two.ClientID},
+		"mi_res_id in capitals":                {request("GET", tokenURL+"&mi_res_id="+strings.ToUpper(two.ResourceID), "Metadata: true"), "", 200, "", two.ClientID},
+		"msi-res-id without header":            {request("GET", tokenURL+"&msi-res-id=x"), "", 400, noHeader, ""},
+		"two selectors":                        {request("GET", tokenURL+"&client_id=a&msi_res_id=b", "Metadata: true"), "", 400, "", ""},
+		"both resource IDs":                    {request("GET", tokenURL+"&mi_res_id=a&msi_res_id=b", "Metadata: true"), "", 400, "", ""},
+		"resource twice":                       {request("GET", tokenURL+"&resource=x", "Metadata: true"), "", 400, "", ""},
+		"client_id twice":                      {request("GET", tokenURL+"&client_id=a&client_id=b", "Metadata: true"), "", 400, "", ""},
+		"query that cannot be parsed":          {request("GET", tokenURL+"&x=%zz", "Metadata: true"), "", 400, "", ""},
+		"semicolon for ampersand":              {request("GET", tokenURL+";client_id=a", "Metadata: true"), "", 400, "", ""},
+		"unknown parameters and SDK headers":   {request("GET", tokenURL+"&xms_cc=cp1&foo=bar", "Metadata: true", "x-client-SKU: MSAL.x", "Content-Type: application/x-www-form-urlencoded"), "", 200, "", one.ClientID},
+		"POST":                                 {request("POST", tokenURL, "Metadata: true", "Content-Length: 0"), "", 405, "", ""},
+		"PUT":                                  {request("PUT", tokenURL, "Metadata: true", "Content-Length: 0"), "", 405, "", ""},
+		"DELETE":                               {request("DELETE", tokenURL, "Metadata: true"), "", 405, "", ""},
+		"METADATA":                             {request("GET", strings.Replace(tokenURL, "metadata", "METADATA", 1), "Metadata: true"), "", 200, "", one.ClientID},
+		"doubled slash":                        {request("GET", "/"+tokenURL, "Metadata: true"), "", 200, "", one.ClientID},
+		"absolute form, foreign host":          {request("GET", "http://example.com"+tokenURL, "Metadata: true"), "", 200, "", one.ClientID},
+		"absolute form of a pod without any":   {request("GET", "http://example.com"+tokenURL, "Metadata: true"), unbound, 400, noID, ""},
+		"no binding":                           {request("GET", tokenURL, "Metadata: true"), unbound, 400, noID, ""},
+		"service principal":                    {request("GET", tokenURL, "Metadata: true"), secret, 400, `{"error":"invalid_request","error_description":"AzureIdentity shop/principal is of type 1 (service principal with secret), which this agent does not serve; only type 0 (user-assigned managed identity) is served"}`, ""},
+		"excepted pod":                         {request("GET", tokenURL, "Metadata: true"), excepted, 200, "", imdstest.Node},
+		"excepted pod, its errors are IMDS's":  {request("GET", base+"?api-version=2018-02-01", "Metadata: true"), excepted, 400, `{"error":"invalid_request","error_description":"Required query variable 'resource' is missing"}`, ""},
+		"excepted pod, odd spelling":           {request("GET", strings.Replace(tokenURL, "/identity", "//identity", 1), "Metadata: true"), excepted, 200, "", imdstest.Node},
+		"excepted pod, X-Forwarded-For":        {request("GET", "/metadata//identity/oauth2/token?api-version=2018-02-01&resource=r", "Metadata: true", "X-Forwarded-For: 1.2.3.4"), excepted, 400, `{"error":"invalid_request","error_description":"X-Forwarded-For header is not allowed"}`, ""},
+		"excepted pod, POST of its own":        {request("POST", "/metadata/scheduledevents?api-version=2020-07-01", "Metadata: true", "Content-Length: 0"), excepted, 200, "", ""},
+		"a resource that must not be unquoted": {request("GET", base+"?api-version=2018-02-01&resource=%22%2c%22access_token%22%3a%22x", "Metadata: true"), "", 200, "", one.ClientID},
+	} {
+		t.Run(name, func(t *testing.T) {
+			from := tc.from
+			if from == "" {
+				from = bound
+			}
+			resp, body := w.send(from, tc.raw)
+			assert.Equal(t, tc.status, resp.StatusCode, body)
+			if tc.body != "" {
+				assert.Equal(t, tc.body, body)
+			}
+			assert.Equal(t, tc.whose, whose(body))
+			assert.True(t, json.Valid([]byte(body)), body)
+			assert.NotContains(t, body, "unreachable")
+			assert.Equal(t, strconv.Itoa(len(body)), resp.Header.Get("Content-Length"))
+		})
+	}
+	assert.Len(t, noHeader, 88)
+	assert.Len(t, noID, 68)
+	assert.NotContains(t, w.log.String(), "eyJ", "no token in the log, at any level")
+}
+
+func TestAnAddressNotKnownYetIsToldToComeBack(t *testing.T) {
+	w := newWorld(t, nil)
+	resp, body := w.get(stranger, tokenURL)
+	assert.Equal(t, 503, resp.StatusCode)
+	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
+	assert.JSONEq(t, `{"error":"temporarily_unavailable","error_description":"The pod of this address is not known yet"}`, body)
+	assert.Zero(t, w.imds.Requests())
+}
+
+// TestNoSpellingIsPassedOn sends every spelling that the real service would
+// forgive. A pod that may have no token must get none, and IMDS not be asked.
+func TestNoSpellingIsPassedOn(t *testing.T) {
+	w := newWorld(t, nil)
+	targets := []string{
+		`/metadata\identity\oauth2\token`, `\metadata\identity\oauth2\token`, "/metadata%5cidentity%5coauth2%5ctoken",
+		"/metadata%2fidentity/oauth2/token", "/metadata/identity%2Foauth2/token", "/metadata%252fidentity/oauth2/token",
+		"/metadata//identity/oauth2/token", "///metadata/identity/oauth2/token", "/metadata/identity//oauth2/token",
+		"/./metadata/identity/oauth2/token", "/metadata/./identity/oauth2/token", "/x/../metadata/identity/oauth2/token",
+		"/metadata/instance/../identity/oauth2/token", "/metadata/instance/%2e%2e/identity/oauth2/token",
+		`/metadata/instance\..\identity\oauth2\token`, "/metadata/instance/..%2fidentity/oauth2/token",
+		"/metadata/instance;/../identity/oauth2/token", "/metadata/versions/../identity/oauth2/token",
+		"/metadata/identity;x=1/oauth2/token", "/metadata/identity/oauth2/token;x", "/metadata/identity/oauth2/tok%65n",
+		"/metadata/Identity/oauth2/token", "/metadata/identity/OAuth2/token", "/metadata/identity/oauth2/Token",
+		"/metadata/identity/oauth2/tokenfoo", "/metadata/identity/oauth2/token/", "/metadata/identity/oauth2/token%20",
+		"/metadata/identity/oauth2/token%00", "/metadata/identity/oauth2/token%3f", "/METADATA/instance/../identity/oauth2/token",
+		"http://169.254.169.254//metadata//identity/oauth2/token", "http:///metadata/identity/oauth2/token",
+		"/metadata/identity", "/metadata/identity/", "/metadata/identity/info", "/metadata/identity/issuecredential",
+		"/metadata/identity/getplatformmetadata", "/metadata/attested/document", "/metadata/scheduledevents", "/metadata", "/", "*",
+		"/host/token", "/metadata/Instance", "/METADATA/versions", "/metadata/versions/", "/metadata/instance/a//b",
+	}
+	for _, target := range targets {
+		for _, method := range []string{"GET", "POST", "HEAD", "OPTIONS"} {
+			sep := "?"
+			if strings.HasSuffix(target, "*") {
+				sep = ""
+			}
+			query := ""
+			if sep != "" {
+				query = "?api-version=2018-02-01&resource=https://vault.azure.net/"
+			}
+			resp, body := w.send(unbound, request(method, target+query, "Metadata: true", "Content-Length: 0"))
+			assert.GreaterOrEqual(t, resp.StatusCode, 400, "%s %s: %s", method, target, body)
+			assert.Empty(t, whose(body), "%s %s", method, target)
+		}
+	}
+	assert.Empty(t, w.imds.Calls(), "nothing was passed on")
+
+	resp, body := w.get(bound, "/metadata/identity")
+	assert.Equal(t, 404, resp.StatusCode)
+	assert.Equal(t, `{"error":"Not Found"}`, body)
+	resp, _ = w.send(bound, request("GET", "/metadata/identity/getplatformmetadata?cred-api-version=2.0"))
+	assert.Equal(t, 404, resp.StatusCode, "a 400 would mean IMDSv2 to MSAL.NET")
+}
+
+func TestWhatIsPassedOn(t *testing.T) {
+	w := newWorld(t, nil)
+	for target, want := range map[string]string{
+		"/metadata/instance?api-version=2021-02-01":              `{"compute":{"azEnvironment":"AzurePublicCloud","name":"node1"}}`,
+		"/metadata/instance/compute/name?api-version=2021-02-01": `{"compute":{"azEnvironment":"AzurePublicCloud","name":"node1"}}`,
+		"/metadata/instance/?api-version=2021-02-01":             `{"compute":{"azEnvironment":"AzurePublicCloud","name":"node1"}}`,
+		"/metadata/versions":                                     `{"apiVersions":["2018-02-01","2021-02-01"]}`,
+		"/metadata/loadbalancer?api-version=2021-02-01":          `{"loadbalancer":{}}`,
+	} {
+		resp, body := w.get(unbound, target)
+		assert.Equal(t, 200, resp.StatusCode, target)
+		assert.Equal(t, want, body, target)
+	}
+	resp, body := w.get(bound, "/metadata/instance")
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Contains(t, body, "newest-versions")
+	resp, body = w.send(bound, request("GET", "/metadata/instance?api-version=2021-02-01"))
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Equal(t, `{ "error": "Bad request: . Required metadata header not specified" }`, body)
+	resp, _ = w.send(bound, request("POST", "/metadata/instance?api-version=2021-02-01", "Metadata: true", "Content-Length: 0"))
+	assert.Equal(t, 405, resp.StatusCode)
+}
+
+func TestBlockInstanceMetadata(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.BlockInstanceMetadata = true })
+	resp, _ := w.get(bound, "/metadata/instance?api-version=2021-02-01")
+	assert.Equal(t, 403, resp.StatusCode)
+	resp, _ = w.get(bound, "/metadata/versions")
+	assert.Equal(t, 200, resp.StatusCode)
+	resp, _ = w.get(excepted, "/metadata/instance?api-version=2021-02-01")
+	assert.Equal(t, 200, resp.StatusCode)
+}
+
+func TestMetadataHeaderOptional(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.MetadataHeaderOptional = true })
+	_, body := w.send(bound, request("GET", tokenURL))
+	assert.Equal(t, one.ClientID, whose(body))
+}
+
+func TestUpstreamErrorsReachThePod(t *testing.T) {
+	w := newWorld(t, nil)
+	fault := func(f imdstest.Fault) (*http.Response, string) {
+		w.imds.Inject(f)
+		return w.get(bound, tokenURL+"/"+fmt.Sprint(w.imds.Requests())) // a resource that is not in memory
+	}
+	resp, body := fault(imdstest.Fault{Status: 400, Body: `{"error":"invalid_resource","error_description":"AADSTS50001: The resource principal named \"x\" was not found"}`})
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Equal(t, `{"error":"invalid_resource","error_description":"AADSTS50001: The resource principal named \"x\" was not found"}`, body)
+
+	resp, body = fault(imdstest.Fault{Status: 429, RetryAfter: "7", Body: `{}`})
+	assert.Equal(t, 429, resp.StatusCode)
+	assert.Equal(t, "7", resp.Header.Get("Retry-After"))
+	assert.Equal(t, `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`, body)
+
+	resp, body = fault(imdstest.Fault{Status: 503, RetryAfter: "60"})
+	assert.Equal(t, 503, resp.StatusCode)
+	assert.Equal(t, "60", resp.Header.Get("Retry-After"))
+	assert.True(t, json.Valid([]byte(body)))
+
+	resp, body = fault(imdstest.Fault{Status: 200, Body: `{"access_token":"eyJ-secret","expires_on":"1"}`})
+	assert.Equal(t, 503, resp.StatusCode)
+	assert.NotContains(t, body+w.log.String(), "eyJ-secret")
+
+	resp, _ = fault(imdstest.Fault{Status: 404, Body: "<html>"})
+	assert.Equal(t, 200, resp.StatusCode, "tried again behind the pod's back")
+}
+
+// blockingIMDS answers once it is released, and says when it has been asked.
+type blockingIMDS struct{ asked, release chan struct{} }
+
+func (b blockingIMDS) RoundTrip(*http.Request) (*http.Response, error) {
+	close(b.asked)
+	<-b.release
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}"))}, nil
+}
+
+func TestServeFinishesWhatItBeganAndTakesNoMore(t *testing.T) {
+	imds := blockingIMDS{asked: make(chan struct{}), release: make(chan struct{})}
+	w := newWorld(t, func(c *Config) { c.Upstream = imds })
+	answered := make(chan int, 1)
+	go func() {
+		resp, _ := w.get(unbound, "/metadata/versions")
+		answered <- resp.StatusCode
+	}()
+	<-imds.asked
+	w.stop()
+	assert.Eventually(t, func() bool {
+		conn, err := net.Dial("tcp", w.addr)
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	}, 5*time.Second, time.Millisecond, "the listener is closed")
+	assert.Empty(t, answered)
+	close(imds.release)
+	assert.Equal(t, 200, <-answered)
+	w.running.Wait() // Serve has returned nil, which newWorld checks
+}

@@ -1,0 +1,63 @@
+package proxy
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// OnlyRedirected wraps a TCP listener so that Accept returns only connections
+// that were made to the metadata service and redirected here by the kernel. Any
+// other, such as one that somebody dialled to the node's address and the agent's
+// port, is closed before a byte is read.
+func OnlyRedirected(ln net.Listener, metadata netip.AddrPort) net.Listener {
+	return &redirectedListener{Listener: ln, metadata: metadata}
+}
+
+type redirectedListener struct {
+	net.Listener
+	metadata netip.AddrPort
+}
+
+func (l *redirectedListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if to, err := originalDestination(conn); err == nil && to == l.metadata {
+			return conn, nil
+		}
+		_ = conn.Close() // not ours to talk to; nothing to be done about an error
+	}
+}
+
+// originalDestination asks the kernel where a connection went before NAT
+// (SO_ORIGINAL_DST, nf_conntrack_proto.c getorigdst).
+func originalDestination(conn net.Conn) (netip.AddrPort, error) {
+	tcp, ok := conn.(*net.TCPConn)
+	if !ok {
+		return netip.AddrPort{}, errors.New("not a TCP connection")
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	var to netip.AddrPort
+	var failure error
+	err = raw.Control(func(fd uintptr) {
+		// The answer is a sockaddr_in: family, port, address. x/sys has no call
+		// for it; this one reads as many bytes as are needed.
+		answer, err := unix.GetsockoptIPv6Mreq(int(fd), unix.SOL_IP, unix.SO_ORIGINAL_DST)
+		if err != nil {
+			failure = err
+			return
+		}
+		sockaddr := answer.Multiaddr
+		to = netip.AddrPortFrom(netip.AddrFrom4([4]byte(sockaddr[4:8])), binary.BigEndian.Uint16(sockaddr[2:4]))
+	})
+	return to, errors.Join(err, failure)
+}

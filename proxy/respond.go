@@ -1,0 +1,68 @@
+package proxy
+
+import (
+	"encoding/json"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/podidentity/nmi/tokencache"
+)
+
+const contentType = "application/json; charset=utf-8"
+
+// writeToken writes the eight fields in IMDS's order, all of them strings: some
+// SDKs cannot read numbers, none needs them.
+func writeToken(w http.ResponseWriter, t *tokencache.Token, now time.Time) {
+	b := make([]byte, 0, len(t.AccessToken)+len(t.ClientID)+len(t.Resource)+256)
+	b = append(b, `{"access_token":`...)
+	b = appendString(b, t.AccessToken)
+	b = append(b, `,"client_id":`...)
+	b = appendString(b, t.ClientID)
+	b = append(b, `,"expires_in":`...)
+	b = appendSeconds(b, t.ExpiresOn.Unix()-now.Unix())
+	b = append(b, `,"expires_on":`...)
+	b = appendSeconds(b, t.ExpiresOn.Unix())
+	b = append(b, `,"ext_expires_in":`...)
+	b = appendSeconds(b, t.ExtExpiresOn.Unix()-now.Unix())
+	b = append(b, `,"not_before":`...)
+	b = appendSeconds(b, t.NotBefore.Unix())
+	b = append(b, `,"resource":`...)
+	b = appendString(b, t.Resource)
+	b = append(b, `,"token_type":`...)
+	b = appendString(b, t.TokenType)
+	b = append(b, '}')
+	writeJSON(w, http.StatusOK, b)
+}
+
+func writeJSON(w http.ResponseWriter, status int, body []byte) {
+	h := w.Header()
+	h.Set("Content-Type", contentType)
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // fails when the client has gone, who cannot be told
+}
+
+// appendSeconds appends n as a JSON string; less than no time is none.
+func appendSeconds(b []byte, n int64) []byte {
+	b = append(b, '"')
+	b = strconv.AppendInt(b, max(n, 0), 10)
+	return append(b, '"')
+}
+
+// appendString appends s as a JSON string. Tokens and IDs have nothing to
+// escape, so that is the short way.
+func appendString(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < 0x20 || c > 0x7e || c == '"' || c == '\\' {
+			quoted, err := json.Marshal(s)
+			if err != nil { // a string cannot fail
+				panic(err)
+			}
+			return append(b, quoted...)
+		}
+	}
+	b = append(b, '"')
+	b = append(b, s...)
+	return append(b, '"')
+}

@@ -1,0 +1,79 @@
+package proxy
+
+import "strings"
+
+// kind is what a path is for.
+type kind int
+
+const (
+	routeNone     kind = iota // not on the list: 404
+	routeToken                // decided here
+	routeInstance             // passed on, unless blocked
+	routeOpen                 // passed on: says nothing about identities
+)
+
+// route matches a raw request target against the list of what is served. IMDS
+// forgives spellings: it folds case, and reads "\", "%5c" and "//" as a slash.
+// A rule that forgave others, or forgave first and then matched, would pass a
+// spelling of the token path on and hand out the node's identity
+// (CVE-2022-23551). So nothing is decoded or cleaned here: a path is on the list
+// to the letter, or it is refused.
+//
+// Two spellings are taken for the token path because real clients use them: the
+// first segment in any case (the old NMI's route), and a doubled first slash
+// (MSAL4J).
+func route(target string) kind {
+	path, _, _ := strings.Cut(originForm(target), "?")
+	if strings.HasPrefix(path, "//") {
+		path = path[1:]
+	}
+	const root = "/metadata/"
+	if len(path) < len(root) || !strings.EqualFold(path[:len(root)], root) {
+		return routeNone
+	}
+	rest := path[len(root):]
+	switch {
+	case rest == "identity/oauth2/token":
+		return routeToken
+	case path[:len(root)] != root:
+		return routeNone
+	case rest == "versions", rest == "loadbalancer":
+		return routeOpen
+	case rest == "instance":
+		return routeInstance
+	case strings.HasPrefix(rest, "instance/") && plain(rest):
+		return routeInstance
+	default:
+		return routeNone
+	}
+}
+
+// originForm strips scheme and host from an absolute-form target (RFC 9112,
+// section 3.2.2: servers must accept it). Whatever host it names, the
+// connection was to the metadata service.
+func originForm(target string) string {
+	for _, scheme := range []string{"http://", "https://"} {
+		if len(target) >= len(scheme) && strings.EqualFold(target[:len(scheme)], scheme) {
+			rest := target[len(scheme):]
+			if slash := strings.IndexAny(rest, "/?"); slash >= 0 {
+				return rest[slash:]
+			}
+			return "/"
+		}
+	}
+	return target
+}
+
+// plain reports whether a path below /metadata/instance is made of names and
+// single slashes alone, so that it cannot lead out of there.
+func plain(path string) bool {
+	for i := range len(path) {
+		switch c := path[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_':
+		case c == '/' && path[i-1] != '/': // the path begins with a name
+		default:
+			return false
+		}
+	}
+	return true
+}
