@@ -1,0 +1,143 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"time"
+
+	goiptables "github.com/coreos/go-iptables/iptables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// lockWait is how long one command waits for the xtables lock, in seconds;
+// kube-proxy holds it for a second or two at a time on large nodes.
+const lockWait = 10
+
+// applyTimeout bounds one iptables-restore, the wait for the lock included.
+const applyTimeout = 30 * time.Second
+
+// kernel reads and writes the nat table through the iptables commands of one
+// path, and the address on lo through netlink.
+type kernel struct {
+	path   string // of iptables; iptables-restore stands beside it
+	tables *goiptables.IPTables
+}
+
+func openKernel(command string) (*kernel, error) {
+	path, err := exec.LookPath(command)
+	if err != nil {
+		return nil, fmt.Errorf("%s is not on this machine: install the iptables package: %w", command, err)
+	}
+	if _, err = exec.LookPath(path + "-restore"); err != nil {
+		return nil, fmt.Errorf("%s-restore is not on this machine: install the iptables package: %w", command, err)
+	}
+	tables, err := goiptables.New(goiptables.Path(path), goiptables.Timeout(lockWait))
+	if err != nil {
+		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
+	}
+	k := &kernel{path: path, tables: tables}
+	if _, err = k.read(); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// read returns the state of the chains that concern us.
+func (k *kernel) read() (state, error) {
+	var s state
+	var err error
+	if s.hook, err = k.tables.List(table, hook); err != nil {
+		return state{}, toolError("reading the nat table", err.Error())
+	}
+	lines, err := k.tables.List(table, Chain)
+	var failure *goiptables.Error
+	switch {
+	case errors.As(err, &failure) && failure.ExitStatus() == 1:
+		// No such chain. The texts differ: iptables-nft 1.8.9 calls a chain that
+		// is not there "incompatible". Other troubles have other numbers.
+		return s, nil
+	case err != nil:
+		return state{}, toolError("reading chain "+Chain, err.Error())
+	}
+	s.exists = true
+	for _, line := range lines {
+		if !strings.HasPrefix(line, "-N ") {
+			s.chain = append(s.chain, line)
+		}
+	}
+	return s, nil
+}
+
+// apply hands input to iptables-restore: all of it takes effect, or nothing.
+func (k *kernel) apply(ctx context.Context, input string) error {
+	ctx, cancel := context.WithTimeout(ctx, applyTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, k.path+"-restore", "--noflush", fmt.Sprintf("--wait=%d", lockWait))
+	cmd.Stdin = strings.NewReader(input)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Run(); err != nil {
+		return toolError("writing the nat table", fmt.Sprintf("%v: %s", err, stderr.String()))
+	}
+	return nil
+}
+
+// toolError turns the text of a failed iptables into an error that says what to
+// do about it. It is the one place that knows these texts.
+func toolError(doing, text string) error {
+	text = strings.Join(strings.Fields(text), " ")
+	advice := ""
+	switch {
+	case strings.Contains(text, "Permission denied"), strings.Contains(text, "Operation not permitted"):
+		advice = "run as root with the capabilities NET_ADMIN and NET_RAW: "
+	case strings.Contains(text, "xtables lock"):
+		advice = "another program holds the xtables lock: "
+	case strings.Contains(text, "Table does not exist"), strings.Contains(text, "do you need to insmod"):
+		advice = "the kernel has no nat table: load iptable_nat or nf_tables: "
+	}
+	return fmt.Errorf("%s: %s%s", doing, advice, text)
+}
+
+// loAddress is the address as it stands on lo: one host, known to nobody else.
+func loAddress(addr netip.Addr) (netlink.Link, *netlink.Addr, error) {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return nil, nil, fmt.Errorf("finding lo: %w", err)
+	}
+	a, err := netlink.ParseAddr(netip.PrefixFrom(addr, addr.BitLen()).String())
+	if err != nil {
+		return nil, nil, fmt.Errorf("address %s: %w", addr, err)
+	}
+	a.Scope = unix.RT_SCOPE_HOST
+	return lo, a, nil
+}
+
+// ensureAddress puts the address on lo if it is not there.
+func ensureAddress(addr netip.Addr) error {
+	lo, a, err := loAddress(addr)
+	if err != nil {
+		return err
+	}
+	if err = netlink.AddrAdd(lo, a); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("adding %s to lo: %w", addr, err)
+	}
+	return nil
+}
+
+// removeAddress takes the address off lo if it is there.
+func removeAddress(addr netip.Addr) error {
+	lo, a, err := loAddress(addr)
+	if err != nil {
+		return err
+	}
+	if err = netlink.AddrDel(lo, a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("removing %s from lo: %w", addr, err)
+	}
+	return nil
+}

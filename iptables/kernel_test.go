@@ -1,0 +1,285 @@
+package iptables_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/iptables"
+)
+
+func TestMain(m *testing.M) { testbed.Main(m) }
+
+// backends are the two kinds of iptables. Which of them "iptables" is depends on
+// the node.
+var backends = []string{"iptables-nft", "iptables-legacy"}
+
+// node is a node with one pod and a metadata service that counts its visitors.
+type node struct {
+	t       *testing.T
+	command string // the iptables to use
+	pod     *testbed.Pod
+	leaks   atomic.Int32 // requests that reached the metadata service
+}
+
+func newNode(t *testing.T, command string, shape testbed.Shape) *node {
+	t.Helper()
+	n := &node{t: t, command: command}
+	network, err := testbed.NewNetwork()
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, network.Close()) })
+	n.pod, err = network.AddPod("10.244.0.7", shape)
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, n.pod.Close()) })
+
+	imds, err := network.IMDS.Listen(testbed.MetadataAddress)
+	require.NoError(t, err)
+	n.serve(imds, func() string { n.leaks.Add(1); return "imds" })
+	t.Cleanup(func() {
+		assert.NoError(t, iptables.Cleanup(context.Background(), n.config(iptables.DNAT)))
+		n.iptables("-F")
+	})
+	return n
+}
+
+// serve answers every request with what says returns, until the test ends or the
+// returned function is called.
+func (n *node) serve(ln net.Listener, says func() string) (stop func()) {
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, says())
+	})}
+	go func() { _ = srv.Serve(ln) }()
+	n.t.Cleanup(func() { _ = srv.Close() })
+	return func() { _ = srv.Close() }
+}
+
+func (n *node) config(mode iptables.Mode) iptables.Config {
+	return iptables.Config{
+		Mode: mode, Metadata: netip.MustParseAddrPort(testbed.MetadataAddress), Port: 2579,
+		Address: iptables.DefaultAddress, Interval: 20 * time.Millisecond, Command: n.command,
+		Logger: slog.New(slog.DiscardHandler),
+	}
+}
+
+// redirect keeps rules in place until the test ends or the returned function is
+// called, and returns once they are there.
+func (n *node) redirect(mode iptables.Mode) (stop func()) {
+	n.t.Helper()
+	r, err := iptables.New(n.config(mode))
+	require.NoError(n.t, err)
+	require.ErrorIs(n.t, r.Installed(), iptables.ErrNotYet)
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { r.Run(ctx) })
+	stop = func() { cancel(); running.Wait() }
+	n.t.Cleanup(stop)
+	n.eventually(func() bool { return r.Installed() == nil }, "rules in place")
+	return stop
+}
+
+// agent answers "agent" where the mode leads to.
+func (n *node) agent(mode iptables.Mode) (stop func()) {
+	n.t.Helper()
+	addr := "0.0.0.0:2579"
+	if mode == iptables.DNAT {
+		addr = iptables.DefaultAddress.String() + ":2579"
+	}
+	ln, err := net.Listen("tcp4", addr)
+	require.NoError(n.t, err)
+	return n.serve(ln, func() string { return "agent" })
+}
+
+// ask is what the pod hears when it calls the metadata service over a new
+// connection; "" when it hears nothing.
+func (n *node) ask() string {
+	client := n.pod.Client(500 * time.Millisecond)
+	defer client.CloseIdleConnections()
+	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
+	if err != nil {
+		return ""
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	return string(body)
+}
+
+// iptables runs a command on the nat table, as somebody else on the node would.
+func (n *node) iptables(args ...string) string {
+	n.t.Helper()
+	out, err := exec.Command(n.command, append([]string{"-t", "nat", "--wait"}, args...)...).CombinedOutput()
+	require.NoError(n.t, err, string(out))
+	return string(out)
+}
+
+func (n *node) eventually(is func() bool, what string) {
+	n.t.Helper()
+	require.Eventually(n.t, is, 10*time.Second, 5*time.Millisecond, what)
+}
+
+// inPlace reports whether the jump is the first rule of PREROUTING and the only
+// one, and the chain holds one rule.
+func (n *node) inPlace() bool {
+	var jumps, first, rules int
+	position := 0
+	for line := range strings.Lines(n.iptables("-S")) {
+		switch line = strings.TrimSpace(line); {
+		case strings.HasPrefix(line, "-A PREROUTING"):
+			position++
+			if line == "-A PREROUTING -j aad-metadata" {
+				jumps++
+				if position == 1 {
+					first++
+				}
+			}
+		case strings.HasPrefix(line, "-A aad-metadata"):
+			rules++
+		}
+	}
+	return jumps == 1 && first == 1 && rules == 1
+}
+
+func forEachBackend(t *testing.T, test func(t *testing.T, command string)) {
+	for _, command := range backends {
+		t.Run(command, func(t *testing.T) { test(t, command) })
+	}
+}
+
+func TestPodsReachTheAgent(t *testing.T) {
+	forEachBackend(t, func(t *testing.T, command string) {
+		for _, tc := range []struct {
+			shape testbed.Shape
+			mode  iptables.Mode
+			hears string
+		}{
+			{testbed.Ptp, iptables.Redirect, "agent"},
+			{testbed.Ptp, iptables.DNAT, "agent"},
+			{testbed.Routed, iptables.DNAT, "agent"},
+			// The kernel has no address to redirect to, and drops the packet:
+			// no token, but no leak either.
+			{testbed.Routed, iptables.Redirect, ""},
+		} {
+			t.Run(fmt.Sprintf("%s, mode %s", tc.shape, tc.mode), func(t *testing.T) {
+				n := newNode(t, command, tc.shape)
+				require.Equal(t, "imds", n.ask(), "without rules a pod reaches the metadata service")
+				require.EqualValues(t, 1, n.leaks.Load())
+				n.redirect(tc.mode)
+				n.agent(tc.mode)
+				assert.Equal(t, tc.hears, n.ask())
+				assert.EqualValues(t, 1, n.leaks.Load())
+			})
+		}
+	})
+}
+
+func TestRulesOutliveTheAgent(t *testing.T) {
+	forEachBackend(t, func(t *testing.T, command string) {
+		for _, mode := range iptables.Modes {
+			t.Run(string(mode), func(t *testing.T) {
+				n := newNode(t, command, testbed.Ptp)
+				stopRules := n.redirect(mode)
+				stopAgent := n.agent(mode)
+				require.Equal(t, "agent", n.ask())
+				stopRules()
+				stopAgent()
+				assert.Empty(t, n.ask())
+				assert.True(t, n.inPlace())
+				n.agent(mode)
+				assert.Equal(t, "agent", n.ask(), "back without a word to iptables")
+				assert.Zero(t, n.leaks.Load())
+			})
+		}
+	})
+}
+
+func TestForeignChangesAreRepaired(t *testing.T) {
+	forEachBackend(t, func(t *testing.T, command string) {
+		n := newNode(t, command, testbed.Ptp)
+		n.redirect(iptables.Redirect)
+		n.agent(iptables.Redirect)
+		for what, change := range map[string]func(){
+			"chain flushed":        func() { n.iptables("-F", "aad-metadata") },
+			"jump deleted":         func() { n.iptables("-D", "PREROUTING", "-j", "aad-metadata") },
+			"nat flushed":          func() { n.iptables("-F") },
+			"all of nat deleted":   func() { n.iptables("-F"); n.iptables("-X") },
+			"a rule above ours":    func() { n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT") },
+			"our jump twice":       func() { n.iptables("-A", "PREROUTING", "-j", "aad-metadata") },
+			"a narrower jump":      func() { n.iptables("-A", "PREROUTING", "-i", "veth+", "-j", "aad-metadata") },
+			"a rule in our chain":  func() { n.iptables("-I", "aad-metadata", "1", "-j", "RETURN") },
+			"another agent's port": func() { n.iptables("-R", "aad-metadata", "1", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "1") },
+		} {
+			change()
+			n.eventually(func() bool { return n.inPlace() && n.ask() == "agent" }, what)
+		}
+	})
+}
+
+func TestTheChainOfAnOldNMIIsTakenOver(t *testing.T) {
+	forEachBackend(t, func(t *testing.T, command string) {
+		n := newNode(t, command, testbed.Routed)
+		n.iptables("-N", "aad-metadata")
+		n.iptables("-A", "aad-metadata", "-p", "tcp", "!", "-s", "127.0.0.1/32", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
+		n.iptables("-A", "aad-metadata", "-j", "RETURN")
+		n.iptables("-A", "PREROUTING", "-p", "udp", "-j", "ACCEPT")
+		n.iptables("-I", "PREROUTING", "1", "-j", "aad-metadata")
+		n.redirect(iptables.DNAT)
+		n.agent(iptables.DNAT)
+		assert.Equal(t, "agent", n.ask())
+		assert.True(t, n.inPlace())
+		assert.Contains(t, n.iptables("-S", "PREROUTING"), "-p udp", "the rules of others stay")
+	})
+}
+
+func TestCleanupRemovesWhatIsOursAndNothingElse(t *testing.T) {
+	forEachBackend(t, func(t *testing.T, command string) {
+		n := newNode(t, command, testbed.Ptp)
+		n.iptables("-N", "KUBE-SERVICES")
+		n.iptables("-A", "PREROUTING", "-j", "KUBE-SERVICES")
+		defer n.iptables("-X")
+		defer n.iptables("-F")
+		before := n.iptables("-S")
+		n.redirect(iptables.DNAT)()
+		require.NotEqual(t, before, n.iptables("-S"))
+		require.True(t, onLo(t, iptables.DefaultAddress))
+		for range 2 {
+			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
+			assert.Equal(t, before, n.iptables("-S"))
+			assert.False(t, onLo(t, iptables.DefaultAddress))
+		}
+		assert.Equal(t, "imds", n.ask())
+	})
+}
+
+func TestNewSaysWhatIsMissing(t *testing.T) {
+	_, err := iptables.New(iptables.Config{Command: "iptables-of-another-world"})
+	assert.ErrorContains(t, err, "install the iptables package")
+}
+
+// onLo reports whether lo has the address, for this host alone.
+func onLo(t *testing.T, addr netip.Addr) bool {
+	t.Helper()
+	lo, err := netlink.LinkByName("lo")
+	require.NoError(t, err)
+	addrs, err := netlink.AddrList(lo, netlink.FAMILY_V4)
+	require.NoError(t, err)
+	for _, a := range addrs {
+		if a.IP.Equal(addr.AsSlice()) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,111 @@
+package iptables
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+const (
+	table = "nat"
+	// Chain is ours alone. The name is that of the old NMI, so that its chain is
+	// taken over, and tools that look for it go on working.
+	Chain = "aad-metadata"
+	hook  = "PREROUTING"
+	jump  = "-A " + hook + " -j " + Chain
+)
+
+// Mode is how the kernel hands a pod's connection to the agent.
+type Mode string
+
+const (
+	// Redirect sends it to the first IPv4 address of the interface that it came
+	// in on, and drops it if there is none (nf_nat_redirect_ipv4).
+	Redirect Mode = "redirect"
+	// DNAT sends it to an address of our own on lo, whatever the interface.
+	DNAT Mode = "dnat"
+)
+
+// Modes lists the values that ParseMode takes.
+var Modes = []Mode{Redirect, DNAT}
+
+// ParseMode returns the mode of that name.
+func ParseMode(name string) (Mode, error) {
+	if m := Mode(name); slices.Contains(Modes, m) {
+		return m, nil
+	}
+	return "", fmt.Errorf("%q is not a redirect mode: use %q or %q", name, Redirect, DNAT)
+}
+
+// desired is the content of our chain, in the words of iptables -S. It is a
+// value: equal configurations make equal rules.
+func desired(cfg Config) []string {
+	rule := fmt.Sprintf("-A %s -d %s/32 -p tcp -m tcp --dport %d ", Chain, cfg.Metadata.Addr(), cfg.Metadata.Port())
+	if cfg.Mode == DNAT {
+		rule += "-j DNAT --to-destination " + netip.AddrPortFrom(cfg.Address, cfg.Port).String()
+	} else {
+		rule += fmt.Sprintf("-j REDIRECT --to-ports %d", cfg.Port)
+	}
+	return []string{rule}
+}
+
+// state is what iptables -S says of the two chains that concern us.
+type state struct {
+	hook   []string // of PREROUTING, policy line included
+	chain  []string // of ours, without its -N line
+	exists bool     // there is a chain of our name
+}
+
+// jumps lists the rules of the hook that lead into our chain, however they are
+// written, and whether the hook starts with ours and has no other.
+func (s state) jumps() (found []string, inPlace bool) {
+	rules := slices.DeleteFunc(slices.Clone(s.hook), func(line string) bool { return !strings.HasPrefix(line, "-A ") })
+	for _, rule := range rules {
+		if strings.HasSuffix(rule, " -j "+Chain) || strings.Contains(rule, " -j "+Chain+" ") {
+			found = append(found, rule)
+		}
+	}
+	return found, len(found) == 1 && rules[0] == jump
+}
+
+// install returns the input of iptables-restore --noflush that turns the state
+// into the desired one in a single transaction, or "" if it is that already.
+// A chain that somebody else filled (an old NMI) is taken over; jumps that are
+// doubled, or no longer first, are replaced by one in the first place.
+func (s state) install(rules []string) string {
+	found, inPlace := s.jumps()
+	if inPlace && s.exists && slices.Equal(s.chain, rules) {
+		return ""
+	}
+	lines := []string{
+		"*" + table,
+		":" + Chain + " - [0:0]", // makes the chain, or empties it
+		"-F " + Chain,
+	}
+	lines = append(lines, rules...)
+	lines = append(lines, deletions(found)...)
+	lines = append(lines, "-I "+hook+" 1 -j "+Chain, "COMMIT", "")
+	return strings.Join(lines, "\n")
+}
+
+// remove is the same for having nothing of ours there.
+func (s state) remove() string {
+	found, _ := s.jumps()
+	if len(found) == 0 && !s.exists {
+		return ""
+	}
+	lines := append([]string{"*" + table}, deletions(found)...)
+	if s.exists {
+		lines = append(lines, "-F "+Chain, "-X "+Chain)
+	}
+	return strings.Join(append(lines, "COMMIT", ""), "\n")
+}
+
+func deletions(rules []string) []string {
+	out := make([]string, len(rules))
+	for i, rule := range rules {
+		out[i] = "-D " + strings.TrimPrefix(rule, "-A ")
+	}
+	return out
+}
