@@ -1,0 +1,194 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"k8s.io/klog/v2"
+
+	"github.com/podidentity/nmi/iptables"
+)
+
+// config is what the flags come to, validated.
+type config struct {
+	node           string
+	metadata       netip.AddrPort
+	port           uint16
+	probePort      uint16
+	mode           iptables.Mode
+	address        netip.Addr
+	interval       time.Duration
+	blockInstance  bool
+	headerOptional bool
+	userAgent      string
+}
+
+// options are the flags as they were given.
+type options struct {
+	version               bool
+	node                  string
+	operationMode         string
+	port                  uint16
+	metadataIP            string
+	metadataPort          uint16
+	probePort             uint16
+	intervalSeconds       int
+	blockInstanceMetadata bool
+	headerRequired        bool
+	userAgent             string
+	logFormat             string
+	redirectMode          string
+	redirectAddress       string
+
+	klog *flag.FlagSet
+}
+
+func newOptions() *options {
+	o := &options{klog: flag.NewFlagSet("klog", flag.ContinueOnError)}
+	klog.InitFlags(o.klog)
+	return o
+}
+
+// debugVerbosity is the --v from which debug messages are logged; klog's users
+// know 4 as "debug".
+const debugVerbosity = 4
+
+func (o *options) addTo(fs *pflag.FlagSet) {
+	fs.BoolVar(&o.version, "version", false, "print the version and exit")
+	fs.StringVar(&o.node, "node", "", "name of the node that the agent runs on (required; in a DaemonSet $(NODE_NAME) from spec.nodeName)")
+	fs.StringVar(&o.operationMode, "operation-mode", "standard", `"managed": bindings and identities decide; "standard" (assignments made by MIC) is not served yet`)
+	fs.Uint16Var(&o.port, "nmi-port", 2579, "port that redirected connections come to")
+	fs.StringVar(&o.metadataIP, "metadata-ip", "169.254.169.254", "address of the instance metadata service")
+	fs.Uint16Var(&o.metadataPort, "metadata-port", 80, "port of the instance metadata service")
+	fs.Uint16Var(&o.probePort, "http-probe-port", 8080, "port of /healthz and /readyz")
+	fs.IntVar(&o.intervalSeconds, "ipt-update-interval-sec", 60, "seconds between two looks at the iptables rules")
+	fs.BoolVar(&o.blockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
+	fs.BoolVar(&o.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
+	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of upstream requests")
+	fs.StringVar(&o.logFormat, "log-format", "text", `"text" or "json"`)
+
+	// Ours.
+	fs.StringVar(&o.redirectMode, "redirect-mode", string(iptables.Redirect),
+		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface`)
+	o.addRedirectAddress(fs)
+
+	// The old NMI's, for which there is nothing left to do.
+	const accepted = "accepted for compatibility: "
+	fs.String("nmi-listen-address", "127.0.0.1", accepted+"the agent listens where --redirect-mode needs it to, and takes redirected connections only")
+	fs.Bool("forceNamespaced", false, accepted+"managed mode is always namespaced (also the environment's FORCENAMESPACED)")
+	fs.String("MICNamespace", "default", accepted+"matters in standard mode only")
+	fs.Int("retry-attempts-for-created", 16, accepted+"waiting ends with the event waited for, not after attempts")
+	fs.Int("retry-attempts-for-assigned", 4, accepted+"see --retry-attempts-for-created")
+	fs.Int("find-identity-retry-interval", 5, accepted+"see --retry-attempts-for-created")
+	fs.Bool("enableScaleFeatures", true, accepted+"always on")
+	fs.Bool("enableProfile", false, accepted+"no profiling endpoint is served yet")
+	fs.Bool("allow-network-plugin-kubenet", false, accepted+"the agent does not look for kubenet yet; see the README on ARP spoofing")
+	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read")
+	fs.Bool("set-retry-after-header", false, accepted+"Retry-After is always set where asking again helps")
+	fs.Bool("enable-conntrack-deletion", false, accepted+"connections from before the rules are not deleted yet")
+	fs.Uint16("prometheus-port", 9090, accepted+"no metrics are served yet")
+
+	// klog's own, for which only the verbosity has a meaning here.
+	o.klog.VisitAll(func(f *flag.Flag) {
+		p := pflag.PFlagFromGoFlag(f)
+		if f.Name == "v" {
+			p.Usage = fmt.Sprintf("verbosity; from %d on debug messages are logged", debugVerbosity)
+		} else {
+			p.Hidden = true
+		}
+		fs.AddFlag(p)
+	})
+}
+
+func (o *options) addRedirectAddress(fs *pflag.FlagSet) {
+	fs.StringVar(&o.redirectAddress, "redirect-address", iptables.DefaultAddress.String(), "address of the agent's own on lo, for --redirect-mode=dnat")
+}
+
+// config validates the options. Its error names the flag and says what it takes.
+func (o *options) config() (config, error) {
+	cfg := config{
+		node:           o.node,
+		port:           o.port,
+		probePort:      o.probePort,
+		interval:       time.Duration(o.intervalSeconds) * time.Second,
+		blockInstance:  o.blockInstanceMetadata,
+		headerOptional: !o.headerRequired,
+		userAgent:      strings.TrimSpace("nmi/" + version + " " + o.userAgent),
+	}
+	if cfg.node == "" {
+		return config{}, errors.New("--node is required: the name of the node that the agent runs on (in a DaemonSet, $(NODE_NAME) from the field spec.nodeName)")
+	}
+	switch mode := strings.ToLower(o.operationMode); mode {
+	case "managed":
+	case "standard":
+		return config{}, errors.New("--operation-mode=standard is not served yet: use --operation-mode=managed, or stay with the old NMI where MIC assigns identities")
+	default:
+		return config{}, fmt.Errorf(`--operation-mode=%s is unknown: use "managed"`, o.operationMode)
+	}
+	if o.logFormat != "text" && o.logFormat != "json" {
+		return config{}, fmt.Errorf(`--log-format=%s is unknown: use "text" or "json"`, o.logFormat)
+	}
+	if o.intervalSeconds < 1 {
+		return config{}, fmt.Errorf("--ipt-update-interval-sec=%d is too short: use 1 or more", o.intervalSeconds)
+	}
+	for name, port := range map[string]uint16{"nmi-port": o.port, "metadata-port": o.metadataPort, "http-probe-port": o.probePort} {
+		if port == 0 {
+			return config{}, fmt.Errorf("--%s=0 is not a port: use 1 to 65535", name)
+		}
+	}
+	if o.port == o.probePort {
+		return config{}, fmt.Errorf("--nmi-port and --http-probe-port are both %d: choose two", o.port)
+	}
+	metadata, err := parseIPv4("metadata-ip", o.metadataIP)
+	if err != nil {
+		return config{}, err
+	}
+	cfg.metadata = netip.AddrPortFrom(metadata, o.metadataPort)
+	if cfg.mode, err = iptables.ParseMode(o.redirectMode); err != nil {
+		return config{}, fmt.Errorf("--redirect-mode: %w", err)
+	}
+	if cfg.address, err = parseIPv4("redirect-address", o.redirectAddress); err != nil {
+		return config{}, err
+	}
+	if cfg.address == metadata {
+		return config{}, fmt.Errorf("--redirect-address=%s is the metadata service's own address: choose another", cfg.address)
+	}
+	return cfg, nil
+}
+
+// parseIPv4 reads the address given to a flag. Loopback is no use to either
+// flag: the kernel drops what is redirected there from outside.
+func parseIPv4(name, text string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(text)
+	if err != nil || !addr.Is4() || addr.IsLoopback() || addr.IsUnspecified() || addr.IsMulticast() {
+		return netip.Addr{}, fmt.Errorf("--%s=%s is not usable: give an IPv4 address that is not loopback, for example 169.254.169.252", name, text)
+	}
+	return addr, nil
+}
+
+// logger writes to w in the chosen format and verbosity, and makes client-go's
+// messages go the same way.
+func (o *options) logger(w io.Writer) *slog.Logger {
+	level := slog.LevelInfo
+	if v, ok := o.klog.Lookup("v").Value.(flag.Getter); ok {
+		if n, ok := v.Get().(klog.Level); ok && n >= debugVerbosity {
+			level = slog.LevelDebug
+		}
+	}
+	handlerOptions := &slog.HandlerOptions{Level: level}
+	var h slog.Handler = slog.NewTextHandler(w, handlerOptions)
+	if o.logFormat == "json" {
+		h = slog.NewJSONHandler(w, handlerOptions)
+	}
+	log := slog.New(h)
+	slog.SetDefault(log)
+	klog.SetSlogLogger(log)
+	return log
+}

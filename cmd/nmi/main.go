@@ -1,0 +1,98 @@
+// Command nmi is the node agent: it redirects pods' calls to Azure's instance
+// metadata service to itself and serves them tokens of the managed identities
+// that their pods are bound to.
+//
+// main.go knows signals and exit codes, flags.go turns flags into one validated
+// configuration, agent.go builds the parts, starts and stops them in order, and
+// health.go says how they are.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/podidentity/nmi/iptables"
+)
+
+// version is stamped by the linker, see the Makefile.
+var version = "dev"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	err := command().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "nmi:", err)
+		os.Exit(1)
+	}
+}
+
+// command is the whole command line.
+func command() *cobra.Command {
+	opts := newOptions()
+	root := &cobra.Command{
+		Use:   "nmi",
+		Short: "Serve managed identity tokens to the pods of a node",
+		Long: `nmi redirects what the pods of this node send to Azure's instance metadata
+service (169.254.169.254:80) to itself, finds out which pod is calling, and serves
+tokens of the managed identities that AzureIdentityBindings give to that pod.
+
+It takes the flags of the NMI of aad-pod-identity. The API server is found through
+the environment variable KUBECONFIG, or else as a pod finds it.`,
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true, // an error is one line; --help is there for more
+		SilenceErrors: true, // main prints it
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if opts.version {
+				return printVersion(cmd)
+			}
+			cfg, err := opts.config()
+			if err != nil {
+				return err
+			}
+			return runAgent(cmd.Context(), cfg, opts.logger(os.Stderr))
+		},
+	}
+	opts.addTo(root.Flags())
+	root.CompletionOptions.DisableDefaultCmd = true
+
+	cleanup := &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove the agent's iptables rules and address from this node",
+		Long: `cleanup removes the iptables chain aad-metadata, the jumps to it, and the
+agent's own address from lo; nothing else. Run it after the agent has been
+uninstalled: from then on pods reach the metadata service themselves, and with it
+the identity of the node.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			address, err := parseIPv4("redirect-address", opts.redirectAddress)
+			if err != nil {
+				return err
+			}
+			return iptables.Cleanup(cmd.Context(), iptables.Config{Address: address, Logger: opts.logger(os.Stderr)})
+		},
+	}
+	opts.addRedirectAddress(cleanup.Flags())
+	root.AddCommand(cleanup, &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return printVersion(cmd) },
+	})
+	return root
+}
+
+func printVersion(cmd *cobra.Command) error {
+	goVersion := "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		goVersion = info.GoVersion
+	}
+	_, err := fmt.Fprintf(cmd.OutOrStdout(), "nmi %s (%s)\n", version, goVersion)
+	return err
+}
