@@ -35,8 +35,8 @@ const (
 // Network is the node's network: an uplink, and the machine behind it that the
 // metadata service runs on. Pods are added to it.
 type Network struct {
-	IMDS *Namespace
-	pods int
+	Metadata *Namespace // where the metadata service is
+	pods     int
 }
 
 // NewNetwork connects the process's namespace, which must be that of EnterNode,
@@ -47,7 +47,7 @@ func NewNetwork() (*Network, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Network{IMDS: imds}
+	n := &Network{Metadata: imds}
 	if err := n.connect(); err != nil {
 		return nil, errors.Join(err, imds.Close())
 	}
@@ -58,7 +58,7 @@ func (n *Network) connect() error {
 	if err := sysctl("ipv4.ip_forward", "1"); err != nil {
 		return err
 	}
-	eth0, err := link("eth0", n.IMDS)
+	eth0, err := link("eth0", n.Metadata)
 	if err != nil {
 		return err
 	}
@@ -68,7 +68,7 @@ func (n *Network) connect() error {
 	); err != nil {
 		return err
 	}
-	return n.IMDS.Do(func() error {
+	return n.Metadata.Do(func() error {
 		far, err := netlink.LinkByName(peerName)
 		if err != nil {
 			return err
@@ -88,7 +88,7 @@ func (n *Network) connect() error {
 
 // Close takes the network down.
 func (n *Network) Close() error {
-	return errors.Join(deleteLink("eth0"), n.IMDS.Close())
+	return errors.Join(deleteLink("eth0"), n.Metadata.Close())
 }
 
 // Pod is a pod's namespace.

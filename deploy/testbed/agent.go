@@ -1,0 +1,160 @@
+package testbed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// NodeName is the node's name in the API server.
+const NodeName = "node1"
+
+// probeURL is where the agent answers the kubelet's probes.
+const probeURL = "http://127.0.0.1:8085"
+
+// Agent is the real binary, running on the node.
+type Agent struct{ *Program }
+
+// StartAgent starts bin/nmi in managed mode with more flags, and does not wait
+// for it.
+func StartAgent(kubeconfig string, flags ...string) (*Agent, error) {
+	binary, err := AgentBinary()
+	if err != nil {
+		return nil, err
+	}
+	return startAgent(kubeconfig, append([]string{binary}, flags...))
+}
+
+// StartPinnedAgent is StartAgent on one core.
+func StartPinnedAgent(core int, kubeconfig string, flags ...string) (*Agent, error) {
+	binary, err := AgentBinary()
+	if err != nil {
+		return nil, err
+	}
+	return startAgent(kubeconfig, append([]string{"taskset", "-c", strconv.Itoa(core), binary}, flags...))
+}
+
+func startAgent(kubeconfig string, command []string) (*Agent, error) {
+	args := append(command[1:], "--node="+NodeName, "--operation-mode=managed", "--http-probe-port=8085")
+	p, err := StartProgram(command[0], []string{"KUBECONFIG=" + kubeconfig}, args...)
+	if err != nil {
+		return nil, err
+	}
+	return &Agent{Program: p}, nil
+}
+
+// AgentBinary is the path of bin/nmi.
+func AgentBinary() (string, error) {
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(root, "bin", "nmi")
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Errorf("the agent is not built: run make build: %w", err)
+	}
+	return path, nil
+}
+
+// RunAgent runs bin/nmi with a changed environment until it ends by itself, which
+// must take less than 20 s, and returns its exit code and all that it printed.
+func RunAgent(env []string, args ...string) (code int, output string, err error) {
+	binary, err := AgentBinary()
+	if err != nil {
+		return 0, "", err
+	}
+	p, err := StartProgram(binary, env, args...)
+	if err != nil {
+		return 0, "", err
+	}
+	if code, err = p.Wait(20 * time.Second); err != nil {
+		err = errors.Join(err, p.Kill())
+	}
+	return code, p.Log(), err
+}
+
+// RunAgentAsNobody is RunAgent without any privilege.
+func RunAgentAsNobody(args ...string) (code int, output string, err error) {
+	binary, err := AgentBinary()
+	if err != nil {
+		return 0, "", err
+	}
+	cmd := exec.Command(binary, args...)
+	cmd.Dir = "/"
+	const nobody = 65534
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	out, err := cmd.CombinedOutput()
+	var failed *exec.ExitError
+	if err != nil && !errors.As(err, &failed) {
+		return 0, "", err
+	}
+	return cmd.ProcessState.ExitCode(), string(out), nil
+}
+
+// AwaitReady waits until /readyz says so.
+func (a *Agent) AwaitReady(ctx context.Context) error {
+	err := poll(ctx, 40*time.Second, "the agent to be ready", func() error {
+		select {
+		case <-a.Done():
+			return errors.New("it has ended")
+		default:
+		}
+		if status, text := a.Ready(ctx); status != http.StatusOK {
+			return errors.New(text)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("%w; its log:\n%s", err, a.Log())
+	}
+	return nil
+}
+
+// Ready is what /readyz answers; status 0 and an error's text when it does not.
+func (a *Agent) Ready(ctx context.Context) (status int, text string) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, probeURL+"/readyz", nil)
+	if err != nil {
+		return 0, err.Error()
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, err.Error()
+	}
+	return resp.StatusCode, string(body)
+}
+
+// Memory is the agent's resident memory now and at its highest, in bytes.
+func (a *Agent) Memory() (now, peak int64, err error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.PID()))
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, ":")
+		kb, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+		switch name {
+		case "VmRSS":
+			now = kb << 10
+		case "VmHWM":
+			peak = kb << 10
+		}
+	}
+	if now == 0 {
+		return 0, 0, errors.New("the agent has ended")
+	}
+	return now, peak, nil
+}

@@ -1,0 +1,151 @@
+package testbed
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+)
+
+const (
+	apiServerURL = "https://127.0.0.1:6443"
+	etcdURL      = "http://127.0.0.1:2379"
+	adminToken   = "testbed-admin"
+)
+
+// ControlPlane is a real kube-apiserver with its etcd, on the node's loopback.
+// There are no controllers: pods are what their creator says they are.
+type ControlPlane struct {
+	bin, dir  string
+	etcd, api *Program
+}
+
+// StartControlPlane starts both from the binaries in bin (see "make kube"), with
+// their data in dir, and returns once the API server is ready.
+func StartControlPlane(ctx context.Context, bin, dir string) (*ControlPlane, error) {
+	c := &ControlPlane{bin: bin, dir: dir}
+	for _, name := range []string{"etcd", "kube-apiserver"} {
+		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
+			return nil, fmt.Errorf("%s is not built: run make kube: %w", name, err)
+		}
+	}
+	if err := c.writeCredentials(); err != nil {
+		return nil, err
+	}
+	var err error
+	c.etcd, err = StartProgram(filepath.Join(bin, "etcd"), nil,
+		"--data-dir", filepath.Join(dir, "etcd"), "--unsafe-no-fsync", "--log-level=warn",
+		"--listen-client-urls", etcdURL, "--advertise-client-urls", etcdURL, "--listen-peer-urls=http://127.0.0.1:2380")
+	if err != nil {
+		return nil, err
+	}
+	if err := c.StartAPIServer(ctx); err != nil {
+		return nil, errors.Join(err, c.Stop())
+	}
+	return c, nil
+}
+
+func (c *ControlPlane) writeCredentials() error {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return err
+	}
+	block := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
+	return errors.Join(
+		os.WriteFile(c.path("sa.key"), block, 0o600),
+		os.WriteFile(c.path("tokens.csv"), []byte(adminToken+`,admin,1,"system:masters"`+"\n"), 0o600),
+	)
+}
+
+func (c *ControlPlane) path(name string) string { return filepath.Join(c.dir, name) }
+
+// StartAPIServer starts the API server, again after StopAPIServer, and returns
+// once it is ready.
+func (c *ControlPlane) StartAPIServer(ctx context.Context) (err error) {
+	c.api, err = StartProgram(filepath.Join(c.bin, "kube-apiserver"), nil,
+		"--etcd-servers="+etcdURL, "--bind-address=127.0.0.1", "--advertise-address="+NodeAddress, "--secure-port=6443",
+		"--cert-dir="+c.path("certs"), "--service-cluster-ip-range=10.96.0.0/16",
+		"--service-account-issuer=https://testbed", "--service-account-key-file="+c.path("sa.key"),
+		"--service-account-signing-key-file="+c.path("sa.key"), "--token-auth-file="+c.path("tokens.csv"),
+		"--authorization-mode=RBAC",
+		// No controller makes default service accounts.
+		"--disable-admission-plugins=ServiceAccount")
+	if err != nil {
+		return err
+	}
+	client, err := kubernetes.NewForConfig(c.Admin())
+	if err != nil {
+		return err
+	}
+	err = poll(ctx, time.Minute, "the API server", func() error {
+		select {
+		case <-c.api.Done():
+			return errors.New("it has ended")
+		default:
+		}
+		_, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("%w; its log:\n%s\netcd's log:\n%s", err, c.api.Log(), c.etcd.Log())
+	}
+	return nil
+}
+
+// StopAPIServer kills the API server; etcd stays.
+func (c *ControlPlane) StopAPIServer() error { return c.api.Kill() }
+
+// Stop ends both.
+func (c *ControlPlane) Stop() error {
+	var errs []error
+	for _, p := range []*Program{c.api, c.etcd} {
+		if p != nil {
+			errs = append(errs, p.Kill())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Admin is how the cluster's administrator connects.
+func (c *ControlPlane) Admin() *rest.Config {
+	return &rest.Config{
+		Host:        apiServerURL,
+		BearerToken: adminToken,
+		// The certificate is the API server's own, made at its start.
+		TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+		QPS:             1000, Burst: 1000,
+	}
+}
+
+// Kubeconfig writes a kubeconfig for a service account, with a token that the
+// API server issued to it, and returns its path.
+func (c *ControlPlane) Kubeconfig(ctx context.Context, namespace, account string) (string, error) {
+	client, err := kubernetes.NewForConfig(c.Admin())
+	if err != nil {
+		return "", err
+	}
+	request, err := client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
+	if err != nil {
+		return "", fmt.Errorf("token for service account %s/%s: %w", namespace, account, err)
+	}
+	path := c.path(account + ".kubeconfig")
+	config := clientcmdapi.NewConfig()
+	config.Clusters["testbed"] = &clientcmdapi.Cluster{Server: apiServerURL, InsecureSkipTLSVerify: true}
+	config.AuthInfos[account] = &clientcmdapi.AuthInfo{Token: request.Status.Token}
+	config.Contexts["testbed"] = &clientcmdapi.Context{Cluster: "testbed", AuthInfo: account}
+	config.CurrentContext = "testbed"
+	return path, clientcmd.WriteToFile(*config, path)
+}
