@@ -50,10 +50,12 @@ func decide(pod *corev1.Pod, ns *namespaceObjects) *Pod {
 			continue
 		}
 		id, why := usable(ns.identities[binding.Spec.AzureIdentity])
+		id.Binding = binding.Name
+		twice := slices.ContainsFunc(p.identities, func(other Identity) bool { return other.Name == id.Name })
 		switch {
 		case why != "":
 			unusable = append(unusable, fmt.Sprintf("AzureIdentityBinding %q names AzureIdentity %q, which %s", binding.Name, binding.Spec.AzureIdentity, why))
-		case !slices.Contains(p.identities, id): // two bindings may name one identity
+		case !twice: // two bindings may name one identity
 			p.identities = append(p.identities, id)
 		}
 	}

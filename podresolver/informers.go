@@ -2,9 +2,12 @@ package podresolver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -14,9 +17,9 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/dynamic/dynamicinformer"
-	coreinformers "k8s.io/client-go/informers/core/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
@@ -27,48 +30,43 @@ import (
 // decision needs.
 type source struct {
 	name     string // as in a path of the API server
+	log      *slog.Logger
 	informer cache.SharedIndexInformer
 	handler  cache.ResourceEventHandlerRegistration
-	trim     func(any) any
 
 	mu      sync.Mutex // guards lastErr
-	lastErr error      // of the list or watch that failed last
+	lastErr error      // of the list or watch that failed last; nil when the last one did not
 }
 
-var byNamespace = cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc}
-
-// podSource is the pods of one node.
-func podSource(client kubernetes.Interface, node string) *source {
-	return &source{
-		name: "pods",
-		trim: trimPod,
-		informer: coreinformers.NewFilteredPodInformer(client, metav1.NamespaceAll, 0, byNamespace,
-			func(o *metav1.ListOptions) {
-				o.FieldSelector = fields.OneTermEqualSelector("spec.nodeName", node).String()
-			}),
-	}
+// lister is what the typed and the dynamic clients have in common.
+type lister[L runtime.Object] interface {
+	List(context.Context, metav1.ListOptions) (L, error)
+	Watch(context.Context, metav1.ListOptions) (watch.Interface, error)
 }
 
-// customSource is a custom resource of the whole cluster.
-func customSource(client dynamic.Interface, resource schema.GroupVersionResource, trim func(any) any) *source {
-	return &source{
-		name:     resource.GroupResource().String(),
-		trim:     trim,
-		informer: dynamicinformer.NewFilteredDynamicInformer(client, resource, metav1.NamespaceAll, 0, byNamespace, nil).Informer(),
+// newSource returns a source of everything that the lister lists under the field
+// selector. It stores what trim returns and tells changed which namespace an
+// event was in.
+func newSource[L runtime.Object](name string, l lister[L], client any, example runtime.Object, selector string,
+	trim func(any) any, changed func(namespace string), log *slog.Logger,
+) (*source, error) {
+	s := &source{name: name, log: log}
+	calls := &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (list runtime.Object, err error) {
+			o.FieldSelector = selector
+			err = s.persist(ctx, func() error { list, err = l.List(ctx, o); return err })
+			return list, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (w watch.Interface, err error) {
+			o.FieldSelector = selector
+			err = s.persist(ctx, func() error { w, err = l.Watch(ctx, o); return err })
+			return w, err
+		},
 	}
-}
-
-// watch prepares the informer: trim what it stores, tell changed which namespace
-// an event was in, remember what goes wrong.
-func (s *source) watch(log *slog.Logger, changed func(namespace string)) error {
-	if err := s.informer.SetTransform(func(obj any) (any, error) { return s.trim(obj), nil }); err != nil {
-		return err
-	}
-	err := s.informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
-		s.failed(log, err)
-	})
-	if err != nil {
-		return err
+	s.informer = cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(calls, client), example, 0,
+		cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc})
+	if err := s.informer.SetTransform(func(obj any) (any, error) { return trim(obj), nil }); err != nil {
+		return nil, err
 	}
 	mark := func(obj any) {
 		if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
@@ -78,27 +76,81 @@ func (s *source) watch(log *slog.Logger, changed func(namespace string)) error {
 			changed(o.GetNamespace())
 		}
 	}
+	var err error
 	s.handler, err = s.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    mark,
 		UpdateFunc: func(_, obj any) { mark(obj) },
 		DeleteFunc: mark,
 	})
-	return err
+	return s, err
 }
 
-// failed notes an error of the list or the watch. The informer goes on trying by
-// itself, with back-off; the log gets each error once, not once a try.
-func (s *source) failed(log *slog.Logger, err error) {
-	if apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
-		return // an ordinary end of a watch; a new list follows
+// podSource is the pods of one node.
+func podSource(client kubernetes.Interface, node string, changed func(string), log *slog.Logger) (*source, error) {
+	return newSource("pods", client.CoreV1().Pods(metav1.NamespaceAll), client, &corev1.Pod{},
+		fields.OneTermEqualSelector("spec.nodeName", node).String(), trimPod, changed, log)
+}
+
+// customSource is a custom resource of the whole cluster.
+func customSource(client dynamic.Interface, resource schema.GroupVersionResource, trim func(any) any, changed func(string), log *slog.Logger) (*source, error) {
+	return newSource(resource.GroupResource().String(), client.Resource(resource), client, &unstructured.Unstructured{},
+		"", trim, changed, log)
+}
+
+// Between two tries; the longest is short enough for a person who has just
+// mended something, and long enough for an API server that a thousand nodes
+// come back to.
+const (
+	firstRetry = 500 * time.Millisecond
+	lastRetry  = 15 * time.Second
+)
+
+// persist repeats a call to the API server until it succeeds, ctx ends, or the
+// error is one that the informer itself must see. An informer left to repeat the
+// call would say nothing of a server that refuses connections, wait for up to a
+// minute, and not be stopped meanwhile (client-go v0.37, Reflector.watchList).
+func (s *source) persist(ctx context.Context, call func() error) error {
+	delay := firstRetry
+	for {
+		err := call()
+		switch {
+		case ctx.Err() != nil:
+			return err
+		case err == nil:
+			s.succeeded()
+			return nil
+		case apierrors.IsInvalid(err), apierrors.IsResourceExpired(err), apierrors.IsGone(err), apierrors.IsTimeout(err):
+			return err // streaming is not supported, or the resource version is too old or too new
+		}
+		s.failed(err)
+		select {
+		case <-time.After(wait.Jitter(delay, 0.5)):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		delay = min(2*delay, lastRetry)
 	}
+}
+
+// failed notes an error. The log gets each once, not once a try.
+func (s *source) failed(err error) {
 	err = advise(s.name, err)
 	s.mu.Lock()
 	news := s.lastErr == nil || s.lastErr.Error() != err.Error()
 	s.lastErr = err
 	s.mu.Unlock()
 	if news {
-		log.Warn("cannot watch the API server; trying again", "error", err)
+		s.log.Warn("cannot watch the API server; trying again", "error", err)
+	}
+}
+
+func (s *source) succeeded() {
+	s.mu.Lock()
+	before := s.lastErr
+	s.lastErr = nil
+	s.mu.Unlock()
+	if before != nil {
+		s.log.Info("watching the API server again", "resource", s.name)
 	}
 }
 
@@ -111,9 +163,12 @@ func advise(name string, err error) error {
 		return fmt.Errorf("%s: the agent's service account may not list and watch this resource: apply its role (deploy/manifests/rbac.yaml): %w", name, err)
 	case apierrors.IsUnauthorized(err):
 		return fmt.Errorf("%s: the API server does not accept the agent's credentials: check KUBECONFIG or the service account's token: %w", name, err)
-	default:
-		return fmt.Errorf("%s: %w", name, err)
 	}
+	var call *url.Error // its URL is long, and different for each try
+	if errors.As(err, &call) {
+		err = call.Err
+	}
+	return fmt.Errorf("%s: cannot reach the API server: %w", name, err)
 }
 
 // pending says why the source has not synced yet; nil once it has.

@@ -35,7 +35,12 @@ type Identity struct {
 	Type            aadpodidentity.IdentityType
 	ClientID        string // lower case
 	ResourceID      string // lower case
+	Binding         string // name of the AzureIdentityBinding that gives it
 }
+
+// Managed reports whether it is a user-assigned managed identity, whose tokens
+// come from the metadata service.
+func (id Identity) Managed() bool { return id.Type == aadpodidentity.UserAssignedMSI }
 
 // Pod is a pod of this node and what has been decided for it. Pods are made
 // anew when anything changes that bears on them, and never change.

@@ -84,14 +84,13 @@ func New(kube kubernetes.Interface, custom dynamic.Interface, cfg Config) (*Reso
 		claims: make(map[string][]claim),
 	}
 	r.current.Store(newSnapshot(nil))
-	r.pods = podSource(kube, cfg.Node)
-	r.identities = customSource(custom, aadpodidentity.AzureIdentities, trimIdentity)
-	r.bindings = customSource(custom, aadpodidentity.AzureIdentityBindings, trimBinding)
-	r.exceptions = customSource(custom, aadpodidentity.AzurePodIdentityExceptions, trimException)
-	for _, s := range r.sources() {
-		if err := s.watch(cfg.Logger, r.mark); err != nil {
-			return nil, fmt.Errorf("informer for %s: %w", s.name, err)
-		}
+	var failed [4]error
+	r.pods, failed[0] = podSource(kube, cfg.Node, r.mark, cfg.Logger)
+	r.identities, failed[1] = customSource(custom, aadpodidentity.AzureIdentities, trimIdentity, r.mark, cfg.Logger)
+	r.bindings, failed[2] = customSource(custom, aadpodidentity.AzureIdentityBindings, trimBinding, r.mark, cfg.Logger)
+	r.exceptions, failed[3] = customSource(custom, aadpodidentity.AzurePodIdentityExceptions, trimException, r.mark, cfg.Logger)
+	if err := errors.Join(failed[:]...); err != nil {
+		return nil, fmt.Errorf("making informers: %w", err)
 	}
 	return r, nil
 }

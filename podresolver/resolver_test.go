@@ -106,7 +106,7 @@ func TestAPodIsResolvedAndFollowed(t *testing.T) {
 		assert.Equal(t, "shop/cart-0", pod.String())
 		id, err := pod.Identity(Selector{})
 		require.NoError(t, err)
-		assert.Equal(t, Identity{Namespace: "shop", Name: "cart", ClientID: "c1", ResourceID: "/r/1"}, id)
+		assert.Equal(t, Identity{Namespace: "shop", Name: "cart", ClientID: "c1", ResourceID: "/r/1", Binding: "cart"}, id)
 
 		// The binding goes: the very next request is refused.
 		require.NoError(t, c.custom.Resource(aadpodidentity.AzureIdentityBindings).Namespace("shop").Delete(t.Context(), "cart", metav1.DeleteOptions{}))

@@ -27,6 +27,7 @@ const (
 	// BehaviorAnnotation on an AzureIdentity, with the value BehaviorNamespaced,
 	// keeps it from pods of other namespaces.
 	BehaviorAnnotation = "aadpodidentity.k8s.io/Behavior"
+	// BehaviorNamespaced is the value of BehaviorAnnotation.
 	BehaviorNamespaced = "namespaced"
 	// NodeNameLabel on an AzureAssignedIdentity is the node that its pod is on.
 	NodeNameLabel = "nodename"
@@ -35,6 +36,7 @@ const (
 // IdentityType says how an AzureIdentity authenticates.
 type IdentityType int
 
+// The types that there are.
 const (
 	UserAssignedMSI             IdentityType = 0 // a user-assigned managed identity
 	ServicePrincipal            IdentityType = 1 // a client secret
