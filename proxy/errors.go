@@ -51,9 +51,12 @@ const retrySoon = time.Second
 func asHTTP(err error) *httpError {
 	var own *httpError
 	var refused *upstream.Error
+	var unserved *typeError
 	switch {
 	case errors.As(err, &own):
 		return own
+	case errors.As(err, &unserved):
+		return badRequest(unserved.Error())
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity
 	case errors.Is(err, podresolver.ErrUnknownAddress):
@@ -91,8 +94,9 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		return // the client has gone
 	}
 	e := asHTTP(err)
+	var own *httpError
 	switch {
-	case error(e) == err: // bare: the client's own mistake, and it is told all there is to say
+	case errors.As(err, &own): // the client's own mistake, and it is told all there is to say
 		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "status", e.status, "error", err)
 	case s.refusals.Allow():
 		s.log.InfoContext(r.Context(), "no token", "from", r.RemoteAddr, "status", e.status, "error", err)

@@ -114,8 +114,8 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	return w
 }
 
-func newResolver(t *testing.T, log *slog.Logger) *podresolver.Resolver {
-	t.Helper()
+func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
+	tb.Helper()
 	object := func(kind, name string, spec map[string]any) *unstructured.Unstructured {
 		return &unstructured.Unstructured{Object: map[string]any{
 			"apiVersion": aadpodidentity.GroupVersion.String(), "kind": kind,
@@ -149,7 +149,7 @@ func newResolver(t *testing.T, log *slog.Logger) *podresolver.Resolver {
 		object("AzurePodIdentityException", "addons", map[string]any{"podLabels": map[string]any{"app": "addon"}}),
 	)
 	r, err := podresolver.New(kube, custom, podresolver.Config{Node: "node1", PodWait: 50 * time.Millisecond, Logger: log})
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	return r
 }
 
@@ -171,10 +171,10 @@ func (w *world) send(from, raw string) (*http.Response, string) {
 	return resp, string(body)
 }
 
-// get sends a GET with the metadata header and the given headers.
-func (w *world) get(from, target string, headers ...string) (*http.Response, string) {
+// get sends a GET with the metadata header.
+func (w *world) get(from, target string) (*http.Response, string) {
 	w.t.Helper()
-	return w.send(from, request("GET", target, append([]string{"Metadata: true"}, headers...)...))
+	return w.send(from, request("GET", target, "Metadata: true"))
 }
 
 func request(method, target string, headers ...string) string {
@@ -456,3 +456,56 @@ func TestServeFinishesWhatItBeganAndTakesNoMore(t *testing.T) {
 	assert.Equal(t, 200, <-answered)
 	w.running.Wait() // Serve has returned nil, which newWorld checks
 }
+
+// cached returns a server, and a request whose token it has in memory.
+func cached(tb testing.TB) (s *Server, r *http.Request, w *discardWriter) {
+	tb.Helper()
+	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one, two}})
+	fakeIMDS := imds.Start()
+	tb.Cleanup(fakeIMDS.Close)
+	base, err := url.Parse(fakeIMDS.URL)
+	require.NoError(tb, err)
+	up := upstream.New(upstream.Config{IMDS: base})
+	tb.Cleanup(up.Close)
+	tokens := tokencache.New(up.Token, tokencache.Config{})
+	tb.Cleanup(tokens.Close)
+	log := slog.New(slog.DiscardHandler)
+	resolver := newResolver(tb, log)
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { resolver.Run(ctx) })
+	tb.Cleanup(func() { cancel(); running.Wait() })
+	<-resolver.Synced()
+
+	s = New(Config{Pods: resolver, Tokens: tokens, Upstream: up, Logger: log})
+	r, err = http.ReadRequest(bufio.NewReader(strings.NewReader(request("GET", tokenURL, "Metadata: true"))))
+	require.NoError(tb, err)
+	r.RemoteAddr = bound + ":40000"
+	w = &discardWriter{header: make(http.Header)}
+	s.ServeHTTP(w, r)
+	require.Equal(tb, http.StatusOK, w.status)
+	return s, r, w
+}
+
+func TestACachedTokenCostsFewAllocations(t *testing.T) {
+	s, r, w := cached(t)
+	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { s.ServeHTTP(w, r) }), 3.0, "two header values and the length")
+}
+
+// BenchmarkToken is a cached token from request to answer, without the network.
+func BenchmarkToken(b *testing.B) {
+	s, r, w := cached(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		s.ServeHTTP(w, r)
+	}
+}
+
+type discardWriter struct {
+	header http.Header
+	status int
+}
+
+func (w *discardWriter) Header() http.Header         { return w.header }
+func (w *discardWriter) WriteHeader(status int)      { w.status = status }
+func (w *discardWriter) Write(p []byte) (int, error) { return len(p), nil }

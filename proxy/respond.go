@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/podidentity/nmi/tokencache"
@@ -14,10 +15,10 @@ const contentType = "application/json; charset=utf-8"
 // writeToken writes the eight fields in IMDS's order, all of them strings: some
 // SDKs cannot read numbers, none needs them.
 func writeToken(w http.ResponseWriter, t *tokencache.Token, now time.Time) {
-	b := make([]byte, 0, len(t.AccessToken)+len(t.ClientID)+len(t.Resource)+256)
-	b = append(b, `{"access_token":`...)
-	b = appendString(b, t.AccessToken)
-	b = append(b, `,"client_id":`...)
+	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is ever put there
+	b := append((*buffer)[:0], `{"access_token":"`...)
+	b = append(b, t.AccessToken...) // a b64token: nothing to escape
+	b = append(b, `","client_id":`...)
 	b = appendString(b, t.ClientID)
 	b = append(b, `,"expires_in":`...)
 	b = appendSeconds(b, t.ExpiresOn.Unix()-now.Unix())
@@ -33,7 +34,17 @@ func writeToken(w http.ResponseWriter, t *tokencache.Token, now time.Time) {
 	b = appendString(b, t.TokenType)
 	b = append(b, '}')
 	writeJSON(w, http.StatusOK, b)
+	if cap(b) <= maxBuffer {
+		*buffer = b
+		buffers.Put(buffer)
+	}
 }
+
+// buffers are for token answers. Larger ones than any real token needs are not
+// kept.
+var buffers = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
+
+const maxBuffer = 64 << 10
 
 func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	h := w.Header()

@@ -88,10 +88,8 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Token, error) {
 	landed := c.flights.DoChan(key.String(), func() (any, error) { return c.fly(key) })
 	select {
 	case r := <-landed:
-		if r.Err != nil {
-			return nil, r.Err
-		}
-		return r.Val.(*Token), nil
+		token, _ := r.Val.(*Token) // nil with an error
+		return token, r.Err
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

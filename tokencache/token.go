@@ -34,7 +34,10 @@ func (k Key) String() string {
 // Token is an access token and what its issuer said about it. Tokens are shared
 // between callers and must not be changed.
 type Token struct {
-	AccessToken string // a secret: never logged
+	// AccessToken is a secret, never logged. It is a b64token (RFC 6750, section
+	// 2.1), as it has to be in an Authorization header: letters, digits and
+	// "-._~+/=" alone.
+	AccessToken string
 	ClientID    string // as the issuer spelled it
 	Resource    string // as the issuer echoed it
 	TokenType   string // "Bearer"

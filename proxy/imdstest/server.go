@@ -202,8 +202,8 @@ type answer struct {
 }
 
 // refuse is an error in the shape of the identity endpoint.
-func refuse(status int, description string) answer {
-	return answer{status: status, body: fmt.Sprintf(`{"error":"invalid_request","error_description":%q}`, description)}
+func refuse(description string) answer {
+	return answer{status: http.StatusBadRequest, body: fmt.Sprintf(`{"error":"invalid_request","error_description":%q}`, description)}
 }
 
 var notFound = answer{status: http.StatusNotFound, body: `{"error":"Not Found"}`}
@@ -215,7 +215,7 @@ func (s *Server) answer(r *http.Request, call *Call) answer {
 	case p == "/metadata/identity/oauth2/token":
 		return s.token(r, query, call)
 	case p == "/metadata/identity/getplatformmetadata" && !headers:
-		return refuse(http.StatusBadRequest, "Required metadata header not specified")
+		return refuse("Required metadata header not specified")
 	case strings.HasPrefix(p, "/metadata/identity") && p != "/metadata/identity/info" && p != "/metadata/identity/issuecredential":
 		return notFound
 	case p == "/metadata/versions":
@@ -243,10 +243,10 @@ func (s *Server) answer(r *http.Request, call *Call) answer {
 
 func (s *Server) token(r *http.Request, query url.Values, call *Call) answer {
 	if r.Header.Get("Metadata") != "true" {
-		return refuse(400, "Required metadata header not specified")
+		return refuse("Required metadata header not specified")
 	}
 	if r.Header.Get("X-Forwarded-For") != "" {
-		return refuse(400, "X-Forwarded-For header is not allowed")
+		return refuse("X-Forwarded-For header is not allowed")
 	}
 	if r.Method != http.MethodGet {
 		return answer{status: 405, body: `{"error":"Method Not Allowed"}`}
@@ -261,12 +261,12 @@ func (s *Server) token(r *http.Request, query url.Values, call *Call) answer {
 	}
 	for _, required := range []string{"api-version", "resource"} {
 		if query.Get(required) == "" {
-			return refuse(400, fmt.Sprintf("Required query variable '%s' is missing", required))
+			return refuse(fmt.Sprintf("Required query variable '%s' is missing", required))
 		}
 	}
 	subject, ok := s.subject(query)
 	if !ok {
-		return refuse(400, "Identity not found")
+		return refuse("Identity not found")
 	}
 	if s.cfg.Latency > 0 {
 		time.Sleep(s.cfg.Latency)

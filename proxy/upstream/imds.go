@@ -113,6 +113,8 @@ func parseToken(body []byte, key tokencache.Key, now time.Time) (*tokencache.Tok
 	switch {
 	case in.AccessToken == "":
 		return nil, fmt.Errorf("no access_token")
+	case !isB64Token(in.AccessToken):
+		return nil, fmt.Errorf("access_token has characters that no bearer token has (RFC 6750)")
 	case in.TokenType == "":
 		return nil, fmt.Errorf("no token_type")
 	case in.Resource != key.Resource:
@@ -139,4 +141,16 @@ func parseToken(body []byte, key tokencache.Key, now time.Time) (*tokencache.Tok
 		}
 	}
 	return token, nil
+}
+
+// isB64Token reports whether a token can stand in an Authorization header.
+func isB64Token(token string) bool {
+	for i := range len(token) {
+		switch c := token[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', strings.IndexByte("-._~+/=", c) >= 0:
+		default:
+			return false
+		}
+	}
+	return true
 }

@@ -165,6 +165,7 @@ func TestParseToken(t *testing.T) {
 		"empty not_before":              {map[string]any{"not_before": `""`}, ""},
 		"null ext_expires_in":           {map[string]any{"ext_expires_in": "null"}, ""},
 		"no token":                      {map[string]any{"access_token": `""`}, "no access_token"},
+		"a token with a quote":          {map[string]any{"access_token": `"secret\""`}, "characters that no bearer token has"},
 		"no type":                       {map[string]any{"token_type": nil}, "no token_type"},
 		"another resource":              {map[string]any{"resource": `"https://management.azure.com/"`}, "it is for resource"},
 		"another identity":              {map[string]any{"client_id": `"other"`}, "it is for client_id"},
@@ -209,7 +210,7 @@ func FuzzParseToken(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if token.AccessToken == "" || token.Resource != key.Resource || !token.ExpiresOn.After(now) ||
+		if token.AccessToken == "" || strings.ContainsAny(token.AccessToken, "\"\\\x00\n ") || token.Resource != key.Resource || !token.ExpiresOn.After(now) ||
 			token.ExpiresOn.Sub(now) > longestLife || token.ExtExpiresOn.Before(token.ExpiresOn) {
 			t.Fatalf("accepted %q", body)
 		}

@@ -1,0 +1,85 @@
+package proxy
+
+import (
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/podidentity/nmi/podresolver"
+)
+
+// tokenRequest is what a query asks for.
+type tokenRequest struct {
+	resource string
+	selector podresolver.Selector
+}
+
+// The parameters that mean something here. Others are left alone: newer SDKs
+// send some.
+const (
+	apiVersion = iota
+	resource
+	clientID
+	objectID
+	msiResID // the name that IMDS documents
+	miResID  // the name that it takes as well
+	parameters
+)
+
+var parameterNames = [parameters]string{"api-version", "resource", "client_id", "object_id", "msi_res_id", "mi_res_id"}
+
+// parseTokenRequest reads the query of a request for a token. What is required
+// must be there, nothing may come twice, and at most one identity be named: a
+// request that could be read in two ways is refused.
+func parseTokenRequest(r *http.Request) (tokenRequest, error) {
+	if r.Method != http.MethodGet {
+		return tokenRequest{}, errMethod
+	}
+	var value [parameters]string
+	var given [parameters]bool
+	// Not url.ParseQuery, which makes a map of all there is.
+	for rest := r.URL.RawQuery; rest != ""; {
+		var pair string
+		pair, rest, _ = strings.Cut(rest, "&")
+		name, text, _ := strings.Cut(pair, "=")
+		name, nameErr := url.QueryUnescape(name)
+		text, textErr := url.QueryUnescape(text)
+		// A semicolon separated parameters once (W3C, HTML 4.01, appendix B.2.2);
+		// a service that still thinks so would read another query.
+		if nameErr != nil || textErr != nil || strings.Contains(pair, ";") {
+			return tokenRequest{}, badRequest("The query cannot be parsed: encode the parameters")
+		}
+		for i, known := range parameterNames {
+			if name != known {
+				continue
+			}
+			if given[i] {
+				return tokenRequest{}, badRequest("Query variable '" + name + "' was given more than once")
+			}
+			given[i], value[i] = true, text
+		}
+	}
+
+	named := 0
+	for _, i := range []int{clientID, objectID, msiResID, miResID} {
+		if value[i] != "" {
+			named++
+		}
+	}
+	switch {
+	case value[apiVersion] == "":
+		return tokenRequest{}, badRequest("Required query variable 'api-version' is missing")
+	case value[resource] == "":
+		return tokenRequest{}, badRequest("Required query variable 'resource' is missing")
+	case named > 1:
+		return tokenRequest{}, badRequest("client_id, object_id, msi_res_id and mi_res_id exclude each other: name the identity by one of them")
+	}
+	return tokenRequest{
+		resource: value[resource],
+		selector: podresolver.Selector{
+			ClientID:   value[clientID],
+			ObjectID:   value[objectID],
+			ResourceID: value[msiResID] + value[miResID], // at most one is set
+		},
+	}, nil
+}
