@@ -47,7 +47,7 @@ func newNode(t *testing.T, command string, shape testbed.Shape) *node {
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, n.pod.Close()) })
 
-	imds, err := network.IMDS.Listen(testbed.MetadataAddress)
+	imds, err := network.Metadata.Listen(testbed.MetadataAddress)
 	require.NoError(t, err)
 	n.serve(imds, func() string { n.leaks.Add(1); return "imds" })
 	t.Cleanup(func() {
@@ -153,115 +153,119 @@ func (n *node) inPlace() bool {
 	return jumps == 1 && first == 1 && rules == 1
 }
 
-func forEachBackend(t *testing.T, test func(t *testing.T, command string)) {
+func TestPodsReachTheAgent(t *testing.T) {
 	for _, command := range backends {
-		t.Run(command, func(t *testing.T) { test(t, command) })
+		t.Run(command, func(t *testing.T) {
+			for _, tc := range []struct {
+				shape testbed.Shape
+				mode  iptables.Mode
+				hears string
+			}{
+				{testbed.Ptp, iptables.Redirect, "agent"},
+				{testbed.Ptp, iptables.DNAT, "agent"},
+				{testbed.Routed, iptables.DNAT, "agent"},
+				// The kernel has no address to redirect to, and drops the packet:
+				// no token, but no leak either.
+				{testbed.Routed, iptables.Redirect, ""},
+			} {
+				t.Run(fmt.Sprintf("%s, mode %s", tc.shape, tc.mode), func(t *testing.T) {
+					n := newNode(t, command, tc.shape)
+					require.Equal(t, "imds", n.ask(), "without rules a pod reaches the metadata service")
+					require.EqualValues(t, 1, n.leaks.Load())
+					n.redirect(tc.mode)
+					n.agent(tc.mode)
+					assert.Equal(t, tc.hears, n.ask())
+					assert.EqualValues(t, 1, n.leaks.Load())
+				})
+			}
+		})
 	}
 }
 
-func TestPodsReachTheAgent(t *testing.T) {
-	forEachBackend(t, func(t *testing.T, command string) {
-		for _, tc := range []struct {
-			shape testbed.Shape
-			mode  iptables.Mode
-			hears string
-		}{
-			{testbed.Ptp, iptables.Redirect, "agent"},
-			{testbed.Ptp, iptables.DNAT, "agent"},
-			{testbed.Routed, iptables.DNAT, "agent"},
-			// The kernel has no address to redirect to, and drops the packet:
-			// no token, but no leak either.
-			{testbed.Routed, iptables.Redirect, ""},
-		} {
-			t.Run(fmt.Sprintf("%s, mode %s", tc.shape, tc.mode), func(t *testing.T) {
-				n := newNode(t, command, tc.shape)
-				require.Equal(t, "imds", n.ask(), "without rules a pod reaches the metadata service")
-				require.EqualValues(t, 1, n.leaks.Load())
-				n.redirect(tc.mode)
-				n.agent(tc.mode)
-				assert.Equal(t, tc.hears, n.ask())
-				assert.EqualValues(t, 1, n.leaks.Load())
-			})
-		}
-	})
-}
-
 func TestRulesOutliveTheAgent(t *testing.T) {
-	forEachBackend(t, func(t *testing.T, command string) {
-		for _, mode := range iptables.Modes {
-			t.Run(string(mode), func(t *testing.T) {
-				n := newNode(t, command, testbed.Ptp)
-				stopRules := n.redirect(mode)
-				stopAgent := n.agent(mode)
-				require.Equal(t, "agent", n.ask())
-				stopRules()
-				stopAgent()
-				assert.Empty(t, n.ask())
-				assert.True(t, n.inPlace())
-				n.agent(mode)
-				assert.Equal(t, "agent", n.ask(), "back without a word to iptables")
-				assert.Zero(t, n.leaks.Load())
-			})
-		}
-	})
+	for _, command := range backends {
+		t.Run(command, func(t *testing.T) {
+			for _, mode := range iptables.Modes {
+				t.Run(string(mode), func(t *testing.T) {
+					n := newNode(t, command, testbed.Ptp)
+					stopRules := n.redirect(mode)
+					stopAgent := n.agent(mode)
+					require.Equal(t, "agent", n.ask())
+					stopRules()
+					stopAgent()
+					assert.Empty(t, n.ask())
+					assert.True(t, n.inPlace())
+					n.agent(mode)
+					assert.Equal(t, "agent", n.ask(), "back without a word to iptables")
+					assert.Zero(t, n.leaks.Load())
+				})
+			}
+		})
+	}
 }
 
 func TestForeignChangesAreRepaired(t *testing.T) {
-	forEachBackend(t, func(t *testing.T, command string) {
-		n := newNode(t, command, testbed.Ptp)
-		n.redirect(iptables.Redirect)
-		n.agent(iptables.Redirect)
-		for what, change := range map[string]func(){
-			"chain flushed":        func() { n.iptables("-F", "aad-metadata") },
-			"jump deleted":         func() { n.iptables("-D", "PREROUTING", "-j", "aad-metadata") },
-			"nat flushed":          func() { n.iptables("-F") },
-			"all of nat deleted":   func() { n.iptables("-F"); n.iptables("-X") },
-			"a rule above ours":    func() { n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT") },
-			"our jump twice":       func() { n.iptables("-A", "PREROUTING", "-j", "aad-metadata") },
-			"a narrower jump":      func() { n.iptables("-A", "PREROUTING", "-i", "veth+", "-j", "aad-metadata") },
-			"a rule in our chain":  func() { n.iptables("-I", "aad-metadata", "1", "-j", "RETURN") },
-			"another agent's port": func() { n.iptables("-R", "aad-metadata", "1", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "1") },
-		} {
-			change()
-			n.eventually(func() bool { return n.inPlace() && n.ask() == "agent" }, what)
-		}
-	})
+	for _, command := range backends {
+		t.Run(command, func(t *testing.T) {
+			n := newNode(t, command, testbed.Ptp)
+			n.redirect(iptables.Redirect)
+			n.agent(iptables.Redirect)
+			for what, change := range map[string]func(){
+				"chain flushed":        func() { n.iptables("-F", "aad-metadata") },
+				"jump deleted":         func() { n.iptables("-D", "PREROUTING", "-j", "aad-metadata") },
+				"nat flushed":          func() { n.iptables("-F") },
+				"all of nat deleted":   func() { n.iptables("-F"); n.iptables("-X") },
+				"a rule above ours":    func() { n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT") },
+				"our jump twice":       func() { n.iptables("-A", "PREROUTING", "-j", "aad-metadata") },
+				"a narrower jump":      func() { n.iptables("-A", "PREROUTING", "-i", "veth+", "-j", "aad-metadata") },
+				"a rule in our chain":  func() { n.iptables("-I", "aad-metadata", "1", "-j", "RETURN") },
+				"another agent's port": func() { n.iptables("-R", "aad-metadata", "1", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "1") },
+			} {
+				change()
+				n.eventually(func() bool { return n.inPlace() && n.ask() == "agent" }, what)
+			}
+		})
+	}
 }
 
 func TestTheChainOfAnOldNMIIsTakenOver(t *testing.T) {
-	forEachBackend(t, func(t *testing.T, command string) {
-		n := newNode(t, command, testbed.Routed)
-		n.iptables("-N", "aad-metadata")
-		n.iptables("-A", "aad-metadata", "-p", "tcp", "!", "-s", "127.0.0.1/32", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
-		n.iptables("-A", "aad-metadata", "-j", "RETURN")
-		n.iptables("-A", "PREROUTING", "-p", "udp", "-j", "ACCEPT")
-		n.iptables("-I", "PREROUTING", "1", "-j", "aad-metadata")
-		n.redirect(iptables.DNAT)
-		n.agent(iptables.DNAT)
-		assert.Equal(t, "agent", n.ask())
-		assert.True(t, n.inPlace())
-		assert.Contains(t, n.iptables("-S", "PREROUTING"), "-p udp", "the rules of others stay")
-	})
+	for _, command := range backends {
+		t.Run(command, func(t *testing.T) {
+			n := newNode(t, command, testbed.Routed)
+			n.iptables("-N", "aad-metadata")
+			n.iptables("-A", "aad-metadata", "-p", "tcp", "!", "-s", "127.0.0.1/32", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
+			n.iptables("-A", "aad-metadata", "-j", "RETURN")
+			n.iptables("-A", "PREROUTING", "-p", "udp", "-j", "ACCEPT")
+			n.iptables("-I", "PREROUTING", "1", "-j", "aad-metadata")
+			n.redirect(iptables.DNAT)
+			n.agent(iptables.DNAT)
+			assert.Equal(t, "agent", n.ask())
+			assert.True(t, n.inPlace())
+			assert.Contains(t, n.iptables("-S", "PREROUTING"), "-p udp", "the rules of others stay")
+		})
+	}
 }
 
 func TestCleanupRemovesWhatIsOursAndNothingElse(t *testing.T) {
-	forEachBackend(t, func(t *testing.T, command string) {
-		n := newNode(t, command, testbed.Ptp)
-		n.iptables("-N", "KUBE-SERVICES")
-		n.iptables("-A", "PREROUTING", "-j", "KUBE-SERVICES")
-		defer n.iptables("-X")
-		defer n.iptables("-F")
-		before := n.iptables("-S")
-		n.redirect(iptables.DNAT)()
-		require.NotEqual(t, before, n.iptables("-S"))
-		require.True(t, onLo(t, iptables.DefaultAddress))
-		for range 2 {
-			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
-			assert.Equal(t, before, n.iptables("-S"))
-			assert.False(t, onLo(t, iptables.DefaultAddress))
-		}
-		assert.Equal(t, "imds", n.ask())
-	})
+	for _, command := range backends {
+		t.Run(command, func(t *testing.T) {
+			n := newNode(t, command, testbed.Ptp)
+			n.iptables("-N", "KUBE-SERVICES")
+			n.iptables("-A", "PREROUTING", "-j", "KUBE-SERVICES")
+			defer n.iptables("-X")
+			defer n.iptables("-F")
+			before := n.iptables("-S")
+			n.redirect(iptables.DNAT)()
+			require.NotEqual(t, before, n.iptables("-S"))
+			require.True(t, onLo(t, iptables.DefaultAddress))
+			for range 2 {
+				require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
+				assert.Equal(t, before, n.iptables("-S"))
+				assert.False(t, onLo(t, iptables.DefaultAddress))
+			}
+			assert.Equal(t, "imds", n.ask())
+		})
+	}
 }
 
 func TestNewSaysWhatIsMissing(t *testing.T) {

@@ -1,0 +1,141 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	authorizationv1 "k8s.io/api/authorization/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+)
+
+func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
+	taken, err := net.Listen("tcp4", "0.0.0.0:2579")
+	require.NoError(t, err)
+	defer taken.Close()
+	kubeconfig := "KUBECONFIG=" + world.Kubeconfig
+	good := []string{"--node=node1", "--operation-mode=managed", "--http-probe-port=8085"}
+	for name, tc := range map[string]struct {
+		env  []string
+		args []string
+		says string
+	}{
+		"no node":              {[]string{kubeconfig}, []string{"--operation-mode=managed"}, "--node is required"},
+		"standard mode":        {[]string{kubeconfig}, []string{"--node=node1"}, "--operation-mode=standard is not served yet"},
+		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "redirect" or "dnat"`},
+		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
+		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
+		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unknown command "clean"`},
+		"a taken port":         {[]string{kubeconfig}, good, "port 2579 is taken"},
+		"no kubeconfig":        {[]string{"KUBECONFIG=/nowhere"}, good, "reading KUBECONFIG"},
+		"no cluster":           {[]string{"KUBECONFIG="}, good, "set KUBECONFIG, or run in a pod"},
+		"no iptables":          {[]string{kubeconfig, "PATH=/nowhere"}, good, "install the iptables package"},
+		"cleanup of a nothing": {nil, []string{"cleanup", "--redirect-address=x"}, "--redirect-address=x is not usable"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			code, output, err := testbed.RunAgent(tc.env, tc.args...)
+			require.NoError(t, err)
+			assert.Equal(t, 1, code, output)
+			last := lastLine(output)
+			assert.True(t, strings.HasPrefix(last, "nmi: "), output)
+			assert.Contains(t, last, tc.says)
+			assert.NotContains(t, output, "panic")
+			assert.NotContains(t, output, "Usage:")
+		})
+	}
+	t.Run("no root", func(t *testing.T) {
+		code, output, err := testbed.RunAgentAsNobody(good...)
+		require.NoError(t, err)
+		assert.Equal(t, 1, code)
+		assert.Contains(t, lastLine(output), "run as root with the capabilities NET_ADMIN and NET_RAW")
+	})
+}
+
+func lastLine(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return lines[len(lines)-1]
+}
+
+func TestItWaitsForTheAPIServerAndSaysSo(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	require.NoError(t, world.StopAPIServer())
+	a := s.agentNotReady()
+	require.Eventually(t, func() bool {
+		status, text := a.Ready(t.Context())
+		return status == 503 && strings.Contains(text, "pods") && strings.Contains(text, "connection refused")
+	}, 10*time.Second, 10*time.Millisecond)
+	require.NoError(t, world.StartAPIServer(t.Context()))
+	require.NoError(t, a.AwaitReady(t.Context()))
+	assert.Equal(t, 200, p.asks(vault).status)
+}
+
+func TestItWaitsForMissingDefinitionsAndSaysWhich(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	restore, err := world.RemoveDefinition(t.Context(), "azurepodidentityexceptions.aadpodidentity.k8s.io")
+	require.NoError(t, err)
+	a := s.agentNotReady()
+	require.Eventually(t, func() bool {
+		status, text := a.Ready(t.Context())
+		return status == 503 && strings.Contains(text, "azurepodidentityexceptions.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
+	}, 10*time.Second, 10*time.Millisecond)
+	require.NoError(t, restore(t.Context()))
+	require.NoError(t, a.AwaitReady(t.Context()))
+	assert.Equal(t, 200, p.asks(vault).status)
+}
+
+func TestTheServiceAccountMayReadWhatIsNeededAndNoMore(t *testing.T) {
+	may := func(verb, group, resource, namespace string) bool {
+		review, err := world.Kube.AuthorizationV1().SubjectAccessReviews().Create(t.Context(), &authorizationv1.SubjectAccessReview{
+			Spec: authorizationv1.SubjectAccessReviewSpec{
+				User: "system:serviceaccount:kube-system:nmi", Groups: []string{"system:serviceaccounts"},
+				ResourceAttributes: &authorizationv1.ResourceAttributes{Verb: verb, Group: group, Resource: resource, Namespace: namespace},
+			},
+		}, metav1.CreateOptions{})
+		require.NoError(t, err)
+		return review.Status.Allowed
+	}
+	for _, resource := range []string{"azureidentities", "azureidentitybindings", "azurepodidentityexceptions"} {
+		assert.True(t, may("list", "aadpodidentity.k8s.io", resource, ""))
+		assert.True(t, may("watch", "aadpodidentity.k8s.io", resource, ""))
+		assert.False(t, may("update", "aadpodidentity.k8s.io", resource, ""))
+	}
+	assert.True(t, may("list", "", "pods", ""))
+	assert.True(t, may("watch", "", "pods", ""))
+	assert.False(t, may("delete", "", "pods", "shop"))
+	assert.False(t, may("get", "", "secrets", "shop"))
+	assert.False(t, may("list", "", "secrets", ""))
+	assert.False(t, may("get", "", "nodes", ""))
+}
+
+func TestTheDaemonSetIsWhatTheAPIServerStored(t *testing.T) {
+	ds, err := world.Kube.AppsV1().DaemonSets("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
+	require.NoError(t, err)
+	pod := ds.Spec.Template.Spec
+	assert.True(t, pod.HostNetwork)
+	require.Len(t, pod.Containers, 1)
+	capabilities := pod.Containers[0].SecurityContext.Capabilities
+	assert.Equal(t, []string{"ALL"}, names(capabilities.Drop))
+	assert.Equal(t, []string{"NET_ADMIN", "NET_RAW"}, names(capabilities.Add))
+	// The binary takes the flags that the manifest gives it.
+	args := append([]string{"--version"}, pod.Containers[0].Args...)
+	code, output, err := testbed.RunAgent(nil, args...)
+	require.NoError(t, err)
+	assert.Zero(t, code, output)
+}
+
+func names[T ~string](in []T) []string {
+	out := make([]string, len(in))
+	for i, name := range in {
+		out[i] = string(name)
+	}
+	return out
+}

@@ -1,0 +1,252 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"net/http"
+	"os/exec"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/proxy/imdstest"
+)
+
+// wirings are the ways to connect a pod to the agent that work.
+var wirings = []struct {
+	name  string
+	shape testbed.Shape
+	mode  string
+}{
+	{"an interface with an address, redirect", testbed.Ptp, "redirect"},
+	{"an interface with an address, dnat", testbed.Ptp, "dnat"},
+	{"an interface without, dnat", testbed.Routed, "dnat"},
+}
+
+func TestABoundPodGetsItsTokenFromUpstreamOnceThenFromMemory(t *testing.T) {
+	for _, wiring := range wirings {
+		t.Run(wiring.name, func(t *testing.T) {
+			s := begin(t)
+			p := s.pod("cart-0", "10.244.0.11", wiring.shape, "cart")
+			s.agent("--redirect-mode=" + wiring.mode)
+
+			first := p.asks(vault)
+			require.Equal(t, 200, first.status, first.body)
+			assert.Equal(t, cart.ClientID, first.subject)
+			assert.Equal(t, 1, world.IMDS.Requests())
+
+			second := p.asks(vault)
+			assert.Equal(t, first.subject, second.subject)
+			assert.Equal(t, 1, world.IMDS.Requests(), "no upstream call for the second")
+		})
+	}
+}
+
+func TestRedirectWithoutAnAddressDropsAndDoesNotLeak(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Routed, "cart")
+	s.agent("--redirect-mode=redirect")
+	assert.Zero(t, p.asksBriefly(vault).status, "the kernel has no address to redirect to")
+	assert.Zero(t, world.IMDS.Requests())
+}
+
+func TestTwoPodsGetTheirOwnIdentitiesAndMayNotNameTheOthers(t *testing.T) {
+	s := begin(t)
+	a := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	b := s.pod("report-0", "10.244.0.12", testbed.Ptp, "report")
+	s.agent()
+	assert.Equal(t, cart.ClientID, a.asks(vault).subject)
+	assert.Equal(t, report.ClientID, b.asks(vault).subject)
+	assert.Equal(t, cart.ClientID, a.asks(vault+"&msi_res_id="+cart.ResourceID).subject)
+
+	others := a.asks(vault + "&client_id=" + report.ClientID)
+	assert.Equal(t, 400, others.status)
+	assert.Empty(t, others.subject, "in memory it is, but not for this pod")
+}
+
+func TestFiveHundredColdRequestsMakeOneUpstreamCall(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	s.agent()
+	client := p.Client(20 * time.Second)
+	defer client.CloseIdleConnections()
+	var wg sync.WaitGroup
+	for range 500 {
+		wg.Go(func() { assert.Equal(t, cart.ClientID, ask(t, client, tokenURL+vault).subject) })
+	}
+	wg.Wait()
+	assert.Equal(t, 1, world.IMDS.Requests())
+}
+
+func TestAnExceptedPodGetsWhatIMDSGivesTheNode(t *testing.T) {
+	s := begin(t)
+	p := s.network("10.244.0.13", testbed.Ptp)
+	// The exception is the one in deploy/manifests.
+	s.object("kube-system", "addon-0", "10.244.0.13", map[string]string{"kubernetes.azure.com/managedby": "aks"})
+	s.agent()
+	assert.Equal(t, imdstest.Node, p.asks(vault).subject)
+	attested := p.get("http://"+testbed.MetadataAddress+"/metadata/attested/document?api-version=2021-02-01", time.Second)
+	assert.Equal(t, 200, attested.status, "passed on, whatever it is")
+}
+
+func TestAPodWithoutBindingIsRefusedAndIMDSNotAsked(t *testing.T) {
+	s := begin(t)
+	p := s.pod("nobody", "10.244.0.14", testbed.Ptp, "nothing")
+	s.agent()
+	got := p.asks(vault)
+	assert.Equal(t, 400, got.status)
+	assert.Equal(t, `{"error":"invalid_request","error_description":"Identity not found"}`, got.body)
+	assert.Equal(t, 404, p.get("http://"+testbed.MetadataAddress+`/metadata\identity\oauth2\token?api-version=2018-02-01&resource=x`, time.Second).status)
+	assert.Equal(t, 404, p.get("http://"+testbed.MetadataAddress+"/metadata/attested/document?api-version=2021-02-01", time.Second).status)
+	assert.Zero(t, world.IMDS.Requests())
+	assert.Equal(t, 200, p.get("http://"+testbed.MetadataAddress+"/metadata/instance?api-version=2021-02-01", time.Second).status)
+}
+
+func TestABindingThatGoesTakesItsTokensWithIt(t *testing.T) {
+	s := begin(t)
+	require.NoError(t, world.Bind(t.Context(), "shop", "brief", cart))
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "brief")
+	s.agent()
+	require.Equal(t, 200, p.asks(vault).status)
+	require.NoError(t, world.Unbind(t.Context(), "shop", "brief"))
+	require.Eventually(t, func() bool { return p.asks(vault).status == 400 }, 5*time.Second, 10*time.Millisecond,
+		"refused, although the token is in memory")
+}
+
+func TestAnAddressUsedAgainNeverHandsOverTheOldIdentity(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	s.agent()
+	require.Equal(t, cart.ClientID, p.asks(vault).subject)
+
+	// From here on the address is nobody's, or the other pod's.
+	require.NoError(t, world.DeletePod(t.Context(), "shop", "cart-0"))
+	require.Eventually(t, func() bool { return p.asks(vault).status == 503 }, 10*time.Second, time.Millisecond)
+	s.object("shop", "nobody", "10.244.0.11", map[string]string{"aadpodidbinding": "nothing"})
+	require.Eventually(t, func() bool {
+		got := p.asks(vault)
+		require.Empty(t, got.subject, "the identity of the pod before")
+		return got.status == 400
+	}, 10*time.Second, time.Millisecond)
+	require.NoError(t, world.DeletePod(t.Context(), "shop", "nobody"))
+	s.object("shop", "report-0", "10.244.0.11", map[string]string{"aadpodidbinding": "report"})
+	require.Eventually(t, func() bool {
+		got := p.asks(vault)
+		require.NotEqual(t, cart.ClientID, got.subject)
+		return got.subject == report.ClientID
+	}, 10*time.Second, time.Millisecond)
+}
+
+func TestAPodThatAsksBeforeItsAddressIsKnownGetsItsToken(t *testing.T) {
+	s := begin(t)
+	p := s.network("10.244.0.15", testbed.Ptp)
+	s.object("shop", "early", "", map[string]string{"aadpodidbinding": "cart"})
+	s.agent()
+	heard := make(chan answer, 1)
+	go func() { heard <- p.asks(vault) }()
+	select {
+	case got := <-heard:
+		t.Fatalf("answered before the pod is known: %+v", got)
+	case <-time.After(300 * time.Millisecond): // the request waits at the agent
+	}
+	require.NoError(t, world.SetPodAddress(t.Context(), "shop", "early", "10.244.0.15"))
+	assert.Equal(t, cart.ClientID, (<-heard).subject)
+
+	stranger := s.network("10.244.0.16", testbed.Ptp).asks(vault)
+	assert.Equal(t, 503, stranger.status)
+	assert.Equal(t, "1", stranger.retryAfter)
+}
+
+func TestStoppedWithSIGTERMPodsAreRefusedAndNothingLeaks(t *testing.T) {
+	for _, wiring := range wirings {
+		t.Run(wiring.name, func(t *testing.T) {
+			s := begin(t)
+			p := s.pod("cart-0", "10.244.0.11", wiring.shape, "cart")
+			a := s.agent("--redirect-mode=" + wiring.mode)
+			require.Equal(t, 200, p.asks(vault).status)
+			code, err := a.Stop()
+			require.NoError(t, err)
+			assert.Zero(t, code)
+			assert.Zero(t, p.asksBriefly(vault).status)
+			assert.Equal(t, 1, world.IMDS.Requests())
+		})
+	}
+}
+
+func TestKilledAndStartedAgainItWorksAndNothingLeakedMeanwhile(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent()
+	ctx, stop := context.WithCancel(t.Context())
+	var asking sync.WaitGroup
+	asking.Go(func() { // a pod that never stops asking
+		for ctx.Err() == nil {
+			if got := p.asksBriefly(vault); got.status != 0 {
+				assert.Equal(t, cart.ClientID, got.subject, got.body)
+			}
+		}
+	})
+	for range 3 {
+		require.NoError(t, a.Kill())
+		a = s.agent()
+		require.Equal(t, cart.ClientID, p.asks(vault).subject)
+	}
+	stop()
+	asking.Wait()
+}
+
+func TestWithTheAPIServerAwayKnownPodsStillGetTokens(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent()
+	require.Equal(t, 200, p.asks(vault).status)
+	require.NoError(t, world.StopAPIServer())
+	assert.Equal(t, cart.ClientID, p.asks(vault).subject, "from memory")
+	assert.Equal(t, cart.ClientID, p.asks("https://management.azure.com").subject, "from upstream")
+	status, text := a.Ready(t.Context())
+	assert.Equal(t, http.StatusOK, status, text)
+	require.NoError(t, world.StartAPIServer(t.Context()))
+	// The informers come back: a new pod is seen.
+	late := s.pod("late", "10.244.0.17", testbed.Ptp, "report")
+	require.Eventually(t, func() bool { return late.asks(vault).subject == report.ClientID }, time.Minute, 50*time.Millisecond)
+}
+
+func TestTheAgentCannotBeReachedByTheNodesAddress(t *testing.T) {
+	for _, mode := range []string{"redirect", "dnat"} {
+		t.Run(mode, func(t *testing.T) {
+			s := begin(t)
+			p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+			s.agent("--redirect-mode=" + mode)
+			for _, host := range []string{testbed.NodeAddress, "10.244.0.1", "169.254.169.252"} {
+				url := "http://" + host + ":2579/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + vault
+				assert.Zero(t, p.get(url, time.Second).status, "from a pod to %s", host)
+				outside := &http.Client{Timeout: time.Second, Transport: &http.Transport{DialContext: world.Metadata.DialContext, DisableKeepAlives: true}}
+				assert.Zero(t, ask(t, outside, url).status, "from the network to %s", host)
+			}
+			assert.Equal(t, 200, p.asks(vault).status, "redirected, all is well")
+		})
+	}
+}
+
+func TestCleanupGivesTheNodeBack(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent("--redirect-mode=dnat")
+	require.Equal(t, 200, p.asks(vault).status)
+	_, err := a.Stop()
+	require.NoError(t, err)
+	for range 2 {
+		code, output := s.nmi("cleanup")
+		assert.Zero(t, code, output)
+	}
+	rules, err := exec.CommandContext(t.Context(), "iptables-save", "-t", "nat").CombinedOutput()
+	require.NoError(t, err)
+	assert.NotContains(t, string(rules), "aad-metadata")
+	assert.Equal(t, imdstest.Node, p.asks(vault).subject, "as on a node without the agent")
+	world.IMDS.Reset() // that was no leak
+}
