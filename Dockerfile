@@ -1,0 +1,15 @@
+# The agent and the iptables that it calls.
+FROM golang:1.26-bookworm AS build
+WORKDIR /src
+COPY go.mod go.sum ./
+RUN go mod download
+COPY . .
+ARG VERSION=dev
+RUN make build VERSION="$VERSION"
+
+FROM debian:bookworm-slim
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends iptables \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build /src/bin/nmi /usr/bin/nmi
+ENTRYPOINT ["/usr/bin/nmi"]

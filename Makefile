@@ -1,0 +1,55 @@
+# The commands of this project; README.md says which to try first.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
+KUBE    := .cache/bin
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test lint unit e2e kube bench bench-micro packages root clean
+
+build: ## bin/nmi, static
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi
+
+demo: root packages ## the main job on this machine alone
+	@mkdir -p .cache && go build -o .cache/demo ./deploy/demo
+	@exec .cache/demo
+
+test: root packages lint unit e2e ## everything
+
+lint:
+	$(LINT) run ./...
+
+# The tests of iptables run in namespaces of their own, hence root.
+unit: root packages
+	go test -race ./...
+
+e2e: root packages build kube ## the real binary against a real API server
+	go test -tags e2e -count=1 -timeout 10m ./deploy/e2e
+
+kube: $(KUBE)/kube-apiserver $(KUBE)/etcd
+
+# Some minutes the first time, then never again until the version changes.
+$(KUBE)/kube-apiserver: deploy/testbed/kube/go.mod
+	@echo "building kube-apiserver from its module; this takes some minutes, once"
+	cd deploy/testbed/kube && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../../$@ k8s.io/kubernetes/cmd/kube-apiserver
+	@touch $@
+
+$(KUBE)/etcd: deploy/testbed/kube/go.mod
+	cd deploy/testbed/kube && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../../$@ go.etcd.io/etcd/server/v3
+	@touch $@
+
+bench: root packages build kube ## requests/s through the redirect, beside a bare server
+	@deploy/packages.sh wrk
+	@go build -o .cache/bench ./bench
+	@exec .cache/bench
+
+bench-micro: ## the steps of a request, one by one
+	go test -run '^$$' -bench . -benchmem ./tokencache ./podresolver ./proxy
+
+packages:
+	@deploy/packages.sh iptables
+
+root:
+	@test "$$(id -u)" = 0 || { echo "This makes network namespaces, and needs root for that: run it with sudo." >&2; exit 1; }
+
+clean:
+	rm -rf bin .cache

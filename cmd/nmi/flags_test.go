@@ -1,0 +1,138 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/iptables"
+)
+
+func parse(t *testing.T, args ...string) (*options, error) {
+	t.Helper()
+	o := newOptions()
+	fs := pflag.NewFlagSet("nmi", pflag.ContinueOnError)
+	o.addTo(fs)
+	return o, fs.Parse(args)
+}
+
+func TestDefaults(t *testing.T) {
+	o, err := parse(t, "--node=n", "--operation-mode=Managed")
+	require.NoError(t, err)
+	cfg, err := o.config()
+	require.NoError(t, err)
+	assert.Equal(t, config{
+		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
+		mode: iptables.Redirect, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
+	}, cfg)
+}
+
+// TestEveryFlagOfTheOldNMIIsTaken gives each flag of aad-pod-identity v1.8.17
+// (cmd/nmi/main.go, pkg/log/options.go and klog's) a value.
+func TestEveryFlagOfTheOldNMIIsTaken(t *testing.T) {
+	o, err := parse(t,
+		"--nmi-listen-address=127.0.0.1", "--nmi-port=2579", "--metadata-ip=169.254.169.254", "--metadata-port=80", "--node=n",
+		"--ipt-update-interval-sec=30", "--MICNamespace=default", "--forceNamespaced", "--operation-mode=managed",
+		"--http-probe-port=8085", "--prometheus-port=9090", "--retry-attempts-for-created=16", "--retry-attempts-for-assigned=4",
+		"--find-identity-retry-interval=5", "--enableScaleFeatures=true", "--enableProfile=false", "--block-instance-metadata=true",
+		"--metadata-header-required=false", "--allow-network-plugin-kubenet=false", "--kubelet-config=/etc/default/kubelet",
+		"--set-retry-after-header=false", "--enable-conntrack-deletion=false", "--log-format=json", "--custom-user-agent=acme",
+		"--add_dir_header", "--alsologtostderr", "--log_backtrace_at=main.go:1", "--log_dir=", "--log_file=", "--log_file_max_size=1",
+		"--logtostderr=true", "--one_output", "--skip_headers", "--skip_log_headers", "--stderrthreshold=2", "-v=5", "--v=5", "--vmodule=",
+		"--version=false",
+	)
+	require.NoError(t, err)
+	cfg, err := o.config()
+	require.NoError(t, err)
+	assert.True(t, cfg.blockInstance)
+	assert.True(t, cfg.headerOptional)
+	assert.Equal(t, "nmi/dev acme", cfg.userAgent)
+	assert.True(t, o.logger(&bytes.Buffer{}).Enabled(t.Context(), -4), "-v=5 is debug")
+}
+
+func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
+	for arg, want := range map[string]string{
+		"--node=":                            "--node is required",
+		"--operation-mode=standard":          "--operation-mode=standard is not served yet",
+		"--operation-mode=x":                 `--operation-mode=x is unknown: use "managed"`,
+		"--log-format=xml":                   `--log-format=xml is unknown: use "text" or "json"`,
+		"--ipt-update-interval-sec=0":        "--ipt-update-interval-sec=0 is too short",
+		"--nmi-port=0":                       "--nmi-port=0 is not a port",
+		"--http-probe-port=2579":             "--nmi-port and --http-probe-port are both 2579",
+		"--metadata-ip=fe80::1":              "--metadata-ip=fe80::1 is not usable",
+		"--redirect-address=127.0.0.1":       "--redirect-address=127.0.0.1 is not usable",
+		"--redirect-address=169.254.169.254": "is the metadata service's own address",
+		"--redirect-mode=auto":               `--redirect-mode: "auto" is not a redirect mode`,
+	} {
+		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
+		require.NoError(t, err, arg)
+		_, err = o.config()
+		require.ErrorContains(t, err, want, arg)
+		assert.NotContains(t, err.Error(), "\n", arg)
+	}
+	_, err := parse(t, "--nmi-port=65536")
+	assert.ErrorContains(t, err, "nmi-port")
+}
+
+func TestEveryFlagIsDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/flags.md")
+	require.NoError(t, err)
+	fs := pflag.NewFlagSet("nmi", pflag.ContinueOnError)
+	newOptions().addTo(fs)
+	fs.VisitAll(func(f *pflag.Flag) {
+		if !f.Hidden {
+			assert.Contains(t, string(doc), "`--"+f.Name+"`")
+			assert.NotEmpty(t, f.Usage, f.Name)
+		}
+	})
+}
+
+func TestVersionAndHelp(t *testing.T) {
+	for _, args := range [][]string{{"--version"}, {"version"}} {
+		cmd := command()
+		var out bytes.Buffer
+		cmd.SetOut(&out)
+		cmd.SetArgs(args)
+		require.NoError(t, cmd.ExecuteContext(t.Context()))
+		assert.True(t, strings.HasPrefix(out.String(), "nmi dev (go"), out.String())
+	}
+}
+
+func TestProbes(t *testing.T) {
+	notYet := errors.New("pods: waiting\nbindings: waiting")
+	var trouble error
+	h := &health{checks: []func() error{func() error { return trouble }, func() error { return nil }}}
+	get := func(path string) (int, string) {
+		w := httptest.NewRecorder()
+		r := httptest.NewRequestWithContext(context.Background(), http.MethodGet, path, nil)
+		h.handler().ServeHTTP(w, r)
+		return w.Code, w.Body.String()
+	}
+	check := func(path string, status int, body string) {
+		t.Helper()
+		gotStatus, gotBody := get(path)
+		assert.Equal(t, status, gotStatus)
+		assert.Equal(t, body, gotBody)
+	}
+	check("/readyz", 200, "ready\n")
+	check("/healthz", 200, "Active")
+	trouble = notYet
+	check("/readyz", 503, "not ready:\n- pods: waiting\n- bindings: waiting\n")
+	check("/healthz", 200, "Not Active")
+	trouble = nil
+	h.stopping.Store(true)
+	check("/readyz", 503, "not ready:\n- the agent is stopping\n")
+	status, _ := get("/debug/pprof/")
+	assert.Equal(t, 404, status)
+}

@@ -1,0 +1,102 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"go/parser"
+	"go/token"
+	"io"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const module = "github.com/podidentity/nmi/"
+
+// rooms lists the packages of the project and, of each, the packages of the
+// project that it may import. Data flows one way: tokencache never meets a pod,
+// podresolver never meets a token, iptables meets neither. "*" is any.
+var rooms = map[string][]string{
+	"cmd/nmi":                    {"iptables", "podresolver", "proxy", "proxy/upstream", "tokencache"},
+	"proxy":                      {"podresolver", "proxy/upstream", "tokencache"},
+	"proxy/upstream":             {"tokencache"},
+	"proxy/imdstest":             {},
+	"podresolver":                {"podresolver/aadpodidentity"},
+	"podresolver/aadpodidentity": {},
+	"tokencache":                 {},
+	"iptables":                   {},
+	"deploy/testbed":             {"*"},
+	"deploy/e2e":                 {"*"},
+	"deploy/demo":                {"*"},
+	"bench":                      {"*"},
+}
+
+// goPackage is what go list says of a package.
+type goPackage struct {
+	ImportPath, Dir       string
+	GoFiles, XTestGoFiles []string
+	TestGoFiles           []string
+	Imports               []string
+}
+
+func packages(t *testing.T) []goPackage {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-json", "-tags=e2e", module+"...")
+	cmd.Dir = "../.."
+	out, err := cmd.Output()
+	require.NoError(t, err)
+	var all []goPackage
+	for decoder := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p goPackage
+		err := decoder.Decode(&p)
+		if errors.Is(err, io.EOF) {
+			return all
+		}
+		require.NoError(t, err)
+		all = append(all, p)
+	}
+}
+
+func TestEachRoomImportsWhatItMay(t *testing.T) {
+	seen := make(map[string]bool)
+	for _, p := range packages(t) {
+		name := strings.TrimPrefix(p.ImportPath, module)
+		seen[name] = true
+		allowed, ok := rooms[name]
+		if !assert.True(t, ok, "package %s is not in the table of rooms: which room is it part of?", name) {
+			continue
+		}
+		for _, imported := range p.Imports {
+			if room, ours := strings.CutPrefix(imported, module); ours && !slices.Contains(allowed, "*") {
+				assert.Contains(t, allowed, room, "%s must not import %s", name, room)
+			}
+		}
+	}
+	for name := range rooms {
+		assert.True(t, seen[name], "room %s is in the table, but there is no such package", name)
+	}
+}
+
+func TestEachPackageHasOneComment(t *testing.T) {
+	for _, p := range packages(t) {
+		files := p.GoFiles
+		if len(files) == 0 { // tests alone
+			files = append(p.TestGoFiles, p.XTestGoFiles...)
+		}
+		var with []string
+		for _, file := range files {
+			parsed, err := parser.ParseFile(token.NewFileSet(), filepath.Join(p.Dir, file), nil, parser.PackageClauseOnly|parser.ParseComments)
+			require.NoError(t, err)
+			if parsed.Doc != nil {
+				with = append(with, file)
+			}
+		}
+		assert.Len(t, with, 1, "files of %s with a package comment", p.ImportPath)
+	}
+}
