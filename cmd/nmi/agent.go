@@ -36,6 +36,8 @@ import (
 // Stop: not ready, finish the requests under way, close. The iptables rules stay,
 // so that no pod reaches the node's identity while there is no agent.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
+	ctx, stop := context.WithCancel(ctx) // by a signal, or because a part failed
+	defer stop()
 	log.Info("starting", "version", version, "node", cfg.node, "redirect_mode", cfg.mode)
 	if cfg.headerOptional {
 		log.Warn(`the header "Metadata: true" is not asked for: pods that fetch URLs for others can be made to fetch tokens`)
@@ -74,7 +76,13 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Logger: log,
 	})
 
-	status := &health{checks: []func() error{resolver.Ready, rules.Installed}}
+	stopping := func() error {
+		if ctx.Err() != nil {
+			return errStopping
+		}
+		return nil
+	}
+	status := &health{checks: []func() error{stopping, resolver.Ready, rules.Installed}}
 	probeServer := &http.Server{Handler: status.handler(), ReadHeaderTimeout: 5 * time.Second}
 
 	// What requests need outlives them: it ends when Serve has returned.
@@ -90,13 +98,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		}
 	})
 	parts.Go(func() { _ = probeServer.Serve(probes) }) // always an error, after Close
-	parts.Go(func() {
-		<-ctx.Done()
-		status.stopping.Store(true)
-	})
 
 	log.Info("listening", "address", ln.Addr().String())
-	ctx, stop := context.WithCancel(ctx)
 	err = server.Serve(ctx, proxy.OnlyRedirected(ln, cfg.metadata))
 	stop()
 	stopBehind()
@@ -105,7 +108,10 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("serving: %w", err)
 	}
-	log.Info("stopped; the iptables rules stay, so that pods cannot reach the node's identity (nmi cleanup removes them)")
+	if rules.Installed() == nil {
+		log.Info("the iptables rules stay, so that no pod reaches the node's identity; nmi cleanup removes them")
+	}
+	log.Info("stopped")
 	return nil
 }
 

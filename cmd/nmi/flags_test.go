@@ -130,8 +130,7 @@ func TestProbes(t *testing.T) {
 	trouble = notYet
 	check("/readyz", 503, "not ready:\n- pods: waiting\n- bindings: waiting\n")
 	check("/healthz", 200, "Not Active")
-	trouble = nil
-	h.stopping.Store(true)
+	trouble = errStopping
 	check("/readyz", 503, "not ready:\n- the agent is stopping\n")
 	status, _ := get("/debug/pprof/")
 	assert.Equal(t, 404, status)

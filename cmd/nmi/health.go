@@ -5,22 +5,17 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
-	"sync/atomic"
 )
 
 // health answers the kubelet's probes. Ready means: listening, synced, rules in
 // place, not stopping.
 type health struct {
-	checks   []func() error // nil means well; each error says what to do
-	stopping atomic.Bool
+	checks []func() error // nil means well; each error says what to do
 }
 
 var errStopping = errors.New("the agent is stopping")
 
 func (h *health) err() error {
-	if h.stopping.Load() {
-		return errStopping
-	}
 	var all []error
 	for _, check := range h.checks {
 		all = append(all, check())
