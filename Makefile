@@ -49,6 +49,7 @@ packages:
 	@deploy/packages.sh iptables
 
 root:
+	@command -v go >/dev/null || { echo "go is not on the PATH; with sudo, keep yours: sudo env \"PATH=\$$PATH\" make ..." >&2; exit 1; }
 	@test "$$(id -u)" = 0 || { echo "This makes network namespaces, and needs root for that: run it with sudo." >&2; exit 1; }
 
 clean:

@@ -130,14 +130,15 @@ func ensureAddress(addr netip.Addr) error {
 	return nil
 }
 
-// removeAddress takes the address off lo if it is there.
-func removeAddress(addr netip.Addr) error {
+// removeAddress takes the address off lo, and reports whether it was there.
+func removeAddress(addr netip.Addr) (bool, error) {
 	lo, a, err := loAddress(addr)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if err = netlink.AddrDel(lo, a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-		return fmt.Errorf("removing %s from lo: %w", addr, err)
+	err = netlink.AddrDel(lo, a)
+	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return false, fmt.Errorf("removing %s from lo: %w", addr, err)
 	}
-	return nil
+	return err == nil, nil
 }

@@ -28,13 +28,14 @@ import (
 // policies can name it.
 var DefaultAddress = netip.MustParseAddr("169.254.169.252")
 
-// Config says what is redirected and where to. All but Command is required.
+// Config says what is redirected and where to. All but Command and Logger is
+// required; Cleanup needs Address alone.
 type Config struct {
 	Mode     Mode
 	Metadata netip.AddrPort // of the metadata service, IPv4
 	Port     uint16         // that the agent listens on
 	Address  netip.Addr     // on lo, for mode DNAT
-	Interval time.Duration  // between two looks at the rules
+	Interval time.Duration  // between two checks of the rules
 	Command  string         // the iptables to use; "" means "iptables" on the PATH
 	Logger   *slog.Logger   // nil means slog.Default
 }
@@ -129,10 +130,16 @@ func Cleanup(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	if change := s.remove(); change != "" {
+	change := s.remove()
+	if change != "" {
 		if err := r.kernel.apply(ctx, change); err != nil {
 			return fmt.Errorf("removing the rules: %w", err)
 		}
 	}
-	return removeAddress(cfg.Address)
+	removed, err := removeAddress(cfg.Address)
+	if err != nil {
+		return err
+	}
+	r.cfg.Logger.Info("cleaned up", "rules_removed", change != "", "address_removed", removed)
+	return nil
 }

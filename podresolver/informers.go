@@ -166,9 +166,9 @@ func advise(name string, err error) error {
 	}
 	var call *url.Error // its URL is long, and different for each try
 	if errors.As(err, &call) {
-		err = call.Err
+		return fmt.Errorf("%s: cannot reach the API server (is it up, and its address right?): %w", name, call.Err)
 	}
-	return fmt.Errorf("%s: cannot reach the API server: %w", name, err)
+	return fmt.Errorf("%s: the API server answered: %w", name, err)
 }
 
 // pending says why the source has not synced yet; nil once it has.

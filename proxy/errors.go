@@ -22,7 +22,12 @@ type httpError struct {
 	retryAfter  time.Duration
 }
 
-func (e *httpError) Error() string { return e.code + ": " + e.description }
+func (e *httpError) Error() string {
+	if e.description == "" {
+		return e.code
+	}
+	return e.code + ": " + e.description
+}
 
 func badRequest(description string) *httpError {
 	return &httpError{status: http.StatusBadRequest, code: "invalid_request", description: description}
@@ -97,9 +102,9 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	var own *httpError
 	switch {
 	case errors.As(err, &own): // the client's own mistake, and it is told all there is to say
-		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "status", e.status, "error", err)
+		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
 	case s.refusals.Allow():
-		s.log.InfoContext(r.Context(), "no token", "from", r.RemoteAddr, "status", e.status, "error", err)
+		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", err)
 	}
 	if e.retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int((e.retryAfter+time.Second-1)/time.Second)))

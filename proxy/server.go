@@ -56,7 +56,8 @@ type Server struct {
 	http    *http.Server
 	forward *httputil.ReverseProxy
 	log     *slog.Logger
-	// refusals keeps a pod that asks in a loop from filling the log.
+	// refusals keeps pods that ask in a loop from filling the log: 20 lines at
+	// once, 5 a second.
 	refusals *rate.Limiter
 }
 
@@ -124,7 +125,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 		return s.token(w, r)
 	case kind == routeOpen, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
 		if r.Method == http.MethodGet {
-			s.forward.ServeHTTP(w, r)
+			s.passOn(w, r, "path", r.URL.Path)
 			return nil
 		}
 		return s.exceptedOnly(w, r, errMethod)
@@ -144,13 +145,13 @@ func (s *Server) exceptedOnly(w http.ResponseWriter, r *http.Request, refusal er
 	if pod.Exception() == "" {
 		return refusal
 	}
-	s.passOn(w, r, pod)
+	s.passOn(w, r, "pod", pod, "exception", pod.Exception())
 	return nil
 }
 
-// passOn sends an excepted pod's request to IMDS as it is.
-func (s *Server) passOn(w http.ResponseWriter, r *http.Request, pod *podresolver.Pod) {
-	s.log.DebugContext(r.Context(), "passed on", "pod", pod, "exception", pod.Exception(), "method", r.Method)
+// passOn sends a request to IMDS as it is; why says who or what is passed on.
+func (s *Server) passOn(w http.ResponseWriter, r *http.Request, why ...any) {
+	s.log.DebugContext(r.Context(), "passed on", append(why, "from", r.RemoteAddr, "method", r.Method)...)
 	s.forward.ServeHTTP(w, r)
 }
 

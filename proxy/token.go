@@ -20,7 +20,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if pod.Exception() != "" { // unprocessed, so before its query is judged
-		s.passOn(w, r, pod)
+		s.passOn(w, r, "pod", pod, "exception", pod.Exception())
 		return nil
 	}
 	want, err := parseTokenRequest(r)

@@ -109,9 +109,10 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return fmt.Errorf("serving: %w", err)
 	}
 	if rules.Installed() == nil {
-		log.Info("the iptables rules stay, so that no pod reaches the node's identity; nmi cleanup removes them")
+		log.Info("stopped; the iptables rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
+	} else {
+		log.Info("stopped; this agent has put no iptables rules in place")
 	}
-	log.Info("stopped")
 	return nil
 }
 
@@ -121,8 +122,12 @@ func newResolver(cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
 	var restConfig *rest.Config
 	var err error
 	if path := os.Getenv("KUBECONFIG"); path != "" {
-		if restConfig, err = clientcmd.BuildConfigFromFlags("", path); err != nil {
-			return nil, fmt.Errorf("reading KUBECONFIG: %w", err)
+		restConfig, err = clientcmd.BuildConfigFromFlags("", path)
+		if clientcmd.IsEmptyConfig(err) {
+			return nil, fmt.Errorf("KUBECONFIG=%s has no current context that names a cluster", path)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading KUBECONFIG=%s: %w", path, err)
 		}
 	} else if restConfig, err = rest.InClusterConfig(); err != nil {
 		return nil, fmt.Errorf("finding the API server: set KUBECONFIG, or run in a pod with a service account: %w", err)

@@ -56,6 +56,8 @@ func newOptions() *options {
 	return o
 }
 
+const maxIntervalSeconds = 24 * 60 * 60
+
 // debugVerbosity is the --v from which debug messages are logged; klog's users
 // know 4 as "debug".
 const debugVerbosity = 4
@@ -68,11 +70,11 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.StringVar(&o.metadataIP, "metadata-ip", "169.254.169.254", "address of the instance metadata service")
 	fs.Uint16Var(&o.metadataPort, "metadata-port", 80, "port of the instance metadata service")
 	fs.Uint16Var(&o.probePort, "http-probe-port", 8080, "port of /healthz and /readyz")
-	fs.IntVar(&o.intervalSeconds, "ipt-update-interval-sec", 60, "seconds between two looks at the iptables rules")
+	fs.IntVar(&o.intervalSeconds, "ipt-update-interval-sec", 60, "seconds between checks of the iptables rules")
 	fs.BoolVar(&o.blockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
 	fs.BoolVar(&o.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
-	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of upstream requests")
-	fs.StringVar(&o.logFormat, "log-format", "text", `"text" or "json"`)
+	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS and the API server")
+	o.addLogging(fs)
 
 	// Ours.
 	fs.StringVar(&o.redirectMode, "redirect-mode", string(iptables.Redirect),
@@ -89,12 +91,15 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.Int("find-identity-retry-interval", 5, accepted+"see --retry-attempts-for-created")
 	fs.Bool("enableScaleFeatures", true, accepted+"always on")
 	fs.Bool("enableProfile", false, accepted+"no profiling endpoint is served yet")
-	fs.Bool("allow-network-plugin-kubenet", false, accepted+"the agent does not look for kubenet yet; see the README on ARP spoofing")
+	fs.Bool("allow-network-plugin-kubenet", false, accepted+"the agent does not look for kubenet yet; see docs/security.md on ARP spoofing")
 	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read")
 	fs.Bool("set-retry-after-header", false, accepted+"Retry-After is always set where asking again helps")
 	fs.Bool("enable-conntrack-deletion", false, accepted+"connections from before the rules are not deleted yet")
 	fs.Uint16("prometheus-port", 9090, accepted+"no metrics are served yet")
+}
 
+func (o *options) addLogging(fs *pflag.FlagSet) {
+	fs.StringVar(&o.logFormat, "log-format", "text", `"text" or "json"`)
 	// klog's own, for which only the verbosity has a meaning here.
 	o.klog.VisitAll(func(f *flag.Flag) {
 		p := pflag.PFlagFromGoFlag(f)
@@ -135,8 +140,8 @@ func (o *options) config() (config, error) {
 	if o.logFormat != "text" && o.logFormat != "json" {
 		return config{}, fmt.Errorf(`--log-format=%s is unknown: use "text" or "json"`, o.logFormat)
 	}
-	if o.intervalSeconds < 1 {
-		return config{}, fmt.Errorf("--ipt-update-interval-sec=%d is too short: use 1 or more", o.intervalSeconds)
+	if o.intervalSeconds < 1 || o.intervalSeconds > maxIntervalSeconds {
+		return config{}, fmt.Errorf("--ipt-update-interval-sec=%d is not usable: use 1 to %d", o.intervalSeconds, maxIntervalSeconds)
 	}
 	for name, port := range map[string]uint16{"nmi-port": o.port, "metadata-port": o.metadataPort, "http-probe-port": o.probePort} {
 		if port == 0 {
@@ -168,7 +173,7 @@ func (o *options) config() (config, error) {
 func parseIPv4(name, text string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(text)
 	if err != nil || !addr.Is4() || addr.IsLoopback() || addr.IsUnspecified() || addr.IsMulticast() {
-		return netip.Addr{}, fmt.Errorf("--%s=%s is not usable: give an IPv4 address that is not loopback, for example 169.254.169.252", name, text)
+		return netip.Addr{}, fmt.Errorf("--%s=%s is not usable: give an IPv4 address that is not loopback", name, text)
 	}
 	return addr, nil
 }

@@ -45,7 +45,7 @@ tokens of the managed identities that AzureIdentityBindings give to that pod.
 
 It takes the flags of the NMI of aad-pod-identity. The API server is found through
 the environment variable KUBECONFIG, or else as a pod finds it.`,
-		Args:          cobra.NoArgs,
+		Args:          noArguments,
 		SilenceUsage:  true, // an error is one line; --help is there for more
 		SilenceErrors: true, // main prints it
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -61,6 +61,9 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 	}
 	opts.addTo(root.Flags())
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		return fmt.Errorf("%w (nmi --help lists the flags and what they take)", err)
+	})
 
 	cleanup := &cobra.Command{
 		Use:   "cleanup",
@@ -69,7 +72,7 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 agent's own address from lo; nothing else. Run it after the agent has been
 uninstalled: from then on pods reach the metadata service themselves, and with it
 the identity of the node.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			address, err := parseIPv4("redirect-address", opts.redirectAddress)
 			if err != nil {
@@ -79,13 +82,21 @@ the identity of the node.`,
 		},
 	}
 	opts.addRedirectAddress(cleanup.Flags())
+	opts.addLogging(cleanup.Flags())
 	root.AddCommand(cleanup, &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return printVersion(cmd) },
 	})
 	return root
+}
+
+func noArguments(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("unexpected argument %q: the commands are cleanup and version, and the values of boolean flags are written --flag=true", args[0])
+	}
+	return nil
 }
 
 func printVersion(cmd *cobra.Command) error {

@@ -112,7 +112,8 @@ func (d *demo) askAndExplain(ctx context.Context, name, how string) error {
 // ask lets a pod ask for a token over a new connection.
 func (d *demo) ask(ctx context.Context, name, how string) (answer, error) {
 	say("Pod " + name + " " + how)
-	row("request", "GET http://169.254.169.254/metadata/identity/oauth2/token?resource="+resource)
+	row("request", "GET http://169.254.169.254/metadata/identity/oauth2/token")
+	row("", "    ?api-version=2018-02-01&resource="+resource+", header Metadata: true")
 	client := d.pods[name].Client(10 * time.Second)
 	defer client.CloseIdleConnections()
 	a, err := getToken(ctx, client, resource)

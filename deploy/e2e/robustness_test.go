@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"net"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -32,9 +33,11 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "redirect" or "dnat"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
-		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unknown command "clean"`},
+		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup and version`},
 		"a taken port":         {[]string{kubeconfig}, good, "port 2579 is taken"},
-		"no kubeconfig":        {[]string{"KUBECONFIG=/nowhere"}, good, "reading KUBECONFIG"},
+		"no kubeconfig":        {[]string{"KUBECONFIG=/nowhere"}, good, "reading KUBECONFIG=/nowhere"},
+		"an empty kubeconfig":  {[]string{"KUBECONFIG=/dev/null"}, good, "KUBECONFIG=/dev/null has no current context"},
+		"a boolean apart":      {[]string{kubeconfig}, append(good, "--block-instance-metadata", "true"), "the values of boolean flags are written --flag=true"},
 		"no cluster":           {[]string{"KUBECONFIG="}, good, "set KUBECONFIG, or run in a pod"},
 		"no iptables":          {[]string{kubeconfig, "PATH=/nowhere"}, good, "install the iptables package"},
 		"cleanup of a nothing": {nil, []string{"cleanup", "--redirect-address=x"}, "--redirect-address=x is not usable"},
@@ -130,6 +133,21 @@ func TestTheDaemonSetIsWhatTheAPIServerStored(t *testing.T) {
 	code, output, err := testbed.RunAgent(nil, args...)
 	require.NoError(t, err)
 	assert.Zero(t, code, output)
+}
+
+func TestTheCleanupManifestIsValidAndItsArgumentsWork(t *testing.T) {
+	s := begin(t)
+	objects, err := testbed.ReadManifests(os.DirFS("../../deploy"), "cleanup.yaml")
+	require.NoError(t, err)
+	require.NoError(t, testbed.Apply(t.Context(), world.Custom, objects))
+	daemonSets := world.Kube.AppsV1().DaemonSets("kube-system")
+	ds, err := daemonSets.Get(t.Context(), "nmi-cleanup", metav1.GetOptions{})
+	require.NoError(t, err)
+	require.Len(t, ds.Spec.Template.Spec.InitContainers, 1)
+	code, output := s.nmi(ds.Spec.Template.Spec.InitContainers[0].Args...)
+	assert.Zero(t, code, output)
+	assert.Contains(t, output, "cleaned up")
+	require.NoError(t, daemonSets.Delete(t.Context(), "nmi-cleanup", metav1.DeleteOptions{}))
 }
 
 func names[T ~string](in []T) []string {
