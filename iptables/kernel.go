@@ -29,13 +29,13 @@ type kernel struct {
 	tables *goiptables.IPTables
 }
 
-func openKernel(command string) (*kernel, error) {
-	path, err := exec.LookPath(command)
+func openKernel(backend Backend) (*kernel, error) {
+	path, err := backend.path()
 	if err != nil {
-		return nil, fmt.Errorf("%s is not on this machine: install the iptables package: %w", command, err)
+		return nil, err
 	}
 	if _, err = exec.LookPath(path + "-restore"); err != nil {
-		return nil, fmt.Errorf("%s-restore is not on this machine: install the iptables package: %w", command, err)
+		return nil, fmt.Errorf("%s-restore is not on this machine: install the iptables package: %w", path, err)
 	}
 	tables, err := goiptables.New(goiptables.Path(path), goiptables.Timeout(lockWait))
 	if err != nil {

@@ -25,21 +25,19 @@ import (
 
 func TestMain(m *testing.M) { testbed.Main(m) }
 
-// backends are the two kinds of iptables. Which of them "iptables" is depends on
-// the node.
-var backends = []string{"iptables-nft", "iptables-legacy"}
+var backends = []iptables.Backend{iptables.NFT, iptables.Legacy}
 
 // node is a node with one pod and a metadata service that counts its visitors.
 type node struct {
 	t       *testing.T
-	command string // the iptables to use
+	backend iptables.Backend
 	pod     *testbed.Pod
 	leaks   atomic.Int32 // requests that reached the metadata service
 }
 
-func newNode(t *testing.T, command string, shape testbed.Shape) *node {
+func newNode(t *testing.T, backend iptables.Backend, shape testbed.Shape) *node {
 	t.Helper()
-	n := &node{t: t, command: command}
+	n := &node{t: t, backend: backend}
 	network, err := testbed.NewNetwork()
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, network.Close()) })
@@ -71,7 +69,7 @@ func (n *node) serve(ln net.Listener, says func() string) (stop func()) {
 func (n *node) config(mode iptables.Mode) iptables.Config {
 	return iptables.Config{
 		Mode: mode, Metadata: netip.MustParseAddrPort(testbed.MetadataAddress), Port: 2579,
-		Address: iptables.DefaultAddress, Interval: 20 * time.Millisecond, Command: n.command,
+		Address: iptables.DefaultAddress, Interval: 20 * time.Millisecond, Backend: n.backend,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 }
@@ -121,7 +119,12 @@ func (n *node) ask() string {
 // iptables runs a command on the nat table, as somebody else on the node would.
 func (n *node) iptables(args ...string) string {
 	n.t.Helper()
-	out, err := exec.Command(n.command, append([]string{"-t", "nat", "--wait"}, args...)...).CombinedOutput()
+	return n.iptablesOf(n.backend, args...)
+}
+
+func (n *node) iptablesOf(backend iptables.Backend, args ...string) string {
+	n.t.Helper()
+	out, err := exec.Command("iptables-"+string(backend), append([]string{"-t", "nat", "--wait"}, args...)...).CombinedOutput()
 	require.NoError(n.t, err, string(out))
 	return string(out)
 }
@@ -154,8 +157,8 @@ func (n *node) inPlace() bool {
 }
 
 func TestPodsReachTheAgent(t *testing.T) {
-	for _, command := range backends {
-		t.Run(command, func(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
 			for _, tc := range []struct {
 				shape testbed.Shape
 				mode  iptables.Mode
@@ -169,7 +172,7 @@ func TestPodsReachTheAgent(t *testing.T) {
 				{testbed.Routed, iptables.Redirect, ""},
 			} {
 				t.Run(fmt.Sprintf("%s, mode %s", tc.shape, tc.mode), func(t *testing.T) {
-					n := newNode(t, command, tc.shape)
+					n := newNode(t, backend, tc.shape)
 					require.Equal(t, "imds", n.ask(), "without rules a pod reaches the metadata service")
 					require.EqualValues(t, 1, n.leaks.Load())
 					n.redirect(tc.mode)
@@ -183,11 +186,11 @@ func TestPodsReachTheAgent(t *testing.T) {
 }
 
 func TestRulesOutliveTheAgent(t *testing.T) {
-	for _, command := range backends {
-		t.Run(command, func(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
 			for _, mode := range iptables.Modes {
 				t.Run(string(mode), func(t *testing.T) {
-					n := newNode(t, command, testbed.Ptp)
+					n := newNode(t, backend, testbed.Ptp)
 					stopRules := n.redirect(mode)
 					stopAgent := n.agent(mode)
 					require.Equal(t, "agent", n.ask())
@@ -205,9 +208,9 @@ func TestRulesOutliveTheAgent(t *testing.T) {
 }
 
 func TestForeignChangesAreRepaired(t *testing.T) {
-	for _, command := range backends {
-		t.Run(command, func(t *testing.T) {
-			n := newNode(t, command, testbed.Ptp)
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
 			n.redirect(iptables.Redirect)
 			n.agent(iptables.Redirect)
 			for what, change := range map[string]func(){
@@ -229,9 +232,9 @@ func TestForeignChangesAreRepaired(t *testing.T) {
 }
 
 func TestTheChainOfAnOldNMIIsTakenOver(t *testing.T) {
-	for _, command := range backends {
-		t.Run(command, func(t *testing.T) {
-			n := newNode(t, command, testbed.Routed)
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Routed)
 			n.iptables("-N", "aad-metadata")
 			n.iptables("-A", "aad-metadata", "-p", "tcp", "!", "-s", "127.0.0.1/32", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
 			n.iptables("-A", "aad-metadata", "-j", "RETURN")
@@ -247,9 +250,9 @@ func TestTheChainOfAnOldNMIIsTakenOver(t *testing.T) {
 }
 
 func TestCleanupRemovesWhatIsOursAndNothingElse(t *testing.T) {
-	for _, command := range backends {
-		t.Run(command, func(t *testing.T) {
-			n := newNode(t, command, testbed.Ptp)
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
 			n.iptables("-N", "KUBE-SERVICES")
 			n.iptables("-A", "PREROUTING", "-j", "KUBE-SERVICES")
 			defer n.iptables("-X")
@@ -269,8 +272,63 @@ func TestCleanupRemovesWhatIsOursAndNothingElse(t *testing.T) {
 }
 
 func TestNewSaysWhatIsMissing(t *testing.T) {
-	_, err := iptables.New(iptables.Config{Command: "iptables-of-another-world"})
-	assert.ErrorContains(t, err, "install the iptables package")
+	t.Setenv("PATH", "/nowhere")
+	for _, backend := range iptables.Backends {
+		_, err := iptables.New(iptables.Config{Backend: backend, Logger: slog.New(slog.DiscardHandler)})
+		assert.ErrorContains(t, err, "install the iptables package", backend)
+	}
+}
+
+func TestTheBackendOfTheNodeIsFound(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.backend = iptables.Auto
+			for name, prepare := range map[string]func(){
+				"by its rules": func() { n.iptablesOf(backend, "-A", "POSTROUTING", "-j", "RETURN") },
+				"by the kubelet's chain, against more rules in the other": func() {
+					for range 3 {
+						n.iptablesOf(other(backend), "-A", "POSTROUTING", "-j", "RETURN")
+					}
+					n.iptablesOf(backend, "-N", "KUBE-KUBELET-CANARY")
+				},
+			} {
+				prepare()
+				n.redirect(iptables.Redirect)()
+				assert.Contains(t, n.iptablesOf(backend, "-S"), "aad-metadata", name)
+				assert.NotContains(t, n.iptablesOf(other(backend), "-S"), "aad-metadata", name)
+				require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
+				for _, b := range backends {
+					n.iptablesOf(b, "-F")
+				}
+			}
+			n.iptablesOf(backend, "-X")
+			n.backend = backend
+		})
+	}
+}
+
+func TestAChainInTheOtherBackendIsRemovedOnceOursIsInPlace(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.iptablesOf(other(backend), "-N", "aad-metadata")
+			n.iptablesOf(other(backend), "-A", "aad-metadata", "-p", "tcp", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
+			n.iptablesOf(other(backend), "-I", "PREROUTING", "1", "-j", "aad-metadata")
+			n.redirect(iptables.Redirect)
+			n.agent(iptables.Redirect)
+			assert.NotContains(t, n.iptablesOf(other(backend), "-S"), "aad-metadata")
+			assert.Equal(t, "agent", n.ask())
+			assert.Zero(t, n.leaks.Load())
+		})
+	}
+}
+
+func other(backend iptables.Backend) iptables.Backend {
+	if backend == iptables.NFT {
+		return iptables.Legacy
+	}
+	return iptables.NFT
 }
 
 // onLo reports whether lo has the address, for this host alone.

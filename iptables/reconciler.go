@@ -28,7 +28,7 @@ import (
 // policies can name it.
 var DefaultAddress = netip.MustParseAddr("169.254.169.252")
 
-// Config says what is redirected and where to. All but Command and Logger is
+// Config says what is redirected and where to. All but Backend and Logger is
 // required; Cleanup needs Address alone.
 type Config struct {
 	Mode     Mode
@@ -36,7 +36,7 @@ type Config struct {
 	Port     uint16         // that the agent listens on
 	Address  netip.Addr     // on lo, for mode DNAT
 	Interval time.Duration  // between two checks of the rules
-	Command  string         // the iptables to use; "" means "iptables" on the PATH
+	Backend  Backend        // whose tables to use; "" means Auto
 	Logger   *slog.Logger   // nil means slog.Default
 }
 
@@ -44,7 +44,9 @@ type Config struct {
 type Reconciler struct {
 	cfg    Config
 	kernel *kernel
-	status atomic.Pointer[error] // of the last look
+	status atomic.Pointer[error] // of the last check
+
+	alone bool // nothing of ours is in the other backend; Run's alone
 }
 
 // ErrNotYet is what Installed returns before the first look at the rules.
@@ -53,16 +55,21 @@ var ErrNotYet = errors.New("the iptables rules are not in place yet")
 // New checks that rules can be read here, and changes nothing. Its errors say
 // what is missing: the iptables commands, privileges, or the kernel's nat table.
 func New(cfg Config) (*Reconciler, error) {
-	if cfg.Command == "" {
-		cfg.Command = "iptables"
-	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	k, err := openKernel(cfg.Command)
+	why := "it was asked for"
+	if cfg.Backend == Auto || cfg.Backend == "" {
+		var err error
+		if cfg.Backend, why, err = detect(); err != nil {
+			return nil, err
+		}
+	}
+	k, err := openKernel(cfg.Backend)
 	if err != nil {
 		return nil, err
 	}
+	cfg.Logger.Info("iptables backend", "backend", cfg.Backend, "why", why)
 	r := &Reconciler{cfg: cfg, kernel: k}
 	r.status.Store(&ErrNotYet)
 	return r, nil
@@ -108,38 +115,71 @@ func (r *Reconciler) reconcile(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	change := s.install(desired(r.cfg))
-	if change == "" {
+	if change := s.install(desired(r.cfg)); change != "" {
+		if err := r.kernel.apply(ctx, change); err != nil {
+			return err
+		}
+		r.cfg.Logger.Info("iptables rules put in place", "chain", Chain, "mode", r.cfg.Mode, "taken_over", s.exists)
+	}
+	if r.alone {
 		return nil
 	}
-	if err := r.kernel.apply(ctx, change); err != nil {
+	// An NMI that used the other backend left a chain there, which would send
+	// pods to a port or an address of its own. It goes when ours is in place.
+	removed, err := removeFrom(ctx, r.cfg.Backend.other())
+	if err != nil {
 		return err
 	}
-	r.cfg.Logger.Info("iptables rules put in place", "chain", Chain, "mode", r.cfg.Mode, "taken_over", s.exists)
+	if removed {
+		r.cfg.Logger.Info("removed the chain of another agent", "chain", Chain, "backend", r.cfg.Backend.other())
+	}
+	r.alone = true
 	return nil
 }
 
-// Cleanup removes the chain, the jumps to it and the address on lo. Finding
-// nothing is success.
-func Cleanup(ctx context.Context, cfg Config) error {
-	r, err := New(cfg)
-	if err != nil {
-		return err
+// removeFrom removes our chain and the jumps to it from a backend, and reports
+// whether there was anything. A backend that this machine has not is clean.
+func removeFrom(ctx context.Context, backend Backend) (bool, error) {
+	if _, err := backend.path(); err != nil || !inUse(backend) {
+		return false, nil //nolint:nilerr // what cannot be reached from here was not put there from here
 	}
-	s, err := r.kernel.read()
+	k, err := openKernel(backend)
 	if err != nil {
-		return err
+		return false, err
+	}
+	s, err := k.read()
+	if err != nil {
+		return false, err
 	}
 	change := s.remove()
-	if change != "" {
-		if err := r.kernel.apply(ctx, change); err != nil {
-			return fmt.Errorf("removing the rules: %w", err)
-		}
+	if change == "" {
+		return false, nil
 	}
-	removed, err := removeAddress(cfg.Address)
+	if err := k.apply(ctx, change); err != nil {
+		return false, fmt.Errorf("removing the rules: %w", err)
+	}
+	return true, nil
+}
+
+// Cleanup removes the chain and the jumps to it, from both backends, and the
+// address from lo. Finding nothing is success.
+func Cleanup(ctx context.Context, cfg Config) error {
+	r, err := New(cfg) // says what is missing, if anything is
 	if err != nil {
 		return err
 	}
-	r.cfg.Logger.Info("cleaned up", "rules_removed", change != "", "address_removed", removed)
+	var rules bool
+	for _, backend := range []Backend{NFT, Legacy} {
+		removed, err := removeFrom(ctx, backend)
+		if err != nil {
+			return err
+		}
+		rules = rules || removed
+	}
+	address, err := removeAddress(cfg.Address)
+	if err != nil {
+		return err
+	}
+	r.cfg.Logger.Info("cleaned up", "rules_removed", rules, "address_removed", address)
 	return nil
 }

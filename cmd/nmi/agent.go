@@ -43,7 +43,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		log.Warn(`the header "Metadata: true" is not asked for: pods that fetch URLs for others can be made to fetch tokens`)
 	}
 	rules, err := iptables.New(iptables.Config{
-		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.port, Address: cfg.address, Interval: cfg.interval, Logger: log,
+		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.port, Address: cfg.address,
+		Interval: cfg.interval, Backend: cfg.backend, Logger: log,
 	})
 	if err != nil {
 		return err

@@ -24,6 +24,7 @@ type config struct {
 	probePort      uint16
 	mode           iptables.Mode
 	address        netip.Addr
+	backend        iptables.Backend
 	interval       time.Duration
 	blockInstance  bool
 	headerOptional bool
@@ -46,6 +47,7 @@ type options struct {
 	logFormat             string
 	redirectMode          string
 	redirectAddress       string
+	backend               string
 
 	klog *flag.FlagSet
 }
@@ -80,6 +82,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.StringVar(&o.redirectMode, "redirect-mode", string(iptables.Redirect),
 		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface`)
 	o.addRedirectAddress(fs)
+	fs.StringVar(&o.backend, "iptables-backend", string(iptables.Auto), `"nft" or "legacy"; "auto" finds out which one the node uses`)
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
@@ -158,6 +161,9 @@ func (o *options) config() (config, error) {
 	cfg.metadata = netip.AddrPortFrom(metadata, o.metadataPort)
 	if cfg.mode, err = iptables.ParseMode(o.redirectMode); err != nil {
 		return config{}, fmt.Errorf("--redirect-mode: %w", err)
+	}
+	if cfg.backend, err = iptables.ParseBackend(o.backend); err != nil {
+		return config{}, fmt.Errorf("--iptables-backend: %w", err)
 	}
 	if cfg.address, err = parseIPv4("redirect-address", o.redirectAddress); err != nil {
 		return config{}, err

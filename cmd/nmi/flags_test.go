@@ -34,7 +34,7 @@ func TestDefaults(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, config{
 		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
-		mode: iptables.Redirect, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
+		mode: iptables.Redirect, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
 	}, cfg)
 }
 
@@ -74,6 +74,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--metadata-ip=fe80::1":              "--metadata-ip=fe80::1 is not usable",
 		"--redirect-address=127.0.0.1":       "--redirect-address=127.0.0.1 is not usable",
 		"--redirect-address=169.254.169.254": "is the metadata service's own address",
+		"--iptables-backend=x":               `--iptables-backend: "x" is not an iptables backend: use "auto", "nft" or "legacy"`,
 		"--redirect-mode=auto":               `--redirect-mode: "auto" is not a redirect mode`,
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
