@@ -7,10 +7,12 @@
 //  2. Run reads what the kernel has. If that is not the desired state, one
 //     iptables-restore makes it so, in one transaction: there is no moment with
 //     half of the rules.
-//  3. It looks again every interval, since others flush tables too.
-//  4. The rules stay when Run ends, however it ends. With no agent behind them a
+//  3. What was there before is dealt with: the chain of an old agent in the other
+//     backend, connections from before the rules.
+//  4. It looks again every interval, since others flush tables too.
+//  5. The rules stay when Run ends, however it ends. With no agent behind them a
 //     pod's connection is refused; it never reaches the node's own identity.
-//  5. Cleanup removes what is ours, and nothing else.
+//  6. Cleanup removes what is ours, and nothing else.
 package iptables
 
 import (
@@ -46,7 +48,7 @@ type Reconciler struct {
 	kernel *kernel
 	status atomic.Pointer[error] // of the last check
 
-	alone bool // nothing of ours is in the other backend; Run's alone
+	settled bool // what others left has been dealt with; for Run alone
 }
 
 // ErrNotYet is what Installed returns before the first look at the rules.
@@ -120,12 +122,19 @@ func (r *Reconciler) reconcile(ctx context.Context) error {
 			return err
 		}
 		r.cfg.Logger.Info("iptables rules put in place", "chain", Chain, "mode", r.cfg.Mode, "taken_over", s.exists)
+		r.settled = false
 	}
-	if r.alone {
+	if r.settled {
 		return nil
 	}
+	return r.settle(ctx)
+}
+
+// settle deals with what was there before our rules: it comes after they are in
+// place, so that no pod finds a gap.
+func (r *Reconciler) settle(ctx context.Context) error {
 	// An NMI that used the other backend left a chain there, which would send
-	// pods to a port or an address of its own. It goes when ours is in place.
+	// pods to a port or an address of its own.
 	removed, err := removeFrom(ctx, r.cfg.Backend.other())
 	if err != nil {
 		return err
@@ -133,7 +142,14 @@ func (r *Reconciler) reconcile(ctx context.Context) error {
 	if removed {
 		r.cfg.Logger.Info("removed the chain of another agent", "chain", Chain, "backend", r.cfg.Backend.other())
 	}
-	r.alone = true
+	cut, err := cutBypassing(r.cfg.Metadata, r.cfg.Port)
+	if err != nil {
+		return err
+	}
+	if cut > 0 {
+		r.cfg.Logger.Info("cut connections to the metadata service that bypassed the agent", "connections", cut)
+	}
+	r.settled = true
 	return nil
 }
 

@@ -97,7 +97,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.Bool("allow-network-plugin-kubenet", false, accepted+"the agent does not look for kubenet yet; see docs/security.md on ARP spoofing")
 	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read")
 	fs.Bool("set-retry-after-header", false, accepted+"Retry-After is always set where asking again helps")
-	fs.Bool("enable-conntrack-deletion", false, accepted+"connections from before the rules are not deleted yet")
+	fs.Bool("enable-conntrack-deletion", false, accepted+"always on: connections from before the rules are cut")
 	fs.Uint16("prometheus-port", 9090, accepted+"no metrics are served yet")
 }
 

@@ -1,10 +1,12 @@
 package testbed
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -68,7 +70,7 @@ func (n *Network) connect() error {
 	); err != nil {
 		return err
 	}
-	return n.Metadata.Do(func() error {
+	err = n.Metadata.Do(func() error {
 		far, err := netlink.LinkByName(peerName)
 		if err != nil {
 			return err
@@ -82,8 +84,10 @@ func (n *Network) connect() error {
 			addAddress(far, gateway+"/24"),
 			addAddress(lo, "169.254.169.254/32"),
 			addRoute(far, podNetwork, NodeAddress),
+			awaitUp(peerName),
 		)
 	})
+	return errors.Join(err, awaitUp("eth0"))
 }
 
 // Close takes the network down.
@@ -134,7 +138,7 @@ func (p *Pod) connect(shape Shape) error {
 	if err = errors.Join(err, addRoute(host, p.Addr.String()+"/32", "")); err != nil {
 		return err
 	}
-	return p.Do(func() error {
+	err = p.Do(func() error {
 		eth0, err := netlink.LinkByName(peerName)
 		if err != nil {
 			return err
@@ -144,8 +148,10 @@ func (p *Pod) connect(shape Shape) error {
 			addAddress(eth0, p.Addr.String()+"/32"),
 			addRoute(eth0, hop+"/32", ""),
 			addRoute(eth0, "0.0.0.0/0", hop),
+			awaitUp(peerName),
 		)
 	})
+	return errors.Join(err, awaitUp(p.link))
 }
 
 // Close takes the pod off the node.
@@ -169,6 +175,22 @@ func link(name string, to *Namespace) (netlink.Link, error) {
 		return nil, fmt.Errorf("finding the link %s: %w", name, err)
 	}
 	return l, netlink.LinkSetUp(l)
+}
+
+// awaitUp waits until the kernel carries packets over a link whose ends are both
+// up: it says so up to a second later (net/core/link_watch.c), and drops packets
+// until then.
+func awaitUp(name string) error {
+	return poll(context.Background(), 5*time.Second, name+" to carry packets", func() error {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if state := l.Attrs().OperState; state != netlink.OperUp {
+			return fmt.Errorf("it is %s", state)
+		}
+		return nil
+	})
 }
 
 func deleteLink(name string) error {
