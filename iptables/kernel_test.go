@@ -32,6 +32,7 @@ var backends = []iptables.Backend{iptables.NFT, iptables.Legacy}
 type node struct {
 	t       *testing.T
 	backend iptables.Backend
+	network *testbed.Network
 	pod     *testbed.Pod
 	leaks   atomic.Int32 // requests that reached the metadata service
 }
@@ -39,14 +40,15 @@ type node struct {
 func newNode(t *testing.T, backend iptables.Backend, shape testbed.Shape) *node {
 	t.Helper()
 	n := &node{t: t, backend: backend}
-	network, err := testbed.NewNetwork()
+	var err error
+	n.network, err = testbed.NewNetwork()
 	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, network.Close()) })
-	n.pod, err = network.AddPod("10.244.0.7", shape)
+	t.Cleanup(func() { assert.NoError(t, n.network.Close()) })
+	n.pod, err = n.network.AddPod("10.244.0.7", shape)
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, n.pod.Close()) })
 
-	imds, err := network.Metadata.Listen(testbed.MetadataAddress)
+	imds, err := n.network.Metadata.Listen(testbed.MetadataAddress)
 	require.NoError(t, err)
 	n.serve(imds, func() string { n.leaks.Add(1); return "imds" })
 	t.Cleanup(func() {
@@ -70,7 +72,7 @@ func (n *node) serve(ln net.Listener, says func() string) (stop func()) {
 func (n *node) config(mode iptables.Mode) iptables.Config {
 	return iptables.Config{
 		Mode: mode, Metadata: netip.MustParseAddrPort(testbed.MetadataAddress), Port: 2579,
-		Address: iptables.DefaultAddress, Interval: 20 * time.Millisecond, Backend: n.backend,
+		Address: iptables.DefaultAddress, Interval: time.Minute, Backend: n.backend,
 		Logger: slog.New(slog.DiscardHandler),
 	}
 }
@@ -81,13 +83,13 @@ func (n *node) redirect(mode iptables.Mode) (stop func()) {
 	n.t.Helper()
 	r, err := iptables.New(n.config(mode))
 	require.NoError(n.t, err)
-	require.ErrorIs(n.t, r.Installed(), iptables.ErrNotYet)
+	require.ErrorIs(n.t, r.Status().Err, iptables.ErrNotYet)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	running.Go(func() { r.Run(ctx) })
+	running.Go(func() { assert.NoError(n.t, r.Run(ctx)) })
 	stop = func() { cancel(); running.Wait() }
 	n.t.Cleanup(stop)
-	n.eventually(func() bool { return r.Installed() == nil }, "rules in place")
+	n.eventually(func() bool { return r.Status().Err == nil }, "rules in place")
 	return stop
 }
 
@@ -189,7 +191,7 @@ func TestPodsReachTheAgent(t *testing.T) {
 func TestRulesOutliveTheAgent(t *testing.T) {
 	for _, backend := range backends {
 		t.Run(string(backend), func(t *testing.T) {
-			for _, mode := range iptables.Modes {
+			for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
 				t.Run(string(mode), func(t *testing.T) {
 					n := newNode(t, backend, testbed.Ptp)
 					stopRules := n.redirect(mode)
@@ -325,6 +327,94 @@ func TestAChainInTheOtherBackendIsRemovedOnceOursIsInPlace(t *testing.T) {
 	}
 }
 
+// podList is what a resolver would know of the node's pods.
+type podList struct {
+	mu      sync.Mutex // guards both
+	addrs   []netip.Addr
+	changed chan struct{}
+}
+
+func (l *podList) get() ([]netip.Addr, <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.changed == nil {
+		l.changed = make(chan struct{})
+	}
+	return l.addrs, l.changed
+}
+
+func (l *podList) set(addrs ...netip.Addr) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.addrs = addrs
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
+}
+
+func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	n.agent(iptables.Redirect) // on all addresses
+	pods := &podList{}
+	cfg := n.config(iptables.AutoMode)
+	cfg.Pods = pods.get
+	r, err := iptables.New(cfg)
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { assert.NoError(t, r.Run(ctx)) })
+	defer running.Wait()
+	defer cancel()
+	becomes := func(mode iptables.Mode, why string) {
+		t.Helper()
+		n.eventually(func() bool {
+			s := r.Status()
+			return s.Err == nil && s.Mode == mode && strings.Contains(s.Why, why)
+		}, why)
+		assert.Equal(t, "agent", n.ask())
+	}
+	// A pod that asks all the time, while the mode changes under it.
+	var asking sync.WaitGroup
+	done := make(chan struct{})
+	becomes(iptables.DNAT, "no pod's interface is known yet")
+	asking.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				assert.Equal(t, "agent", n.ask())
+			}
+		}
+	})
+
+	pods.set(n.pod.Addr)
+	becomes(iptables.Redirect, "every interface that leads to a pod has an IPv4 address")
+
+	routed, err := n.network.AddPod("10.244.0.8", testbed.Routed)
+	require.NoError(t, err)
+	pods.set(n.pod.Addr, routed.Addr)
+	becomes(iptables.DNAT, "which leads to pod address 10.244.0.8, has no IPv4 address")
+
+	require.NoError(t, routed.Close())
+	becomes(iptables.DNAT, "pod address 10.244.0.8 is behind a gateway") // the default route's
+	pods.set(n.pod.Addr)
+	becomes(iptables.Redirect, "every interface")
+
+	// An address that goes is noticed by itself.
+	link, err := netlink.LinkByName("veth1")
+	require.NoError(t, err)
+	addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
+	require.NoError(t, err)
+	require.Len(t, addrs, 1)
+	close(done)
+	asking.Wait() // without the address the pod has no gateway to ask through
+	require.NoError(t, netlink.AddrDel(link, &addrs[0]))
+	n.eventually(func() bool { return r.Status().Mode == iptables.DNAT }, "noticed that the address is gone")
+	assert.Zero(t, n.leaks.Load())
+}
+
 // connection is a keep-alive connection to the metadata service.
 type connection struct {
 	t *testing.T
@@ -357,7 +447,7 @@ func (c *connection) ask() (string, error) {
 
 func TestConnectionsFromBeforeTheRulesAreCutAndNoOthers(t *testing.T) {
 	for _, backend := range backends {
-		for _, mode := range iptables.Modes {
+		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
 			t.Run(fmt.Sprintf("%s, mode %s", backend, mode), func(t *testing.T) {
 				n := newNode(t, backend, testbed.Ptp)
 				// As on a node with kube-proxy: connections are tracked already.

@@ -9,7 +9,8 @@
 //     half of the rules.
 //  3. What was there before is dealt with: the chain of an old agent in the other
 //     backend, connections from before the rules.
-//  4. It looks again every interval, since others flush tables too.
+//  4. It checks them again when the kernel announces a change of links, addresses
+//     or tables, when pods come and go, and every interval.
 //  5. The rules stay when Run ends, however it ends. With no agent behind them a
 //     pod's connection is refused; it never reaches the node's own identity.
 //  6. Cleanup removes what is ours, and nothing else.
@@ -30,28 +31,38 @@ import (
 // policies can name it.
 var DefaultAddress = netip.MustParseAddr("169.254.169.252")
 
-// Config says what is redirected and where to. All but Backend and Logger is
-// required; Cleanup needs Address alone.
+// Config says what is redirected and where to. All but Pods, Backend and Logger
+// is required; Cleanup needs Address alone.
 type Config struct {
 	Mode     Mode
 	Metadata netip.AddrPort // of the metadata service, IPv4
 	Port     uint16         // that the agent listens on
 	Address  netip.Addr     // on lo, for mode DNAT
-	Interval time.Duration  // between two checks of the rules
-	Backend  Backend        // whose tables to use; "" means Auto
-	Logger   *slog.Logger   // nil means slog.Default
+	Interval time.Duration  // between two checks of the rules, when nothing seems to happen
+	// Pods returns the addresses of this node's pods, and a channel that is
+	// closed when they have changed. AutoMode needs it.
+	Pods    func() ([]netip.Addr, <-chan struct{})
+	Backend Backend      // whose tables to use; "" means Auto
+	Logger  *slog.Logger // nil means slog.Default
 }
 
 // Reconciler keeps the rules in place.
 type Reconciler struct {
 	cfg    Config
 	kernel *kernel
-	status atomic.Pointer[error] // of the last check
+	status atomic.Pointer[Status]
 
 	settled bool // what others left has been dealt with; for Run alone
 }
 
-// ErrNotYet is what Installed returns before the first look at the rules.
+// Status is what Run found or did at its last check.
+type Status struct {
+	Err  error // why the rules are not in place; nil when they are
+	Mode Mode  // Redirect or DNAT, once there was a check
+	Why  string
+}
+
+// ErrNotYet is the error of the Status before the first check.
 var ErrNotYet = errors.New("the iptables rules are not in place yet")
 
 // New checks that rules can be read here, and changes nothing. Its errors say
@@ -59,6 +70,9 @@ var ErrNotYet = errors.New("the iptables rules are not in place yet")
 func New(cfg Config) (*Reconciler, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
+	}
+	if cfg.Mode == AutoMode && cfg.Pods == nil {
+		return nil, errors.New("mode auto needs to know the pods' addresses")
 	}
 	why := "it was asked for"
 	if cfg.Backend == Auto || cfg.Backend == "" {
@@ -73,42 +87,80 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	cfg.Logger.Info("iptables backend", "backend", cfg.Backend, "why", why)
 	r := &Reconciler{cfg: cfg, kernel: k}
-	r.status.Store(&ErrNotYet)
+	r.status.Store(&Status{Err: ErrNotYet})
 	return r, nil
 }
 
-// Installed returns nil when the rules were in place at the last look or have
-// been put there, else why they are not.
-func (r *Reconciler) Installed() error { return *r.status.Load() }
+// Status returns what the last check came to.
+func (r *Reconciler) Status() Status { return *r.status.Load() }
 
-// Run keeps the rules in place until ctx ends. It leaves them there.
-func (r *Reconciler) Run(ctx context.Context) {
-	const soonest = time.Second
-	retry := soonest
+const (
+	// firstRetry is the pause after a failure; it doubles up to the interval.
+	firstRetry = time.Second
+	// calm is the least time between checks that changes give rise to: on a node
+	// where kube-proxy writes rules all the time, one check answers for many.
+	calm = 500 * time.Millisecond
+)
+
+// Run keeps the rules in place until ctx ends: it checks them when the kernel
+// announces a change, when pods come and go, and every interval. It leaves them
+// there. It returns an error only when it cannot begin.
+func (r *Reconciler) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	w, err := newWatcher(ctx, r.cfg.Backend)
+	if err != nil {
+		cancel()
+		return err
+	}
+	defer w.close()
+	defer cancel()
+
+	retry := firstRetry
 	for {
-		err := r.reconcile(ctx)
+		mode, why, podsChanged := r.mode()
+		before := w.look()
+		err := r.reconcile(ctx, mode, why)
+		w.accept(before)
 		if ctx.Err() != nil {
-			return
+			return nil
 		}
-		r.status.Store(&err)
+		r.status.Store(&Status{Err: err, Mode: mode, Why: why})
 		next := r.cfg.Interval
 		if err != nil {
 			next = min(retry, r.cfg.Interval)
 			retry *= 2
 			r.cfg.Logger.Error("the iptables rules are not in place; trying again", "error", err, "in", next)
 		} else {
-			retry = soonest
+			retry = firstRetry
 		}
 		select {
 		case <-time.After(next):
+			continue
+		case <-w.changed:
+		case <-podsChanged:
 		case <-ctx.Done():
-			return
+			return nil
+		}
+		select {
+		case <-time.After(calm):
+		case <-ctx.Done():
+			return nil
 		}
 	}
 }
 
-func (r *Reconciler) reconcile(ctx context.Context) error {
-	if r.cfg.Mode == DNAT {
+// mode is the one to use now, why, and what to wait for before asking again.
+func (r *Reconciler) mode() (Mode, string, <-chan struct{}) {
+	if r.cfg.Mode != AutoMode {
+		return r.cfg.Mode, "it was asked for", nil
+	}
+	pods, changed := r.cfg.Pods()
+	mode, why := choose(pods)
+	return mode, why, changed
+}
+
+func (r *Reconciler) reconcile(ctx context.Context, mode Mode, why string) error {
+	if mode == DNAT {
 		if err := ensureAddress(r.cfg.Address); err != nil {
 			return err
 		}
@@ -117,11 +169,11 @@ func (r *Reconciler) reconcile(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if change := s.install(desired(r.cfg)); change != "" {
+	if change := s.install(desired(r.cfg, mode)); change != "" {
 		if err := r.kernel.apply(ctx, change); err != nil {
 			return err
 		}
-		r.cfg.Logger.Info("iptables rules put in place", "chain", Chain, "mode", r.cfg.Mode, "taken_over", s.exists)
+		r.cfg.Logger.Info("iptables rules put in place", "chain", Chain, "mode", mode, "why", why, "taken_over", s.exists)
 		r.settled = false
 	}
 	if r.settled {

@@ -16,33 +16,11 @@ const (
 	jump  = "-A " + hook + " -j " + Chain
 )
 
-// Mode is how the kernel hands a pod's connection to the agent.
-type Mode string
-
-const (
-	// Redirect sends it to the first IPv4 address of the interface that it came
-	// in on, and drops it if there is none (nf_nat_redirect_ipv4).
-	Redirect Mode = "redirect"
-	// DNAT sends it to an address of our own on lo, whatever the interface.
-	DNAT Mode = "dnat"
-)
-
-// Modes lists the values that ParseMode takes.
-var Modes = []Mode{Redirect, DNAT}
-
-// ParseMode returns the mode of that name.
-func ParseMode(name string) (Mode, error) {
-	if m := Mode(name); slices.Contains(Modes, m) {
-		return m, nil
-	}
-	return "", fmt.Errorf("%q is not a redirect mode: use %q or %q", name, Redirect, DNAT)
-}
-
-// desired is the content of our chain, in the words of iptables -S. It is a
-// value: equal configurations make equal rules.
-func desired(cfg Config) []string {
+// desired is the content of our chain in one of the two modes, in the words of
+// iptables -S. It is a value: equal configurations make equal rules.
+func desired(cfg Config, mode Mode) []string {
 	rule := fmt.Sprintf("-A %s -d %s/32 -p tcp -m tcp --dport %d ", Chain, cfg.Metadata.Addr(), cfg.Metadata.Port())
-	if cfg.Mode == DNAT {
+	if mode == DNAT {
 		rule += "-j DNAT --to-destination " + netip.AddrPortFrom(cfg.Address, cfg.Port).String()
 	} else {
 		rule += fmt.Sprintf("-j REDIRECT --to-ports %d", cfg.Port)

@@ -10,13 +10,12 @@ import (
 
 var (
 	metadata = netip.MustParseAddrPort("169.254.169.254:80")
-	redirect = Config{Mode: Redirect, Metadata: metadata, Port: 2579, Address: DefaultAddress}
-	dnat     = Config{Mode: DNAT, Metadata: metadata, Port: 2579, Address: DefaultAddress}
+	config   = Config{Metadata: metadata, Port: 2579, Address: DefaultAddress}
 )
 
 func TestDesired(t *testing.T) {
-	assert.Equal(t, []string{"-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 2579"}, desired(redirect))
-	assert.Equal(t, []string{"-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:2579"}, desired(dnat))
+	assert.Equal(t, []string{"-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 2579"}, desired(config, Redirect))
+	assert.Equal(t, []string{"-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:2579"}, desired(config, DNAT))
 }
 
 func TestInstall(t *testing.T) {
@@ -37,16 +36,16 @@ func TestInstall(t *testing.T) {
 		want string
 	}{
 		"nothing there":       {state{hook: []string{policy}}, head + tail},
-		"all in place":        {state{hook: []string{policy, ours, kube}, chain: desired(redirect), exists: true}, ""},
-		"below another's":     {state{hook: []string{policy, kube, ours}, chain: desired(redirect), exists: true}, head + "-D PREROUTING -j aad-metadata\n" + tail},
-		"doubled":             {state{hook: []string{policy, ours, ours}, chain: desired(redirect), exists: true}, head + "-D PREROUTING -j aad-metadata\n-D PREROUTING -j aad-metadata\n" + tail},
-		"a narrower jump":     {state{hook: []string{policy, twin}, chain: desired(redirect), exists: true}, head + "-D PREROUTING -i eth0 -j aad-metadata\n" + tail},
-		"jump gone":           {state{hook: []string{policy, kube}, chain: desired(redirect), exists: true}, head + tail},
+		"all in place":        {state{hook: []string{policy, ours, kube}, chain: desired(config, Redirect), exists: true}, ""},
+		"below another's":     {state{hook: []string{policy, kube, ours}, chain: desired(config, Redirect), exists: true}, head + "-D PREROUTING -j aad-metadata\n" + tail},
+		"doubled":             {state{hook: []string{policy, ours, ours}, chain: desired(config, Redirect), exists: true}, head + "-D PREROUTING -j aad-metadata\n-D PREROUTING -j aad-metadata\n" + tail},
+		"a narrower jump":     {state{hook: []string{policy, twin}, chain: desired(config, Redirect), exists: true}, head + "-D PREROUTING -i eth0 -j aad-metadata\n" + tail},
+		"jump gone":           {state{hook: []string{policy, kube}, chain: desired(config, Redirect), exists: true}, head + tail},
 		"chain empty":         {state{hook: []string{policy, ours}, exists: true}, head + "-D PREROUTING -j aad-metadata\n" + tail},
 		"old NMI's":           {state{hook: []string{policy, ours}, chain: old, exists: true}, head + "-D PREROUTING -j aad-metadata\n" + tail},
-		"a chain of our mode": {state{hook: []string{policy, ours}, chain: desired(dnat), exists: true}, head + "-D PREROUTING -j aad-metadata\n" + tail},
+		"a chain of our mode": {state{hook: []string{policy, ours}, chain: desired(config, DNAT), exists: true}, head + "-D PREROUTING -j aad-metadata\n" + tail},
 	} {
-		t.Run(name, func(t *testing.T) { assert.Equal(t, tc.want, tc.have.install(desired(redirect))) })
+		t.Run(name, func(t *testing.T) { assert.Equal(t, tc.want, tc.have.install(desired(config, Redirect))) })
 	}
 }
 
@@ -65,7 +64,7 @@ func TestParseMode(t *testing.T) {
 		assert.Equal(t, m, got)
 	}
 	_, err := ParseMode("REDIRECT")
-	assert.EqualError(t, err, `"REDIRECT" is not a redirect mode: use "redirect" or "dnat"`)
+	assert.EqualError(t, err, `"REDIRECT" is not a redirect mode: use "auto", "redirect" or "dnat"`)
 }
 
 func TestToolErrorsSayWhatToDo(t *testing.T) {

@@ -21,7 +21,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -177,6 +179,13 @@ func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot) (*Po
 			return o.pod, o.err
 		}
 	}
+}
+
+// Addresses returns the addresses that pods of this node hold now, in no order,
+// and a channel that is closed when they may have changed.
+func (r *Resolver) Addresses() ([]netip.Addr, <-chan struct{}) {
+	s := r.current.Load()
+	return slices.Collect(maps.Keys(s.byAddr)), s.replaced
 }
 
 // mark notes that something in a namespace changed.

@@ -108,8 +108,12 @@ func TestAPodIsResolvedAndFollowed(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, Identity{Namespace: "shop", Name: "cart", ClientID: "c1", ResourceID: "/r/1", Binding: "cart"}, id)
 
+		addrs, changed := c.resolver.Addresses()
+		assert.Equal(t, []netip.Addr{addr}, addrs)
+
 		// The binding goes: the very next request is refused.
 		require.NoError(t, c.custom.Resource(aadpodidentity.AzureIdentityBindings).Namespace("shop").Delete(t.Context(), "cart", metav1.DeleteOptions{}))
+		<-changed
 		synctest.Wait()
 		pod, err = c.resolver.Resolve(t.Context(), addr)
 		require.NoError(t, err)

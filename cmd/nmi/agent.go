@@ -42,15 +42,16 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if cfg.headerOptional {
 		log.Warn(`the header "Metadata: true" is not asked for: pods that fetch URLs for others can be made to fetch tokens`)
 	}
+	var resolver *podresolver.Resolver
 	rules, err := iptables.New(iptables.Config{
 		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.port, Address: cfg.address,
 		Interval: cfg.interval, Backend: cfg.backend, Logger: log,
+		Pods: func() ([]netip.Addr, <-chan struct{}) { return resolver.Addresses() },
 	})
 	if err != nil {
 		return err
 	}
-	resolver, err := newResolver(cfg, log)
-	if err != nil {
+	if resolver, err = newResolver(cfg, log); err != nil {
 		return err
 	}
 	probes, err := listen(ctx, "http-probe-port", netip.AddrPortFrom(netip.IPv4Unspecified(), cfg.probePort))
@@ -83,18 +84,24 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		}
 		return nil
 	}
-	status := &health{checks: []func() error{stopping, resolver.Ready, rules.Installed}}
+	installed := func() error { return rules.Status().Err }
+	status := &health{checks: []func() error{stopping, resolver.Ready, installed}, note: func() string {
+		s := rules.Status()
+		return fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)
+	}}
 	probeServer := &http.Server{Handler: status.handler(), ReadHeaderTimeout: 5 * time.Second}
 
 	// What requests need outlives them: it ends when Serve has returned.
 	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
 	var parts sync.WaitGroup
+	var ruling error // of rules.Run; to be read when parts have ended
 	parts.Go(func() { resolver.Run(behind) })
 	parts.Go(func() {
 		select {
 		case <-resolver.Synced():
 			log.Info("in sync with the API server")
-			rules.Run(ctx)
+			ruling = rules.Run(ctx)
+			stop() // without rules there is nothing to serve
 		case <-ctx.Done():
 		}
 	})
@@ -106,10 +113,10 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	stopBehind()
 	_ = probeServer.Close()
 	parts.Wait()
-	if err != nil {
+	if err = errors.Join(ruling, err); err != nil {
 		return fmt.Errorf("serving: %w", err)
 	}
-	if rules.Installed() == nil {
+	if installed() == nil {
 		log.Info("stopped; the iptables rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
 	} else {
 		log.Info("stopped; this agent has put no iptables rules in place")
@@ -146,7 +153,8 @@ func newResolver(cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
 }
 
 // listenAddr is where redirected connections arrive: REDIRECT sends them to the
-// address of whichever interface they came in on, DNAT to one of our own.
+// address of whichever interface they came in on, DNAT to one of our own. Either
+// may be next in mode auto.
 func listenAddr(cfg config) netip.AddrPort {
 	if cfg.mode == iptables.DNAT {
 		return netip.AddrPortFrom(cfg.address, cfg.port)

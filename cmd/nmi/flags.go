@@ -79,8 +79,8 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	o.addLogging(fs)
 
 	// Ours.
-	fs.StringVar(&o.redirectMode, "redirect-mode", string(iptables.Redirect),
-		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface`)
+	fs.StringVar(&o.redirectMode, "redirect-mode", string(iptables.AutoMode),
+		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": whichever works for this node's pods`)
 	o.addRedirectAddress(fs)
 	fs.StringVar(&o.backend, "iptables-backend", string(iptables.Auto), `"nft" or "legacy"; "auto" finds out which one the node uses`)
 

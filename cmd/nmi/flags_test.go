@@ -34,7 +34,7 @@ func TestDefaults(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, config{
 		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
-		mode: iptables.Redirect, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
+		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
 	}, cfg)
 }
 
@@ -75,7 +75,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--redirect-address=127.0.0.1":       "--redirect-address=127.0.0.1 is not usable",
 		"--redirect-address=169.254.169.254": "is the metadata service's own address",
 		"--iptables-backend=x":               `--iptables-backend: "x" is not an iptables backend: use "auto", "nft" or "legacy"`,
-		"--redirect-mode=auto":               `--redirect-mode: "auto" is not a redirect mode`,
+		"--redirect-mode=magic":              `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect" or "dnat"`,
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
 		require.NoError(t, err, arg)
@@ -114,7 +114,7 @@ func TestVersionAndHelp(t *testing.T) {
 func TestProbes(t *testing.T) {
 	notYet := errors.New("pods: waiting\nbindings: waiting")
 	var trouble error
-	h := &health{checks: []func() error{func() error { return trouble }, func() error { return nil }}}
+	h := &health{checks: []func() error{func() error { return trouble }, func() error { return nil }}, note: func() string { return "redirect mode dnat: why" }}
 	get := func(path string) (int, string) {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequestWithContext(context.Background(), http.MethodGet, path, nil)
@@ -127,7 +127,7 @@ func TestProbes(t *testing.T) {
 		assert.Equal(t, status, gotStatus)
 		assert.Equal(t, body, gotBody)
 	}
-	check("/readyz", 200, "ready\n")
+	check("/readyz", 200, "ready\nredirect mode dnat: why\n")
 	check("/healthz", 200, "Active")
 	trouble = notYet
 	check("/readyz", 503, "not ready:\n- pods: waiting\n- bindings: waiting\n")

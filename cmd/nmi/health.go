@@ -11,6 +11,7 @@ import (
 // place, not stopping.
 type health struct {
 	checks []func() error // nil means well; each error says what to do
+	note   func() string  // said when all is well
 }
 
 var errStopping = errors.New("the agent is stopping")
@@ -41,7 +42,7 @@ func (h *health) handler() http.Handler {
 			fmt.Fprintf(w, "not ready:\n- %s\n", strings.ReplaceAll(err.Error(), "\n", "\n- "))
 			return
 		}
-		fmt.Fprintln(w, "ready")
+		fmt.Fprintf(w, "ready\n%s\n", h.note())
 	})
 	return mux
 }

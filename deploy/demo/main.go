@@ -186,7 +186,10 @@ func (d *demo) buildAgent() error {
 	tokens := tokencache.New(source.Token, tokencache.Config{})
 	d.onClose(tokens.Close)
 	d.server = proxy.New(proxy.Config{Pods: d.resolver, Tokens: tokens, Upstream: source})
-	d.rules, err = iptables.New(iptables.Config{Mode: iptables.Redirect, Metadata: metadata, Port: port, Interval: time.Minute})
+	d.rules, err = iptables.New(iptables.Config{
+		Mode: iptables.AutoMode, Pods: d.resolver.Addresses,
+		Metadata: metadata, Port: port, Address: iptables.DefaultAddress, Interval: time.Minute,
+	})
 	if err != nil {
 		return err
 	}
@@ -210,12 +213,12 @@ func (d *demo) start(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	running.Go(func() { d.rules.Run(ctx) })
-	for d.rules.Installed() != nil {
+	running.Go(func() { _ = d.rules.Run(ctx) }) // its failure shows below
+	for d.rules.Status().Err != nil {
 		select {
 		case <-time.After(time.Millisecond):
 		case <-ctx.Done():
-			return errors.Join(ctx.Err(), d.rules.Installed())
+			return errors.Join(ctx.Err(), d.rules.Status().Err)
 		}
 	}
 	return nil

@@ -30,7 +30,7 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 	}{
 		"no node":              {[]string{kubeconfig}, []string{"--operation-mode=managed"}, "--node is required"},
 		"standard mode":        {[]string{kubeconfig}, []string{"--node=node1"}, "--operation-mode=standard is not served yet"},
-		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "redirect" or "dnat"`},
+		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect" or "dnat"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
 		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup and version`},

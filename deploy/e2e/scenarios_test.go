@@ -26,6 +26,8 @@ var wirings = []struct {
 	{"an interface with an address, redirect", testbed.Ptp, "redirect"},
 	{"an interface with an address, dnat", testbed.Ptp, "dnat"},
 	{"an interface without, dnat", testbed.Routed, "dnat"},
+	{"an interface with an address, auto", testbed.Ptp, "auto"},
+	{"an interface without, auto", testbed.Routed, "auto"},
 }
 
 func TestABoundPodGetsItsTokenFromUpstreamOnceThenFromMemory(t *testing.T) {

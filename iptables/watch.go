@@ -1,0 +1,143 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// nftablesGroup is NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h: every
+	// change of a ruleset is announced to it.
+	nftablesGroup = 7
+	// legacyPoll is how often the legacy table is looked at. It announces nothing.
+	legacyPoll = time.Second
+)
+
+// watcher notices that the kernel's state may have changed: links, addresses,
+// and the tables of one backend, whoever changed them.
+type watcher struct {
+	changed chan struct{}           // of capacity 1
+	checked atomic.Pointer[getInfo] // the legacy table as it was before the last check
+	sockets []*nl.NetlinkSocket
+	running sync.WaitGroup
+}
+
+func newWatcher(ctx context.Context, backend Backend) (*watcher, error) {
+	w := &watcher{changed: make(chan struct{}, 1)}
+	err := w.subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
+	if err == nil && backend == NFT {
+		err = w.subscribe(unix.NETLINK_NETFILTER, nftablesGroup)
+	}
+	if err != nil {
+		w.close()
+		return nil, fmt.Errorf("listening to the kernel's changes: %w", err)
+	}
+	if backend == Legacy {
+		w.running.Go(func() { w.pollLegacy(ctx) })
+	}
+	return w, nil
+}
+
+// close ends the subscriptions; the context that newWatcher was given must have
+// ended.
+func (w *watcher) close() {
+	for _, s := range w.sockets {
+		s.Close()
+	}
+	w.running.Wait()
+}
+
+// look is called before a check, and accept with its result after it: what has
+// changed since, by ourselves or others, is worth another check.
+func (w *watcher) look() *getInfo {
+	info := legacyInfo()
+	return &info
+}
+
+func (w *watcher) accept(info *getInfo) { w.checked.Store(info) }
+
+func (w *watcher) notify() {
+	select {
+	case w.changed <- struct{}{}:
+	default:
+	}
+}
+
+func (w *watcher) subscribe(protocol int, groups ...uint) error {
+	socket, err := nl.Subscribe(protocol, groups...)
+	if err != nil {
+		return err
+	}
+	w.sockets = append(w.sockets, socket)
+	w.running.Go(func() {
+		for {
+			// What changed does not matter; even a message that was lost for
+			// want of room (ENOBUFS) says that something did.
+			_, _, err := socket.Receive()
+			if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADF) {
+				return
+			}
+			w.notify()
+			if err != nil && !errors.Is(err, unix.ENOBUFS) {
+				return // the interval goes on
+			}
+		}
+	})
+	return nil
+}
+
+func (w *watcher) pollLegacy(ctx context.Context) {
+	tick := time.NewTicker(legacyPoll)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if w.checked.Load() != nil && legacyInfo() != *w.checked.Load() {
+				w.notify()
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// getInfo is struct ipt_getinfo of linux/netfilter_ipv4/ip_tables.h.
+type getInfo struct {
+	name       [32]byte
+	validHooks uint32
+	hookEntry  [5]uint32
+	underflow  [5]uint32
+	entries    uint32
+	size       uint32
+}
+
+// legacyInfo asks the kernel for the size and layout of the legacy nat table: one
+// system call, where iptables-legacy would copy the table. A flush, an insertion
+// or a deletion shows in it; one rule replaced by another of the same size is
+// left to the interval. Where there is no such table the answer is empty.
+func legacyInfo() getInfo {
+	var info getInfo
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		return info
+	}
+	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	copy(info.name[:], table)
+	const soGetInfo = 64 // IPT_SO_GET_INFO
+	size := uint32(unsafe.Sizeof(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_IP, soGetInfo,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return getInfo{}
+	}
+	return info
+}
