@@ -1,56 +1,131 @@
 package iptables
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// bypassing matches the kernel's memory of connections to the metadata service
-// that do not lead to the agent. The nat table is asked for a connection's first
-// packet alone, so one that was open before the rules came would go on to the
-// metadata service for as long as both ends like. Without its entry the next
-// packet counts as a first one, is redirected, and is answered with a reset,
-// since the agent knows of no such connection (nf_conntrack_tcp_loose).
+// tuple is one direction of a connection that the kernel tracks.
+type tuple struct {
+	protocol uint8
+	src, dst netip.AddrPort
+}
+
+// bypassing picks out, of all the connections that the kernel tracks, those to
+// the metadata service that do not lead to the agent. The nat table is asked for
+// a connection's first packet alone, so one that was open before the rules came
+// would go on to the metadata service for as long as both ends like. Without its
+// entry the next packet counts as a first one, is redirected, and is answered
+// with a reset, since the agent knows of no such connection
+// (nf_conntrack_tcp_loose).
 type bypassing struct {
 	metadata netip.AddrPort
 	port     uint16              // the agent's
 	local    map[netip.Addr]bool // the node's own addresses: its own connections are to bypass
 }
 
-// MatchConntrackFlow reports whether the entry is one to delete.
-func (b bypassing) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
-	f := flow.Forward
-	if f.Protocol != unix.IPPROTO_TCP || address(f.DstIP) != b.metadata.Addr() || f.DstPort != b.metadata.Port() {
+func (b bypassing) match(orig, reply tuple) bool {
+	if orig.protocol != unix.IPPROTO_TCP || orig.dst != b.metadata {
 		return false
 	}
 	// Answers come from where the packets were sent to.
-	led := netip.AddrPortFrom(address(flow.Reverse.SrcIP), flow.Reverse.SrcPort)
-	toAgent := led.Port() == b.port && b.local[led.Addr()]
-	return !toAgent && !b.local[address(f.SrcIP)]
-}
-
-func address(ip net.IP) netip.Addr {
-	addr, _ := netip.AddrFromSlice(ip) // the zero Addr, which equals none, for what is no address
-	return addr.Unmap()
+	toAgent := reply.src.Port() == b.port && b.local[reply.src.Addr()]
+	return !toAgent && !b.local[orig.src.Addr()]
 }
 
 // cutBypassing deletes the entries that bypass the agent, and says how many.
-func cutBypassing(metadata netip.AddrPort, port uint16) (uint, error) {
+func cutBypassing(metadata netip.AddrPort, port uint16) (int, error) {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
 	if err != nil {
 		return 0, fmt.Errorf("listing the node's addresses: %w", err)
 	}
 	b := bypassing{metadata: metadata, port: port, local: make(map[netip.Addr]bool)}
 	for _, a := range addrs {
-		b.local[address(a.IP)] = true
+		if addr, ok := netip.AddrFromSlice(a.IP.To4()); ok {
+			b.local[addr] = true
+		}
 	}
-	n, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, b)
-	if err != nil {
-		return n, fmt.Errorf("deleting connections that bypass the agent: %w", err)
+
+	// A busy node tracks hundreds of thousands of connections, and a pod can make
+	// it so: the table streams by, and only what matches is kept.
+	var matching [][]byte
+	list := conntrackRequest(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_DUMP)
+	err = list.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(entry []byte) bool {
+		if orig, reply, ok := parseEntry(entry); ok && b.match(orig, reply) {
+			matching = append(matching, slices.Clone(entry))
+		}
+		return true
+	})
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return 0, fmt.Errorf("listing tracked connections: %w", err)
 	}
-	return n, nil
+	for i, entry := range matching {
+		del := conntrackRequest(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
+		del.AddRawData(entry[nl.SizeofNfgenmsg:])
+		if _, err := del.Execute(unix.NETLINK_NETFILTER, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+			return i, fmt.Errorf("deleting a connection that bypasses the agent: %w", err)
+		}
+	}
+	return len(matching), nil
+}
+
+func conntrackRequest(operation, flags int) *nl.NetlinkRequest {
+	req := nl.NewNetlinkRequest(int(netlink.ConntrackTable)<<8|operation, flags)
+	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
+	return req
+}
+
+// parseEntry reads both directions of an entry: attributes CTA_TUPLE_ORIG and
+// CTA_TUPLE_REPLY behind an nfgenmsg (linux/netfilter/nfnetlink_conntrack.h).
+func parseEntry(entry []byte) (orig, reply tuple, ok bool) {
+	if len(entry) < nl.SizeofNfgenmsg {
+		return tuple{}, tuple{}, false
+	}
+	attrs := attributes(entry[nl.SizeofNfgenmsg:])
+	orig, okOrig := parseTuple(attrs[nl.CTA_TUPLE_ORIG])
+	reply, okReply := parseTuple(attrs[nl.CTA_TUPLE_REPLY])
+	return orig, reply, okOrig && okReply
+}
+
+func parseTuple(b []byte) (tuple, bool) {
+	parts := attributes(b)
+	ip, proto := attributes(parts[nl.CTA_TUPLE_IP]), attributes(parts[nl.CTA_TUPLE_PROTO])
+	src, okSrc := netip.AddrFromSlice(ip[nl.CTA_IP_V4_SRC])
+	dst, okDst := netip.AddrFromSlice(ip[nl.CTA_IP_V4_DST])
+	number, srcPort, dstPort := proto[nl.CTA_PROTO_NUM], proto[nl.CTA_PROTO_SRC_PORT], proto[nl.CTA_PROTO_DST_PORT]
+	if !okSrc || !okDst || len(number) != 1 || len(srcPort) != 2 || len(dstPort) != 2 {
+		return tuple{}, false // a protocol without ports
+	}
+	return tuple{
+		protocol: number[0],
+		src:      netip.AddrPortFrom(src, binary.BigEndian.Uint16(srcPort)),
+		dst:      netip.AddrPortFrom(dst, binary.BigEndian.Uint16(dstPort)),
+	}, true
+}
+
+// maxAttribute is the highest type among the attributes that matter here.
+const maxAttribute = 3
+
+// attributes returns the values of netlink attributes by type. What cannot be
+// read is left out.
+func attributes(b []byte) (values [maxAttribute + 1][]byte) {
+	for len(b) >= unix.SizeofNlAttr {
+		size := int(binary.NativeEndian.Uint16(b))
+		kind := binary.NativeEndian.Uint16(b[2:]) & nl.NLA_TYPE_MASK
+		if size < unix.SizeofNlAttr || size > len(b) {
+			break
+		}
+		if kind <= maxAttribute {
+			values[kind] = b[unix.SizeofNlAttr:size]
+		}
+		b = b[min((size+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b)):]
+	}
+	return values
 }

@@ -42,11 +42,15 @@ func openKernel(backend Backend) (*kernel, error) {
 		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
 	}
 	k := &kernel{path: path, tables: tables}
-	if _, err = k.read(); err != nil {
+	// A lock that is held now is free later; anything else is not.
+	if _, err = k.read(); err != nil && !errors.Is(err, errLocked) {
 		return nil, err
 	}
 	return k, nil
 }
+
+// errLocked means that another program holds the xtables lock.
+var errLocked = errors.New("another program holds the xtables lock")
 
 // read returns the state of the chains that concern us.
 func (k *kernel) read() (state, error) {
@@ -97,7 +101,7 @@ func toolError(doing, text string) error {
 	case strings.Contains(text, "Permission denied"), strings.Contains(text, "Operation not permitted"):
 		advice = "run as root with the capabilities NET_ADMIN and NET_RAW: "
 	case strings.Contains(text, "xtables lock"):
-		advice = "another program holds the xtables lock: "
+		return fmt.Errorf("%s: %w: %s", doing, errLocked, text)
 	case strings.Contains(text, "Table does not exist"), strings.Contains(text, "do you need to insmod"):
 		advice = "the kernel has no nat table: load iptable_nat or nf_tables: "
 	}

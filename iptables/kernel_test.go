@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/iptables"
@@ -30,29 +32,29 @@ var backends = []iptables.Backend{iptables.NFT, iptables.Legacy}
 
 // node is a node with one pod and a metadata service that counts its visitors.
 type node struct {
-	t       *testing.T
+	t       testing.TB
 	backend iptables.Backend
 	network *testbed.Network
 	pod     *testbed.Pod
 	leaks   atomic.Int32 // requests that reached the metadata service
 }
 
-func newNode(t *testing.T, backend iptables.Backend, shape testbed.Shape) *node {
-	t.Helper()
-	n := &node{t: t, backend: backend}
+func newNode(tb testing.TB, backend iptables.Backend, shape testbed.Shape) *node {
+	tb.Helper()
+	n := &node{t: tb, backend: backend}
 	var err error
 	n.network, err = testbed.NewNetwork()
-	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, n.network.Close()) })
+	require.NoError(tb, err)
+	tb.Cleanup(func() { assert.NoError(tb, n.network.Close()) })
 	n.pod, err = n.network.AddPod("10.244.0.7", shape)
-	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, n.pod.Close()) })
+	require.NoError(tb, err)
+	tb.Cleanup(func() { assert.NoError(tb, n.pod.Close()) })
 
 	imds, err := n.network.Metadata.Listen(testbed.MetadataAddress)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	n.serve(imds, func() string { n.leaks.Add(1); return "imds" })
-	t.Cleanup(func() {
-		assert.NoError(t, iptables.Cleanup(context.Background(), n.config(iptables.DNAT)))
+	tb.Cleanup(func() {
+		assert.NoError(tb, iptables.Cleanup(context.Background(), n.config(iptables.DNAT)))
 		n.iptables("-F")
 	})
 	return n
@@ -86,7 +88,7 @@ func (n *node) redirect(mode iptables.Mode) (stop func()) {
 	require.ErrorIs(n.t, r.Status().Err, iptables.ErrNotYet)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	running.Go(func() { assert.NoError(n.t, r.Run(ctx)) })
+	running.Go(func() { r.Run(ctx) })
 	stop = func() { cancel(); running.Wait() }
 	n.t.Cleanup(stop)
 	n.eventually(func() bool { return r.Status().Err == nil }, "rules in place")
@@ -327,6 +329,63 @@ func TestAChainInTheOtherBackendIsRemovedOnceOursIsInPlace(t *testing.T) {
 	}
 }
 
+// kubeProxy writes rules as kube-proxy does for a thousand services: 5,000 of
+// them, in chains of their own, behind a jump that it puts first.
+func (n *node) kubeProxy() {
+	n.t.Helper()
+	var b strings.Builder
+	b.WriteString("*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n")
+	for i := range 1000 {
+		fmt.Fprintf(&b, ":KUBE-SVC-%04d - [0:0]\n:KUBE-SEP-%04d - [0:0]\n", i, i)
+		fmt.Fprintf(&b, "-A KUBE-SERVICES -d 10.96.%d.%d/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-%04d\n", i/250, i%250+1, i)
+		fmt.Fprintf(&b, "-A KUBE-SVC-%04d ! -s 10.244.0.0/16 -p tcp -j KUBE-MARK-MASQ\n-A KUBE-SVC-%04d -j KUBE-SEP-%04d\n", i, i, i)
+		fmt.Fprintf(&b, "-A KUBE-SEP-%04d -s 10.244.1.%d/32 -j KUBE-MARK-MASQ\n", i, i%250+1)
+		fmt.Fprintf(&b, "-A KUBE-SEP-%04d -p tcp -m tcp -j DNAT --to-destination 10.244.1.%d:8080\n", i, i%250+1)
+	}
+	b.WriteString("-I PREROUTING 1 -j KUBE-SERVICES\nCOMMIT\n")
+	cmd := exec.Command("iptables-"+string(n.backend)+"-restore", "--noflush", "--wait=10")
+	cmd.Stdin = strings.NewReader(b.String())
+	out, err := cmd.CombinedOutput()
+	require.NoError(n.t, err, string(out))
+}
+
+func TestBesideTheRulesOfKubeProxyWhicheverComesFirst(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			defer n.iptables("-X")
+			defer n.iptables("-F")
+			n.kubeProxy()
+			n.redirect(iptables.Redirect)
+			n.agent(iptables.Redirect)
+			require.True(t, n.inPlace())
+			assert.Equal(t, "agent", n.ask())
+			n.iptables("-F", "PREROUTING")
+			n.kubeProxy() // its jump is first now, or was until a moment ago
+			n.eventually(n.inPlace, "first again")
+			assert.Equal(t, "agent", n.ask())
+		})
+	}
+}
+
+func TestALockHeldByAnotherProgramIsWaitedFor(t *testing.T) {
+	n := newNode(t, iptables.Legacy, testbed.Ptp) // nft has no such lock
+	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
+	require.NoError(t, err)
+	defer lock.Close()
+	r, err := iptables.New(n.config(iptables.Redirect))
+	require.NoError(t, err)
+	require.NoError(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { r.Run(ctx) })
+	defer running.Wait()
+	defer cancel()
+	assert.Never(t, func() bool { return r.Status().Err == nil }, 2*time.Second, 50*time.Millisecond)
+	require.NoError(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
+	n.eventually(func() bool { return r.Status().Err == nil && n.inPlace() }, "rules in place once the lock is free")
+}
+
 // podList is what a resolver would know of the node's pods.
 type podList struct {
 	mu      sync.Mutex // guards both
@@ -363,7 +422,7 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
-	running.Go(func() { assert.NoError(t, r.Run(ctx)) })
+	running.Go(func() { r.Run(ctx) })
 	defer running.Wait()
 	defer cancel()
 	becomes := func(mode iptables.Mode, why string) {
@@ -483,6 +542,28 @@ func TestConnectionsFromBeforeTheRulesAreCutAndNoOthers(t *testing.T) {
 	}
 }
 
+func TestACleanupThatSomebodyElseHindersGoesAsFarAsItCan(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.redirect(iptables.Redirect)()
+			n.iptables("-A", "OUTPUT", "-j", "aad-metadata") // somebody else's
+			err := iptables.Cleanup(t.Context(), n.config(iptables.Redirect))
+			require.ErrorContains(t, err, "removing what is ours from iptables-"+string(backend))
+			assert.Equal(t, "imds", n.ask(), "our jump is gone, and the chain empty")
+			n.iptables("-F", "OUTPUT")
+			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
+
+			// In the other backend it is no reason not to be ready.
+			n.iptablesOf(other(backend), "-N", "aad-metadata")
+			n.iptablesOf(other(backend), "-A", "OUTPUT", "-j", "aad-metadata")
+			n.redirect(iptables.Redirect)
+			n.iptablesOf(other(backend), "-F")
+			n.iptablesOf(other(backend), "-X")
+		})
+	}
+}
+
 func other(backend iptables.Backend) iptables.Backend {
 	if backend == iptables.NFT {
 		return iptables.Legacy
@@ -503,4 +584,23 @@ func onLo(t *testing.T, addr netip.Addr) bool {
 		}
 	}
 	return false
+}
+
+// BenchmarkRepairBesideKubeProxy is the time in which a foreign flush is repaired beside
+// 5,000 rules of kube-proxy, the commands that undo and look included: each
+// iteration undoes our chain, and ends when it is noticed and repaired.
+func BenchmarkRepairBesideKubeProxy(b *testing.B) {
+	for _, backend := range backends {
+		b.Run(string(backend), func(b *testing.B) {
+			n := newNode(b, backend, testbed.Ptp)
+			defer n.iptables("-X")
+			defer n.iptables("-F")
+			n.kubeProxy()
+			n.redirect(iptables.Redirect)
+			for b.Loop() {
+				n.iptables("-F", "aad-metadata")
+				n.eventually(n.inPlace, "repaired")
+			}
+		})
+	}
 }

@@ -104,34 +104,35 @@ const (
 
 // Run keeps the rules in place until ctx ends: it checks them when the kernel
 // announces a change, when pods come and go, and every interval. It leaves them
-// there. It returns an error only when it cannot begin.
-func (r *Reconciler) Run(ctx context.Context) error {
+// there.
+func (r *Reconciler) Run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	w, err := newWatcher(ctx, r.cfg.Backend)
 	if err != nil {
-		cancel()
-		return err
+		r.cfg.Logger.Warn("changes will be noticed late", "error", err, "every", r.cfg.Interval)
 	}
 	defer w.close()
 	defer cancel()
 
-	retry := firstRetry
+	retry := min(firstRetry, r.cfg.Interval)
 	for {
 		mode, why, podsChanged := r.mode()
-		before := w.look()
-		err := r.reconcile(ctx, mode, why)
-		w.accept(before)
+		w.watched(func() bool {
+			var changed bool
+			changed, err = r.reconcile(ctx, mode, why)
+			return !changed && err == nil
+		})
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
 		r.status.Store(&Status{Err: err, Mode: mode, Why: why})
 		next := r.cfg.Interval
 		if err != nil {
-			next = min(retry, r.cfg.Interval)
-			retry *= 2
+			next = retry
+			retry = min(2*retry, r.cfg.Interval)
 			r.cfg.Logger.Error("the iptables rules are not in place; trying again", "error", err, "in", next)
 		} else {
-			retry = firstRetry
+			retry = min(firstRetry, r.cfg.Interval)
 		}
 		select {
 		case <-time.After(next):
@@ -139,12 +140,12 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		case <-w.changed:
 		case <-podsChanged:
 		case <-ctx.Done():
-			return nil
+			return
 		}
 		select {
 		case <-time.After(calm):
 		case <-ctx.Done():
-			return nil
+			return
 		}
 	}
 }
@@ -159,54 +160,58 @@ func (r *Reconciler) mode() (Mode, string, <-chan struct{}) {
 	return mode, why, changed
 }
 
-func (r *Reconciler) reconcile(ctx context.Context, mode Mode, why string) error {
+// reconcile makes the kernel's state the desired one, and reports whether it had
+// to change the tables for that.
+func (r *Reconciler) reconcile(ctx context.Context, mode Mode, why string) (changed bool, err error) {
 	if mode == DNAT {
 		if err := ensureAddress(r.cfg.Address); err != nil {
-			return err
+			return false, err
 		}
 	}
 	s, err := r.kernel.read()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if change := s.install(desired(r.cfg, mode)); change != "" {
 		if err := r.kernel.apply(ctx, change); err != nil {
-			return err
+			return false, err
 		}
+		changed = true
 		r.cfg.Logger.Info("iptables rules put in place", "chain", Chain, "mode", mode, "why", why, "taken_over", s.exists)
 		r.settled = false
 	}
-	if r.settled {
-		return nil
+	if !r.settled {
+		r.settle(ctx)
 	}
-	return r.settle(ctx)
+	return changed, nil
 }
 
 // settle deals with what was there before our rules: it comes after they are in
-// place, so that no pod finds a gap.
-func (r *Reconciler) settle(ctx context.Context) error {
-	// An NMI that used the other backend left a chain there, which would send
-	// pods to a port or an address of its own.
-	removed, err := removeFrom(ctx, r.cfg.Backend.other())
-	if err != nil {
-		return err
-	}
-	if removed {
-		r.cfg.Logger.Info("removed the chain of another agent", "chain", Chain, "backend", r.cfg.Backend.other())
-	}
-	cut, err := cutBypassing(r.cfg.Metadata, r.cfg.Port)
-	if err != nil {
-		return err
-	}
+// place, so that no pod finds a gap. What cannot be done is logged and tried again
+// at the next check; the rules are in place all the same.
+func (r *Reconciler) settle(ctx context.Context) {
+	cut, cutErr := cutBypassing(r.cfg.Metadata, r.cfg.Port)
 	if cut > 0 {
 		r.cfg.Logger.Info("cut connections to the metadata service that bypassed the agent", "connections", cut)
 	}
+	// An NMI that used the other backend left a chain there, which would send
+	// pods to a port or an address of its own.
+	other := r.cfg.Backend.other()
+	removed, removeErr := removeFrom(ctx, other)
+	if removed {
+		r.cfg.Logger.Info("removed the chain of another agent", "chain", Chain, "backend", other)
+	}
+	if err := errors.Join(cutErr, removeErr); err != nil {
+		r.cfg.Logger.Warn("cannot deal with what was there before; trying again", "error", err)
+		return
+	}
 	r.settled = true
-	return nil
 }
 
-// removeFrom removes our chain and the jumps to it from a backend, and reports
-// whether there was anything. A backend that this machine has not is clean.
+// removeFrom removes the jumps to our chain and then the chain from a backend, and
+// reports whether there was anything. A backend that this machine has not is
+// clean. A chain that somebody else still refers to stays, emptied, and is an
+// error.
 func removeFrom(ctx context.Context, backend Backend) (bool, error) {
 	if _, err := backend.path(); err != nil || !inUse(backend) {
 		return false, nil //nolint:nilerr // what cannot be reached from here was not put there from here
@@ -219,14 +224,12 @@ func removeFrom(ctx context.Context, backend Backend) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	change := s.remove()
-	if change == "" {
-		return false, nil
+	for _, change := range s.remove() {
+		if err := k.apply(ctx, change); err != nil {
+			return false, fmt.Errorf("removing what is ours from iptables-%s: %w", backend, err)
+		}
 	}
-	if err := k.apply(ctx, change); err != nil {
-		return false, fmt.Errorf("removing the rules: %w", err)
-	}
-	return true, nil
+	return len(s.remove()) > 0, nil
 }
 
 // Cleanup removes the chain and the jumps to it, from both backends, and the
@@ -236,18 +239,12 @@ func Cleanup(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	var rules bool
-	for _, backend := range []Backend{NFT, Legacy} {
-		removed, err := removeFrom(ctx, backend)
-		if err != nil {
-			return err
-		}
-		rules = rules || removed
-	}
+	nft, nftErr := removeFrom(ctx, NFT)
+	legacy, legacyErr := removeFrom(ctx, Legacy)
 	address, err := removeAddress(cfg.Address)
-	if err != nil {
+	if err := errors.Join(nftErr, legacyErr, err); err != nil {
 		return err
 	}
-	r.cfg.Logger.Info("cleaned up", "rules_removed", rules, "address_removed", address)
+	r.cfg.Logger.Info("cleaned up", "rules_removed", nft || legacy, "address_removed", address)
 	return nil
 }

@@ -67,17 +67,21 @@ func (s state) install(rules []string) string {
 	return strings.Join(lines, "\n")
 }
 
-// remove is the same for having nothing of ours there.
-func (s state) remove() string {
+// remove returns the inputs that leave nothing of ours there. The chain goes in a
+// transaction of its own: it cannot while somebody else's rule leads to it.
+func (s state) remove() []string {
 	found, _ := s.jumps()
 	if len(found) == 0 && !s.exists {
-		return ""
+		return nil
 	}
 	lines := append([]string{"*" + table}, deletions(found)...)
-	if s.exists {
-		lines = append(lines, "-F "+Chain, "-X "+Chain)
+	if !s.exists {
+		return []string{strings.Join(append(lines, "COMMIT", ""), "\n")}
 	}
-	return strings.Join(append(lines, "COMMIT", ""), "\n")
+	return []string{
+		strings.Join(append(lines, "-F "+Chain, "COMMIT", ""), "\n"),
+		strings.Join([]string{"*" + table, "-X " + Chain, "COMMIT", ""}, "\n"),
+	}
 }
 
 func deletions(rules []string) []string {

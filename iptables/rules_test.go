@@ -52,8 +52,9 @@ func TestInstall(t *testing.T) {
 func TestRemove(t *testing.T) {
 	policy, ours := "-P PREROUTING ACCEPT", "-A PREROUTING -j aad-metadata"
 	assert.Empty(t, state{hook: []string{policy, "-A PREROUTING -j KUBE-SERVICES"}}.remove())
-	assert.Equal(t, "*nat\n-F aad-metadata\n-X aad-metadata\nCOMMIT\n", state{hook: []string{policy}, exists: true}.remove())
-	assert.Equal(t, "*nat\n-D PREROUTING -j aad-metadata\n-D PREROUTING -j aad-metadata\n-F aad-metadata\n-X aad-metadata\nCOMMIT\n",
+	gone := "*nat\n-X aad-metadata\nCOMMIT\n"
+	assert.Equal(t, []string{"*nat\n-F aad-metadata\nCOMMIT\n", gone}, state{hook: []string{policy}, exists: true}.remove())
+	assert.Equal(t, []string{"*nat\n-D PREROUTING -j aad-metadata\n-D PREROUTING -j aad-metadata\n-F aad-metadata\nCOMMIT\n", gone},
 		state{hook: []string{policy, ours, ours}, exists: true}.remove())
 }
 

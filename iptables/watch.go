@@ -26,23 +26,23 @@ const (
 // and the tables of one backend, whoever changed them.
 type watcher struct {
 	changed chan struct{}           // of capacity 1
-	checked atomic.Pointer[getInfo] // the legacy table as it was before the last check
+	good    atomic.Pointer[getInfo] // the legacy table when a check last found it well; nil is unknown
 	sockets []*nl.NetlinkSocket
 	running sync.WaitGroup
 }
 
+// newWatcher returns a watcher of what can be watched, and an error for the rest.
 func newWatcher(ctx context.Context, backend Backend) (*watcher, error) {
 	w := &watcher{changed: make(chan struct{}, 1)}
 	err := w.subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
 	if err == nil && backend == NFT {
 		err = w.subscribe(unix.NETLINK_NETFILTER, nftablesGroup)
 	}
-	if err != nil {
-		w.close()
-		return nil, fmt.Errorf("listening to the kernel's changes: %w", err)
-	}
 	if backend == Legacy {
 		w.running.Go(func() { w.pollLegacy(ctx) })
+	}
+	if err != nil {
+		return w, fmt.Errorf("listening to the kernel's changes: %w", err)
 	}
 	return w, nil
 }
@@ -56,14 +56,17 @@ func (w *watcher) close() {
 	w.running.Wait()
 }
 
-// look is called before a check, and accept with its result after it: what has
-// changed since, by ourselves or others, is worth another check.
-func (w *watcher) look() *getInfo {
-	info := legacyInfo()
-	return &info
+// watched does a check, which reports whether it left the tables as they were. If
+// it did, they are well as they were before it; if it did not, what they are now
+// is for the next check to find out.
+func (w *watcher) watched(check func() (untouched bool)) {
+	before := legacyInfo()
+	if check() {
+		w.good.Store(&before)
+	} else {
+		w.good.Store(nil)
+	}
 }
-
-func (w *watcher) accept(info *getInfo) { w.checked.Store(info) }
 
 func (w *watcher) notify() {
 	select {
@@ -101,7 +104,7 @@ func (w *watcher) pollLegacy(ctx context.Context) {
 	for {
 		select {
 		case <-tick.C:
-			if w.checked.Load() != nil && legacyInfo() != *w.checked.Load() {
+			if good := w.good.Load(); good == nil || legacyInfo() != *good {
 				w.notify()
 			}
 		case <-ctx.Done():

@@ -156,6 +156,8 @@ func TestWhoOwnsAnAddress(t *testing.T) {
 		return p
 	}
 	live := pod("live", nil)
+	now := metav1.NewTime(time.Unix(1_700_000_000, 0))
+	later := metav1.NewTime(now.Add(time.Second))
 	for name, tc := range map[string]struct {
 		pods  []*corev1.Pod
 		owner string // "" for none
@@ -167,7 +169,10 @@ func TestWhoOwnsAnAddress(t *testing.T) {
 		"one on the host network":  {[]*corev1.Pod{pod("host", func(p *corev1.Pod) { p.Spec.HostNetwork = true })}, "", nil},
 		"one that is on its way":   {[]*corev1.Pod{pod("new", func(p *corev1.Pod) { p.Status.PodIP = ""; p.Status.PodIPs = nil })}, "", nil},
 		"by podIPs alone":          {[]*corev1.Pod{pod("ips", func(p *corev1.Pod) { p.Status.PodIP = "" })}, "ips", nil},
-		"one that goes, one stays": {[]*corev1.Pod{live, pod("going", func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{} })}, "live", nil},
+		"one that goes, one stays": {[]*corev1.Pod{live, pod("going", func(p *corev1.Pod) { p.DeletionTimestamp = &later })}, "live", nil},
+		"one in its grace":         {[]*corev1.Pod{pod("going", func(p *corev1.Pod) { p.DeletionTimestamp = &later })}, "going", nil},
+		"one past its grace":       {[]*corev1.Pod{pod("gone", func(p *corev1.Pod) { p.DeletionTimestamp = &now })}, "", nil},
+		"two in their grace":       {[]*corev1.Pod{pod("a", func(p *corev1.Pod) { p.DeletionTimestamp = &later }), pod("b", func(p *corev1.Pod) { p.DeletionTimestamp = &later })}, "", ErrAmbiguousAddress},
 		"two that stay":            {[]*corev1.Pod{live, pod("other", nil)}, "", ErrAmbiguousAddress},
 		"an address that is none":  {[]*corev1.Pod{pod("odd", func(p *corev1.Pod) { p.Status.PodIP = "10.0.0"; p.Status.PodIPs = nil })}, "", nil},
 	} {
@@ -177,7 +182,8 @@ func TestWhoOwnsAnAddress(t *testing.T) {
 				for _, p := range tc.pods {
 					claims = append(claims, claimsOf(p, decide(p, objects()))...)
 				}
-				got := newSnapshot(claims).byAddr[addr]
+				s, _ := newSnapshot(claims, now.Time)
+				got := s.byAddr[addr]
 				if tc.owner == "" {
 					assert.Nil(t, got.pod)
 				} else if assert.NotNil(t, got.pod) {

@@ -85,7 +85,8 @@ func New(kube kubernetes.Interface, custom dynamic.Interface, cfg Config) (*Reso
 		wake:   make(chan struct{}, 1),
 		claims: make(map[string][]claim),
 	}
-	r.current.Store(newSnapshot(nil))
+	first, _ := newSnapshot(nil, time.Time{})
+	r.current.Store(first)
 	var failed [4]error
 	r.pods, failed[0] = podSource(kube, cfg.Node, r.mark, cfg.Logger)
 	r.identities, failed[1] = customSource(custom, aadpodidentity.AzureIdentities, trimIdentity, r.mark, cfg.Logger)
@@ -117,12 +118,14 @@ func (r *Resolver) Run(ctx context.Context) {
 			return
 		}
 	}
-	r.update()
+	expiry := r.update()
 	close(r.synced)
 	for {
 		select {
 		case <-r.wake:
-			r.update()
+			expiry = r.update()
+		case <-expiry:
+			expiry = r.update()
 		case <-ctx.Done():
 			return
 		}
@@ -200,7 +203,8 @@ func (r *Resolver) mark(namespace string) {
 }
 
 // update decides anew for the pods of marked namespaces and publishes the result.
-func (r *Resolver) update() {
+// It returns a channel that says when to do so again for the time alone.
+func (r *Resolver) update() (expiry <-chan time.Time) {
 	r.mu.Lock()
 	dirty := r.dirty
 	r.dirty = make(map[string]struct{})
@@ -216,13 +220,20 @@ func (r *Resolver) update() {
 	for _, claims := range r.claims {
 		all = append(all, claims...)
 	}
-	next := newSnapshot(all)
-	for _, o := range next.byAddr {
-		if o.err != nil {
+	now := time.Now()
+	next, expires := newSnapshot(all, now)
+	before := r.current.Load()
+	for addr, o := range next.byAddr {
+		if o.err != nil && before.byAddr[addr].err == nil {
 			r.cfg.Logger.Warn("an address has more than one owner; nobody gets a token by it", "error", o.err)
 		}
 	}
-	close(r.current.Swap(next).replaced)
+	r.current.Store(next)
+	close(before.replaced)
+	if !expires.IsZero() {
+		expiry = time.After(expires.Sub(now))
+	}
+	return expiry
 }
 
 func (r *Resolver) decideNamespace(namespace string) []claim {

@@ -133,6 +133,32 @@ func TestAPodIsResolvedAndFollowed(t *testing.T) {
 	})
 }
 
+func TestATerminatingPodOwnsItsAddressUntilItsGraceEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, cartWorld()...)
+		c.createPod("cart-0", addr.String())
+		c.run()
+		defer c.stop()
+		<-c.resolver.Synced()
+		pods := c.kube.CoreV1().Pods("shop")
+		pod, err := pods.Get(t.Context(), "cart-0", metav1.GetOptions{})
+		require.NoError(t, err)
+		end := metav1.NewTime(time.Now().Add(30 * time.Second))
+		pod.DeletionTimestamp = &end
+		pod.Finalizers = []string{"example.com/slow"} // keeps the object long after
+		_, err = pods.Update(t.Context(), pod, metav1.UpdateOptions{})
+		require.NoError(t, err)
+
+		time.Sleep(29 * time.Second)
+		_, err = c.resolver.Resolve(t.Context(), addr)
+		require.NoError(t, err)
+		time.Sleep(time.Second + time.Millisecond)
+		synctest.Wait()
+		_, err = c.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, ErrUnknownAddress)
+	})
+}
+
 func TestPodsOfOtherNodesAreNotKnown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t)
@@ -250,7 +276,8 @@ func filled(tb testing.TB, n int) *Resolver {
 		claims = append(claims, claimsOf(pod, decide(pod, world))...)
 		next = next.Next()
 	}
-	r.current.Store(newSnapshot(claims))
+	s, _ := newSnapshot(claims, time.Now())
+	r.current.Store(s)
 	return r
 }
 

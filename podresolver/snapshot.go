@@ -3,6 +3,7 @@ package podresolver
 import (
 	"fmt"
 	"net/netip"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -24,10 +25,16 @@ type owner struct {
 
 // claim is a pod that holds an address, as far as its own object says.
 type claim struct {
-	addr        netip.Addr
-	pod         *Pod
-	terminating bool
+	addr netip.Addr
+	pod  *Pod
+	// until is the end of a terminating pod's grace (its deletionTimestamp has the
+	// grace in it); zero for one that stays. Past it the address may be given to
+	// another pod, whose status says so only later, while a finalizer keeps the
+	// old object.
+	until time.Time
 }
+
+func (c claim) terminating() bool { return !c.until.IsZero() }
 
 // claimsOf lists the addresses that a pod holds by its status.
 func claimsOf(pod *corev1.Pod, decided *Pod) []claim {
@@ -38,6 +45,10 @@ func claimsOf(pod *corev1.Pod, decided *Pod) []claim {
 		return nil // its sandbox is gone, and its address free for another
 	}
 	addrs := make([]claim, 0, 2)
+	var until time.Time
+	if pod.DeletionTimestamp != nil {
+		until = pod.DeletionTimestamp.Time
+	}
 	add := func(text string) {
 		addr, err := netip.ParseAddr(text)
 		if err != nil {
@@ -49,7 +60,7 @@ func claimsOf(pod *corev1.Pod, decided *Pod) []claim {
 				return
 			}
 		}
-		addrs = append(addrs, claim{addr: addr, pod: decided, terminating: pod.DeletionTimestamp != nil})
+		addrs = append(addrs, claim{addr: addr, pod: decided, until: until})
 	}
 	add(pod.Status.PodIP)
 	for _, ip := range pod.Status.PodIPs {
@@ -58,21 +69,30 @@ func claimsOf(pod *corev1.Pod, decided *Pod) []claim {
 	return addrs
 }
 
-// newSnapshot settles who owns each address: a pod on its way out yields to one
-// that is not; two that both stay make the address nobody's.
-func newSnapshot(claims []claim) *snapshot {
+// newSnapshot settles who owns each address at now: a pod on its way out yields to
+// one that is not, and to all when its grace has ended; two that both stay make
+// the address nobody's. It returns when that changes by time alone, zero if never.
+func newSnapshot(claims []claim, now time.Time) (_ *snapshot, expires time.Time) {
 	held := make(map[netip.Addr]claim, len(claims))
 	s := &snapshot{byAddr: make(map[netip.Addr]owner, len(claims)), replaced: make(chan struct{})}
 	for _, c := range claims {
+		if c.terminating() {
+			if !c.until.After(now) {
+				continue
+			}
+			if expires.IsZero() || c.until.Before(expires) {
+				expires = c.until
+			}
+		}
 		other, taken := held[c.addr]
 		switch {
-		case !taken, other.terminating && !c.terminating:
+		case !taken, other.terminating() && !c.terminating():
 			held[c.addr] = c
 			s.byAddr[c.addr] = owner{pod: c.pod}
-		case c.terminating && !other.terminating:
+		case c.terminating() && !other.terminating():
 		default:
 			s.byAddr[c.addr] = owner{err: fmt.Errorf("%w: %s and %s both hold %s", ErrAmbiguousAddress, other.pod, c.pod, c.addr)}
 		}
 	}
-	return s
+	return s, expires
 }

@@ -43,6 +43,7 @@ var (
 	errNoIdentity     = badRequest("Identity not found")
 	errNotFound       = &httpError{status: http.StatusNotFound, code: "Not Found"}
 
+	errNotPlain  = badRequest("Requests with a body or for an upgrade are not served")
 	errForwarded = badRequest("Requests with an X-Forwarded-For header are not served")
 	errMethod    = &httpError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", description: "Only GET is served here"}
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
@@ -95,12 +96,10 @@ func refusedUpstream(e *upstream.Error) *httpError {
 
 // refuse writes an error, and logs it where an operator may have to act.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
-	if r.Context().Err() != nil {
-		return // the client has gone
-	}
 	e := asHTTP(err)
 	var own *httpError
 	switch {
+	case r.Context().Err() != nil: // the client has gone, or at least finished sending
 	case errors.As(err, &own): // the client's own mistake, and it is told all there is to say
 		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
 	case s.refusals.Allow():

@@ -381,6 +381,35 @@ func TestWhatIsPassedOn(t *testing.T) {
 	assert.Equal(t, 405, resp.StatusCode)
 }
 
+func TestWhatIsPassedOnIsAPlainGET(t *testing.T) {
+	w := newWorld(t, nil)
+	for name, raw := range map[string]string{
+		"upgrade":      request("GET", "/metadata/versions", "Connection: Upgrade", "Upgrade: h2c"),
+		"body":         request("GET", "/metadata/versions", "Content-Length: 1") + "x",
+		"chunked body": request("GET", "/metadata/versions", "Transfer-Encoding: chunked") + "0\r\n\r\n",
+	} {
+		resp, body := w.send(unbound, raw)
+		assert.Equal(t, 400, resp.StatusCode, name)
+		assert.JSONEq(t, `{"error":"invalid_request","error_description":"Requests with a body or for an upgrade are not served"}`, body, name)
+	}
+	assert.Zero(t, w.imds.Requests())
+}
+
+func TestAClientThatHasFinishedSendingIsAnsweredAllTheSame(t *testing.T) {
+	w := newWorld(t, nil)
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(stranger), 0))}
+	conn, err := dialer.DialContext(t.Context(), "tcp", w.addr)
+	require.NoError(t, err)
+	defer conn.Close()
+	_, err = io.WriteString(conn, request("GET", tokenURL, "Metadata: true"))
+	require.NoError(t, err)
+	require.NoError(t, conn.(*net.TCPConn).CloseWrite())
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	assert.Equal(t, 503, resp.StatusCode, "never an empty 200")
+}
+
 func TestBlockInstanceMetadata(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.BlockInstanceMetadata = true })
 	resp, _ := w.get(bound, "/metadata/instance?api-version=2021-02-01")

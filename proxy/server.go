@@ -124,11 +124,16 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 	case kind == routeToken:
 		return s.token(w, r)
 	case kind == routeOpen, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
-		if r.Method == http.MethodGet {
-			s.passOn(w, r, "path", r.URL.Path)
-			return nil
+		switch {
+		case r.Method != http.MethodGet:
+			return s.exceptedOnly(w, r, errMethod)
+		case r.ContentLength != 0 || r.Header["Upgrade"] != nil:
+			// Nothing that is served here needs either, and both are ways to
+			// say more to IMDS than the path does.
+			return s.exceptedOnly(w, r, errNotPlain)
 		}
-		return s.exceptedOnly(w, r, errMethod)
+		s.passOn(w, r, "path", r.URL.Path)
+		return nil
 	case kind == routeInstance:
 		return s.exceptedOnly(w, r, errBlocked)
 	default:

@@ -89,19 +89,17 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		s := rules.Status()
 		return fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)
 	}}
-	probeServer := &http.Server{Handler: status.handler(), ReadHeaderTimeout: 5 * time.Second}
+	probeServer := &http.Server{Handler: status.handler(), ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
 
 	// What requests need outlives them: it ends when Serve has returned.
 	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
 	var parts sync.WaitGroup
-	var ruling error // of rules.Run; to be read when parts have ended
 	parts.Go(func() { resolver.Run(behind) })
 	parts.Go(func() {
 		select {
 		case <-resolver.Synced():
 			log.Info("in sync with the API server")
-			ruling = rules.Run(ctx)
-			stop() // without rules there is nothing to serve
+			rules.Run(ctx)
 		case <-ctx.Done():
 		}
 	})
@@ -113,7 +111,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	stopBehind()
 	_ = probeServer.Close()
 	parts.Wait()
-	if err = errors.Join(ruling, err); err != nil {
+	if err != nil {
 		return fmt.Errorf("serving: %w", err)
 	}
 	if installed() == nil {

@@ -213,7 +213,7 @@ func (d *demo) start(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	running.Go(func() { _ = d.rules.Run(ctx) }) // its failure shows below
+	running.Go(func() { d.rules.Run(ctx) })
 	for d.rules.Status().Err != nil {
 		select {
 		case <-time.After(time.Millisecond):

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"math/rand/v2"
 	"net/http"
 	"os/exec"
 	"sync"
@@ -53,7 +54,7 @@ func TestRedirectWithoutAnAddressDropsAndDoesNotLeak(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Routed, "cart")
 	s.agent("--redirect-mode=redirect")
-	assert.Zero(t, p.asksBriefly(vault).status, "the kernel has no address to redirect to")
+	assert.Zero(t, p.probes().status, "the kernel has no address to redirect to")
 	assert.Zero(t, world.IMDS.Requests())
 }
 
@@ -174,7 +175,7 @@ func TestStoppedWithSIGTERMPodsAreRefusedAndNothingLeaks(t *testing.T) {
 			code, err := a.Stop()
 			require.NoError(t, err)
 			assert.Zero(t, code)
-			assert.Zero(t, p.asksBriefly(vault).status)
+			assert.Zero(t, p.probes().status)
 			assert.Equal(t, 1, world.IMDS.Requests())
 		})
 	}
@@ -188,7 +189,7 @@ func TestKilledAndStartedAgainItWorksAndNothingLeakedMeanwhile(t *testing.T) {
 	var asking sync.WaitGroup
 	asking.Go(func() { // a pod that never stops asking
 		for ctx.Err() == nil {
-			if got := p.asksBriefly(vault); got.status != 0 {
+			if got := p.probes(); got.status != 0 {
 				assert.Equal(t, cart.ClientID, got.subject, got.body)
 			}
 		}
@@ -200,6 +201,36 @@ func TestKilledAndStartedAgainItWorksAndNothingLeakedMeanwhile(t *testing.T) {
 	}
 	stop()
 	asking.Wait()
+}
+
+func TestKilledAHundredTimesWhileItWritesRulesNothingLeaks(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	s.agent() // from here on there are rules
+	ctx, stop := context.WithCancel(t.Context())
+	var asking sync.WaitGroup
+	for range 4 {
+		asking.Go(func() {
+			for ctx.Err() == nil {
+				if got := p.probes(); got.subject != "" {
+					assert.Equal(t, cart.ClientID, got.subject)
+				}
+			}
+		})
+	}
+	// Each start finds the rules of the other mode and has to write its own, some
+	// 50 ms after it began. It has another port, so that the first agent lives on.
+	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // the same moments in each run
+	for i := range 100 {
+		mode := []string{"dnat", "redirect"}[i%2]
+		a, err := testbed.StartAgent(world.Kubeconfig, "--redirect-mode="+mode, "--nmi-port=2580")
+		require.NoError(t, err)
+		time.Sleep(time.Duration(random.IntN(150)) * time.Millisecond)
+		require.NoError(t, a.Kill())
+	}
+	stop()
+	asking.Wait()
+	require.Eventually(t, func() bool { return p.asks(vault).subject == cart.ClientID }, 10*time.Second, 50*time.Millisecond, "repaired")
 }
 
 func TestWithTheAPIServerAwayKnownPodsStillGetTokens(t *testing.T) {

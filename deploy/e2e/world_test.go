@@ -169,8 +169,8 @@ func (p *pod) asks(resource string) answer {
 	return p.get(tokenURL+resource, 10*time.Second)
 }
 
-// asksBriefly is asks with the patience of an SDK's probe.
-func (p *pod) asksBriefly(resource string) answer { return p.get(tokenURL+resource, time.Second) }
+// probes asks for a vault token with the patience of an SDK's probe.
+func (p *pod) probes() answer { return p.get(tokenURL+vault, time.Second) }
 
 func (p *pod) get(url string, patience time.Duration) answer {
 	client := p.Client(patience)

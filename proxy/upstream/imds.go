@@ -45,6 +45,7 @@ func (u *Upstream) imdsToken(ctx context.Context, key tokencache.Key) (*tokencac
 	}
 	req.Raw().URL.RawQuery = query.Encode()
 	req.Raw().Header.Set("Metadata", "true")
+	runtime.SkipBodyDownload(req) // azcore would read all of it, however long
 	req.Raw().Header.Set("User-Agent", u.userAgent)
 
 	resp, err := u.pipeline.Do(req)

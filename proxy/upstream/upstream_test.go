@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -115,6 +116,23 @@ func TestEnvironmentProxyAndRedirectsAreNotFollowed(t *testing.T) {
 	var refused *Error
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, http.StatusFound, refused.Status)
+}
+
+func TestAnAnswerWithoutEndIsNotReadToItsEnd(t *testing.T) {
+	var sent atomic.Int64
+	u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		chunk := make([]byte, 64<<10)
+		for sent.Load() < 1<<30 {
+			n, err := w.Write(chunk)
+			sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+	})))
+	_, err := u.Token(t.Context(), key)
+	require.ErrorContains(t, err, "cannot be used")
+	assert.Less(t, sent.Load(), int64(64<<20))
 }
 
 func TestRoundTripKeepsPathAndHeaders(t *testing.T) {
