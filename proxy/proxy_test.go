@@ -2,36 +2,21 @@ package proxy
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
-	"net/url"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	dynamicfake "k8s.io/client-go/dynamic/fake"
-	"k8s.io/client-go/kubernetes/fake"
 
-	"github.com/podidentity/nmi/podresolver"
-	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/proxy/imdstest"
-	"github.com/podidentity/nmi/proxy/upstream"
-	"github.com/podidentity/nmi/tokencache"
 )
 
 // Pods of the test node, each with a loopback address that it dials from.
@@ -42,153 +27,6 @@ const (
 	secret   = "127.0.0.5" // bound to an identity of type 1
 	stranger = "127.0.0.9" // no pod
 )
-
-var (
-	one = imdstest.Identity{ClientID: "11111111-aaaa-4000-8000-000000000001", ObjectID: "o1", ResourceID: "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/one"}
-	two = imdstest.Identity{ClientID: "22222222-bbbb-4000-8000-000000000002", ObjectID: "o2", ResourceID: "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/two"}
-)
-
-const tokenURL = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net/"
-
-// world is a server on loopback with all the real rooms behind it.
-type world struct {
-	t    *testing.T
-	addr string
-	imds *imdstest.Server
-	log  *lockedBuffer
-
-	stop    func() // tells the server and the resolver to stop
-	running sync.WaitGroup
-}
-
-type lockedBuffer struct {
-	mu sync.Mutex // guards b
-	b  strings.Builder
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-func newWorld(t *testing.T, change func(*Config)) *world {
-	t.Helper()
-	w := &world{t: t, imds: imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one, two}}), log: &lockedBuffer{}}
-	log := slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-
-	fakeIMDS := w.imds.Start()
-	t.Cleanup(fakeIMDS.Close)
-	base, err := url.Parse(fakeIMDS.URL)
-	require.NoError(t, err)
-	up := upstream.New(upstream.Config{IMDS: base, UserAgent: "nmi/test"})
-	t.Cleanup(up.Close)
-	tokens := tokencache.New(up.Token, tokencache.Config{})
-	t.Cleanup(tokens.Close)
-
-	ctx, cancel := context.WithCancel(context.Background())
-	w.stop = cancel
-	t.Cleanup(func() { cancel(); w.running.Wait() })
-	resolver := newResolver(t, log)
-	w.running.Go(func() { resolver.Run(ctx) })
-	select {
-	case <-resolver.Synced():
-	case <-time.After(10 * time.Second):
-		t.Fatal("not synced: ", resolver.Ready())
-	}
-
-	cfg := Config{Pods: resolver, Tokens: tokens, Upstream: up, Logger: log}
-	if change != nil {
-		change(&cfg)
-	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	w.addr = ln.Addr().String()
-	w.running.Go(func() { assert.NoError(t, New(cfg).Serve(ctx, ln)) })
-	return w
-}
-
-func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
-	tb.Helper()
-	object := func(kind, name string, spec map[string]any) *unstructured.Unstructured {
-		return &unstructured.Unstructured{Object: map[string]any{
-			"apiVersion": aadpodidentity.GroupVersion.String(), "kind": kind,
-			"metadata": map[string]any{"namespace": "shop", "name": name}, "spec": spec,
-		}}
-	}
-	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
-		return &corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: labels},
-			Spec:       corev1.PodSpec{NodeName: "node1"},
-			Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
-		}
-	}
-	kube := fake.NewClientset(
-		pod("bound", bound, map[string]string{"aadpodidbinding": "both"}),
-		pod("unbound", unbound, map[string]string{"aadpodidbinding": "nothing"}),
-		pod("excepted", excepted, map[string]string{"app": "addon"}),
-		pod("secret", secret, map[string]string{"aadpodidbinding": "secret"}),
-	)
-	custom := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
-		aadpodidentity.AzureIdentities:            "AzureIdentityList",
-		aadpodidentity.AzureIdentityBindings:      "AzureIdentityBindingList",
-		aadpodidentity.AzurePodIdentityExceptions: "AzurePodIdentityExceptionList",
-	},
-		object("AzureIdentity", "one", map[string]any{"type": int64(0), "clientID": one.ClientID, "resourceID": one.ResourceID}),
-		object("AzureIdentity", "two", map[string]any{"type": int64(0), "resourceID": two.ResourceID}),
-		object("AzureIdentity", "principal", map[string]any{"type": int64(1), "clientID": "c3"}),
-		object("AzureIdentityBinding", "a", map[string]any{"azureIdentity": "one", "selector": "both"}),
-		object("AzureIdentityBinding", "b", map[string]any{"azureIdentity": "two", "selector": "both"}),
-		object("AzureIdentityBinding", "c", map[string]any{"azureIdentity": "principal", "selector": "secret"}),
-		object("AzurePodIdentityException", "addons", map[string]any{"podLabels": map[string]any{"app": "addon"}}),
-	)
-	r, err := podresolver.New(kube, custom, podresolver.Config{Node: "node1", PodWait: 50 * time.Millisecond, Logger: log})
-	require.NoError(tb, err)
-	return r
-}
-
-// send writes raw bytes from a pod's address and reads one answer.
-func (w *world) send(from, raw string) (*http.Response, string) {
-	w.t.Helper()
-	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0))}
-	conn, err := dialer.DialContext(w.t.Context(), "tcp", w.addr)
-	require.NoError(w.t, err)
-	defer conn.Close()
-	_, err = io.WriteString(conn, raw)
-	require.NoError(w.t, err)
-	method, _, _ := strings.Cut(raw, " ")
-	resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
-	require.NoError(w.t, err)
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	require.NoError(w.t, err)
-	return resp, string(body)
-}
-
-// get sends a GET with the metadata header.
-func (w *world) get(from, target string) (*http.Response, string) {
-	w.t.Helper()
-	return w.send(from, request("GET", target, "Metadata: true"))
-}
-
-func request(method, target string, headers ...string) string {
-	return method + " " + target + " HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n" + strings.Join(append(headers, "\r\n"), "\r\n")
-}
-
-// whose reads the subject of a token answer; "" if it is none.
-func whose(body string) string {
-	var in struct {
-		Token string `json:"access_token"`
-	}
-	_ = json.Unmarshal([]byte(body), &in)
-	return imdstest.Subject(in.Token)
-}
 
 const (
 	noHeader = `{"error":"invalid_request","error_description":"Required metadata header not specified"}`
@@ -485,56 +323,3 @@ func TestServeFinishesWhatItBeganAndTakesNoMore(t *testing.T) {
 	assert.Equal(t, 200, <-answered)
 	w.running.Wait() // Serve has returned nil, which newWorld checks
 }
-
-// cached returns a server, and a request whose token it has in memory.
-func cached(tb testing.TB) (s *Server, r *http.Request, w *discardWriter) {
-	tb.Helper()
-	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one, two}})
-	fakeIMDS := imds.Start()
-	tb.Cleanup(fakeIMDS.Close)
-	base, err := url.Parse(fakeIMDS.URL)
-	require.NoError(tb, err)
-	up := upstream.New(upstream.Config{IMDS: base})
-	tb.Cleanup(up.Close)
-	tokens := tokencache.New(up.Token, tokencache.Config{})
-	tb.Cleanup(tokens.Close)
-	log := slog.New(slog.DiscardHandler)
-	resolver := newResolver(tb, log)
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { resolver.Run(ctx) })
-	tb.Cleanup(func() { cancel(); running.Wait() })
-	<-resolver.Synced()
-
-	s = New(Config{Pods: resolver, Tokens: tokens, Upstream: up, Logger: log})
-	r, err = http.ReadRequest(bufio.NewReader(strings.NewReader(request("GET", tokenURL, "Metadata: true"))))
-	require.NoError(tb, err)
-	r.RemoteAddr = bound + ":40000"
-	w = &discardWriter{header: make(http.Header)}
-	s.ServeHTTP(w, r)
-	require.Equal(tb, http.StatusOK, w.status)
-	return s, r, w
-}
-
-func TestACachedTokenCostsFewAllocations(t *testing.T) {
-	s, r, w := cached(t)
-	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { s.ServeHTTP(w, r) }), 3.0, "two header values and the length")
-}
-
-// BenchmarkToken is a cached token from request to answer, without the network.
-func BenchmarkToken(b *testing.B) {
-	s, r, w := cached(b)
-	b.ReportAllocs()
-	for b.Loop() {
-		s.ServeHTTP(w, r)
-	}
-}
-
-type discardWriter struct {
-	header http.Header
-	status int
-}
-
-func (w *discardWriter) Header() http.Header         { return w.header }
-func (w *discardWriter) WriteHeader(status int)      { w.status = status }
-func (w *discardWriter) Write(p []byte) (int, error) { return len(p), nil }

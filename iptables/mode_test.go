@@ -1,0 +1,104 @@
+package iptables_test
+
+import (
+	"context"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/iptables"
+)
+
+// podList is what a resolver would know of the node's pods.
+type podList struct {
+	mu      sync.Mutex // guards both
+	addrs   []netip.Addr
+	changed chan struct{}
+}
+
+func (l *podList) get() ([]netip.Addr, <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.changed == nil {
+		l.changed = make(chan struct{})
+	}
+	return l.addrs, l.changed
+}
+
+func (l *podList) set(addrs ...netip.Addr) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.addrs = addrs
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
+}
+
+func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	n.agent(iptables.Redirect) // on all addresses
+	pods := &podList{}
+	cfg := n.config(iptables.AutoMode)
+	cfg.Pods = pods.get
+	r, err := iptables.New(cfg)
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { r.Run(ctx) })
+	defer running.Wait()
+	defer cancel()
+	becomes := func(mode iptables.Mode, why string) {
+		t.Helper()
+		n.eventually(func() bool {
+			s := r.Status()
+			return s.Err == nil && s.Mode == mode && strings.Contains(s.Why, why)
+		}, why)
+		assert.Equal(t, "agent", n.ask())
+	}
+	// A pod that asks all the time, while the mode changes under it.
+	var asking sync.WaitGroup
+	done := make(chan struct{})
+	becomes(iptables.DNAT, "no pod's interface is known yet")
+	asking.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				assert.Equal(t, "agent", n.ask())
+			}
+		}
+	})
+
+	pods.set(n.pod.Addr)
+	becomes(iptables.Redirect, "every interface that leads to a pod has an IPv4 address")
+
+	routed, err := n.network.AddPod("10.244.0.8", testbed.Routed)
+	require.NoError(t, err)
+	pods.set(n.pod.Addr, routed.Addr)
+	becomes(iptables.DNAT, "which leads to pod address 10.244.0.8, has no IPv4 address")
+
+	require.NoError(t, routed.Close())
+	becomes(iptables.DNAT, "pod address 10.244.0.8 is behind a gateway") // the default route's
+	pods.set(n.pod.Addr)
+	becomes(iptables.Redirect, "every interface")
+
+	// An address that goes is noticed by itself.
+	link, err := netlink.LinkByName("veth1")
+	require.NoError(t, err)
+	addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
+	require.NoError(t, err)
+	require.Len(t, addrs, 1)
+	close(done)
+	asking.Wait() // without the address the pod has no gateway to ask through
+	require.NoError(t, netlink.AddrDel(link, &addrs[0]))
+	n.eventually(func() bool { return r.Status().Mode == iptables.DNAT }, "noticed that the address is gone")
+	assert.Zero(t, n.leaks.Load())
+}
