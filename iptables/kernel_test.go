@@ -157,6 +157,8 @@ func TestBesideTheRulesOfKubeProxyWhicheverComesFirst(t *testing.T) {
 			n.kubeProxy() // its jump is first now, or was until a moment ago
 			n.eventually(n.inPlace, "first again")
 			assert.Equal(t, "agent", n.ask())
+			n.iptables("-F", "aad-metadata")
+			n.eventually(n.inPlace, "still watching after so many changes")
 		})
 	}
 }

@@ -2,9 +2,7 @@ package iptables
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,9 +32,9 @@ type watcher struct {
 // newWatcher returns a watcher of what can be watched, and an error for the rest.
 func newWatcher(ctx context.Context, backend Backend) (*watcher, error) {
 	w := &watcher{changed: make(chan struct{}, 1)}
-	err := w.subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
+	err := w.subscribe(ctx, unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
 	if err == nil && backend == NFT {
-		err = w.subscribe(unix.NETLINK_NETFILTER, nftablesGroup)
+		err = w.subscribe(ctx, unix.NETLINK_NETFILTER, nftablesGroup)
 	}
 	if backend == Legacy {
 		w.running.Go(func() { w.pollLegacy(ctx) })
@@ -75,7 +73,7 @@ func (w *watcher) notify() {
 	}
 }
 
-func (w *watcher) subscribe(protocol int, groups ...uint) error {
+func (w *watcher) subscribe(ctx context.Context, protocol int, groups ...uint) error {
 	socket, err := nl.Subscribe(protocol, groups...)
 	if err != nil {
 		return err
@@ -83,15 +81,20 @@ func (w *watcher) subscribe(protocol int, groups ...uint) error {
 	w.sockets = append(w.sockets, socket)
 	w.running.Go(func() {
 		for {
-			// What changed does not matter; even a message that was lost for
-			// want of room (ENOBUFS) says that something did.
+			// What changed does not matter: even messages that were lost for
+			// want of room (ENOBUFS), or cannot be read, say that something did.
 			_, _, err := socket.Receive()
-			if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADF) {
+			if ctx.Err() != nil {
 				return
 			}
 			w.notify()
-			if err != nil && !errors.Is(err, unix.ENOBUFS) {
-				return // the interval goes on
+			if err == nil {
+				continue
+			}
+			select { // an error that comes at once, and again, must not spin
+			case <-time.After(calm):
+			case <-ctx.Done():
+				return
 			}
 		}
 	})
