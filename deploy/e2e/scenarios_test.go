@@ -220,7 +220,7 @@ func TestKilledAHundredTimesWhileItWritesRulesNothingLeaks(t *testing.T) {
 	}
 	// Each start finds the rules of the other mode and has to write its own, some
 	// 50 ms after it began. It has another port, so that the first agent lives on.
-	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // the same moments in each run
+	random := rand.New(rand.NewPCG(1, 2)) // the same moments in each run
 	for i := range 100 {
 		mode := []string{"dnat", "redirect"}[i%2]
 		a, err := testbed.StartAgent(world.Kubeconfig, "--redirect-mode="+mode, "--nmi-port=2580")
