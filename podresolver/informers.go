@@ -176,12 +176,17 @@ func (s *source) pending() error {
 	if s.informer.HasSynced() {
 		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.lastErr != nil {
-		return s.lastErr
+	if err := s.trouble(); err != nil {
+		return err
 	}
 	return fmt.Errorf("%s: waiting for the first list", s.name)
+}
+
+// trouble is what keeps the source from being up to date; nil if nothing does.
+func (s *source) trouble() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lastErr
 }
 
 // The trim functions keep what a decision needs, so that memory does not grow

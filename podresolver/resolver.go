@@ -155,6 +155,17 @@ func (r *Resolver) Ready() error {
 	return errors.Join(waiting...)
 }
 
+// Stale returns why decisions may be out of date: what the API server last said
+// where it cannot be watched now. Known pods keep what they were given meanwhile.
+// It returns nil when all is well.
+func (r *Resolver) Stale() error {
+	var all []error
+	for _, s := range r.sources() {
+		all = append(all, s.trouble())
+	}
+	return errors.Join(all...)
+}
+
 // Resolve returns the pod that holds addr now. An unknown address is waited for
 // as long as Config.PodWait and ctx allow, then it is ErrUnknownAddress; one
 // that several live pods claim is ErrAmbiguousAddress at once.

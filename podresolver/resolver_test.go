@@ -173,6 +173,16 @@ func TestPodsOfOtherNodesAreNotKnown(t *testing.T) {
 		<-c.resolver.Synced()
 		_, err = c.resolver.Resolve(t.Context(), addr)
 		assert.ErrorIs(t, err, ErrUnknownAddress)
+
+		// The fake does not filter; the API server does, when asked to.
+		asked := 0
+		for _, action := range c.kube.Actions() {
+			if watch, ok := action.(clienttesting.WatchAction); ok {
+				assert.Equal(t, "spec.nodeName=node1", watch.GetWatchRestrictions().Fields.String())
+				asked++
+			}
+		}
+		assert.NotZero(t, asked)
 	})
 }
 
@@ -228,6 +238,7 @@ func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
 		defer c.stop()
 		_, err := c.resolver.Resolve(t.Context(), addr)
 		require.ErrorIs(t, err, ErrUnknownAddress, "the exceptions are not known: no decision")
+		require.Error(t, c.resolver.Stale())
 		require.ErrorContains(t, c.resolver.Ready(), "azurepodidentityexceptions.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
 
 		mu.Lock()
@@ -235,6 +246,7 @@ func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
 		mu.Unlock()
 		time.Sleep(time.Minute) // the informer's own back-off
 		require.NoError(t, c.resolver.Ready())
+		require.NoError(t, c.resolver.Stale())
 		_, err = c.resolver.Resolve(t.Context(), addr)
 		require.NoError(t, err)
 	})

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -87,7 +88,11 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	installed := func() error { return rules.Status().Err }
 	status := &health{checks: []func() error{stopping, resolver.Ready, installed}, note: func() string {
 		s := rules.Status()
-		return fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)
+		note := fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)
+		if err := resolver.Stale(); err != nil {
+			note += "\ndecisions may be out of date:\n- " + strings.ReplaceAll(err.Error(), "\n", "\n- ")
+		}
+		return note
 	}}
 	probeServer := &http.Server{Handler: status.handler(), ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
 

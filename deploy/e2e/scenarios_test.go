@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os/exec"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -241,12 +242,19 @@ func TestWithTheAPIServerAwayKnownPodsStillGetTokens(t *testing.T) {
 	require.NoError(t, world.StopAPIServer())
 	assert.Equal(t, cart.ClientID, p.asks(vault).subject, "from memory")
 	assert.Equal(t, cart.ClientID, p.asks("https://management.azure.com").subject, "from upstream")
-	status, text := a.Ready(t.Context())
-	assert.Equal(t, http.StatusOK, status, text)
+	require.Eventually(t, func() bool {
+		status, text := a.Ready(t.Context())
+		require.Equal(t, http.StatusOK, status, text)
+		return strings.Contains(text, "decisions may be out of date:\n- pods: cannot reach the API server")
+	}, 10*time.Second, 10*time.Millisecond, "ready all the same, and says so")
 	require.NoError(t, world.StartAPIServer(t.Context()))
 	// The informers come back: a new pod is seen.
 	late := s.pod("late", "10.244.0.17", testbed.Ptp, "report")
 	require.Eventually(t, func() bool { return late.asks(vault).subject == report.ClientID }, time.Minute, 50*time.Millisecond)
+	require.Eventually(t, func() bool {
+		_, text := a.Ready(t.Context())
+		return !strings.Contains(text, "out of date")
+	}, time.Minute, 50*time.Millisecond)
 }
 
 func TestTheAgentCannotBeReachedByTheNodesAddress(t *testing.T) {
