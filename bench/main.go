@@ -104,7 +104,7 @@ func run(ctx context.Context, length time.Duration) (err error) {
 	if err != nil {
 		return fmt.Errorf("bare net/http: %w", err)
 	}
-	print(append(rows, yardstick), len(body), length)
+	report(append(rows, yardstick), len(body), length)
 	return nil
 }
 
@@ -191,7 +191,7 @@ func fetch(ctx context.Context, pod *testbed.Pod) ([]byte, error) {
 	return body, err
 }
 
-func print(rows []row, size int, length time.Duration) {
+func report(rows []row, size int, length time.Duration) {
 	fmt.Printf("Cached tokens from a pod's namespace through the redirect: %d bytes, %d keep-alive connections,\n", size, connections)
 	fmt.Printf("server and wrk on a core each, %s a row. Ratio: requests/s over those of the bare server.\n\n", length)
 	fmt.Println("| server | requests/s | ratio | p50 | p99 | resident memory now / peak, MiB |")

@@ -45,7 +45,9 @@ type Cache struct {
 	ctx    context.Context // of all flights; ended by Close
 	cancel context.CancelFunc
 
-	mu     sync.Mutex // guards closed, and the Add of flying against its Wait
+	// mu guards closed, the Add of flying against its Wait, and each write to
+	// entries: a postponed old token must not take the place of a new one.
+	mu     sync.Mutex
 	closed bool
 	flying sync.WaitGroup
 }
@@ -78,7 +80,7 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Token, error) {
 			return e.token, nil
 		case due:
 			c.stats.hits.Add(1)
-			c.refresh(key, e)
+			c.refresh(key)
 			return e.token, nil
 		case expired:
 		}
@@ -98,13 +100,13 @@ func (c *Cache) Get(ctx context.Context, key Key) (*Token, error) {
 // refresh starts a flight for a token that is due, and does not wait for it.
 // Marking the entry as postponed first keeps the callers that follow from
 // starting another, and is the pause after a failure at the same time.
-func (c *Cache) refresh(key Key, e entry) {
+func (c *Cache) refresh(key Key) {
 	c.mu.Lock()
 	now := time.Now()
 	current, ok := c.entries.Peek(key)
 	first := ok && !c.closed && current.freshness(now) == due
 	if first {
-		c.entries.Add(key, e.postponed(now))
+		c.entries.Add(key, current.postponed(now))
 	}
 	c.mu.Unlock()
 	if !first {
@@ -151,7 +153,9 @@ func (c *Cache) fetchAndStore(key Key) (token *Token, err error) {
 		return nil, fmt.Errorf("the upstream's token expired at %s, before it arrived; check the node's clock",
 			token.ExpiresOn.UTC().Format(time.RFC3339))
 	}
+	c.mu.Lock()
 	c.entries.Add(key, newEntry(token, now))
+	c.mu.Unlock()
 	return token, nil
 }
 

@@ -75,8 +75,10 @@ func TestItWaitsForTheAPIServerAndSaysSo(t *testing.T) {
 		status, text := a.Ready(t.Context())
 		return status == 503 && strings.Contains(text, "pods") && strings.Contains(text, "connection refused")
 	}, 10*time.Second, 10*time.Millisecond)
+	assert.NotContains(t, s.nat(), "aad-metadata", "no rules before the agent is in sync")
 	require.NoError(t, world.StartAPIServer(t.Context()))
 	require.NoError(t, a.AwaitReady(t.Context()))
+	assert.Contains(t, s.nat(), "aad-metadata")
 	assert.Equal(t, 200, p.asks(vault).status)
 }
 

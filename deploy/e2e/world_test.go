@@ -13,6 +13,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"testing"
 	"time"
 
@@ -119,6 +120,14 @@ func (s *scenario) nmi(args ...string) (code int, output string) {
 	code, output, err := testbed.RunAgent(nil, args...)
 	require.NoError(s.t, err)
 	return code, output
+}
+
+// nat is the node's nat table, as iptables-save shows it.
+func (s *scenario) nat() string {
+	s.t.Helper()
+	rules, err := exec.CommandContext(s.t.Context(), "iptables-save", "-t", "nat").CombinedOutput()
+	require.NoError(s.t, err, string(rules))
+	return string(rules)
 }
 
 // pod makes a pod of namespace shop, object and network both. Its label

@@ -28,7 +28,9 @@ const (
 	longestLife = 7 * 24 * time.Hour
 )
 
-func (u *Upstream) imdsToken(ctx context.Context, key tokencache.Key) (*tokencache.Token, error) {
+// Token fetches one token; the signature is tokencache.Fetch. ctx bounds the
+// call and all its retries. A refusal by IMDS is an *Error.
+func (u *Upstream) Token(ctx context.Context, key tokencache.Key) (*tokencache.Token, error) {
 	req, err := runtime.NewRequest(ctx, http.MethodGet, u.base.JoinPath(tokenPath).String())
 	if err != nil {
 		return nil, fmt.Errorf("request for IMDS: %w", err)

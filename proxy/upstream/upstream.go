@@ -11,7 +11,6 @@
 package upstream
 
 import (
-	"context"
 	"net"
 	"net/http"
 	"net/url"
@@ -19,8 +18,6 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
-
-	"github.com/podidentity/nmi/tokencache"
 )
 
 // Config says where IMDS is and who asks.
@@ -80,12 +77,6 @@ func New(cfg Config) *Upstream {
 		},
 	})
 	return u
-}
-
-// Token fetches one token; the signature is tokencache.Fetch. ctx bounds the
-// call and all its retries. A refusal by IMDS is an *Error.
-func (u *Upstream) Token(ctx context.Context, key tokencache.Key) (*tokencache.Token, error) {
-	return u.imdsToken(ctx, key)
 }
 
 // RoundTrip sends a request to IMDS as it is, whatever host it names. It makes
