@@ -107,10 +107,13 @@ func detect() (Backend, string, error) {
 // other than ours. What cannot be read counts as empty.
 func survey(b Backend) (chains []string, rules int) {
 	path, err := b.path()
-	if err != nil || !inUse(b) {
+	if err != nil {
 		return nil, 0
 	}
 	for _, t := range []string{"mangle", "nat", "filter"} {
+		if !b.has(t) {
+			continue
+		}
 		out, err := exec.Command(path, "-t", t, "-S").Output()
 		if err != nil {
 			continue
@@ -119,7 +122,7 @@ func survey(b Backend) (chains []string, rules int) {
 			line = strings.TrimSpace(line)
 			if chain, ok := strings.CutPrefix(line, "-N "); ok {
 				chains = append(chains, chain)
-			} else if strings.HasPrefix(line, "-A ") && !strings.Contains(line, Chain) {
+			} else if strings.HasPrefix(line, "-A ") && !strings.Contains(line, Chain) && !strings.Contains(line, wireserverChain) {
 				rules++
 			}
 		}
@@ -127,12 +130,12 @@ func survey(b Backend) (chains []string, rules int) {
 	return chains, rules
 }
 
-// inUse reports whether a backend has tables. Asking iptables-legacy itself
-// would load the kernel's modules for it, and so make them.
-func inUse(b Backend) bool {
+// has reports whether a backend may have a table of that name. Asking
+// iptables-legacy itself would load the kernel's modules for it, and so make it.
+func (b Backend) has(table string) bool {
 	if b != Legacy {
 		return true
 	}
 	names, err := os.ReadFile("/proc/thread-self/net/ip_tables_names")
-	return err == nil && len(names) > 0
+	return err == nil && slices.Contains(strings.Fields(string(names)), table)
 }

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
@@ -22,11 +24,17 @@ const lockWait = 10
 // applyTimeout bounds one iptables-restore, the wait for the lock included.
 const applyTimeout = 30 * time.Second
 
-// kernel reads and writes the nat table through the iptables commands of one
-// path, and the address on lo through netlink.
+// lockFile is held by whoever changes legacy tables, for that long (XT_LOCK_NAME
+// of iptables). The nft backend has no such lock.
+const lockFile = "/run/xtables.lock"
+
+// kernel reads and writes tables through the iptables commands of one path, and
+// the address on lo through netlink.
 type kernel struct {
-	path   string // of iptables; iptables-restore stands beside it
-	tables *goiptables.IPTables
+	backend   Backend
+	path      string // of iptables; iptables-restore stands beside it
+	tables    *goiptables.IPTables
+	contended atomic.Uint64 // commands before which another program held the lock
 }
 
 func openKernel(backend Backend) (*kernel, error) {
@@ -41,25 +49,22 @@ func openKernel(backend Backend) (*kernel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
 	}
-	k := &kernel{path: path, tables: tables}
-	// A lock that is held now is free later; anything else is not.
-	if _, err = k.read(); err != nil && !errors.Is(err, errLocked) {
-		return nil, err
-	}
-	return k, nil
+	return &kernel{backend: backend, path: path, tables: tables}, nil
 }
 
 // errLocked means that another program holds the xtables lock.
 var errLocked = errors.New("another program holds the xtables lock")
 
-// read returns the state of the chains that concern us.
-func (k *kernel) read() (state, error) {
-	var s state
+// read returns the state of one of our chains, whatever its rules.
+func (k *kernel) read(c chain) (state, error) {
+	k.countContention()
+	s := state{chain: c}
+	s.rules = nil
 	var err error
-	if s.hook, err = k.tables.List(table, hook); err != nil {
-		return state{}, toolError("reading the nat table", err.Error())
+	if s.hookRules, err = k.tables.List(c.table, c.hook); err != nil {
+		return state{}, toolError("reading the "+c.table+" table", err.Error())
 	}
-	lines, err := k.tables.List(table, Chain)
+	lines, err := k.tables.List(c.table, c.name)
 	var failure *goiptables.Error
 	switch {
 	case errors.As(err, &failure) && failure.ExitStatus() == 1:
@@ -67,19 +72,36 @@ func (k *kernel) read() (state, error) {
 		// is not there "incompatible". Other troubles have other numbers.
 		return s, nil
 	case err != nil:
-		return state{}, toolError("reading chain "+Chain, err.Error())
+		return state{}, toolError("reading chain "+c.name, err.Error())
 	}
 	s.exists = true
 	for _, line := range lines {
 		if !strings.HasPrefix(line, "-N ") {
-			s.chain = append(s.chain, line)
+			s.rules = append(s.rules, line)
 		}
 	}
 	return s, nil
 }
 
+// countContention looks whether the command that comes next will have to wait for
+// the lock. It is a look, no more: the lock is for iptables itself to take.
+func (k *kernel) countContention() {
+	if k.backend != Legacy {
+		return
+	}
+	f, err := os.Open(lockFile)
+	if err != nil {
+		return // nobody has ever held it
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		k.contended.Add(1)
+	}
+}
+
 // apply hands input to iptables-restore: all of it takes effect, or nothing.
 func (k *kernel) apply(ctx context.Context, input string) error {
+	k.countContention()
 	ctx, cancel := context.WithTimeout(ctx, applyTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, k.path+"-restore", "--noflush", fmt.Sprintf("--wait=%d", lockWait))
@@ -87,7 +109,7 @@ func (k *kernel) apply(ctx context.Context, input string) error {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := cmd.Run(); err != nil {
-		return toolError("writing the nat table", fmt.Sprintf("%v: %s", err, stderr.String()))
+		return toolError("writing tables", fmt.Sprintf("%v: %s", err, stderr.String()))
 	}
 	return nil
 }
@@ -103,7 +125,7 @@ func toolError(doing, text string) error {
 	case strings.Contains(text, "xtables lock"):
 		return fmt.Errorf("%s: %w: %s", doing, errLocked, text)
 	case strings.Contains(text, "Table does not exist"), strings.Contains(text, "do you need to insmod"):
-		advice = "the kernel has no nat table: load iptable_nat or nf_tables: "
+		advice = "the kernel lacks the table: load iptable_nat, iptable_filter or nf_tables: "
 	}
 	return fmt.Errorf("%s: %s%s", doing, advice, text)
 }

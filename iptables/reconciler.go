@@ -3,14 +3,16 @@
 //
 // The life of the rules:
 //
-//  1. The desired rules follow from the configuration alone, as text.
+//  1. The desired rules follow from the configuration and the mode alone, as text.
 //  2. Run reads what the kernel has. If that is not the desired state, one
 //     iptables-restore makes it so, in one transaction: there is no moment with
 //     half of the rules.
 //  3. What was there before is dealt with: the chain of an old agent in the other
 //     backend, connections from before the rules.
 //  4. It checks them again when the kernel announces a change of links, addresses
-//     or tables, when pods come and go, and every interval.
+//     or tables, when pods come and go, and every interval. Each time it looks at
+//     the interfaces that lead to pods: they decide the mode, and whether a source
+//     address says for certain which pod is calling.
 //  5. The rules stay when Run ends, however it ends. With no agent behind them a
 //     pod's connection is refused; it never reaches the node's own identity.
 //  6. Cleanup removes what is ours, and nothing else.
@@ -19,9 +21,9 @@ package iptables
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -31,8 +33,8 @@ import (
 // policies can name it.
 var DefaultAddress = netip.MustParseAddr("169.254.169.252")
 
-// Config says what is redirected and where to. All but Pods, Backend and Logger
-// is required; Cleanup needs Address alone.
+// Config says what is redirected and where to. Mode, Metadata, Port, Address and
+// Interval are required; Cleanup needs Address alone.
 type Config struct {
 	Mode     Mode
 	Metadata netip.AddrPort // of the metadata service, IPv4
@@ -40,30 +42,48 @@ type Config struct {
 	Address  netip.Addr     // on lo, for mode DNAT
 	Interval time.Duration  // between two checks of the rules, when nothing seems to happen
 	// Pods returns the addresses of this node's pods, and a channel that is
-	// closed when they have changed. AutoMode needs it.
-	Pods    func() ([]netip.Addr, <-chan struct{})
-	Backend Backend      // whose tables to use; "" means Auto
-	Logger  *slog.Logger // nil means slog.Default
+	// closed when they have changed; nil if nobody knows. AutoMode needs it.
+	Pods            func() ([]netip.Addr, <-chan struct{})
+	Backend         Backend      // whose tables to use; "" means Auto
+	BlockWireserver bool         // reject what pods send to 168.63.129.16, ports 80 and 32526
+	AllowUnguarded  bool         // trust source addresses on bridges that nobody guards
+	Logger          *slog.Logger // nil means slog.Default
 }
 
 // Reconciler keeps the rules in place.
 type Reconciler struct {
-	cfg    Config
-	kernel *kernel
-	status atomic.Pointer[Status]
+	cfg     Config
+	kernel  *kernel // nil when no rules of ours are wanted
+	status  atomic.Pointer[Status]
+	sources sources
 
-	settled bool // what others left has been dealt with; for Run alone
+	checks, repairs, cut atomic.Uint64
+
+	settled bool     // what others left has been dealt with; for Run alone
+	warned  []string // bridges that were warned of; for Run alone
 }
 
 // Status is what Run found or did at its last check.
 type Status struct {
-	Err  error // why the rules are not in place; nil when they are
-	Mode Mode  // Redirect or DNAT, once there was a check
-	Why  string
+	Err       error  // why the rules are not in place; nil when they are
+	Unguarded error  // why no source address can be trusted on some bridge, and what to do; wraps ErrUnguarded
+	Mode      Mode   // other than AutoMode, once there was a check
+	Why       string // this mode
+	// Loose are the interfaces to pods on which the kernel does not check source
+	// addresses (rp_filter is not 1).
+	Loose []string
 }
 
 // ErrNotYet is the error of the Status before the first check.
 var ErrNotYet = errors.New("the iptables rules are not in place yet")
+
+// Stats are counts since New.
+type Stats struct {
+	Checks        uint64 // of the rules
+	Repairs       uint64 // checks that found them wanting and wrote them, the first included
+	LockContended uint64 // commands before which another program held the xtables lock
+	Cut           uint64 // connections past the agent that were ended
+}
 
 // New checks that rules can be read here, and changes nothing. Its errors say
 // what is missing: the iptables commands, privileges, or the kernel's nat table.
@@ -74,25 +94,40 @@ func New(cfg Config) (*Reconciler, error) {
 	if cfg.Mode == AutoMode && cfg.Pods == nil {
 		return nil, errors.New("mode auto needs to know the pods' addresses")
 	}
-	why := "it was asked for"
-	if cfg.Backend == Auto || cfg.Backend == "" {
+	r := &Reconciler{}
+	if cfg.Mode != None || cfg.BlockWireserver {
+		why := "it was asked for"
 		var err error
-		if cfg.Backend, why, err = detect(); err != nil {
+		if cfg.Backend == Auto || cfg.Backend == "" {
+			if cfg.Backend, why, err = detect(); err != nil {
+				return nil, err
+			}
+		}
+		if r.kernel, err = openKernel(cfg.Backend); err != nil {
 			return nil, err
 		}
+		// A lock that is held now is free later; anything else is not.
+		if _, err = r.kernel.read(ours[0]); err != nil && !errors.Is(err, errLocked) {
+			return nil, err
+		}
+		cfg.Logger.Info("iptables backend", "backend", cfg.Backend, "why", why)
 	}
-	k, err := openKernel(cfg.Backend)
-	if err != nil {
-		return nil, err
-	}
-	cfg.Logger.Info("iptables backend", "backend", cfg.Backend, "why", why)
-	r := &Reconciler{cfg: cfg, kernel: k}
+	r.cfg = cfg
 	r.status.Store(&Status{Err: ErrNotYet})
 	return r, nil
 }
 
 // Status returns what the last check came to.
 func (r *Reconciler) Status() Status { return *r.status.Load() }
+
+// Stats returns what has been counted so far.
+func (r *Reconciler) Stats() Stats {
+	s := Stats{Checks: r.checks.Load(), Repairs: r.repairs.Load(), Cut: r.cut.Load()}
+	if r.kernel != nil {
+		s.LockContended = r.kernel.contended.Load()
+	}
+	return s
+}
 
 const (
 	// firstRetry is the pause after a failure; it doubles up to the interval.
@@ -107,7 +142,7 @@ const (
 // there.
 func (r *Reconciler) Run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
-	w, err := newWatcher(ctx, r.cfg.Backend)
+	w, err := newWatcher(ctx, r.cfg.Backend, r.tables())
 	if err != nil {
 		r.cfg.Logger.Warn("changes will be noticed late", "error", err, "every", r.cfg.Interval)
 	}
@@ -116,21 +151,22 @@ func (r *Reconciler) Run(ctx context.Context) {
 
 	retry := min(firstRetry, r.cfg.Interval)
 	for {
-		mode, why, podsChanged := r.mode()
+		status, podsChanged := r.survey()
 		w.watched(func() bool {
 			var changed bool
-			changed, err = r.reconcile(ctx, mode, why)
-			return !changed && err == nil
+			changed, status.Err = r.reconcile(ctx, status.Mode, status.Why)
+			return !changed && status.Err == nil
 		})
 		if ctx.Err() != nil {
 			return
 		}
-		r.status.Store(&Status{Err: err, Mode: mode, Why: why})
+		r.checks.Add(1)
+		r.status.Store(&status)
 		next := r.cfg.Interval
-		if err != nil {
+		if status.Err != nil {
 			next = retry
 			retry = min(2*retry, r.cfg.Interval)
-			r.cfg.Logger.Error("the iptables rules are not in place; trying again", "error", err, "in", next)
+			r.cfg.Logger.Error("the iptables rules are not in place; trying again", "error", status.Err, "in", next)
 		} else {
 			retry = min(firstRetry, r.cfg.Interval)
 		}
@@ -150,101 +186,80 @@ func (r *Reconciler) Run(ctx context.Context) {
 	}
 }
 
-// mode is the one to use now, why, and what to wait for before asking again.
-func (r *Reconciler) mode() (Mode, string, <-chan struct{}) {
-	if r.cfg.Mode != AutoMode {
-		return r.cfg.Mode, "it was asked for", nil
+// tables names the tables that rules of ours are wanted in.
+func (r *Reconciler) tables() (names []string) {
+	for _, c := range desired(r.cfg, r.mode()) {
+		names = append(names, c.table)
+	}
+	return names
+}
+
+// mode is the configured one, with DNAT for AutoMode.
+func (r *Reconciler) mode() Mode {
+	if r.cfg.Mode == AutoMode {
+		return DNAT
+	}
+	return r.cfg.Mode
+}
+
+// survey looks at the pods' interfaces: which mode to use now and why, and which
+// addresses can be trusted. The channel says when to look again.
+func (r *Reconciler) survey() (Status, <-chan struct{}) {
+	r.sources.forget()
+	s := Status{Mode: r.mode(), Why: "it was asked for"}
+	if r.cfg.Pods == nil {
+		return s, nil
 	}
 	pods, changed := r.cfg.Pods()
-	mode, why := choose(pods)
-	return mode, why, changed
+	links := podLinks{}
+	if r.cfg.Mode == AutoMode {
+		s.Mode, s.Why = choose(pods, links)
+	}
+	var bridges []string
+	bridges, s.Loose = surveySources(pods, links)
+	if !r.cfg.AllowUnguarded {
+		s.Unguarded = unguardedError(bridges)
+	}
+	if len(bridges) > 0 && !slices.Equal(bridges, r.warned) {
+		r.cfg.Logger.Warn("pods on a bridge can take each other's addresses, and with them identities (CVE-2021-1677)",
+			"bridges", bridges, "tokens", map[bool]string{true: "handed out all the same", false: "withheld"}[r.cfg.AllowUnguarded])
+	}
+	r.warned = bridges
+	return s, changed
 }
 
 // reconcile makes the kernel's state the desired one, and reports whether it had
 // to change the tables for that.
 func (r *Reconciler) reconcile(ctx context.Context, mode Mode, why string) (changed bool, err error) {
+	if r.kernel == nil {
+		return false, nil
+	}
 	if mode == DNAT {
 		if err := ensureAddress(r.cfg.Address); err != nil {
 			return false, err
 		}
 	}
-	s, err := r.kernel.read()
-	if err != nil {
-		return false, err
-	}
-	if change := s.install(desired(r.cfg, mode)); change != "" {
+	for _, want := range desired(r.cfg, mode) {
+		s, err := r.kernel.read(want)
+		if err != nil {
+			return changed, err
+		}
+		change := s.install(want.rules)
+		if change == "" {
+			continue
+		}
 		if err := r.kernel.apply(ctx, change); err != nil {
-			return false, err
+			return changed, err
 		}
 		changed = true
-		r.cfg.Logger.Info("iptables rules put in place", "chain", Chain, "mode", mode, "why", why, "taken_over", s.exists)
 		r.settled = false
+		r.cfg.Logger.Info("iptables rules put in place", "chain", want.name, "mode", mode, "why", why, "taken_over", s.exists)
+	}
+	if changed {
+		r.repairs.Add(1)
 	}
 	if !r.settled {
 		r.settle(ctx)
 	}
 	return changed, nil
-}
-
-// settle deals with what was there before our rules: it comes after they are in
-// place, so that no pod finds a gap. What cannot be done is logged and tried again
-// at the next check; the rules are in place all the same.
-func (r *Reconciler) settle(ctx context.Context) {
-	cut, cutErr := cutBypassing(r.cfg.Metadata, r.cfg.Port)
-	if cut > 0 {
-		r.cfg.Logger.Info("cut connections to the metadata service that bypassed the agent", "connections", cut)
-	}
-	// An NMI that used the other backend left a chain there, which would send
-	// pods to a port or an address of its own.
-	other := r.cfg.Backend.other()
-	removed, removeErr := removeFrom(ctx, other)
-	if removed {
-		r.cfg.Logger.Info("removed the chain of another agent", "chain", Chain, "backend", other)
-	}
-	if err := errors.Join(cutErr, removeErr); err != nil {
-		r.cfg.Logger.Warn("cannot deal with what was there before; trying again", "error", err)
-		return
-	}
-	r.settled = true
-}
-
-// removeFrom removes the jumps to our chain and then the chain from a backend, and
-// reports whether there was anything. A backend that this machine has not is
-// clean. A chain that somebody else still refers to stays, emptied, and is an
-// error.
-func removeFrom(ctx context.Context, backend Backend) (bool, error) {
-	if _, err := backend.path(); err != nil || !inUse(backend) {
-		return false, nil //nolint:nilerr // what cannot be reached from here was not put there from here
-	}
-	k, err := openKernel(backend)
-	if err != nil {
-		return false, err
-	}
-	s, err := k.read()
-	if err != nil {
-		return false, err
-	}
-	for _, change := range s.remove() {
-		if err := k.apply(ctx, change); err != nil {
-			return false, fmt.Errorf("removing what is ours from iptables-%s: %w", backend, err)
-		}
-	}
-	return len(s.remove()) > 0, nil
-}
-
-// Cleanup removes the chain and the jumps to it, from both backends, and the
-// address from lo. Finding nothing is success.
-func Cleanup(ctx context.Context, cfg Config) error {
-	r, err := New(cfg) // says what is missing, if anything is
-	if err != nil {
-		return err
-	}
-	nft, nftErr := removeFrom(ctx, NFT)
-	legacy, legacyErr := removeFrom(ctx, Legacy)
-	address, err := removeAddress(cfg.Address)
-	if err := errors.Join(nftErr, legacyErr, err); err != nil {
-		return err
-	}
-	r.cfg.Logger.Info("cleaned up", "rules_removed", nft || legacy, "address_removed", address)
-	return nil
 }

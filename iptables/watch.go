@@ -24,19 +24,22 @@ const (
 // and the tables of one backend, whoever changed them.
 type watcher struct {
 	changed chan struct{}           // of capacity 1
-	good    atomic.Pointer[getInfo] // the legacy table when a check last found it well; nil is unknown
+	good    atomic.Pointer[layouts] // the legacy tables when a check last found them well; nil is unknown
+	legacy  []string                // names of the legacy tables to poll
 	sockets []*nl.NetlinkSocket
 	running sync.WaitGroup
 }
 
 // newWatcher returns a watcher of what can be watched, and an error for the rest.
-func newWatcher(ctx context.Context, backend Backend) (*watcher, error) {
+// The tables are those of the backend that matter.
+func newWatcher(ctx context.Context, backend Backend, tables []string) (*watcher, error) {
 	w := &watcher{changed: make(chan struct{}, 1)}
 	err := w.subscribe(ctx, unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
 	if err == nil && backend == NFT {
 		err = w.subscribe(ctx, unix.NETLINK_NETFILTER, nftablesGroup)
 	}
-	if backend == Legacy {
+	if backend == Legacy && len(tables) > 0 {
+		w.legacy = tables
 		w.running.Go(func() { w.pollLegacy(ctx) })
 	}
 	if err != nil {
@@ -58,7 +61,7 @@ func (w *watcher) close() {
 // it did, they are well as they were before it; if it did not, what they are now
 // is for the next check to find out.
 func (w *watcher) watched(check func() (untouched bool)) {
-	before := legacyInfo()
+	before := w.layouts()
 	if check() {
 		w.good.Store(&before)
 	} else {
@@ -107,7 +110,7 @@ func (w *watcher) pollLegacy(ctx context.Context) {
 	for {
 		select {
 		case <-tick.C:
-			if good := w.good.Load(); good == nil || legacyInfo() != *good {
+			if good := w.good.Load(); good == nil || w.layouts() != *good {
 				w.notify()
 			}
 		case <-ctx.Done():
@@ -126,11 +129,22 @@ type getInfo struct {
 	size       uint32
 }
 
-// legacyInfo asks the kernel for the size and layout of the legacy nat table: one
+// layouts are those of the legacy tables that matter.
+type layouts [2]getInfo
+
+func (w *watcher) layouts() (all layouts) {
+	for i, table := range w.legacy {
+		all[i] = legacyLayout(table)
+	}
+	return all
+}
+
+// legacyLayout asks the kernel for the size and layout of a legacy table: one
 // system call, where iptables-legacy would copy the table. A flush, an insertion
 // or a deletion shows in it; one rule replaced by another of the same size is
-// left to the interval. Where there is no such table the answer is empty.
-func legacyInfo() getInfo {
+// left to the interval. The kernel makes the table if there is none, so this is
+// for nodes that use the legacy backend.
+func legacyLayout(table string) getInfo {
 	var info getInfo
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {

@@ -1,0 +1,93 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// settle deals with what was there before our rules: it comes after they are in
+// place, so that no pod finds a gap. What cannot be done is logged and tried again
+// at the next check; the rules are in place all the same.
+func (r *Reconciler) settle(ctx context.Context) {
+	var cutErr error
+	if r.cfg.Mode != None {
+		var cut int
+		if cut, cutErr = cutBypassing(r.cfg.Metadata, r.cfg.Port); cut > 0 {
+			r.cut.Add(uint64(cut))
+			r.cfg.Logger.Info("cut connections to the metadata service that bypassed the agent", "connections", cut)
+		}
+	}
+	// An NMI that used the other backend left a chain there, which would send
+	// pods to a port or an address of its own; an agent with --block-wireserver
+	// left that behind.
+	elsewhere := ours
+	if r.cfg.Mode == None {
+		elsewhere = ours[1:]
+	}
+	removed, removeErr := removeFrom(ctx, r.cfg.Backend.other(), elsewhere)
+	var stale bool
+	var staleErr error
+	if !r.cfg.BlockWireserver {
+		stale, staleErr = removeFrom(ctx, r.cfg.Backend, ours[1:])
+	}
+	if removed || stale {
+		r.cfg.Logger.Info("removed chains of another agent")
+	}
+	if err := errors.Join(cutErr, removeErr, staleErr); err != nil {
+		r.cfg.Logger.Warn("cannot deal with what was there before; trying again", "error", err)
+		return
+	}
+	r.settled = true
+}
+
+// removeFrom removes the jumps to the chains and then the chains from a backend,
+// and reports whether there was anything. A backend that this machine has not is
+// clean. A chain that somebody else still refers to stays, emptied, and is an
+// error.
+func removeFrom(ctx context.Context, backend Backend, chains []chain) (removed bool, err error) {
+	chains = slices.DeleteFunc(slices.Clone(chains), func(c chain) bool { return !backend.has(c.table) })
+	if _, err := backend.path(); err != nil || len(chains) == 0 {
+		return false, nil //nolint:nilerr // what cannot be reached from here was not put there from here
+	}
+	k, err := openKernel(backend)
+	if err != nil {
+		return false, err
+	}
+	var all error
+	for _, c := range chains {
+		s, err := k.read(c)
+		if err != nil {
+			all = errors.Join(all, err)
+			continue
+		}
+		changes := s.remove()
+		removed = removed || len(changes) > 0
+		for _, change := range changes {
+			if err := k.apply(ctx, change); err != nil {
+				all = errors.Join(all, fmt.Errorf("removing what is ours from iptables-%s: %w", backend, err))
+				break
+			}
+		}
+	}
+	return removed, all
+}
+
+// Cleanup removes our chains and the jumps to them, from both backends, and the
+// address from lo. Finding nothing is success.
+func Cleanup(ctx context.Context, cfg Config) error {
+	cfg.Mode = DNAT    // any for which there are rules
+	r, err := New(cfg) // says what is missing, if anything is
+	if err != nil {
+		return err
+	}
+	nft, nftErr := removeFrom(ctx, NFT, ours)
+	legacy, legacyErr := removeFrom(ctx, Legacy, ours)
+	address, err := removeAddress(cfg.Address)
+	if err := errors.Join(nftErr, legacyErr, err); err != nil {
+		return err
+	}
+	r.cfg.Logger.Info("cleaned up", "rules_removed", nft || legacy, "address_removed", address)
+	return nil
+}
