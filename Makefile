@@ -46,7 +46,7 @@ bench-micro: ## the steps of a request, one by one
 	go test -run '^$$' -bench . -benchmem ./tokencache ./podresolver ./proxy
 
 packages:
-	@deploy/packages.sh iptables
+	@deploy/packages.sh iptables ipset nft=nftables
 
 root:
 	@command -v go >/dev/null || { echo "go is not on the PATH; with sudo, keep yours: sudo env \"PATH=\$$PATH\" make ..." >&2; exit 1; }

@@ -1,14 +1,14 @@
 #!/bin/sh
 # Installs the named commands where they are missing. Each is in the Debian
-# package of its own name.
+# package of its own name, or of the one behind its "=".
 set -eu
 missing=
 for command in "$@"; do
-	command -v "$command" >/dev/null || missing="$missing $command"
+	command -v "${command%%=*}" >/dev/null || missing="$missing ${command#*=}"
 done
 [ -n "$missing" ] || exit 0
 if ! command -v apt-get >/dev/null; then
-	echo "These commands are needed and not on this machine:$missing" >&2
+	echo "These packages are needed and not on this machine:$missing" >&2
 	echo "Install them with your package manager, then run this again." >&2
 	exit 1
 fi

@@ -2,7 +2,6 @@ package iptables_test
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -56,6 +55,16 @@ func newNode(tb testing.TB, backend iptables.Backend, shape testbed.Shape) *node
 	return n
 }
 
+// addPod adds one more pod until the test ends or the returned function is called.
+func (n *node) addPod(addr string, shape testbed.Shape) (pod *testbed.Pod, remove func()) {
+	n.t.Helper()
+	pod, err := n.network.AddPod(addr, shape)
+	require.NoError(n.t, err)
+	remove = sync.OnceFunc(func() { assert.NoError(n.t, pod.Close()) })
+	n.t.Cleanup(remove)
+	return pod, remove
+}
+
 // serve answers every request with what says returns, until the test ends or the
 // returned function is called.
 func (n *node) serve(ln net.Listener, says func() string) (stop func()) {
@@ -79,7 +88,13 @@ func (n *node) config(mode iptables.Mode) iptables.Config {
 // called, and returns once they are there.
 func (n *node) redirect(mode iptables.Mode) (stop func()) {
 	n.t.Helper()
-	r, err := iptables.New(n.config(mode))
+	_, stop = n.reconcile(n.config(mode))
+	return stop
+}
+
+func (n *node) reconcile(cfg iptables.Config) (r *iptables.Reconciler, stop func()) {
+	n.t.Helper()
+	r, err := iptables.New(cfg)
 	require.NoError(n.t, err)
 	require.ErrorIs(n.t, r.Status().Err, iptables.ErrNotYet)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -88,7 +103,7 @@ func (n *node) redirect(mode iptables.Mode) (stop func()) {
 	stop = func() { cancel(); running.Wait() }
 	n.t.Cleanup(stop)
 	n.eventually(func() bool { return r.Status().Err == nil }, "rules in place")
-	return stop
+	return r, stop
 }
 
 // agent answers "agent" where the mode leads to.
@@ -105,8 +120,10 @@ func (n *node) agent(mode iptables.Mode) (stop func()) {
 
 // ask is what the pod hears when it calls the metadata service over a new
 // connection; "" when it hears nothing.
-func (n *node) ask() string {
-	client := n.pod.Client(500 * time.Millisecond)
+func (n *node) ask() string { return ask(n.pod) }
+
+func ask(pod *testbed.Pod) string {
+	client := pod.Client(500 * time.Millisecond)
 	defer client.CloseIdleConnections()
 	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
 	if err != nil {
@@ -117,15 +134,39 @@ func (n *node) ask() string {
 	return string(body)
 }
 
+// askAllTheTime lets the pod ask until the test ends or the returned function is
+// called. Whatever changes meanwhile, it must hear the agent and nothing else.
+func (n *node) askAllTheTime() (stop func()) {
+	done := make(chan struct{})
+	var asking sync.WaitGroup
+	asking.Go(func() {
+		for asked := 0; assert.Equal(n.t, "agent", n.ask(), "request %d", asked); asked++ {
+			select {
+			case <-done:
+				return
+			default:
+			}
+		}
+	})
+	stop = sync.OnceFunc(func() { close(done); asking.Wait() })
+	n.t.Cleanup(stop)
+	return stop
+}
+
 // iptables runs a command on the nat table, as somebody else on the node would.
 func (n *node) iptables(args ...string) string {
 	n.t.Helper()
-	return n.iptablesOf(n.backend, args...)
+	return n.iptablesOn(n.backend, "nat", args...)
 }
 
 func (n *node) iptablesOf(backend iptables.Backend, args ...string) string {
 	n.t.Helper()
-	out, err := exec.Command("iptables-"+string(backend), append([]string{"-t", "nat", "--wait"}, args...)...).CombinedOutput()
+	return n.iptablesOn(backend, "nat", args...)
+}
+
+func (n *node) iptablesOn(backend iptables.Backend, table string, args ...string) string {
+	n.t.Helper()
+	out, err := exec.Command("iptables-"+string(backend), append([]string{"-t", table, "--wait"}, args...)...).CombinedOutput()
 	require.NoError(n.t, err, string(out))
 	return string(out)
 }
@@ -155,24 +196,4 @@ func (n *node) inPlace() bool {
 		}
 	}
 	return jumps == 1 && first == 1 && rules == 1
-}
-
-// kubeProxy writes rules as kube-proxy does for a thousand services: 5,000 of
-// them, in chains of their own, behind a jump that it puts first.
-func (n *node) kubeProxy() {
-	n.t.Helper()
-	var b strings.Builder
-	b.WriteString("*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n")
-	for i := range 1000 {
-		fmt.Fprintf(&b, ":KUBE-SVC-%04d - [0:0]\n:KUBE-SEP-%04d - [0:0]\n", i, i)
-		fmt.Fprintf(&b, "-A KUBE-SERVICES -d 10.96.%d.%d/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-%04d\n", i/250, i%250+1, i)
-		fmt.Fprintf(&b, "-A KUBE-SVC-%04d ! -s 10.244.0.0/16 -p tcp -j KUBE-MARK-MASQ\n-A KUBE-SVC-%04d -j KUBE-SEP-%04d\n", i, i, i)
-		fmt.Fprintf(&b, "-A KUBE-SEP-%04d -s 10.244.1.%d/32 -j KUBE-MARK-MASQ\n", i, i%250+1)
-		fmt.Fprintf(&b, "-A KUBE-SEP-%04d -p tcp -m tcp -j DNAT --to-destination 10.244.1.%d:8080\n", i, i%250+1)
-	}
-	b.WriteString("-I PREROUTING 1 -j KUBE-SERVICES\nCOMMIT\n")
-	cmd := exec.Command("iptables-"+string(n.backend)+"-restore", "--noflush", "--wait=10")
-	cmd.Stdin = strings.NewReader(b.String())
-	out, err := cmd.CombinedOutput()
-	require.NoError(n.t, err, string(out))
 }

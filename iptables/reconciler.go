@@ -69,9 +69,9 @@ type Status struct {
 	Unguarded error  // why no source address can be trusted on some bridge, and what to do; wraps ErrUnguarded
 	Mode      Mode   // other than AutoMode, once there was a check
 	Why       string // this mode
-	// Loose are the interfaces to pods on which the kernel does not check source
-	// addresses (rp_filter is not 1).
-	Loose []string
+	// Notes are what else somebody may want to know of the links to pods, a
+	// sentence each.
+	Notes []string
 }
 
 // ErrNotYet is the error of the Status before the first check.
@@ -150,31 +150,42 @@ func (r *Reconciler) Run(ctx context.Context) {
 	defer cancel()
 
 	retry := min(firstRetry, r.cfg.Interval)
+	due := time.NewTimer(0)
+	defer due.Stop()
+	check := true // the rules too, and not the pods' interfaces alone
 	for {
 		status, podsChanged := r.survey()
-		w.watched(func() bool {
-			var changed bool
-			changed, status.Err = r.reconcile(ctx, status.Mode, status.Why)
-			return !changed && status.Err == nil
-		})
-		if ctx.Err() != nil {
-			return
-		}
-		r.checks.Add(1)
-		r.status.Store(&status)
-		next := r.cfg.Interval
-		if status.Err != nil {
-			next = retry
-			retry = min(2*retry, r.cfg.Interval)
-			r.cfg.Logger.Error("the iptables rules are not in place; trying again", "error", status.Err, "in", next)
+		if last := r.status.Load(); !check && status.Mode == last.Mode {
+			status.Err = last.Err
 		} else {
-			retry = min(firstRetry, r.cfg.Interval)
+			w.watched(func() bool {
+				var changed bool
+				changed, status.Err = r.reconcile(ctx, status.Mode, status.Why)
+				return !changed && status.Err == nil
+			})
+			if ctx.Err() != nil {
+				return
+			}
+			r.checks.Add(1)
+			next := r.cfg.Interval
+			if status.Err != nil {
+				next = retry
+				retry = min(2*retry, r.cfg.Interval)
+				r.cfg.Logger.Error("the iptables rules are not in place; trying again", "error", status.Err, "in", next)
+			} else {
+				retry = min(firstRetry, r.cfg.Interval)
+			}
+			due.Reset(next)
 		}
+		r.status.Store(&status)
 		select {
-		case <-time.After(next):
+		case <-due.C:
+			check = true
 			continue
 		case <-w.changed:
+			check = true
 		case <-podsChanged:
+			check = false
 		case <-ctx.Done():
 			return
 		}
@@ -215,8 +226,8 @@ func (r *Reconciler) survey() (Status, <-chan struct{}) {
 	if r.cfg.Mode == AutoMode {
 		s.Mode, s.Why = choose(pods, links)
 	}
-	var bridges []string
-	bridges, s.Loose = surveySources(pods, links)
+	bridges, notes := surveySources(pods, links)
+	s.Notes = notes
 	if !r.cfg.AllowUnguarded {
 		s.Unguarded = unguardedError(bridges)
 	}

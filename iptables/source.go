@@ -13,6 +13,10 @@ import (
 // taken: pods share a bridge there, and the node finds out by ARP which of them
 // has the address, that is, by believing whoever says so (CVE-2021-1677).
 //
+// Azure CNI's bridge mode pins each pod's address to its hardware address on the
+// node, which ends that. It does not end the theft of the hardware address itself,
+// which takes a pod with NET_RAW or NET_ADMIN: that is noted, and not refused.
+//
 // A veth of a pod's own has no such trouble. The node answers to where the
 // address is routed, whoever sent the packet, so that a forger never completes a
 // TCP handshake.
@@ -72,9 +76,14 @@ func checkSource(pod netip.Addr, links podLinks) error {
 }
 
 // surveySources looks at all pods' addresses. unguarded names the bridges on
-// which addresses can be taken, loose the interfaces on which the kernel lets
-// forged addresses in.
-func surveySources(pods []netip.Addr, links podLinks) (unguarded, loose []string) {
+// which addresses can be taken; notes are for Status.
+func surveySources(pods []netip.Addr, links podLinks) (unguarded, notes []string) {
+	var pinned, loose []string
+	add := func(to *[]string, name string) {
+		if !slices.Contains(*to, name) {
+			*to = append(*to, name)
+		}
+	}
 	for _, pod := range pods {
 		if !pod.Is4() {
 			continue
@@ -83,16 +92,34 @@ func surveySources(pods []netip.Addr, links podLinks) (unguarded, loose []string
 		if err != nil {
 			continue
 		}
-		if link.bridge && !link.pinned[pod] && !slices.Contains(unguarded, link.name) {
-			unguarded = append(unguarded, link.name)
+		switch {
+		case link.bridge && link.pinned[pod]:
+			add(&pinned, link.name)
+		case link.bridge:
+			add(&unguarded, link.name)
 		}
-		if !link.filtered && !slices.Contains(loose, link.name) {
-			loose = append(loose, link.name)
+		if !link.filtered {
+			add(&loose, link.name)
 		}
 	}
 	slices.Sort(unguarded)
-	slices.Sort(loose)
-	return unguarded, loose
+	if len(pinned) > 0 {
+		notes = append(notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take those too, on: "+join(pinned))
+	}
+	if len(loose) > 0 {
+		notes = append(notes, "the kernel does not check source addresses (rp_filter is not 1), though it answers to their owners alone, on: "+join(loose))
+	}
+	return unguarded, notes
+}
+
+// join lists names, of which a node with many pods may have as many.
+func join(names []string) string {
+	const some = 5
+	slices.Sort(names)
+	if more := len(names) - some; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:some], ", "), more)
+	}
+	return strings.Join(names, ", ")
 }
 
 // unguardedError says what a survey found and what to do about it; nil if all is

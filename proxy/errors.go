@@ -49,6 +49,9 @@ var (
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
 )
 
+// errSource means that the caller may be another pod than its address says.
+var errSource = errors.New("its source address cannot be trusted")
+
 // retrySoon is the Retry-After for what a moment may change.
 const retrySoon = time.Second
 
@@ -65,6 +68,8 @@ func asHTTP(err error) *httpError {
 		return badRequest(unserved.Error())
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity
+	case errors.Is(err, errSource):
+		return badRequest("The network of this node does not tell which pod is calling; ask the operators of the cluster")
 	case errors.Is(err, podresolver.ErrUnknownAddress):
 		return notYet("The pod of this address is not known yet", retrySoon)
 	case errors.Is(err, podresolver.ErrAmbiguousAddress):

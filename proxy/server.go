@@ -8,8 +8,9 @@
 //  2. route: the raw path is matched, exactly, against a short list; see route.
 //  3. parse: the header check comes first and from memory, since SDKs probe
 //     with a second's patience, then the query.
-//  4. resolve: the source address becomes a pod. An excepted pod's requests go
-//     to IMDS as they are.
+//  4. resolve: the source address becomes a pod, where the node's network makes
+//     sure that the address is the pod's own. An excepted pod's requests go to
+//     IMDS as they are.
 //  5. decide: the pod's own list says which identity it may use. This happens
 //     for every request, before the cache is looked at.
 //  6. cache: the token comes from memory, or from upstream once for everybody.
@@ -20,12 +21,14 @@ package proxy
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -46,6 +49,14 @@ type Config struct {
 	MetadataHeaderOptional bool
 	// BlockInstanceMetadata answers 403 to /metadata/instance.
 	BlockInstanceMetadata bool
+	// PodsOnly answers nothing but to pods of this node. Without it what every
+	// pod may have is given to whoever comes, which is for OnlyRedirected alone
+	// to limit to pods.
+	PodsOnly bool
+	// CheckSource returns an error if a connection from the address of this pod
+	// may be another pod's. Nothing is then served that depends on who is asking.
+	// nil trusts all addresses.
+	CheckSource func(netip.Addr) error
 
 	Logger *slog.Logger // nil means slog.Default
 }
@@ -59,12 +70,15 @@ type Server struct {
 	// refusals keeps pods that ask in a loop from filling the log: 20 lines at
 	// once, 5 a second.
 	refusals *rate.Limiter
+	retired  atomic.Bool
 }
 
 const (
 	readHeaderTimeout = 5 * time.Second
 	idleTimeout       = 2 * time.Minute
 	maxHeaderBytes    = 8 << 10
+	// lingerTimeout is how long Serve waits for a retired server's connections.
+	lingerTimeout = 3 * time.Second
 	// drainTimeout is how long Serve waits for requests under way when it is
 	// told to stop; Kubernetes kills after 30 s by default.
 	drainTimeout = 15 * time.Second
@@ -91,13 +105,37 @@ func New(cfg Config) *Server {
 // Serve accepts from ln until ctx ends, then stops accepting, lets the requests
 // under way finish for at most 15 s, and returns nil. It returns an error when ln
 // fails before that. It closes ln.
+//
+// A server that is retired when ctx ends first gives clients 3 s to use the
+// connections that they hold once more, and so to learn that they are at an end:
+// a request that is on its way to an idle connection just when that is closed is
+// lost (RFC 9112, 9.6).
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
-	failed := make(chan error, 1)
-	go func() { failed <- s.http.Serve(ln) }()
+	var open sync.WaitGroup // connections
+	s.http.ConnState = func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			open.Add(1)
+		case http.StateClosed, http.StateHijacked:
+			open.Done()
+		}
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- s.http.Serve(ln) }()
 	select {
-	case err := <-failed:
+	case err := <-ended:
 		return err
 	case <-ctx.Done():
+	}
+	_ = ln.Close()
+	_ = <-ended // what Close did to it is not news
+	if s.retired.Load() {
+		allClosed := make(chan struct{})
+		go func() { open.Wait(); close(allClosed) }()
+		select {
+		case <-allClosed:
+		case <-time.After(lingerTimeout):
+		}
 	}
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
@@ -105,15 +143,20 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		s.log.Warn("cutting requests that did not finish in time", "error", err)
 		_ = s.http.Close() // closing what Shutdown left; its error is the same
 	}
-	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
 	return nil
 }
+
+// Retire makes the server close each connection with its next answer, so that
+// clients come anew and find whoever else accepts from the same socket; or, with
+// false, keep connections open again.
+func (s *Server) Retire(on bool) { s.retired.Store(on) }
 
 // ServeHTTP takes a request down its road, and writes the error if one comes
 // back. It is exported because http.Server asks for it.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if s.retired.Load() {
+		w.Header().Set("Connection", "close")
+	}
 	if err := s.handle(w, r); err != nil {
 		s.refuse(w, r, err)
 	}
@@ -131,6 +174,11 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 			// Nothing that is served here needs either, and both are ways to
 			// say more to IMDS than the path does.
 			return s.exceptedOnly(w, r, errNotPlain)
+		}
+		if s.cfg.PodsOnly {
+			if _, err := s.resolve(r); err != nil {
+				return err
+			}
 		}
 		s.passOn(w, r, "path", r.URL.Path)
 		return nil
@@ -160,11 +208,21 @@ func (s *Server) passOn(w http.ResponseWriter, r *http.Request, why ...any) {
 	s.forward.ServeHTTP(w, r)
 }
 
-// resolve finds the pod that sent the request.
+// resolve finds the pod that sent the request, and makes sure that it is the one.
 func (s *Server) resolve(r *http.Request) (*podresolver.Pod, error) {
 	from, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
 		return nil, err // not a TCP connection: nobody is resolved
 	}
-	return s.cfg.Pods.Resolve(r.Context(), from.Addr().Unmap())
+	addr := from.Addr().Unmap()
+	pod, err := s.cfg.Pods.Resolve(r.Context(), addr)
+	if err != nil {
+		return nil, err
+	}
+	if s.cfg.CheckSource != nil {
+		if err := s.cfg.CheckSource(addr); err != nil {
+			return nil, fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
+		}
+	}
+	return pod, nil
 }

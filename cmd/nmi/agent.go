@@ -6,14 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"net/url"
 	"os"
-	"strings"
 	"sync"
-	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/client-go/dynamic"
@@ -31,23 +27,25 @@ import (
 // runAgent runs until ctx ends and returns nil, or returns an error when a part
 // cannot start or fails for good.
 //
-// Start: listen, sync with the API server, redirect, ready. What would make the
-// agent useless is found out before it touches anything.
+// Start: listen, redirect, sync with the API server, ready. The rules come before
+// the agent can decide anything, so that from the first moment on no pod reaches
+// the node's identity; until it can, pods are told to come back. Where another
+// agent is serving already, this one syncs first and then takes over from it, see
+// handover.go. What would make the agent useless is found out before it touches
+// anything.
 //
-// Stop: not ready, finish the requests under way, close. The iptables rules stay,
-// so that no pod reaches the node's identity while there is no agent.
+// Stop: not ready, finish the requests under way, close. The iptables rules stay.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	ctx, stop := context.WithCancel(ctx) // by a signal, or because a part failed
 	defer stop()
 	log.Info("starting", "version", version, "node", cfg.node, "redirect_mode", cfg.mode)
-	if cfg.headerOptional {
-		log.Warn(`the header "Metadata: true" is not asked for: pods that fetch URLs for others can be made to fetch tokens`)
-	}
+	cfg.warn(log)
 	var resolver *podresolver.Resolver
 	rules, err := iptables.New(iptables.Config{
 		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.port, Address: cfg.address,
-		Interval: cfg.interval, Backend: cfg.backend, Logger: log,
-		Pods: func() ([]netip.Addr, <-chan struct{}) { return resolver.Addresses() },
+		Interval: cfg.interval, Backend: cfg.backend,
+		Pods:            func() ([]netip.Addr, <-chan struct{}) { return resolver.Addresses() },
+		BlockWireserver: cfg.blockWireserver, AllowUnguarded: cfg.allowUnguarded, Logger: log,
 	})
 	if err != nil {
 		return err
@@ -55,16 +53,20 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if resolver, err = newResolver(cfg, log); err != nil {
 		return err
 	}
-	probes, err := listen(ctx, "http-probe-port", netip.AddrPortFrom(netip.IPv4Unspecified(), cfg.probePort))
+	before, err := findPredecessor(cfg.handoverDir)
 	if err != nil {
 		return err
 	}
-	defer probes.Close()
-	ln, err := listen(ctx, "nmi-port", listenAddr(cfg))
-	if err != nil {
-		return err
+	defer before.close()
+	open := sockets{}
+	defer open.close()
+	for _, p := range cfg.ports() {
+		ln, err := before.listen(ctx, p.name, p.port)
+		if err != nil {
+			return err
+		}
+		open[p.name] = ln
 	}
-	defer ln.Close()
 
 	source := upstream.New(upstream.Config{
 		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
@@ -76,50 +78,55 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	server := proxy.New(proxy.Config{
 		Pods: resolver, Tokens: tokens, Upstream: source,
 		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
+		PodsOnly: cfg.mode == iptables.None, CheckSource: rules.CheckSource,
 		Logger: log,
 	})
-
-	stopping := func() error {
-		if ctx.Err() != nil {
-			return errStopping
-		}
-		return nil
+	status := newHealth(ctx, resolver, rules)
+	measured, err := metrics(rules)
+	if err != nil {
+		return err
 	}
-	installed := func() error { return rules.Status().Err }
-	status := &health{checks: []func() error{stopping, resolver.Ready, installed}, note: func() string {
-		s := rules.Status()
-		note := fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)
-		if err := resolver.Stale(); err != nil {
-			note += "\ndecisions may be out of date:\n- " + strings.ReplaceAll(err.Error(), "\n", "\n- ")
-		}
-		return note
-	}}
-	probeServer := &http.Server{Handler: status.handler(), ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+	pages := []*part{servePage(open[flagProbePort], status.handler()), servePage(open[flagPrometheusPort], measured)}
+	keepRules := &part{run: rules.Run}
 
 	// What requests need outlives them: it ends when Serve has returned.
 	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
-	var parts sync.WaitGroup
-	parts.Go(func() { resolver.Run(behind) })
-	parts.Go(func() {
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer stopBehind()
+	running.Go(func() { resolver.Run(behind) })
+	for _, p := range pages {
+		p.begin(behind)
+		defer p.end()
+	}
+	if err := before.take(ctx, resolver.Synced()); err != nil {
+		return err
+	}
+	keepRules.begin(ctx)
+	defer keepRules.end()
+	after := &handover{dir: cfg.handoverDir, sockets: open, pages: pages, rules: keepRules, retire: server.Retire, log: log}
+	var giving sync.WaitGroup
+	giving.Go(func() { after.run(ctx) })
+	running.Go(func() {
 		select {
 		case <-resolver.Synced():
 			log.Info("in sync with the API server")
-			rules.Run(ctx)
 		case <-ctx.Done():
 		}
 	})
-	parts.Go(func() { _ = probeServer.Serve(probes) }) // always an error, after Close
 
-	log.Info("listening", "address", ln.Addr().String())
-	err = server.Serve(ctx, proxy.OnlyRedirected(ln, cfg.metadata))
+	log.Info("listening", "address", open[flagPort].Addr().String())
+	var front net.Listener = open[flagPort]
+	if cfg.mode != iptables.None {
+		front = proxy.OnlyRedirected(front, cfg.metadata)
+	}
+	err = server.Serve(ctx, front)
 	stop()
-	stopBehind()
-	_ = probeServer.Close()
-	parts.Wait()
+	giving.Wait() // from here on the parts are ours to end
 	if err != nil {
 		return fmt.Errorf("serving: %w", err)
 	}
-	if installed() == nil {
+	if rules.Status().Err == nil {
 		log.Info("stopped; the iptables rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
 	} else {
 		log.Info("stopped; this agent has put no iptables rules in place")
@@ -155,33 +162,17 @@ func newResolver(cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
 	return podresolver.New(kube, custom, podresolver.Config{Node: cfg.node, Logger: log})
 }
 
-// listenAddr is where redirected connections arrive: REDIRECT sends them to the
-// address of whichever interface they came in on, DNAT to one of our own. Either
-// may be next in mode auto.
-func listenAddr(cfg config) netip.AddrPort {
-	if cfg.mode == iptables.DNAT {
-		return netip.AddrPortFrom(cfg.address, cfg.port)
-	}
-	return netip.AddrPortFrom(netip.IPv4Unspecified(), cfg.port)
-}
-
-// listen opens a TCP listener whose port was chosen by a flag.
-func listen(ctx context.Context, flagName string, addr netip.AddrPort) (net.Listener, error) {
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var failure error
-		err := c.Control(func(fd uintptr) {
-			// Listening comes before redirecting, and so before the address that
-			// DNAT leads to is on lo (ip(7), IP_FREEBIND).
-			failure = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1)
-		})
-		return errors.Join(err, failure)
-	}}
-	ln, err := lc.Listen(ctx, "tcp4", addr.String())
+// listen opens a TCP listener on all addresses, since a redirected connection
+// comes to whichever the mode says, and the mode may change. The port was chosen
+// by a flag.
+func listen(ctx context.Context, flagName string, port uint16) (*net.TCPListener, error) {
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "tcp4", netip.AddrPortFrom(netip.IPv4Unspecified(), port).String())
 	if errors.Is(err, unix.EADDRINUSE) {
-		return nil, fmt.Errorf("port %d is taken: stop the program that listens there (another NMI?) or choose another --%s", addr.Port(), flagName)
+		return nil, fmt.Errorf("port %d is taken: stop the program that listens there (another NMI?) or choose another --%s", port, flagName)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("listening for --%s: %w", flagName, err)
 	}
-	return ln, nil
+	return ln.(*net.TCPListener), nil //nolint:errcheck // it is one, of network tcp4
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -29,6 +30,35 @@ type config struct {
 	blockInstance  bool
 	headerOptional bool
 	userAgent      string
+
+	prometheusPort  uint16
+	blockWireserver bool
+	allowUnguarded  bool
+	handoverDir     string // "" for none
+}
+
+// Names of the flags that choose ports.
+const (
+	flagPort           = "nmi-port"
+	flagProbePort      = "http-probe-port"
+	flagPrometheusPort = "prometheus-port"
+)
+
+// portFlag is a port to listen on, and the flag that chooses it.
+type portFlag struct {
+	name string
+	port uint16
+}
+
+func (c config) ports() []portFlag {
+	return []portFlag{{flagPort, c.port}, {flagProbePort, c.probePort}, {flagPrometheusPort, c.prometheusPort}}
+}
+
+// warn logs what was chosen at the operator's own risk.
+func (c config) warn(log *slog.Logger) {
+	if c.headerOptional {
+		log.Warn(`the header "Metadata: true" is not asked for: pods that fetch URLs for others can be made to fetch tokens`)
+	}
 }
 
 // options are the flags as they were given.
@@ -48,6 +78,10 @@ type options struct {
 	redirectMode          string
 	redirectAddress       string
 	backend               string
+	prometheusPort        uint16
+	blockWireserver       bool
+	allowKubenet          bool
+	handoverDir           string
 
 	klog *flag.FlagSet
 }
@@ -68,21 +102,26 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.BoolVar(&o.version, "version", false, "print the version and exit")
 	fs.StringVar(&o.node, "node", "", "name of the node that the agent runs on (required; in a DaemonSet $(NODE_NAME) from spec.nodeName)")
 	fs.StringVar(&o.operationMode, "operation-mode", "standard", `"managed": bindings and identities decide; "standard" (assignments made by MIC) is not served yet`)
-	fs.Uint16Var(&o.port, "nmi-port", 2579, "port that redirected connections come to")
+	fs.Uint16Var(&o.port, flagPort, 2579, "port that redirected connections come to")
 	fs.StringVar(&o.metadataIP, "metadata-ip", "169.254.169.254", "address of the instance metadata service")
 	fs.Uint16Var(&o.metadataPort, "metadata-port", 80, "port of the instance metadata service")
-	fs.Uint16Var(&o.probePort, "http-probe-port", 8080, "port of /healthz and /readyz")
+	fs.Uint16Var(&o.probePort, flagProbePort, 8080, "port of /healthz and /readyz")
+	fs.Uint16Var(&o.prometheusPort, flagPrometheusPort, 9090, "port of /metrics")
 	fs.IntVar(&o.intervalSeconds, "ipt-update-interval-sec", 60, "seconds between checks of the iptables rules")
 	fs.BoolVar(&o.blockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
 	fs.BoolVar(&o.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
+	fs.BoolVar(&o.allowKubenet, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
 	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS and the API server")
 	o.addLogging(fs)
 
 	// Ours.
 	fs.StringVar(&o.redirectMode, "redirect-mode", string(iptables.AutoMode),
-		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": whichever works for this node's pods`)
+		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": whichever works for this node's pods; "none": the redirect is somebody else's, such as Cilium's`)
 	o.addRedirectAddress(fs)
 	fs.StringVar(&o.backend, "iptables-backend", string(iptables.Auto), `"nft" or "legacy"; "auto" finds out which one the node uses`)
+
+	fs.BoolVar(&o.blockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
+	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
@@ -94,11 +133,9 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.Int("find-identity-retry-interval", 5, accepted+"see --retry-attempts-for-created")
 	fs.Bool("enableScaleFeatures", true, accepted+"always on")
 	fs.Bool("enableProfile", false, accepted+"no profiling endpoint is served yet")
-	fs.Bool("allow-network-plugin-kubenet", false, accepted+"the agent does not look for kubenet yet; see docs/security.md on ARP spoofing")
 	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read")
 	fs.Bool("set-retry-after-header", false, accepted+"Retry-After is always set where asking again helps")
 	fs.Bool("enable-conntrack-deletion", false, accepted+"always on: connections from before the rules are cut")
-	fs.Uint16("prometheus-port", 9090, accepted+"no metrics are served yet")
 }
 
 func (o *options) addLogging(fs *pflag.FlagSet) {
@@ -128,7 +165,9 @@ func (o *options) config() (config, error) {
 		interval:       time.Duration(o.intervalSeconds) * time.Second,
 		blockInstance:  o.blockInstanceMetadata,
 		headerOptional: !o.headerRequired,
-		userAgent:      strings.TrimSpace("nmi/" + version + " " + o.userAgent),
+		prometheusPort: o.prometheusPort, blockWireserver: o.blockWireserver,
+		allowUnguarded: o.allowKubenet, handoverDir: o.handoverDir,
+		userAgent: strings.TrimSpace("nmi/" + version + " " + o.userAgent),
 	}
 	if cfg.node == "" {
 		return config{}, errors.New("--node is required: the name of the node that the agent runs on (in a DaemonSet, $(NODE_NAME) from the field spec.nodeName)")
@@ -146,13 +185,21 @@ func (o *options) config() (config, error) {
 	if o.intervalSeconds < 1 || o.intervalSeconds > maxIntervalSeconds {
 		return config{}, fmt.Errorf("--ipt-update-interval-sec=%d is not usable: use 1 to %d", o.intervalSeconds, maxIntervalSeconds)
 	}
-	for name, port := range map[string]uint16{"nmi-port": o.port, "metadata-port": o.metadataPort, "http-probe-port": o.probePort} {
-		if port == 0 {
-			return config{}, fmt.Errorf("--%s=0 is not a port: use 1 to 65535", name)
-		}
+	if o.metadataPort == 0 {
+		return config{}, errors.New("--metadata-port=0 is not a port: use 1 to 65535")
 	}
-	if o.port == o.probePort {
-		return config{}, fmt.Errorf("--nmi-port and --http-probe-port are both %d: choose two", o.port)
+	taken := map[uint16]string{}
+	for _, p := range cfg.ports() {
+		if p.port == 0 {
+			return config{}, fmt.Errorf("--%s=0 is not a port: use 1 to 65535", p.name)
+		}
+		if other := taken[p.port]; other != "" {
+			return config{}, fmt.Errorf("--%s and --%s are both %d: choose two", other, p.name, p.port)
+		}
+		taken[p.port] = p.name
+	}
+	if cfg.handoverDir != "" && !filepath.IsAbs(cfg.handoverDir) {
+		return config{}, fmt.Errorf("--handover-dir=%s is not usable: give an absolute path, or nothing to turn it off", cfg.handoverDir)
 	}
 	metadata, err := parseIPv4("metadata-ip", o.metadataIP)
 	if err != nil {

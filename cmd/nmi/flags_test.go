@@ -35,6 +35,7 @@ func TestDefaults(t *testing.T) {
 	assert.Equal(t, config{
 		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
 		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
+		prometheusPort: 9090, handoverDir: "/run/nmi",
 	}, cfg)
 }
 
@@ -75,7 +76,9 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--redirect-address=127.0.0.1":       "--redirect-address=127.0.0.1 is not usable",
 		"--redirect-address=169.254.169.254": "is the metadata service's own address",
 		"--iptables-backend=x":               `--iptables-backend: "x" is not an iptables backend: use "auto", "nft" or "legacy"`,
-		"--redirect-mode=magic":              `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect" or "dnat"`,
+		"--redirect-mode=magic":              `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
+		"--prometheus-port=2579":             "--nmi-port and --prometheus-port are both 2579",
+		"--handover-dir=run/nmi":             "--handover-dir=run/nmi is not usable: give an absolute path",
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
 		require.NoError(t, err, arg)
@@ -94,7 +97,8 @@ func TestEveryFlagIsDocumented(t *testing.T) {
 	newOptions().addTo(fs)
 	fs.VisitAll(func(f *pflag.Flag) {
 		if !f.Hidden {
-			assert.Contains(t, string(doc), "`--"+f.Name+"`")
+			documented := strings.Contains(string(doc), "`--"+f.Name+"`") // a failure need not show the page
+			assert.True(t, documented, "docs/flags.md has no `--%s`", f.Name)
 			assert.NotEmpty(t, f.Usage, f.Name)
 		}
 	})

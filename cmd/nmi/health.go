@@ -1,20 +1,52 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
 	"strings"
+
+	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/podresolver"
 )
 
-// health answers the kubelet's probes. Ready means: listening, synced, rules in
-// place, not stopping.
+// health answers the kubelet's probes.
 type health struct {
 	checks []func() error // nil means well; each error says what to do
 	note   func() string  // said when all is well
 }
 
 var errStopping = errors.New("the agent is stopping")
+
+// newHealth says when the agent is ready: not stopping, synced, rules in place, and
+// no reason to withhold tokens.
+func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler) *health {
+	return &health{
+		checks: []func() error{
+			func() error {
+				if ctx.Err() != nil {
+					return errStopping
+				}
+				return nil
+			},
+			resolver.Ready,
+			func() error { return rules.Status().Err },
+			func() error { return rules.Status().Unguarded },
+		},
+		note: func() string {
+			s := rules.Status()
+			note := fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)
+			for _, n := range s.Notes {
+				note += "\n" + n
+			}
+			if err := resolver.Stale(); err != nil {
+				note += "\ndecisions may be out of date:\n" + list(err)
+			}
+			return note
+		},
+	}
+}
 
 func (h *health) err() error {
 	var all []error
@@ -23,6 +55,9 @@ func (h *health) err() error {
 	}
 	return errors.Join(all...)
 }
+
+// list is an error as a list, a line for each of its own.
+func list(err error) string { return "- " + strings.ReplaceAll(err.Error(), "\n", "\n- ") }
 
 func (h *health) handler() http.Handler {
 	mux := http.NewServeMux()
@@ -39,7 +74,7 @@ func (h *health) handler() http.Handler {
 		if err := h.err(); err != nil {
 			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 			w.WriteHeader(http.StatusServiceUnavailable)
-			fmt.Fprintf(w, "not ready:\n- %s\n", strings.ReplaceAll(err.Error(), "\n", "\n- "))
+			fmt.Fprintf(w, "not ready:\n%s\n", list(err))
 			return
 		}
 		fmt.Fprintf(w, "ready\n%s\n", h.note())

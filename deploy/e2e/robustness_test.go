@@ -30,7 +30,7 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 	}{
 		"no node":              {[]string{kubeconfig}, []string{"--operation-mode=managed"}, "--node is required"},
 		"standard mode":        {[]string{kubeconfig}, []string{"--node=node1"}, "--operation-mode=standard is not served yet"},
-		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect" or "dnat"`},
+		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
 		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup and version`},
@@ -75,10 +75,14 @@ func TestItWaitsForTheAPIServerAndSaysSo(t *testing.T) {
 		status, text := a.Ready(t.Context())
 		return status == 503 && strings.Contains(text, "pods") && strings.Contains(text, "connection refused")
 	}, 10*time.Second, 10*time.Millisecond)
-	assert.NotContains(t, s.nat(), "aad-metadata", "no rules before the agent is in sync")
+	// The rules are there already: the pod is told to come back, where without an
+	// agent it would have been given the node's identity.
+	assert.Contains(t, s.nat(), "-A aad-metadata")
+	early := p.asks(vault)
+	assert.Equal(t, 503, early.status)
+	assert.NotEmpty(t, early.retryAfter)
 	require.NoError(t, world.StartAPIServer(t.Context()))
 	require.NoError(t, a.AwaitReady(t.Context()))
-	assert.Contains(t, s.nat(), "aad-metadata")
 	assert.Equal(t, 200, p.asks(vault).status)
 }
 

@@ -4,8 +4,10 @@ package e2e
 
 import (
 	"context"
+	"io"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -219,17 +221,24 @@ func TestKilledAHundredTimesWhileItWritesRulesNothingLeaks(t *testing.T) {
 		})
 	}
 	// Each start finds the rules of the other mode and has to write its own, some
-	// 50 ms after it began. It has another port, so that the first agent lives on.
+	// 100 ms after it began. Its ports are its own, so that the first agent lives on.
 	random := rand.New(rand.NewPCG(1, 2)) // the same moments in each run
+	wrote := 0
 	for i := range 100 {
 		mode := []string{"dnat", "redirect"}[i%2]
-		a, err := testbed.StartAgent(world.Kubeconfig, "--redirect-mode="+mode, "--nmi-port=2580")
+		a, err := testbed.StartAgent(world.Kubeconfig, "--handover-dir=", "--redirect-mode="+mode,
+			"--nmi-port=2580", "--http-probe-port=8086", "--prometheus-port=9091")
 		require.NoError(t, err)
-		time.Sleep(time.Duration(random.IntN(150)) * time.Millisecond)
+		time.Sleep(time.Duration(random.IntN(200)) * time.Millisecond)
 		require.NoError(t, a.Kill())
+		if strings.Contains(a.Log(), "iptables rules put in place") {
+			wrote++
+		}
 	}
 	stop()
 	asking.Wait()
+	assert.True(t, 20 < wrote && wrote < 95, "agents that were killed after they had written their rules: %d; the others were killed before", wrote)
+	t.Logf("killed after they had written their rules: %d of 100", wrote)
 	require.Eventually(t, func() bool { return p.asks(vault).subject == cart.ClientID }, 10*time.Second, 50*time.Millisecond, "repaired")
 }
 
@@ -287,4 +296,79 @@ func TestCleanupGivesTheNodeBack(t *testing.T) {
 	assert.NotContains(t, s.nat(), "aad-metadata")
 	assert.Equal(t, imdstest.Node, p.asks(vault).subject, "as on a node without the agent")
 	world.IMDS.Reset() // that was no leak
+}
+
+func TestOnAnOpenBridgeNoTokenIsHandedOutUnlessAllowed(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Bridge, "cart")
+	excepted := s.network("10.244.0.12", testbed.Bridge)
+	s.object("kube-system", "addon", "10.244.0.12", map[string]string{"kubernetes.azure.com/managedby": "aks"})
+	a := s.agentNotReady()
+	require.Eventually(t, func() bool {
+		status, text := a.Ready(t.Context())
+		return status == http.StatusServiceUnavailable && strings.Contains(text, "no tokens are handed out") && strings.Contains(text, "cbr0")
+	}, 10*time.Second, 10*time.Millisecond, "not ready, and says why")
+	for _, asking := range []*pod{p, excepted} {
+		got := asking.asks(vault)
+		assert.Equal(t, 400, got.status, "SDKs stop at once")
+		assert.Contains(t, got.body, "The network of this node does not tell which pod is calling")
+		assert.Empty(t, got.subject)
+	}
+	assert.Zero(t, world.IMDS.Requests(), "redirected all the same")
+	assert.Contains(t, a.Log(), "pods on this bridge can take each other's addresses: bridge cbr0, address 10.244.0.11")
+	_, err := a.Stop()
+	require.NoError(t, err)
+
+	a = s.agent("--allow-network-plugin-kubenet")
+	assert.Equal(t, cart.ClientID, p.asks(vault).subject)
+	s.says(a, "level=WARN") // it was allowed, and is no less wrong
+}
+
+func TestInModeNoneSomebodyElseRedirectsAndOnlyThisNodesPodsAreServed(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	// As Cilium's local redirect policy: to the pod, the agent is at the node's
+	// address from the first packet on.
+	agentURL := strings.Replace(tokenURL, testbed.MetadataAddress, testbed.NodeAddress+":2579", 1) + vault
+	a := s.agent("--redirect-mode=none")
+	assert.NotContains(t, s.nat(), "aad-metadata")
+	assert.Equal(t, cart.ClientID, p.get(agentURL, 10*time.Second).subject)
+	_, text := a.Ready(t.Context())
+	assert.Contains(t, text, "redirect mode none")
+
+	instance := "http://" + testbed.NodeAddress + ":2579/metadata/instance?api-version=2021-02-01"
+	assert.Equal(t, 200, p.get(instance, 10*time.Second).status)
+	asked := world.IMDS.Requests()
+	outside := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: world.Metadata.DialContext, DisableKeepAlives: true}}
+	for _, url := range []string{agentURL, instance} {
+		got := ask(t, outside, url)
+		assert.Equal(t, 503, got.status, "from the network: no pod of this node")
+		assert.Empty(t, got.subject)
+	}
+	assert.Equal(t, asked, world.IMDS.Requests())
+}
+
+func TestMetricsTellOfTheRules(t *testing.T) {
+	s := begin(t)
+	s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	s.agent("--redirect-mode=redirect")
+	resp, err := http.Get("http://127.0.0.1:9090/metrics")
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	for _, line := range []string{
+		`nmi_redirect_mode{mode="redirect"} 1`, "nmi_iptables_in_place 1", "nmi_source_unguarded 0",
+		"nmi_iptables_checks_total [1-9]", "nmi_iptables_repairs_total 1", "nmi_iptables_lock_contended_total 0", "nmi_connections_cut_total [0-9]",
+	} {
+		assert.Regexp(t, "(?m)^"+line, string(body))
+	}
+	doc, err := os.ReadFile("../../docs/metrics.md")
+	require.NoError(t, err)
+	for line := range strings.Lines(string(body)) {
+		if name, ok := strings.CutPrefix(line, "# TYPE nmi_"); ok {
+			name, _, _ = strings.Cut(name, " ")
+			assert.Contains(t, string(doc), "`nmi_"+name+"`")
+		}
+	}
 }

@@ -25,27 +25,26 @@ const probeURL = "http://127.0.0.1:8085"
 type Agent struct{ *Program }
 
 // StartAgent starts bin/nmi in managed mode with more flags, and does not wait
-// for it.
+// for it. If an agent is running already, it takes over from that one.
 func StartAgent(kubeconfig string, flags ...string) (*Agent, error) {
-	binary, err := AgentBinary()
-	if err != nil {
-		return nil, err
-	}
-	return startAgent(kubeconfig, append([]string{binary}, flags...))
+	return startAgent(nil, kubeconfig, flags)
 }
 
 // StartPinnedAgent is StartAgent on one core.
 func StartPinnedAgent(core int, kubeconfig string, flags ...string) (*Agent, error) {
+	return startAgent([]string{"taskset", "-c", strconv.Itoa(core)}, kubeconfig, flags)
+}
+
+func startAgent(launcher []string, kubeconfig string, flags []string) (*Agent, error) {
 	binary, err := AgentBinary()
 	if err != nil {
 		return nil, err
 	}
-	return startAgent(kubeconfig, append([]string{"taskset", "-c", strconv.Itoa(core), binary}, flags...))
-}
-
-func startAgent(kubeconfig string, command []string) (*Agent, error) {
-	args := append(command[1:], "--node="+NodeName, "--operation-mode=managed", "--http-probe-port=8085")
-	p, err := StartProgram(command[0], []string{"KUBECONFIG=" + kubeconfig}, args...)
+	command := append(launcher, binary,
+		"--node="+NodeName, "--operation-mode=managed", "--http-probe-port=8085",
+		"--handover-dir="+filepath.Join(filepath.Dir(kubeconfig), "handover"))
+	command = append(command, flags...) // of two, the last counts
+	p, err := StartProgram(command[0], []string{"KUBECONFIG=" + kubeconfig}, command[1:]...)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.opentelemetry.io/otel/attribute"
+	otelprometheus "go.opentelemetry.io/otel/exporters/prometheus"
+	"go.opentelemetry.io/otel/metric"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+
+	"github.com/podidentity/nmi/iptables"
+)
+
+// metrics answers /metrics in Prometheus's format. docs/metrics.md lists what is
+// there.
+func metrics(rules *iptables.Reconciler) (http.Handler, error) {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	exporter, err := otelprometheus.New(
+		otelprometheus.WithRegisterer(registry),
+		otelprometheus.WithNamespace("nmi"),
+		otelprometheus.WithoutScopeInfo(),
+		otelprometheus.WithoutTargetInfo(),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
+	if err := observeRules(meter, rules); err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{Registry: registry}))
+	return mux, nil
+}
+
+// observeRules tells of the iptables rules.
+func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
+	var all error
+	gauge := func(name, description string, observe func(iptables.Status, metric.Int64Observer)) {
+		_, err := meter.Int64ObservableGauge(name, metric.WithDescription(description),
+			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+				observe(rules.Status(), o)
+				return nil
+			}))
+		all = errors.Join(all, err)
+	}
+	gauge("redirect.mode", "1 for the redirect mode in force", func(s iptables.Status, o metric.Int64Observer) {
+		if s.Mode != "" {
+			o.Observe(1, metric.WithAttributes(attribute.String("mode", string(s.Mode))))
+		}
+	})
+	gauge("iptables.in_place", "1 if the rules were in place at the last check, else 0", func(s iptables.Status, o metric.Int64Observer) {
+		o.Observe(oneIf(s.Err == nil))
+	})
+	gauge("source.unguarded", "1 if tokens are withheld because pods on a bridge can take each other's addresses, else 0", func(s iptables.Status, o metric.Int64Observer) {
+		o.Observe(oneIf(s.Unguarded != nil))
+	})
+	counter := func(name, description string, value func(iptables.Stats) uint64) {
+		_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
+			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+				o.Observe(int64(value(rules.Stats()))) //nolint:gosec // some a second at most
+				return nil
+			}))
+		all = errors.Join(all, err)
+	}
+	counter("iptables.checks", "Checks of the rules", func(s iptables.Stats) uint64 { return s.Checks })
+	counter("iptables.repairs", "Checks that found the rules wanting and wrote them, the first included", func(s iptables.Stats) uint64 { return s.Repairs })
+	counter("iptables.lock_contended", "Commands before which another program held the xtables lock", func(s iptables.Stats) uint64 { return s.LockContended })
+	counter("connections.cut", "Connections past the agent that were ended", func(s iptables.Stats) uint64 { return s.Cut })
+	return all
+}
+
+func oneIf(yes bool) int64 {
+	if yes {
+		return 1
+	}
+	return 0
+}

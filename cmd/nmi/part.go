@@ -1,0 +1,49 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"time"
+)
+
+// part is something that the agent does until it is stopped, and that can be
+// started again. It is for one goroutine to start and stop.
+type part struct {
+	run  func(context.Context)
+	stop func() // nil while it does not run; returns when run has
+}
+
+// begin starts the part; it ends with ctx, or when end is called.
+func (p *part) begin(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		p.run(ctx)
+	}()
+	p.stop = func() { cancel(); <-done }
+}
+
+// end stops the part, if it runs, and returns when it has.
+func (p *part) end() {
+	if p.stop != nil {
+		p.stop()
+		p.stop = nil
+	}
+}
+
+// servePage is a part that answers HTTP on a socket that outlives it.
+func servePage(ln *net.TCPListener, handler http.Handler) *part {
+	return &part{run: func(ctx context.Context) {
+		_ = ln.SetDeadline(time.Time{})
+		server := &http.Server{Handler: handler, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
+		_ = server.Serve(lent{ln}) // always an error, after Close
+	}}
+}
+
+// lent is a listener that stays open when it is closed, and accepts no more.
+type lent struct{ *net.TCPListener }
+
+func (l lent) Close() error { return l.SetDeadline(time.Unix(1, 0)) }
