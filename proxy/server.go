@@ -128,7 +128,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	case <-ctx.Done():
 	}
 	_ = ln.Close()
-	_ = <-ended // what Close did to it is not news
+	<-ended //nolint:errcheck // what Close did to it is not news
 	if s.retired.Load() {
 		allClosed := make(chan struct{})
 		go func() { open.Wait(); close(allClosed) }()

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -163,7 +164,8 @@ func receiveListener(rights []byte) (*net.TCPListener, error) {
 // wanted, else a new one.
 func (p *predecessor) listen(ctx context.Context, flagName string, port uint16) (*net.TCPListener, error) {
 	if p != nil {
-		if ln := p.sockets[flagName]; ln != nil && ln.Addr().(*net.TCPAddr).AddrPort().Port() == port {
+		want := netip.AddrPortFrom(netip.IPv4Unspecified(), port).String()
+		if ln := p.sockets[flagName]; ln != nil && ln.Addr().String() == want {
 			delete(p.sockets, flagName)
 			return ln, nil
 		}
