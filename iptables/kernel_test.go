@@ -199,6 +199,27 @@ func onLo(t *testing.T, addr netip.Addr) bool {
 	return false
 }
 
+// BenchmarkCheckBesideKubeProxy is what one check of the rules costs beside 5,000
+// rules of kube-proxy, when there is nothing to repair.
+func BenchmarkCheckBesideKubeProxy(b *testing.B) {
+	for _, backend := range backends {
+		b.Run(string(backend), func(b *testing.B) {
+			n := newNode(b, backend, testbed.Ptp)
+			b.Cleanup(n.forgetRules)
+			n.kubeProxy()
+			r, err := iptables.New(n.config(iptables.Redirect))
+			require.NoError(b, err)
+			_, err = r.Check(b.Context())
+			require.NoError(b, err)
+			for b.Loop() {
+				if changed, err := r.Check(b.Context()); changed || err != nil {
+					b.Fatal(changed, err)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkRepairBesideKubeProxy is the time in which a foreign flush is repaired beside
 // 5,000 rules of kube-proxy, the commands that undo and look included: each
 // iteration undoes our chain, and ends when it is noticed and repaired.

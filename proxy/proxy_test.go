@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -299,6 +300,95 @@ func (b blockingIMDS) RoundTrip(*http.Request) (*http.Response, error) {
 	close(b.asked)
 	<-b.release
 	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}"))}, nil
+}
+
+func TestAPodWhoseAddressMayBeAnothersIsRefusedWhateverItIs(t *testing.T) {
+	w := newWorld(t, func(cfg *Config) {
+		cfg.CheckSource = func(addr netip.Addr) error {
+			if addr == netip.MustParseAddr(bound) || addr == netip.MustParseAddr(excepted) {
+				return errors.New("bridge cbr0")
+			}
+			return nil
+		}
+	})
+	for _, from := range []string{bound, excepted} {
+		for _, target := range []string{tokenURL, "/metadata/identity/info?api-version=2018-02-01"} {
+			resp, body := w.get(from, target)
+			assert.Equal(t, 400, resp.StatusCode, "SDKs stop at once")
+			assert.Contains(t, body, "does not tell which pod is calling")
+			assert.NotContains(t, body, "cbr0", "that is for the log")
+		}
+	}
+	assert.Contains(t, w.log.String(), "pod shop/bound: its source address cannot be trusted: bridge cbr0")
+	assert.Zero(t, w.imds.Requests())
+	resp, _ := w.get(unbound, tokenURL)
+	assert.Equal(t, 400, resp.StatusCode)
+	resp, _ = w.get(bound, "/metadata/instance?api-version=2021-02-01")
+	assert.Equal(t, 200, resp.StatusCode, "the same for everybody")
+}
+
+func TestPodsOnly(t *testing.T) {
+	w := newWorld(t, func(cfg *Config) { cfg.PodsOnly = true })
+	const instance = "/metadata/instance?api-version=2021-02-01"
+	resp, _ := w.get(bound, instance)
+	assert.Equal(t, 200, resp.StatusCode)
+	asked := w.imds.Requests()
+	for _, target := range []string{instance, "/metadata/versions", tokenURL, "/metadata/attested/document"} {
+		resp, _ := w.get(stranger, target)
+		assert.Equal(t, 503, resp.StatusCode, target)
+	}
+	assert.Equal(t, asked, w.imds.Requests())
+}
+
+func TestARetiredServerClosesEachConnectionWithItsNextAnswer(t *testing.T) {
+	w := newWorld(t, nil)
+	ask := func(c *keptAlive) bool {
+		t.Helper()
+		_, err := io.WriteString(c, "GET "+tokenURL+" HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
+		require.NoError(t, err)
+		resp, err := http.ReadResponse(c.r, nil)
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		require.NoError(t, err)
+		assert.Equal(t, 200, resp.StatusCode)
+		return resp.Close
+	}
+	first, second := w.connect(bound), w.connect(bound)
+	assert.False(t, ask(first))
+	assert.False(t, ask(second))
+	w.server.Retire(true)
+	assert.True(t, ask(first), "it says so")
+	_, err := first.r.ReadByte()
+	require.ErrorIs(t, err, io.EOF, "and does so")
+
+	w.server.Retire(false)
+	assert.False(t, ask(second))
+
+	w.server.Retire(true)
+	w.stop()
+	assert.True(t, ask(second), "a connection that was idle when the server was told to stop is of use once more")
+	ended := make(chan struct{})
+	go func() { w.running.Wait(); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(2 * time.Second):
+		t.Fatal("waits, although all connections are closed")
+	}
+}
+
+type keptAlive struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+func (w *world) connect(from string) *keptAlive {
+	w.t.Helper()
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0))}
+	conn, err := dialer.DialContext(w.t.Context(), "tcp", w.addr)
+	require.NoError(w.t, err)
+	w.t.Cleanup(func() { _ = conn.Close() })
+	return &keptAlive{conn, bufio.NewReader(conn)}
 }
 
 func TestServeFinishesWhatItBeganAndTakesNoMore(t *testing.T) {

@@ -46,6 +46,8 @@ type world struct {
 	imds *imdstest.Server
 	log  *lockedBuffer
 
+	server *Server
+
 	stop    func() // tells the server and the resolver to stop
 	running sync.WaitGroup
 }
@@ -99,7 +101,8 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	w.addr = ln.Addr().String()
-	w.running.Go(func() { assert.NoError(t, New(cfg).Serve(ctx, ln)) })
+	w.server = New(cfg)
+	w.running.Go(func() { assert.NoError(t, w.server.Serve(ctx, ln)) })
 	return w
 }
 

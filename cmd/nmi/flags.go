@@ -125,7 +125,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
-	fs.String("nmi-listen-address", "127.0.0.1", accepted+"the agent listens where --redirect-mode needs it to, and takes redirected connections only")
+	fs.String("nmi-listen-address", "127.0.0.1", accepted+"the agent listens on all addresses, and takes redirected connections only")
 	fs.Bool("forceNamespaced", false, accepted+"managed mode is always namespaced (also the environment's FORCENAMESPACED)")
 	fs.String("MICNamespace", "default", accepted+"matters in standard mode only")
 	fs.Int("retry-attempts-for-created", 16, accepted+"waiting ends with the event waited for, not after attempts")
