@@ -14,7 +14,7 @@ func (r *Reconciler) settle(ctx context.Context) {
 	var cutErr error
 	if r.cfg.Mode != None {
 		var cut int
-		if cut, cutErr = cutBypassing(r.cfg.Metadata, r.cfg.Port); cut > 0 {
+		if cut, cutErr = cutBypassing(r.cfg.Metadata); cut > 0 {
 			r.cut.Add(uint64(cut))
 			r.cfg.Logger.Info("cut connections to the metadata service that bypassed the agent", "connections", cut)
 		}

@@ -19,7 +19,7 @@ type tuple struct {
 }
 
 // bypassing picks out, of all the connections that the kernel tracks, those to
-// the metadata service that do not lead to the agent. The nat table is asked for
+// the metadata service that lead to it. The nat table is asked for
 // a connection's first packet alone, so one that was open before the rules came
 // would go on to the metadata service for as long as both ends like. Without its
 // entry the next packet counts as a first one, is redirected, and is answered
@@ -27,7 +27,6 @@ type tuple struct {
 // (nf_conntrack_tcp_loose).
 type bypassing struct {
 	metadata netip.AddrPort
-	port     uint16              // the agent's
 	local    map[netip.Addr]bool // the node's own addresses: its own connections are to bypass
 }
 
@@ -35,18 +34,18 @@ func (b bypassing) match(orig, reply tuple) bool {
 	if orig.protocol != unix.IPPROTO_TCP || orig.dst != b.metadata {
 		return false
 	}
-	// Answers come from where the packets were sent to.
-	toAgent := reply.src.Port() == b.port && b.local[reply.src.Addr()]
-	return !toAgent && !b.local[orig.src.Addr()]
+	// Answers come from where the packets were sent to. One that leads to the
+	// node itself leads to an agent, be it one that is handing over to this one.
+	return !b.local[reply.src.Addr()] && !b.local[orig.src.Addr()]
 }
 
 // cutBypassing deletes the entries that bypass the agent, and says how many.
-func cutBypassing(metadata netip.AddrPort, port uint16) (int, error) {
+func cutBypassing(metadata netip.AddrPort) (int, error) {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
 	if err != nil {
 		return 0, fmt.Errorf("listing the node's addresses: %w", err)
 	}
-	b := bypassing{metadata: metadata, port: port, local: make(map[netip.Addr]bool)}
+	b := bypassing{metadata: metadata, local: make(map[netip.Addr]bool)}
 	for _, a := range addrs {
 		if addr, ok := netip.AddrFromSlice(a.IP.To4()); ok {
 			b.local[addr] = true

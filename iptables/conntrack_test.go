@@ -9,8 +9,8 @@ import (
 )
 
 func TestWhichConnectionsBypassTheAgent(t *testing.T) {
-	b := bypassing{metadata: metadata, port: 2579, local: map[netip.Addr]bool{
-		netip.MustParseAddr("10.0.0.4"): true, netip.MustParseAddr("10.244.0.1"): true, DefaultAddress: true,
+	b := bypassing{metadata: metadata, local: map[netip.Addr]bool{
+		netip.MustParseAddr("127.0.0.1"): true, netip.MustParseAddr("10.0.0.4"): true, netip.MustParseAddr("10.244.0.1"): true, DefaultAddress: true,
 	}}
 	for name, tc := range map[string]struct {
 		protocol uint8
@@ -18,16 +18,17 @@ func TestWhichConnectionsBypassTheAgent(t *testing.T) {
 		leads    string // where its packets go
 		want     bool
 	}{
-		"a pod's, from before the rules":     {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "169.254.169.254:80", true},
-		"a pod's, led to an old NMI":         {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "127.0.0.1:2579", true},
-		"a pod's, led to another port":       {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "10.244.0.1:2580", true},
-		"a pod's, redirected":                {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "10.244.0.1:2579", false},
-		"a pod's, by our own address":        {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "169.254.169.252:2579", false},
-		"the node's own":                     {unix.IPPROTO_TCP, "10.0.0.4:40000", "169.254.169.254:80", "169.254.169.254:80", false},
-		"to another port of the service":     {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:443", "169.254.169.254:443", false},
-		"to another address":                 {unix.IPPROTO_TCP, "10.244.0.7:40000", "168.63.129.16:80", "168.63.129.16:80", false},
-		"of another protocol":                {unix.IPPROTO_UDP, "10.244.0.7:40000", "169.254.169.254:80", "169.254.169.254:80", false},
-		"to where the agent forwards itself": {unix.IPPROTO_TCP, "169.254.169.252:40000", "169.254.169.254:80", "169.254.169.254:80", false},
+		"a pod's, from before the rules":      {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "169.254.169.254:80", true},
+		"a pod's, led to another machine":     {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "10.0.0.9:2579", true},
+		"a pod's, led to an old NMI":          {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "127.0.0.1:2579", false},
+		"a pod's, led to one that hands over": {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "10.244.0.1:2580", false},
+		"a pod's, redirected":                 {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "10.244.0.1:2579", false},
+		"a pod's, by our own address":         {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:80", "169.254.169.252:2579", false},
+		"the node's own":                      {unix.IPPROTO_TCP, "10.0.0.4:40000", "169.254.169.254:80", "169.254.169.254:80", false},
+		"to another port of the service":      {unix.IPPROTO_TCP, "10.244.0.7:40000", "169.254.169.254:443", "169.254.169.254:443", false},
+		"to another address":                  {unix.IPPROTO_TCP, "10.244.0.7:40000", "168.63.129.16:80", "168.63.129.16:80", false},
+		"of another protocol":                 {unix.IPPROTO_UDP, "10.244.0.7:40000", "169.254.169.254:80", "169.254.169.254:80", false},
+		"to where the agent forwards itself":  {unix.IPPROTO_TCP, "169.254.169.252:40000", "169.254.169.254:80", "169.254.169.254:80", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			from, to, leads := netip.MustParseAddrPort(tc.from), netip.MustParseAddrPort(tc.to), netip.MustParseAddrPort(tc.leads)

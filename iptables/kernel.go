@@ -83,8 +83,8 @@ func (k *kernel) read(c chain) (state, error) {
 	return s, nil
 }
 
-// countContention looks whether the command that comes next will have to wait for
-// the lock. It is a look, no more: the lock is for iptables itself to take.
+// countContention finds out whether the command that comes next has to wait for the
+// lock, by taking it for a moment, shared. iptables itself waits in silence.
 func (k *kernel) countContention() {
 	if k.backend != Legacy {
 		return

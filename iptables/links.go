@@ -10,74 +10,117 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// podLink is the interface that a pod's packets come in on.
+// podLink is where a pod's packets come from: an interface, and what the route to
+// the pod says of it.
 type podLink struct {
-	index     int
-	name      string
-	bridge    bool
-	addressed bool // it has an IPv4 address
-	filtered  bool // the kernel drops packets that would not be answered through it
-	// pinned are the neighbours whose hardware address was set by hand; on
-	// bridges only.
-	pinned map[netip.Addr]bool
+	index int
+	name  string
+	// shared: other pods may be behind the interface too, and ARP says which of
+	// them has an address. It is a bridge, or the route is to a whole subnet.
+	shared bool
+	// pinned: no ARP message moves the pod's address to another hardware address.
+	pinned bool
 }
 
 // errGateway means that a pod's address is reached through another machine or a
 // device of the network plugin's: its packets come in on another interface than
-// the route's (Cilium), or it has none yet and this is the default route.
+// the route's (Cilium), or it has none yet, or no more, and this is the default
+// route.
 var errGateway = errors.New("is behind a gateway, not on an interface of its own")
 
-// podLinks looks up the interfaces of pods, each once. It is for one survey:
-// what it knows is not refreshed.
-type podLinks map[int]*podLink
+// podLinks looks up the interfaces of pods. It is for one survey: what it knows is
+// not refreshed.
+type podLinks struct {
+	byPod      map[netip.Addr]podLinkOrError
+	links      map[int]netlink.Link
+	neighbours map[int]map[netip.Addr]bool // that are pinned
+	addresses  map[int]bool                // interfaces that have an IPv4 address; nil is not known yet
+}
 
-// of returns the interface of a pod. Its error completes a sentence that begins
-// with the address.
-func (l podLinks) of(pod netip.Addr) (*podLink, error) {
-	routes, err := netlink.RouteGet(pod.AsSlice())
+type podLinkOrError struct {
+	podLink
+	err error
+}
+
+func newPodLinks() *podLinks {
+	return &podLinks{
+		byPod:      make(map[netip.Addr]podLinkOrError),
+		links:      make(map[int]netlink.Link),
+		neighbours: make(map[int]map[netip.Addr]bool),
+	}
+}
+
+// of returns the link of a pod. Its error completes a sentence that begins with
+// the address.
+func (l *podLinks) of(pod netip.Addr) (podLink, error) {
+	known, ok := l.byPod[pod]
+	if !ok {
+		known.podLink, known.err = l.lookUp(pod)
+		l.byPod[pod] = known
+	}
+	return known.podLink, known.err
+}
+
+func (l *podLinks) lookUp(pod netip.Addr) (podLink, error) {
+	// The route as it is written, and not as it is for this one address.
+	routes, err := netlink.RouteGetWithOptions(pod.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
 	if err != nil || len(routes) == 0 {
-		return nil, errors.New("has no route")
+		return podLink{}, errors.New("has no route")
 	}
-	if routes[0].Gw != nil {
-		return nil, errGateway
+	route := routes[0]
+	if route.Gw != nil || route.Via != nil || route.LinkIndex == 0 { // the last: several hops
+		return podLink{}, errGateway
 	}
-	index := routes[0].LinkIndex
-	if known := l[index]; known != nil {
-		return known, nil
+	link := l.links[route.LinkIndex]
+	if link == nil {
+		if link, err = netlink.LinkByIndex(route.LinkIndex); err != nil {
+			return podLink{}, fmt.Errorf("is on an interface that is gone: %w", err)
+		}
+		l.links[route.LinkIndex] = link
 	}
-	link, err := netlink.LinkByIndex(index)
-	if err != nil {
-		return nil, fmt.Errorf("is on an interface that is gone: %w", err)
+	found := podLink{index: route.LinkIndex, name: link.Attrs().Name, shared: link.Type() == "bridge"}
+	if route.Dst == nil {
+		found.shared = true
+	} else if ones, bits := route.Dst.Mask.Size(); ones != bits {
+		found.shared = true
 	}
-	addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
-	found := &podLink{
-		index: index, name: link.Attrs().Name, bridge: link.Type() == "bridge",
-		addressed: err == nil && len(addrs) > 0,
-	}
-	found.filtered = reversePathFiltered(found.name)
-	if found.bridge {
-		if found.pinned, err = pinnedNeighbours(index); err != nil {
-			return nil, fmt.Errorf("is on %s, whose neighbours cannot be listed: %w", found.name, err)
+	if found.shared {
+		if found.pinned, err = l.isPinned(found.index, pod); err != nil {
+			return podLink{}, fmt.Errorf("is on %s, whose neighbours cannot be listed: %w", found.name, err)
 		}
 	}
-	l[index] = found
 	return found, nil
 }
 
-// pinnedNeighbours lists the addresses on a link that no ARP message moves to
-// another hardware address.
-func pinnedNeighbours(index int) (map[netip.Addr]bool, error) {
-	all, err := netlink.NeighList(index, netlink.FAMILY_V4)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, err
+func (l *podLinks) isPinned(index int, pod netip.Addr) (bool, error) {
+	pinned := l.neighbours[index]
+	if pinned == nil {
+		all, err := netlink.NeighList(index, netlink.FAMILY_V4)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return false, err
+		}
+		pinned = make(map[netip.Addr]bool)
+		for _, n := range all {
+			if addr, ok := netip.AddrFromSlice(n.IP.To4()); ok && n.State&netlink.NUD_PERMANENT != 0 {
+				pinned[addr] = true
+			}
+		}
+		l.neighbours[index] = pinned
 	}
-	pinned := make(map[netip.Addr]bool)
-	for _, n := range all {
-		if addr, ok := netip.AddrFromSlice(n.IP.To4()); ok && n.State&netlink.NUD_PERMANENT != 0 {
-			pinned[addr] = true
+	return pinned[pod], nil
+}
+
+// addressed reports whether an interface has an IPv4 address. What cannot be
+// listed counts as none.
+func (l *podLinks) addressed(index int) bool {
+	if l.addresses == nil {
+		l.addresses = make(map[int]bool)
+		all, _ := netlink.AddrList(nil, netlink.FAMILY_V4)
+		for _, a := range all {
+			l.addresses[a.LinkIndex] = true
 		}
 	}
-	return pinned, nil
+	return l.addresses[index]
 }
 
 // reversePathFiltered reports whether the kernel drops what comes in on the

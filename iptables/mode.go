@@ -36,24 +36,32 @@ func ParseMode(name string) (Mode, error) {
 }
 
 // choose picks the mode that works for pods with these addresses, and says why.
-// DNAT works everywhere, so it is the answer to every doubt.
-func choose(pods []netip.Addr, links podLinks) (Mode, string) {
+// DNAT works everywhere, so it is the answer to every doubt. A pod whose address
+// leads to no interface is none as long as others do: its link is about to come, or
+// has gone. Where none does, the answer is AutoMode: it cannot be told yet.
+func choose(pods []netip.Addr, links *podLinks) (Mode, string) {
 	known := 0
+	var doubt string
 	for _, pod := range pods {
 		if !pod.Is4() {
 			continue
 		}
 		link, err := links.of(pod)
 		if err != nil {
-			return DNAT, fmt.Sprintf("pod address %s %s", pod, err)
+			doubt = fmt.Sprintf("pod address %s %s", pod, err)
+			continue
 		}
-		if !link.addressed {
+		if !links.addressed(link.index) {
 			return DNAT, fmt.Sprintf("interface %s, which leads to pod address %s, has no IPv4 address", link.name, pod)
 		}
 		known++
 	}
-	if known == 0 {
-		return DNAT, "no pod's interface is known yet"
+	switch {
+	case known > 0:
+		return Redirect, "every interface that leads to a pod has an IPv4 address"
+	case doubt != "":
+		return DNAT, doubt
+	default:
+		return AutoMode, "no pod's interface is known yet"
 	}
-	return Redirect, "every interface that leads to a pod has an IPv4 address"
 }

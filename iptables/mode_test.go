@@ -86,7 +86,9 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	becomes(iptables.DNAT, "which leads to pod address 10.244.0.8, has no IPv4 address")
 
 	require.NoError(t, routed.Close())
-	becomes(iptables.DNAT, "pod address 10.244.0.8 is behind a gateway") // the default route's
+	becomes(iptables.Redirect, "every interface") // the address leads to the default route now
+	pods.set(routed.Addr)
+	becomes(iptables.DNAT, "pod address 10.244.0.8 is behind a gateway")
 	pods.set(n.pod.Addr)
 	becomes(iptables.Redirect, "every interface")
 
@@ -101,4 +103,39 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	require.NoError(t, netlink.AddrDel(link, &addrs[0]))
 	n.eventually(func() bool { return r.Status().Mode == iptables.DNAT }, "noticed that the address is gone")
 	assert.Zero(t, n.leaks.Load())
+}
+
+func TestARestartChangesNoRules(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			pods := &podList{}
+			cfg := n.config(iptables.AutoMode)
+			cfg.Pods = pods.get
+			pods.set(n.pod.Addr)
+			first, stop := n.reconcile(cfg)
+			require.Equal(t, iptables.Redirect, first.Status().Mode)
+			stop()
+
+			pods.set() // an agent that has not synced
+			second, _ := n.reconcile(cfg)
+			assert.Equal(t, iptables.Redirect, second.Status().Mode)
+			pods.set(n.pod.Addr)
+			n.eventually(func() bool { return second.Status().Why == "every interface that leads to a pod has an IPv4 address" }, "knows why")
+			assert.Zero(t, second.Stats().Repairs)
+			assert.Equal(t, uint64(1), second.Stats().Checks, "pods that come are no reason to look at the rules")
+		})
+	}
+}
+
+func TestAProgramThatKeepsChangingTheRulesIsNamed(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	r, _ := n.reconcile(n.config(iptables.Redirect))
+	for range 6 {
+		n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT")
+		n.eventually(n.inPlace, "first again")
+	}
+	n.eventually(func() bool { return len(r.Status().Notes) > 0 }, "noted")
+	assert.Contains(t, r.Status().Notes[0], "another program keeps changing the iptables rules")
+	assert.NoError(t, r.Status().Err)
 }

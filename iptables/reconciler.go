@@ -21,6 +21,7 @@ package iptables
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -52,15 +53,19 @@ type Config struct {
 
 // Reconciler keeps the rules in place.
 type Reconciler struct {
-	cfg     Config
-	kernel  *kernel // nil when no rules of ours are wanted
-	status  atomic.Pointer[Status]
-	sources sources
+	cfg    Config
+	kernel *kernel // nil when no rules of ours are wanted
+	status atomic.Pointer[Status]
+
+	verdicts verdicts
 
 	checks, repairs, cut atomic.Uint64
 
-	settled bool     // what others left has been dealt with; for Run alone
-	warned  []string // bridges that were warned of; for Run alone
+	// For Run alone.
+	settled bool        // what others left has been dealt with
+	warned  []string    // links that were warned of
+	written []time.Time // when rules were put in place, in the last minute
+	blamed  time.Time   // when it was last said that somebody else keeps changing them
 }
 
 // Status is what Run found or did at its last check.
@@ -152,15 +157,17 @@ func (r *Reconciler) Run(ctx context.Context) {
 	retry := min(firstRetry, r.cfg.Interval)
 	due := time.NewTimer(0)
 	defer due.Stop()
-	check := true // the rules too, and not the pods' interfaces alone
+	var status Status
+	var podsChanged <-chan struct{}
+	look, check := true, true // at the pods' links, and at the rules
 	for {
-		status, podsChanged := r.survey()
-		if last := r.status.Load(); !check && status.Mode == last.Mode {
-			status.Err = last.Err
-		} else {
+		if look {
+			status, podsChanged = r.survey(status)
+		}
+		if check || status.Mode != r.status.Load().Mode {
 			w.watched(func() bool {
 				var changed bool
-				changed, status.Err = r.reconcile(ctx, status.Mode, status.Why)
+				changed, status.Err = r.reconcile(ctx, &status)
 				return !changed && status.Err == nil
 			})
 			if ctx.Err() != nil {
@@ -177,15 +184,19 @@ func (r *Reconciler) Run(ctx context.Context) {
 			}
 			due.Reset(next)
 		}
-		r.status.Store(&status)
+		published := status
+		published.Notes = append(r.contest(), status.Notes...)
+		r.status.Store(&published)
 		select {
 		case <-due.C:
-			check = true
+			look, check = true, true
 			continue
-		case <-w.changed:
-			check = true
+		case <-w.links: // the address on lo is one of them
+			look, check = true, true
+		case <-w.tables:
+			look, check = false, true
 		case <-podsChanged:
-			check = false
+			look, check = true, false
 		case <-ctx.Done():
 			return
 		}
@@ -199,78 +210,116 @@ func (r *Reconciler) Run(ctx context.Context) {
 
 // tables names the tables that rules of ours are wanted in.
 func (r *Reconciler) tables() (names []string) {
-	for _, c := range desired(r.cfg, r.mode()) {
+	mode := r.cfg.Mode
+	if mode == AutoMode {
+		mode = DNAT // either
+	}
+	for _, c := range desired(r.cfg, mode) {
 		names = append(names, c.table)
 	}
 	return names
 }
 
-// mode is the configured one, with DNAT for AutoMode.
-func (r *Reconciler) mode() Mode {
-	if r.cfg.Mode == AutoMode {
-		return DNAT
-	}
-	return r.cfg.Mode
-}
-
 // survey looks at the pods' interfaces: which mode to use now and why, and which
 // addresses can be trusted. The channel says when to look again.
-func (r *Reconciler) survey() (Status, <-chan struct{}) {
-	r.sources.forget()
-	s := Status{Mode: r.mode(), Why: "it was asked for"}
+func (r *Reconciler) survey(last Status) (Status, <-chan struct{}) {
+	s := Status{Err: last.Err, Mode: r.cfg.Mode, Why: "it was asked for"}
 	if r.cfg.Pods == nil {
 		return s, nil
 	}
 	pods, changed := r.cfg.Pods()
-	links := podLinks{}
+	links := newPodLinks()
 	if r.cfg.Mode == AutoMode {
 		s.Mode, s.Why = choose(pods, links)
+		if s.Mode == AutoMode && last.Mode != "" { // not known any more: as before
+			s.Mode, s.Why = last.Mode, last.Why
+		}
 	}
-	bridges, notes := surveySources(pods, links)
-	s.Notes = notes
+	var open []string
+	open, s.Notes = surveySources(pods, links)
 	if !r.cfg.AllowUnguarded {
-		s.Unguarded = unguardedError(bridges)
+		s.Unguarded = unguardedError(open)
 	}
-	if len(bridges) > 0 && !slices.Equal(bridges, r.warned) {
-		r.cfg.Logger.Warn("pods on a bridge can take each other's addresses, and with them identities (CVE-2021-1677)",
-			"bridges", bridges, "tokens", map[bool]string{true: "handed out all the same", false: "withheld"}[r.cfg.AllowUnguarded])
+	if len(open) > 0 && !slices.Equal(open, r.warned) {
+		r.cfg.Logger.Warn("pods can take each other's addresses, and with them identities (CVE-2021-1677)",
+			"links", open, "tokens", map[bool]string{true: "handed out all the same", false: "withheld"}[r.cfg.AllowUnguarded])
 	}
-	r.warned = bridges
+	r.warned = open
 	return s, changed
 }
 
 // reconcile makes the kernel's state the desired one, and reports whether it had
-// to change the tables for that.
-func (r *Reconciler) reconcile(ctx context.Context, mode Mode, why string) (changed bool, err error) {
+// to change the tables for that. Where the mode cannot be told yet, it settles on
+// the one whose rules are there, so that a restart changes nothing; else on DNAT.
+func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
 	if r.kernel == nil {
 		return false, nil
 	}
-	if mode == DNAT {
+	if status.Mode == AutoMode {
+		status.Mode = DNAT
+		before := desired(r.cfg, Redirect)[0]
+		if s, err := r.kernel.read(before); err == nil && s.install(before.rules) == "" {
+			status.Mode = Redirect
+		}
+	}
+	if status.Mode == DNAT {
 		if err := ensureAddress(r.cfg.Address); err != nil {
 			return false, err
 		}
 	}
-	for _, want := range desired(r.cfg, mode) {
-		s, err := r.kernel.read(want)
-		if err != nil {
-			return changed, err
-		}
-		change := s.install(want.rules)
-		if change == "" {
-			continue
-		}
-		if err := r.kernel.apply(ctx, change); err != nil {
-			return changed, err
-		}
-		changed = true
-		r.settled = false
-		r.cfg.Logger.Info("iptables rules put in place", "chain", want.name, "mode", mode, "why", why, "taken_over", s.exists)
+	want := desired(r.cfg, status.Mode)
+	failed := make([]error, len(want))
+	for i, c := range want { // the redirect is the first, and does not depend on the other
+		var wrote bool
+		wrote, failed[i] = r.ensure(ctx, c, status)
+		changed = changed || wrote
 	}
 	if changed {
 		r.repairs.Add(1)
+		r.settled = false
+		r.written = append(r.written, time.Now())
 	}
-	if !r.settled {
+	if !r.settled && failed[0] == nil {
 		r.settle(ctx)
 	}
-	return changed, nil
+	return changed, errors.Join(failed...)
+}
+
+func (r *Reconciler) ensure(ctx context.Context, want chain, status *Status) (changed bool, err error) {
+	s, err := r.kernel.read(want)
+	if err != nil {
+		return false, err
+	}
+	change := s.install(want.rules)
+	if change == "" {
+		return false, nil
+	}
+	if err := r.kernel.apply(ctx, change); err != nil {
+		return false, err
+	}
+	level := slog.LevelInfo
+	if len(r.written) > contested {
+		level = slog.LevelDebug // it is said once a minute, see contest
+	}
+	r.cfg.Logger.Log(ctx, level, "iptables rules put in place", "chain", want.name, "mode", status.Mode, "why", status.Why, "taken_over", s.exists)
+	return true, nil
+}
+
+// contested is how often in a minute rules are written for ordinary reasons.
+const contested = 5
+
+// contest says so when somebody else keeps changing the rules. They are put back
+// at the same pace all the same: each moment without them is one in which a pod
+// reaches the node's identity.
+func (r *Reconciler) contest() []string {
+	now := time.Now()
+	r.written = slices.DeleteFunc(r.written, func(at time.Time) bool { return now.Sub(at) > time.Minute })
+	if len(r.written) <= contested {
+		return nil
+	}
+	if now.Sub(r.blamed) > time.Minute {
+		r.blamed = now
+		r.cfg.Logger.Warn("another program keeps changing the rules in the place of ours", "repairs_in_last_minute", len(r.written))
+	}
+	return []string{fmt.Sprintf("another program keeps changing the iptables rules: they were put back %d times in the last minute", len(r.written))}
 }

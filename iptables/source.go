@@ -3,15 +3,18 @@ package iptables
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 )
 
 // ErrUnguarded is the error of a source address that another pod could have
-// taken: pods share a bridge there, and the node finds out by ARP which of them
-// has the address, that is, by believing whoever says so (CVE-2021-1677).
+// taken: pods share a link there, a bridge mostly, and the node finds out by ARP
+// which of them has the address, that is, by believing whoever says so
+// (CVE-2021-1677).
 //
 // Azure CNI's bridge mode pins each pod's address to its hardware address on the
 // node, which ends that. It does not end the theft of the hardware address itself,
@@ -20,19 +23,25 @@ import (
 // A veth of a pod's own has no such trouble. The node answers to where the
 // address is routed, whoever sent the packet, so that a forger never completes a
 // TCP handshake.
-var ErrUnguarded = errors.New("pods on this bridge can take each other's addresses")
+var ErrUnguarded = errors.New("pods on this link can take each other's addresses")
 
-// sources answers whether addresses can be trusted. What it found to be well is
-// remembered until the next survey, what is not is looked at again each time.
-type sources struct {
-	mu      sync.RWMutex // guards trusted
-	trusted map[netip.Addr]bool
+// How long it is remembered whether an address can be trusted. Nothing announces
+// all that bears on it.
+const (
+	trustFor    = 5 * time.Second
+	distrustFor = time.Second
+	maxVerdicts = 4096 // many times the pods that a node can have
+)
+
+// verdicts are what was found of addresses.
+type verdicts struct {
+	mu     sync.RWMutex // guards byAddr
+	byAddr map[netip.Addr]verdict
 }
 
-func (s *sources) forget() {
-	s.mu.Lock()
-	s.trusted = nil
-	s.mu.Unlock()
+type verdict struct {
+	err   error
+	until time.Time
 }
 
 // CheckSource returns nil if a connection from this address, which must be that of
@@ -43,47 +52,44 @@ func (r *Reconciler) CheckSource(pod netip.Addr) error {
 	if r.cfg.AllowUnguarded {
 		return nil
 	}
-	s := &r.sources
-	s.mu.RLock()
-	trusted := s.trusted[pod]
-	s.mu.RUnlock()
-	if trusted {
-		return nil
+	v := &r.verdicts
+	now := time.Now()
+	v.mu.RLock()
+	known, ok := v.byAddr[pod]
+	v.mu.RUnlock()
+	if ok && now.Before(known.until) {
+		return known.err
 	}
-	if err := checkSource(pod, podLinks{}); err != nil {
-		return err
+	found := verdict{err: checkSource(pod, newPodLinks()), until: now.Add(trustFor)}
+	if found.err != nil {
+		found.until = now.Add(distrustFor)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.trusted == nil {
-		s.trusted = make(map[netip.Addr]bool)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.byAddr == nil || len(v.byAddr) >= maxVerdicts {
+		v.byAddr = make(map[netip.Addr]verdict)
 	}
-	s.trusted[pod] = true
-	return nil
+	v.byAddr[pod] = found
+	return found.err
 }
 
-func checkSource(pod netip.Addr, links podLinks) error {
+func checkSource(pod netip.Addr, links *podLinks) error {
 	link, err := links.of(pod)
 	switch {
 	case errors.Is(err, errGateway):
-		return nil // not one link with other pods; it is the plugin's to guard
+		return nil // not on one link with other pods; it is the plugin's to guard
 	case err != nil:
 		return fmt.Errorf("address %s %w", pod, err)
-	case link.bridge && !link.pinned[pod]:
-		return fmt.Errorf("%w: bridge %s, address %s", ErrUnguarded, link.name, pod)
+	case link.shared && !link.pinned:
+		return fmt.Errorf("%w: %s, address %s", ErrUnguarded, link.name, pod)
 	}
 	return nil
 }
 
-// surveySources looks at all pods' addresses. unguarded names the bridges on
-// which addresses can be taken; notes are for Status.
-func surveySources(pods []netip.Addr, links podLinks) (unguarded, notes []string) {
-	var pinned, loose []string
-	add := func(to *[]string, name string) {
-		if !slices.Contains(*to, name) {
-			*to = append(*to, name)
-		}
-	}
+// surveySources looks at all pods' addresses. unguarded names the links on which
+// addresses can be taken; notes are for Status.
+func surveySources(pods []netip.Addr, links *podLinks) (unguarded, notes []string) {
+	open, pinned, all := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	for _, pod := range pods {
 		if !pod.Is4() {
 			continue
@@ -92,43 +98,44 @@ func surveySources(pods []netip.Addr, links podLinks) (unguarded, notes []string
 		if err != nil {
 			continue
 		}
-		switch {
-		case link.bridge && link.pinned[pod]:
-			add(&pinned, link.name)
-		case link.bridge:
-			add(&unguarded, link.name)
-		}
-		if !link.filtered {
-			add(&loose, link.name)
+		all[link.name] = true
+		if link.shared {
+			open[link.name] = open[link.name] || !link.pinned
+			pinned[link.name] = pinned[link.name] || link.pinned
 		}
 	}
-	slices.Sort(unguarded)
-	if len(pinned) > 0 {
-		notes = append(notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take those too, on: "+join(pinned))
+	names := func(set map[string]bool) []string {
+		maps.DeleteFunc(set, func(_ string, in bool) bool { return !in })
+		return slices.Sorted(maps.Keys(set))
 	}
-	if len(loose) > 0 {
-		notes = append(notes, "the kernel does not check source addresses (rp_filter is not 1), though it answers to their owners alone, on: "+join(loose))
+	if pinned := names(pinned); len(pinned) > 0 {
+		notes = append(notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take those too, on: "+some(pinned))
 	}
-	return unguarded, notes
+	for name := range all {
+		all[name] = !reversePathFiltered(name)
+	}
+	if loose := names(all); len(loose) > 0 {
+		notes = append(notes, "the kernel does not check source addresses (rp_filter is not 1), though it answers to their owners alone, on: "+some(loose))
+	}
+	return names(open), notes
 }
 
-// join lists names, of which a node with many pods may have as many.
-func join(names []string) string {
-	const some = 5
-	slices.Sort(names)
-	if more := len(names) - some; more > 0 {
-		return fmt.Sprintf("%s and %d more", strings.Join(names[:some], ", "), more)
+// some lists names, of which a node with many pods may have as many.
+func some(names []string) string {
+	const few = 5
+	if more := len(names) - few; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:few], ", "), more)
 	}
 	return strings.Join(names, ", ")
 }
 
 // unguardedError says what a survey found and what to do about it; nil if all is
 // well.
-func unguardedError(bridges []string) error {
-	if len(bridges) == 0 {
+func unguardedError(links []string) error {
+	if len(links) == 0 {
 		return nil
 	}
 	return fmt.Errorf("no tokens are handed out: %w: %s: nothing there stops ARP spoofing (CVE-2021-1677): "+
 		"use a network plugin that gives each pod a link of its own, or take NET_RAW and NET_ADMIN from all pods and set --allow-network-plugin-kubenet",
-		ErrUnguarded, strings.Join(bridges, ", "))
+		ErrUnguarded, some(links))
 }

@@ -125,6 +125,40 @@ func TestTheStatusNamesWhatIsWrongWithTheLinks(t *testing.T) {
 	assert.NoError(t, allowed.CheckSource(n.pod.Addr))
 }
 
+// A bridge by another name: the pods' gateway is on an interface above it.
+func TestASharedLinkIsKnownByItsRoute(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Bridge)
+	bridge, err := netlink.LinkByName(testbed.BridgeName)
+	require.NoError(t, err)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.ParentIndex = "above", bridge.Attrs().Index
+	above := &netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_BRIDGE}
+	require.NoError(t, netlink.LinkAdd(above))
+	require.NoError(t, netlink.LinkSetUp(above))
+	addr, err := netlink.ParseAddr("10.245.0.1/24")
+	require.NoError(t, err)
+	require.NoError(t, netlink.AddrAdd(above, addr))
+	r, err := iptables.New(n.config(iptables.Redirect))
+	require.NoError(t, err)
+	pod := netip.MustParseAddr("10.245.0.7")
+	require.ErrorIs(t, r.CheckSource(pod), iptables.ErrUnguarded)
+	require.ErrorContains(t, r.CheckSource(pod), "above")
+}
+
+func TestTrustInAnAddressEnds(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Bridge)
+	require.Equal(t, "imds", n.ask()) // the node knows the address
+	bridge, err := netlink.LinkByName(testbed.BridgeName)
+	require.NoError(t, err)
+	pin := &netlink.Neigh{LinkIndex: bridge.Attrs().Index, IP: n.pod.Addr.AsSlice(), HardwareAddr: hardwareAddr(t, n.pod), State: netlink.NUD_PERMANENT}
+	require.NoError(t, netlink.NeighSet(pin))
+	r, err := iptables.New(n.config(iptables.Redirect))
+	require.NoError(t, err)
+	require.NoError(t, r.CheckSource(n.pod.Addr))
+	require.NoError(t, netlink.NeighDel(pin))
+	n.eventually(func() bool { return r.CheckSource(n.pod.Addr) != nil }, "noticed by itself")
+}
+
 func BenchmarkCheckSource(b *testing.B) {
 	n := newNode(b, iptables.NFT, testbed.Ptp)
 	r, err := iptables.New(n.config(iptables.Redirect))

@@ -20,10 +20,11 @@ const (
 	legacyPoll = time.Second
 )
 
-// watcher notices that the kernel's state may have changed: links, addresses,
-// and the tables of one backend, whoever changed them.
+// watcher notices that the kernel's state may have changed, whoever changed it:
+// links and addresses, and the tables of one backend.
 type watcher struct {
-	changed chan struct{}           // of capacity 1
+	links   chan struct{} // of capacity 1, like tables
+	tables  chan struct{}
 	good    atomic.Pointer[layouts] // the legacy tables when a check last found them well; nil is unknown
 	legacy  []string                // names of the legacy tables to poll
 	sockets []*nl.NetlinkSocket
@@ -33,10 +34,10 @@ type watcher struct {
 // newWatcher returns a watcher of what can be watched, and an error for the rest.
 // The tables are those of the backend that matter.
 func newWatcher(ctx context.Context, backend Backend, tables []string) (*watcher, error) {
-	w := &watcher{changed: make(chan struct{}, 1)}
-	err := w.subscribe(ctx, unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
+	w := &watcher{links: make(chan struct{}, 1), tables: make(chan struct{}, 1)}
+	err := w.subscribe(ctx, w.links, unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
 	if err == nil && backend == NFT {
-		err = w.subscribe(ctx, unix.NETLINK_NETFILTER, nftablesGroup)
+		err = w.subscribe(ctx, w.tables, unix.NETLINK_NETFILTER, nftablesGroup)
 	}
 	if backend == Legacy && len(tables) > 0 {
 		w.legacy = tables
@@ -69,14 +70,14 @@ func (w *watcher) watched(check func() (untouched bool)) {
 	}
 }
 
-func (w *watcher) notify() {
+func notify(changed chan<- struct{}) {
 	select {
-	case w.changed <- struct{}{}:
+	case changed <- struct{}{}:
 	default:
 	}
 }
 
-func (w *watcher) subscribe(ctx context.Context, protocol int, groups ...uint) error {
+func (w *watcher) subscribe(ctx context.Context, changed chan<- struct{}, protocol int, groups ...uint) error {
 	socket, err := nl.Subscribe(protocol, groups...)
 	if err != nil {
 		return err
@@ -90,7 +91,7 @@ func (w *watcher) subscribe(ctx context.Context, protocol int, groups ...uint) e
 			if ctx.Err() != nil {
 				return
 			}
-			w.notify()
+			notify(changed)
 			if err == nil {
 				continue
 			}
@@ -111,7 +112,7 @@ func (w *watcher) pollLegacy(ctx context.Context) {
 		select {
 		case <-tick.C:
 			if good := w.good.Load(); good == nil || w.layouts() != *good {
-				w.notify()
+				notify(w.tables)
 			}
 		case <-ctx.Done():
 			return

@@ -315,7 +315,7 @@ func TestOnAnOpenBridgeNoTokenIsHandedOutUnlessAllowed(t *testing.T) {
 		assert.Empty(t, got.subject)
 	}
 	assert.Zero(t, world.IMDS.Requests(), "redirected all the same")
-	assert.Contains(t, a.Log(), "pods on this bridge can take each other's addresses: bridge cbr0, address 10.244.0.11")
+	assert.Contains(t, a.Log(), "pods on this link can take each other's addresses: cbr0, address 10.244.0.11")
 	_, err := a.Stop()
 	require.NoError(t, err)
 
