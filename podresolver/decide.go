@@ -6,94 +6,185 @@ import (
 	"slices"
 	"strings"
 
-	corev1 "k8s.io/api/core/v1"
-
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// namespaceObjects is all that bears on the pods of one namespace.
-type namespaceObjects struct {
-	identities map[string]*aadpodidentity.AzureIdentity // by name
-	bindings   []*aadpodidentity.AzureIdentityBinding   // in order, see sortBindings
-	exceptions []*aadpodidentity.AzurePodIdentityException
-}
-
-// sortBindings puts bindings in the order in which their identities are
-// preferred: the oldest first, then by name. The order decides what a pod gets
-// that names no identity, so it must be the same on every node and after every
-// restart.
-func sortBindings(bindings []*aadpodidentity.AzureIdentityBinding) {
-	slices.SortFunc(bindings, func(a, b *aadpodidentity.AzureIdentityBinding) int {
-		return cmp.Or(a.CreationTimestamp.Compare(b.CreationTimestamp.Time), cmp.Compare(a.Name, b.Name))
-	})
-}
-
-// decide is managed mode in one pure function: a pod, the objects of its
-// namespace, and what follows from them.
-func decide(pod *corev1.Pod, ns *namespaceObjects) *Pod {
-	p := &Pod{Namespace: pod.Namespace, Name: pod.Name}
-	for _, exception := range ns.exceptions {
-		if matchesAny(pod.Labels, exception.Spec.PodLabels) {
-			p.exception = exception.Name
-			return p
-		}
-	}
-
-	label := pod.Labels[aadpodidentity.BindingLabel]
-	if label == "" { // an empty selector matches nothing, so no label matches nothing
-		p.refusal = fmt.Errorf("%w: it has no label %q", ErrNoIdentity, aadpodidentity.BindingLabel)
+// decide says what follows from the tables for one pod. The tables are locked.
+func (r *Resolver) decide(row *podRow) *Pod {
+	p := &Pod{Namespace: row.namespace, Name: row.name, uid: row.uid, strict: r.cfg.StrictSelection}
+	if p.exception = r.exceptionOf(row); p.exception != "" {
+		p.refusal = fmt.Errorf("%w: it is excepted", ErrNoIdentity)
 		return p
 	}
-	var unusable []string
-	for _, binding := range ns.bindings {
-		if binding.Spec.Selector != label {
-			continue
-		}
-		id, why := usable(ns.identities[binding.Spec.AzureIdentity])
-		id.Binding = binding.Name
-		twice := slices.ContainsFunc(p.identities, func(other Identity) bool { return other.Name == id.Name })
-		switch {
-		case why != "":
-			unusable = append(unusable, fmt.Sprintf("AzureIdentityBinding %q names AzureIdentity %q, which %s", binding.Name, binding.Spec.AzureIdentity, why))
-		case !twice: // two bindings may name one identity
-			p.identities = append(p.identities, id)
-		}
-	}
-	switch {
-	case len(p.identities) > 0:
-	case len(unusable) > 0:
-		p.refusal = fmt.Errorf("%w: %s", ErrNoIdentity, strings.Join(unusable, "; "))
-	default:
-		p.refusal = fmt.Errorf("%w: no AzureIdentityBinding in namespace %q has the selector %q", ErrNoIdentity, pod.Namespace, label)
+	if r.cfg.Mode == Standard {
+		r.decideStandard(p, row)
+	} else {
+		r.decideManaged(p, row)
 	}
 	return p
 }
 
-// usable turns an AzureIdentity into an Identity, or says why it cannot.
-func usable(in *aadpodidentity.AzureIdentity) (_ Identity, why string) {
+// exceptionOf names the exception that applies to a pod, "" if none does; of
+// several the first by name.
+func (r *Resolver) exceptionOf(row *podRow) (name string) {
+	for _, exception := range r.tables.exceptionsByNS[row.namespace] {
+		if matchedLabel(row.labels, exception.labels) != "" && (name == "" || exception.name < name) {
+			name = exception.name
+		}
+	}
+	if name == "" && row.mic {
+		return micException
+	}
+	return name
+}
+
+// micException stands for the exception that MIC's own pods need no object for.
+const micException = "(MIC's own)"
+
+// matchedLabel returns the key of a wanted label that is among a pod's, the first
+// by name, or "". Keys match exactly, values without regard to case, as in the old
+// NMI.
+func matchedLabel(have, want map[string]string) (matched string) {
+	for key, wanted := range want {
+		if value, ok := have[key]; ok && strings.EqualFold(value, wanted) && (matched == "" || key < matched) {
+			matched = key
+		}
+	}
+	return matched
+}
+
+// candidate is an identity that a binding gives to a pod, or why it does not.
+type candidate struct {
+	Identity
+	binding *bindingRow
+	why     string // it cannot be used; "" if it can
+}
+
+// candidates are what the bindings give to a pod, in the order of preference: the
+// oldest binding first, then by name. The order decides what a pod gets that names
+// no identity, so it must be the same on every node and after every restart.
+func (r *Resolver) candidates(row *podRow) []candidate {
+	label := row.labels[aadpodidentity.BindingLabel]
+	if label == "" {
+		return nil // an empty selector matches nothing, so no label matches nothing
+	}
+	bindings := slices.Clone(r.tables.bindingsBySelector[r.tables.key(row.namespace, label)])
+	slices.SortFunc(bindings, preferred)
+	found := make([]candidate, 0, len(bindings))
+	for _, binding := range bindings {
+		id := r.tables.identities[ref{binding.namespace, binding.identity}]
+		c := candidate{binding: binding}
+		switch {
+		case id == nil:
+			c.why = "does not exist in the binding's namespace"
+		case binding.namespace != row.namespace && (r.cfg.Namespaced || id.namespaced):
+			c.why = "is for pods of its own namespace only"
+		default:
+			c.Identity, c.why = usable(id, binding)
+		}
+		found = append(found, c)
+	}
+	return found
+}
+
+func preferred(a, b *bindingRow) int {
+	return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.name, b.name), cmp.Compare(a.namespace, b.namespace))
+}
+
+// usable turns a row into an Identity, or says why it cannot.
+func usable(in *identityRow, binding *bindingRow) (_ Identity, why string) {
 	switch {
-	case in == nil:
-		return Identity{}, "does not exist in this namespace"
-	case in.Spec.Type == aadpodidentity.UserAssignedMSI && in.Spec.ClientID == "" && in.Spec.ResourceID == "":
+	case in.unreadable != "":
+		return Identity{}, "cannot be read: " + in.unreadable
+	case in.kind == aadpodidentity.UserAssignedMSI && in.clientID == "" && in.resourceID == "":
 		// IMDS would read a request without an ID as one for the node's own identity.
 		return Identity{}, "has neither clientID nor resourceID"
 	}
 	return Identity{
-		Namespace:  in.Namespace,
-		Name:       in.Name,
-		Type:       in.Spec.Type,
-		ClientID:   strings.ToLower(in.Spec.ClientID),
-		ResourceID: strings.ToLower(in.Spec.ResourceID),
+		Namespace: in.namespace, Name: in.name, Type: in.kind,
+		ClientID: in.clientID, ResourceID: in.resourceID, Binding: binding.name,
 	}, ""
 }
 
-// matchesAny reports whether any one wanted label is among a pod's: keys match
-// exactly, values without regard to case, as in the old NMI.
-func matchesAny(have, want map[string]string) bool {
-	for key, wanted := range want {
-		if value, ok := have[key]; ok && strings.EqualFold(value, wanted) {
-			return true
+// add appends an identity unless the pod has it already: two bindings may name one.
+func (p *Pod) add(to *[]Identity, id Identity) {
+	same := func(other Identity) bool { return other.Namespace == id.Namespace && other.Name == id.Name }
+	if !slices.ContainsFunc(*to, same) {
+		*to = append(*to, id)
+	}
+}
+
+func (r *Resolver) decideManaged(p *Pod, row *podRow) {
+	var unusable []string
+	for _, c := range r.candidates(row) {
+		if c.why != "" {
+			unusable = append(unusable, c.String())
+			continue
+		}
+		p.add(&p.identities, c.Identity)
+	}
+	if len(p.identities) == 0 {
+		p.refusal = r.refusal(row, unusable)
+	}
+}
+
+// decideStandard gives a pod what MIC assigned to it. What a binding would give,
+// and MIC has not assigned yet, is worth waiting for.
+func (r *Resolver) decideStandard(p *Pod, row *podRow) {
+	assigned := slices.Clone(r.tables.assignedByPod[row.ref])
+	slices.SortFunc(assigned, func(a, b *assignedRow) int {
+		return cmp.Or(preferred(&a.binding, &b.binding), cmp.Compare(a.name, b.name), cmp.Compare(a.namespace, b.namespace))
+	})
+	var unusable []string
+	for _, a := range assigned {
+		id, why := usable(&a.identity, &a.binding)
+		switch selector := a.binding.selector; {
+		case (r.cfg.Namespaced || a.identity.namespaced) && a.identity.namespace != row.namespace:
+			why = "is for pods of its own namespace only"
+		case selector != "" && selector != row.labels[aadpodidentity.BindingLabel]:
+			// Assigned to a pod of this name before; MIC has not noticed yet.
+			why = fmt.Sprintf("was assigned by the selector %q, which the pod's label no longer has", selector)
+		}
+		switch {
+		case why != "":
+			unusable = append(unusable, fmt.Sprintf("AzureAssignedIdentity %q names AzureIdentity %q, which %s", a.name, a.identity.name, why))
+		case a.ready:
+			p.add(&p.identities, id)
+		case a.coming:
+			p.add(&p.pending, id)
 		}
 	}
-	return false
+	for _, c := range r.candidates(row) {
+		if c.why != "" {
+			unusable = append(unusable, c.String())
+			continue
+		}
+		p.add(&p.pending, c.Identity)
+	}
+	switch {
+	case len(p.identities) > 0:
+	case len(p.pending) > 0: // said to who asks for another
+		p.refusal = fmt.Errorf("%w: none of the %d that bindings give to it has the ID that it asked for", ErrNoIdentity, len(p.pending))
+	default:
+		p.refusal = r.refusal(row, unusable)
+	}
+}
+
+func (c candidate) String() string {
+	return fmt.Sprintf("AzureIdentityBinding %q names AzureIdentity %q, which %s", c.binding.name, c.binding.identity, c.why)
+}
+
+// refusal says why a pod has no identity, in the words of whoever made the objects.
+func (r *Resolver) refusal(row *podRow, unusable []string) error {
+	label := row.labels[aadpodidentity.BindingLabel]
+	switch {
+	case len(unusable) > 0:
+		return fmt.Errorf("%w: %s", ErrNoIdentity, strings.Join(unusable, "; "))
+	case label == "":
+		return fmt.Errorf("%w: it has no label %q", ErrNoIdentity, aadpodidentity.BindingLabel)
+	case r.tables.acrossNamespaces:
+		return fmt.Errorf("%w: no AzureIdentityBinding has the selector %q", ErrNoIdentity, label)
+	default:
+		return fmt.Errorf("%w: no AzureIdentityBinding in namespace %q has the selector %q", ErrNoIdentity, row.namespace, label)
+	}
 }

@@ -19,6 +19,15 @@ var (
 	// ErrNoIdentity means that the pod may not use the identity it asked for,
 	// or any. Asking again changes nothing until somebody changes a binding.
 	ErrNoIdentity = errors.New("no identity for this pod")
+	// ErrNotAssigned means that a binding gives the pod the identity, and MIC has
+	// not assigned it yet: ask again shortly.
+	ErrNotAssigned = errors.New("MIC has not assigned the identity to this pod yet")
+	// ErrSeveral means that the pod has several identities and named none of them,
+	// with Config.StrictSelection.
+	ErrSeveral = errors.New("the pod has several identities, and named none")
+	// ErrStale means that the API server has not been heard of for longer than
+	// Config.MaxStaleness.
+	ErrStale = errors.New("what is known of pods and identities is too old")
 )
 
 // Selector is the identity that a request names; at most one field is set. The
@@ -47,9 +56,12 @@ func (id Identity) Managed() bool { return id.Type == aadpodidentity.UserAssigne
 type Pod struct {
 	Namespace, Name string
 
+	uid        string
 	exception  string     // name of the exception that applies, or ""
 	identities []Identity // that the pod may use, the default first
+	pending    []Identity // that it may use once MIC has assigned them
 	refusal    error      // said when identities is empty; wraps ErrNoIdentity
+	strict     bool       // Config.StrictSelection
 }
 
 // String is the pod's namespace and name.
@@ -60,24 +72,38 @@ func (p *Pod) String() string { return p.Namespace + "/" + p.Name }
 func (p *Pod) Exception() string { return p.exception }
 
 // Identity decides which identity the pod gets. IDs are compared without regard
-// to case. A selector that names none gets the pod's default, the first bound.
-// The error wraps ErrNoIdentity and says, to an operator, why.
+// to case. A selector that names none gets the pod's default, the first bound, or is
+// ErrSeveral. The error wraps ErrNoIdentity and says, to an operator, why; or
+// ErrNotAssigned.
 func (p *Pod) Identity(want Selector) (Identity, error) {
+	if id, ok := want.pick(p.identities); ok {
+		if p.strict && want == (Selector{}) && len(p.identities) > 1 {
+			return Identity{}, ErrSeveral
+		}
+		return id, nil
+	}
+	if id, ok := want.pick(p.pending); ok {
+		return Identity{}, fmt.Errorf("%w: AzureIdentity %s/%s", ErrNotAssigned, id.Namespace, id.Name)
+	}
 	if len(p.identities) == 0 {
 		return Identity{}, p.refusal
 	}
-	if want == (Selector{}) {
-		return p.identities[0], nil
-	}
+	return Identity{}, fmt.Errorf("%w: none of the %d bound to it has the ID that it asked for", ErrNoIdentity, len(p.identities))
+}
+
+// pick returns the identity that is named, or the first if none is.
+func (want Selector) pick(from []Identity) (Identity, bool) {
 	// An AzureIdentity does not carry an object ID. The old NMI ignored the
 	// parameter, and so handed out the default for any.
-	if want.ObjectID == "" {
-		for _, id := range p.identities {
-			if want.ClientID != "" && strings.EqualFold(id.ClientID, want.ClientID) ||
-				want.ResourceID != "" && strings.EqualFold(id.ResourceID, want.ResourceID) {
-				return id, nil
-			}
+	if want.ObjectID != "" {
+		return Identity{}, false
+	}
+	for _, id := range from {
+		if want == (Selector{}) ||
+			want.ClientID != "" && strings.EqualFold(id.ClientID, want.ClientID) ||
+			want.ResourceID != "" && strings.EqualFold(id.ResourceID, want.ResourceID) {
+			return id, true
 		}
 	}
-	return Identity{}, fmt.Errorf("%w: none of the %d bound to it has the ID that it asked for", ErrNoIdentity, len(p.identities))
+	return Identity{}, false
 }

@@ -3,16 +3,17 @@
 //
 // The life of a decision:
 //
-//  1. Informers keep what decisions need, and only that, of this node's pods
-//     and of the cluster's identities, bindings and exceptions.
-//  2. A change marks its namespace. One goroutine decides anew for the pods of
-//     the marked namespaces and publishes a snapshot: address to pod, with the
-//     pod's identities in order. A storm of changes is one recomputation.
+//  1. Reflectors fill tables with what decisions need, and only that, of this
+//     node's pods and of the cluster's identities, bindings and exceptions.
+//  2. A change marks the pods that it bears on. One goroutine decides anew for
+//     those and publishes a snapshot: address to pod, with the pod's identities in
+//     order. A storm of changes is one recomputation.
 //  3. Resolve is one atomic load and one map lookup.
-//  4. An address that is not known waits, bounded, for the next snapshots, since
-//     a pod can ask before its status has reached the API server's watchers.
+//  4. An address that is not known waits, bounded, for its event, since a pod can
+//     ask before its status has reached the API server's watchers; then the API
+//     server is asked once.
 //
-// Nothing is answered before every informer has synced: a decision taken without
+// Nothing is answered before every table has been filled: a decision taken without
 // the exceptions, say, would be wrong.
 package podresolver
 
@@ -28,123 +29,173 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// DefaultPodWait is how long a request from an unknown address waits for its
-// pod unless told otherwise.
-const DefaultPodWait = 3 * time.Second
+// Mode is who decides which identities a pod may use.
+type Mode string
 
-// Config says which node's pods to resolve. Node is required.
+const (
+	// Managed decides here, from AzureIdentityBindings of the pod's namespace.
+	Managed Mode = "managed"
+	// Standard goes by the AzureAssignedIdentities that the MIC controller makes.
+	Standard Mode = "standard"
+)
+
+// What a Config that leaves them out has.
+const (
+	DefaultPodWait      = 3 * time.Second
+	DefaultIdentityWait = 10 * time.Second
+)
+
+// Config says which node's pods to resolve, and how. Node is required.
 type Config struct {
-	Node    string
-	PodWait time.Duration // 0 means DefaultPodWait
-	Logger  *slog.Logger  // nil means slog.Default
+	Node string
+	Mode Mode // "" means Managed
+	// Namespaced keeps identities from pods of other namespaces in Standard mode.
+	// In Managed mode they always are.
+	Namespaced bool
+	// MICNamespace is where the Deployment "mic" is, whose pods are excepted; ""
+	// if it is nowhere.
+	MICNamespace string
+	// StrictSelection refuses a request that names no identity where the pod has
+	// several, as IMDS does, instead of choosing one.
+	StrictSelection bool
+
+	PodWait      time.Duration // how long an unknown address waits for its pod; 0 means DefaultPodWait
+	IdentityWait time.Duration // how long a request waits for MIC's assignment; 0 means DefaultIdentityWait
+	// MaxStaleness is how long decisions are good for while the API server cannot
+	// be watched, counted from when it last sent something. 0 means for ever.
+	MaxStaleness time.Duration
+	Logger       *slog.Logger // nil means slog.Default
 }
 
 // Resolver resolves addresses of this node's pods. It is safe for concurrent
 // use once Run is called.
 type Resolver struct {
-	cfg Config
-
-	pods       *source
-	identities *source
-	bindings   *source
-	exceptions *source
+	cfg     Config
+	tables  *tables
+	sources []*source
 
 	current atomic.Pointer[snapshot]
 	synced  chan struct{} // closed when the first complete snapshot is published
+	expired atomic.Bool   // MaxStaleness has passed
+	waiting waiting
 
-	mu    sync.Mutex // guards dirty
-	dirty map[string]struct{}
-	wake  chan struct{} // of capacity 1: dirty has something in it
+	decided map[ref][]claim // by pod; the deciding goroutine's alone
 
-	claims map[string][]claim // by namespace; the deciding goroutine's alone
+	pods      cache.ListerWatcherWithContext // for lookups
+	podRow    func(*corev1.Pod) *podRow
+	lookups   singleflight.Group
+	limit     *rate.Limiter
+	ambiguous atomic.Uint64
+	asked     atomic.Uint64
+	found     atomic.Uint64
 }
 
-// New returns a Resolver that reads from the two clients once Run is called.
-func New(kube kubernetes.Interface, custom dynamic.Interface, cfg Config) (*Resolver, error) {
+// New returns a Resolver that reads from the sources once Run is called.
+func New(from Sources, cfg Config) (*Resolver, error) {
 	if cfg.Node == "" {
 		return nil, errors.New("the node's name is needed to know its pods")
 	}
 	if cfg.PodWait == 0 {
 		cfg.PodWait = DefaultPodWait
 	}
+	if cfg.IdentityWait == 0 {
+		cfg.IdentityWait = DefaultIdentityWait
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
+	standard := cfg.Mode == Standard
+	t := newTables(standard && !cfg.Namespaced)
 	r := &Resolver{
-		cfg:    cfg,
-		synced: make(chan struct{}),
-		dirty:  make(map[string]struct{}),
-		wake:   make(chan struct{}, 1),
-		claims: make(map[string][]claim),
+		cfg: cfg, tables: t, synced: make(chan struct{}), decided: make(map[ref][]claim),
+		pods: cache.ToListerWatcherWithContext(from.Pods), podRow: podRowFor(cfg.Node, cfg.MICNamespace),
+		limit: rate.NewLimiter(lookupRate, lookupBurst),
+	}
+	r.sources = []*source{
+		newSource(r, "pods", from.Pods, false, t.pods, r.podRow, t.changedPod),
+		newSource(r, aadpodidentity.AzureIdentities.GroupResource().String(), from.Identities, false, t.identities, identityRowOf, t.changedIdentity),
+		newSource(r, aadpodidentity.AzureIdentityBindings.GroupResource().String(), from.Bindings, false, t.bindings, bindingRowOf, t.changedBinding),
+		newSource(r, aadpodidentity.AzurePodIdentityExceptions.GroupResource().String(), from.Exceptions, true, t.exceptions, exceptionRowOf, t.changedException),
+	}
+	if standard {
+		r.sources = append(r.sources,
+			newSource(r, aadpodidentity.AzureAssignedIdentities.GroupResource().String(), from.Assigned, false, t.assigned, assignedRowFor(cfg.Node), t.changedAssigned))
 	}
 	first, _ := newSnapshot(nil, time.Time{})
 	r.current.Store(first)
-	var failed [4]error
-	r.pods, failed[0] = podSource(kube, cfg.Node, r.mark, cfg.Logger)
-	r.identities, failed[1] = customSource(custom, aadpodidentity.AzureIdentities, trimIdentity, r.mark, cfg.Logger)
-	r.bindings, failed[2] = customSource(custom, aadpodidentity.AzureIdentityBindings, trimBinding, r.mark, cfg.Logger)
-	r.exceptions, failed[3] = customSource(custom, aadpodidentity.AzurePodIdentityExceptions, trimException, r.mark, cfg.Logger)
-	if err := errors.Join(failed[:]...); err != nil {
-		return nil, fmt.Errorf("making informers: %w", err)
-	}
 	return r, nil
-}
-
-func (r *Resolver) sources() []*source {
-	return []*source{r.pods, r.identities, r.bindings, r.exceptions}
 }
 
 // Run keeps the snapshots up to date until ctx ends, and returns when all its
 // goroutines have.
 func (r *Resolver) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	for _, s := range r.sources() {
-		wg.Go(func() { s.informer.RunWithContext(ctx) })
+	for _, s := range r.sources {
+		wg.Go(func() { s.reflector.RunWithContext(ctx) })
 	}
 	defer wg.Wait()
 
-	for _, s := range r.sources() {
+	for _, s := range r.sources {
 		select {
-		case <-s.handler.HasSyncedChecker().Done():
+		case <-s.synced:
 		case <-ctx.Done():
 			return
 		}
 	}
 	expiry := r.update()
 	close(r.synced)
+	var staleness <-chan time.Time
+	if r.cfg.MaxStaleness > 0 {
+		tick := time.NewTicker(min(time.Second, r.cfg.MaxStaleness))
+		defer tick.Stop()
+		staleness = tick.C
+	}
 	for {
 		select {
-		case <-r.wake:
+		case <-r.tables.wake:
 			expiry = r.update()
 		case <-expiry:
 			expiry = r.update()
+		case now := <-staleness:
+			r.checkStaleness(now)
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// Synced is closed once every informer has synced and lookups are answered.
+// Synced is closed once every table is filled and lookups are answered.
 func (r *Resolver) Synced() <-chan struct{} { return r.synced }
 
-// Ready returns nil once Synced is closed, before that an error which says what
-// is awaited and what the API server last said about it.
-func (r *Resolver) Ready() error {
+func (r *Resolver) isSynced() bool {
 	select {
 	case <-r.synced:
-		return nil
+		return true
 	default:
+		return false
+	}
+}
+
+// Ready returns nil once Synced is closed and as long as decisions are not too old,
+// else an error which says what is awaited and what the API server last said about
+// it.
+func (r *Resolver) Ready() error {
+	if r.isSynced() {
+		if r.expired.Load() {
+			return fmt.Errorf("%w:\n%w", ErrStale, r.Stale())
+		}
+		return nil
 	}
 	var waiting []error
-	for _, s := range r.sources() {
+	for _, s := range r.sources {
 		if err := s.pending(); err != nil {
 			waiting = append(waiting, err)
 		}
@@ -156,20 +207,35 @@ func (r *Resolver) Ready() error {
 }
 
 // Stale returns why decisions may be out of date: what the API server last said
-// where it cannot be watched now. Known pods keep what they were given meanwhile.
-// It returns nil when all is well.
+// where it cannot be watched now. Known pods keep what they were given meanwhile,
+// for as long as Config.MaxStaleness allows. It returns nil when all is well.
 func (r *Resolver) Stale() error {
 	var all []error
-	for _, s := range r.sources() {
+	for _, s := range r.sources {
 		all = append(all, s.trouble())
 	}
 	return errors.Join(all...)
 }
 
+func (r *Resolver) checkStaleness(now time.Time) {
+	expired := false
+	for _, s := range r.sources {
+		silence, broken := s.silence(now)
+		expired = expired || broken && silence > r.cfg.MaxStaleness
+	}
+	if was := r.expired.Swap(expired); expired && !was {
+		r.cfg.Logger.Error("decisions are too old; nobody gets a token until the API server can be watched", "max_staleness", r.cfg.MaxStaleness)
+	}
+}
+
 // Resolve returns the pod that holds addr now. An unknown address is waited for
-// as long as Config.PodWait and ctx allow, then it is ErrUnknownAddress; one
-// that several live pods claim is ErrAmbiguousAddress at once.
+// as long as Config.PodWait and ctx allow, and the API server asked once; then it is
+// ErrUnknownAddress. One that several live pods claim is ErrAmbiguousAddress at
+// once. ErrStale means that nothing is known for certain any more.
 func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
+	if r.expired.Load() {
+		return nil, ErrStale
+	}
 	s := r.current.Load()
 	if o, ok := s.byAddr[addr]; ok {
 		return o.pod, o.err
@@ -178,19 +244,41 @@ func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
 }
 
 func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot) (*Pod, error) {
-	patience := time.NewTimer(r.cfg.PodWait)
-	defer patience.Stop()
-	for {
-		select {
-		case <-s.replaced:
-		case <-patience.C:
-			return nil, fmt.Errorf("%w (%s)", ErrUnknownAddress, addr)
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+	patience, cancel := context.WithTimeout(ctx, r.cfg.PodWait)
+	defer cancel()
+	for r.waiting.forChange(patience, r.current.Load, addr, s) {
 		s = r.current.Load()
 		if o, ok := s.byAddr[addr]; ok {
 			return o.pod, o.err
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return r.lookup(ctx, addr)
+}
+
+// Identity decides which identity a pod that was resolved from addr gets, see
+// (*Pod).Identity. One that MIC has yet to assign is waited for as long as
+// Config.IdentityWait and ctx allow; then it is ErrNotAssigned.
+func (r *Resolver) Identity(ctx context.Context, addr netip.Addr, pod *Pod, want Selector) (Identity, error) {
+	id, err := pod.Identity(want)
+	if !errors.Is(err, ErrNotAssigned) {
+		return id, err
+	}
+	patience, cancel := context.WithTimeout(ctx, r.cfg.IdentityWait)
+	defer cancel()
+	for {
+		s := r.current.Load()
+		o := s.byAddr[addr]
+		if o.pod == nil || o.pod.uid != pod.uid {
+			return Identity{}, fmt.Errorf("%w any more (%s)", ErrUnknownAddress, addr)
+		}
+		if id, err = o.pod.Identity(want); !errors.Is(err, ErrNotAssigned) {
+			return id, err
+		}
+		if !r.waiting.forChange(patience, r.current.Load, addr, s) {
+			return Identity{}, errors.Join(ctx.Err(), err)
 		}
 	}
 }
@@ -202,33 +290,24 @@ func (r *Resolver) Addresses() ([]netip.Addr, <-chan struct{}) {
 	return slices.Collect(maps.Keys(s.byAddr)), s.replaced
 }
 
-// mark notes that something in a namespace changed.
-func (r *Resolver) mark(namespace string) {
-	r.mu.Lock()
-	r.dirty[namespace] = struct{}{}
-	r.mu.Unlock()
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
-}
-
-// update decides anew for the pods of marked namespaces and publishes the result.
-// It returns a channel that says when to do so again for the time alone.
+// update decides anew for the pods that something has changed for, and publishes
+// the result. It returns a channel that says when to do so again for the time
+// alone.
 func (r *Resolver) update() (expiry <-chan time.Time) {
-	r.mu.Lock()
-	dirty := r.dirty
-	r.dirty = make(map[string]struct{})
-	r.mu.Unlock()
-
-	for namespace := range dirty {
-		delete(r.claims, namespace)
-		if claims := r.decideNamespace(namespace); len(claims) > 0 {
-			r.claims[namespace] = claims
+	t := r.tables
+	t.mu.Lock()
+	for pod := range t.dirty {
+		if row := t.pods[pod]; row != nil && len(row.addrs) > 0 {
+			r.decided[pod] = claimsOf(row, r.decide(row))
+		} else {
+			delete(r.decided, pod)
 		}
 	}
+	clear(t.dirty)
+	t.mu.Unlock()
+
 	var all []claim
-	for _, claims := range r.claims {
+	for _, claims := range r.decided {
 		all = append(all, claims...)
 	}
 	now := time.Now()
@@ -236,10 +315,12 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	before := r.current.Load()
 	for addr, o := range next.byAddr {
 		if o.err != nil && before.byAddr[addr].err == nil {
+			r.ambiguous.Add(1)
 			r.cfg.Logger.Warn("an address has more than one owner; nobody gets a token by it", "error", o.err)
 		}
 	}
 	r.current.Store(next)
+	r.waiting.wake(before, next)
 	close(before.replaced)
 	if !expires.IsZero() {
 		expiry = time.After(expires.Sub(now))
@@ -247,41 +328,31 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	return expiry
 }
 
-func (r *Resolver) decideNamespace(namespace string) []claim {
-	pods := inNamespace[*corev1.Pod](r.pods, namespace)
-	if len(pods) == 0 {
-		return nil
-	}
-	objects := &namespaceObjects{
-		identities: make(map[string]*aadpodidentity.AzureIdentity),
-		bindings:   inNamespace[*aadpodidentity.AzureIdentityBinding](r.bindings, namespace),
-		exceptions: inNamespace[*aadpodidentity.AzurePodIdentityException](r.exceptions, namespace),
-	}
-	sortBindings(objects.bindings)
-	for _, id := range inNamespace[*aadpodidentity.AzureIdentity](r.identities, namespace) {
-		objects.identities[id.Name] = id
-	}
-	var claims []claim
-	for _, pod := range pods {
-		// The API server filters by node already; this is for one that does not.
-		if pod.Spec.NodeName == r.cfg.Node {
-			claims = append(claims, claimsOf(pod, decide(pod, objects))...)
-		}
-	}
-	return claims
+// Stats are counts since New, and how the watches are now.
+type Stats struct {
+	Addresses int    // that pods of this node hold, or more than one claims
+	Ambiguous uint64 // times that an address came to have more than one owner
+	Lookups   uint64 // times that the API server was asked for an address
+	Found     uint64 // lookups that found a pod that the watch had not told of
+	Watches   []Watch
 }
 
-// inNamespace lists a source's objects in one namespace.
-func inNamespace[T any](s *source, namespace string) []T {
-	found, err := s.informer.GetIndexer().ByIndex(cache.NamespaceIndex, namespace)
-	if err != nil {
-		panic(err) // the index is there since newSource
-	}
-	out := make([]T, 0, len(found))
-	for _, obj := range found {
-		if typed, ok := obj.(T); ok {
-			out = append(out, typed)
+// Watch is how one resource is watched.
+type Watch struct {
+	Resource string
+	Silence  time.Duration // since the API server last sent something; it does so about once a minute
+}
+
+// Stats returns what has been counted so far.
+func (r *Resolver) Stats() Stats {
+	s := Stats{Addresses: len(r.current.Load().byAddr), Ambiguous: r.ambiguous.Load(), Lookups: r.asked.Load(), Found: r.found.Load()}
+	now := time.Now()
+	for _, source := range r.sources {
+		if !source.hasSynced() {
+			continue
 		}
+		silence, _ := source.silence(now)
+		s.Watches = append(s.Watches, Watch{source.name, silence})
 	}
-	return out
+	return s
 }

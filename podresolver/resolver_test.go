@@ -1,11 +1,8 @@
-package podresolver
+package podresolver_test
 
 import (
-	"context"
-	"fmt"
-	"log/slog"
 	"net/netip"
-	"sync"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,297 +10,197 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	dynamicfake "k8s.io/client-go/dynamic/fake"
-	"k8s.io/client-go/kubernetes/fake"
-	clienttesting "k8s.io/client-go/testing"
 
-	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver"
 )
-
-// cluster is a pair of fake clients and a resolver that reads from them.
-type cluster struct {
-	t        *testing.T
-	kube     *fake.Clientset
-	custom   *dynamicfake.FakeDynamicClient
-	resolver *Resolver
-	stop     func()
-}
-
-func newCluster(t *testing.T, custom ...runtime.Object) *cluster {
-	t.Helper()
-	c := &cluster{
-		t:    t,
-		kube: fake.NewClientset(),
-		custom: dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
-			aadpodidentity.AzureIdentities:            "AzureIdentityList",
-			aadpodidentity.AzureIdentityBindings:      "AzureIdentityBindingList",
-			aadpodidentity.AzurePodIdentityExceptions: "AzurePodIdentityExceptionList",
-		}, custom...),
-	}
-	var err error
-	c.resolver, err = New(c.kube, c.custom, Config{Node: "node1", Logger: slog.New(slog.DiscardHandler)})
-	require.NoError(t, err)
-	return c
-}
-
-func (c *cluster) run() {
-	ctx, cancel := context.WithCancel(c.t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		c.resolver.Run(ctx)
-	}()
-	c.stop = func() {
-		cancel()
-		<-done
-	}
-}
-
-func object(kind, name string, spec map[string]any) *unstructured.Unstructured {
-	return &unstructured.Unstructured{Object: map[string]any{
-		"apiVersion": aadpodidentity.GroupVersion.String(),
-		"kind":       kind,
-		"metadata":   map[string]any{"namespace": "shop", "name": name},
-		"spec":       spec,
-	}}
-}
-
-func cartWorld() []runtime.Object {
-	return []runtime.Object{
-		object("AzureIdentity", "cart", map[string]any{"type": int64(0), "clientID": "C1", "resourceID": "/r/1"}),
-		object("AzureIdentityBinding", "cart", map[string]any{"azureIdentity": "cart", "selector": "cart"}),
-	}
-}
-
-func (c *cluster) createPod(name, ip string) {
-	c.t.Helper()
-	_, err := c.kube.CoreV1().Pods("shop").Create(c.t.Context(), &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: map[string]string{aadpodidentity.BindingLabel: "cart"}},
-		Spec:       corev1.PodSpec{NodeName: "node1"},
-		Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
-	}, metav1.CreateOptions{})
-	require.NoError(c.t, err)
-}
-
-var addr = netip.MustParseAddr("10.244.0.7")
 
 func TestAPodIsResolvedAndFollowed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCluster(t, cartWorld()...)
-		c.createPod("cart-0", addr.String())
-		c.run()
-		defer c.stop()
-		<-c.resolver.Synced()
-		require.NoError(t, c.resolver.Ready())
+		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("cart-0", addr.String(), "cart"))...)
+		require.NoError(t, w.resolver.Ready())
 
-		pod, err := c.resolver.Resolve(t.Context(), addr)
+		pod, err := w.resolver.Resolve(t.Context(), addr)
 		require.NoError(t, err)
 		assert.Equal(t, "shop/cart-0", pod.String())
-		id, err := pod.Identity(Selector{})
+		id, err := w.resolver.Identity(t.Context(), addr, pod, podresolver.Selector{})
 		require.NoError(t, err)
-		assert.Equal(t, Identity{Namespace: "shop", Name: "cart", ClientID: "c1", ResourceID: "/r/1", Binding: "cart"}, id)
+		assert.Equal(t, podresolver.Identity{Namespace: "shop", Name: "cart", ClientID: "c1", ResourceID: "/r/1", Binding: "cart"}, id)
 
-		addrs, changed := c.resolver.Addresses()
+		addrs, changed := w.resolver.Addresses()
 		assert.Equal(t, []netip.Addr{addr}, addrs)
 
 		// The binding goes: the very next request is refused.
-		require.NoError(t, c.custom.Resource(aadpodidentity.AzureIdentityBindings).Namespace("shop").Delete(t.Context(), "cart", metav1.DeleteOptions{}))
+		w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0))
 		<-changed
 		synctest.Wait()
-		pod, err = c.resolver.Resolve(t.Context(), addr)
+		pod, err = w.resolver.Resolve(t.Context(), addr)
 		require.NoError(t, err)
-		_, err = pod.Identity(Selector{})
-		require.ErrorIs(t, err, ErrNoIdentity)
+		_, err = pod.Identity(podresolver.Selector{})
+		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 
 		// The pod goes, and another takes its address: never the old one.
-		require.NoError(t, c.kube.CoreV1().Pods("shop").Delete(t.Context(), "cart-0", metav1.DeleteOptions{}))
+		w.Delete(podresolver.NewPod("cart-0", "", ""))
 		synctest.Wait()
-		_, err = c.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, ErrUnknownAddress)
-		c.createPod("cart-1", addr.String())
+		_, err = w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		w.Add(podresolver.NewPod("cart-1", addr.String(), "cart"))
 		synctest.Wait()
-		pod, err = c.resolver.Resolve(t.Context(), addr)
-		require.NoError(t, err)
-		assert.Equal(t, "shop/cart-1", pod.String())
+		assert.Equal(t, "cart-1", w.name(addr))
+	})
+}
+
+// TestEveryChangeIsSeenByTheNextRequest follows one pod through all that can bear
+// on it.
+func TestEveryChangeIsSeenByTheNextRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		now := func(what, want string) {
+			t.Helper()
+			synctest.Wait()
+			pod, err := w.resolver.Resolve(t.Context(), addr)
+			require.NoError(t, err, what)
+			id, err := pod.Identity(podresolver.Selector{})
+			switch {
+			case pod.Exception() != "":
+				assert.Equal(t, want, "excepted by "+pod.Exception(), what)
+			case err != nil:
+				assert.Equal(t, want, "refused", what)
+			default:
+				assert.Equal(t, want, id.Name+" "+id.ClientID, what)
+			}
+		}
+		now("no binding", "refused")
+		w.Add(podresolver.NewBinding("b", "cart", "i", 0))
+		now("no identity", "refused")
+		w.Add(podresolver.NewIdentity("i", "c1", ""))
+		now("both", "i c1")
+		w.Modify(podresolver.NewIdentity("i", "c2", ""))
+		now("another client ID", "i c2")
+		w.Add(podresolver.NewIdentity("j", "c3", ""))
+		w.Add(podresolver.NewBinding("a", "cart", "j", time.Hour))
+		now("an older binding", "j c3")
+		w.Modify(podresolver.NewBinding("a", "till", "j", time.Hour))
+		now("the older one is for others now", "i c2")
+		w.Modify(podresolver.NewPod("p", addr.String(), "till"))
+		now("the pod is one of these others now", "j c3")
+		w.Add(podresolver.NewException("e", map[string]string{"aadpodidbinding": "till"}))
+		now("excepted", "excepted by e")
+		w.Modify(podresolver.NewException("e", map[string]string{"aadpodidbinding": "none"}))
+		now("excepted no more", "j c3")
+		w.Modify(podresolver.NewPod("p", addr.String(), ""))
+		now("no label", "refused")
+		w.Modify(podresolver.NewPod("p", addr.String(), "till"))
+		w.Delete(podresolver.NewIdentity("j", "", ""))
+		now("the identity is gone", "refused")
 	})
 }
 
 func TestATerminatingPodOwnsItsAddressUntilItsGraceEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCluster(t, cartWorld()...)
-		c.createPod("cart-0", addr.String())
-		c.run()
-		defer c.stop()
-		<-c.resolver.Synced()
-		pods := c.kube.CoreV1().Pods("shop")
-		pod, err := pods.Get(t.Context(), "cart-0", metav1.GetOptions{})
-		require.NoError(t, err)
+		w := start(t, podresolver.Config{}, podresolver.NewPod("cart-0", addr.String(), "cart"))
+		pod := podresolver.NewPod("cart-0", addr.String(), "cart")
 		end := metav1.NewTime(time.Now().Add(30 * time.Second))
 		pod.DeletionTimestamp = &end
 		pod.Finalizers = []string{"example.com/slow"} // keeps the object long after
-		_, err = pods.Update(t.Context(), pod, metav1.UpdateOptions{})
-		require.NoError(t, err)
+		w.Modify(pod)
 
 		time.Sleep(29 * time.Second)
-		_, err = c.resolver.Resolve(t.Context(), addr)
-		require.NoError(t, err)
-		time.Sleep(time.Second + time.Millisecond)
+		assert.Equal(t, "cart-0", w.name(addr))
+		time.Sleep(time.Second)
 		synctest.Wait()
-		_, err = c.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, ErrUnknownAddress)
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+	})
+}
+
+func TestAnAddressUsedAgainIsTheNewPodsAsSoonAsTheOldOneTerminates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		aged := func(name string, age time.Duration) *corev1.Pod {
+			p := podresolver.NewPod(name, addr.String(), "cart")
+			p.CreationTimestamp = metav1.NewTime(time.Now().Add(-age))
+			return p
+		}
+		w := start(t, podresolver.Config{}, append(cart(), aged("old", time.Hour))...)
+		w.Add(aged("new", 0))
+		synctest.Wait()
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrAmbiguousAddress)
+		assert.EqualValues(t, 1, w.resolver.Stats().Ambiguous)
+
+		going := aged("old", time.Hour)
+		end := metav1.NewTime(time.Now().Add(time.Minute))
+		going.DeletionTimestamp = &end
+		w.Modify(going)
+		synctest.Wait()
+		assert.Equal(t, "new", w.name(addr))
 	})
 }
 
 func TestPodsOfOtherNodesAreNotKnown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCluster(t)
-		_, err := c.kube.CoreV1().Pods("shop").Create(t.Context(), &corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "elsewhere"},
-			Spec:       corev1.PodSpec{NodeName: "node2"},
-			Status:     corev1.PodStatus{PodIP: addr.String()},
-		}, metav1.CreateOptions{})
-		require.NoError(t, err)
-		c.run()
-		defer c.stop()
-		<-c.resolver.Synced()
-		_, err = c.resolver.Resolve(t.Context(), addr)
-		assert.ErrorIs(t, err, ErrUnknownAddress)
-
-		// The fake does not filter; the API server does, when asked to.
-		asked := 0
-		for _, action := range c.kube.Actions() {
-			if watch, ok := action.(clienttesting.WatchAction); ok {
-				assert.Equal(t, "spec.nodeName=node1", watch.GetWatchRestrictions().Fields.String())
-				asked++
-			}
-		}
-		assert.NotZero(t, asked)
+		pod := podresolver.NewPod("elsewhere", addr.String(), "")
+		pod.Spec.NodeName = "node2"
+		w := start(t, podresolver.Config{}, pod)
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		assert.Zero(t, w.resolver.Stats().Addresses)
 	})
 }
 
-func TestUnknownAddressesWaitForTheEventAndNoLonger(t *testing.T) {
+func TestStatsCountAddressesAndListWhatIsWatched(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCluster(t, cartWorld()...)
-		c.run()
-		defer c.stop()
-		<-c.resolver.Synced()
+		w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, podresolver.NewPod("a", addr.String(), ""), podresolver.NewPod("b", addr.String(), ""))
+		assert.Empty(t, w.resolver.Stats().Watches, "nothing is watched yet")
+		w.run()
+		<-w.resolver.Synced()
+		s := w.resolver.Stats()
+		assert.Equal(t, 1, s.Addresses, "of more than one owner counts, too")
+		assert.EqualValues(t, 1, s.Ambiguous)
+		var names []string
+		for _, watched := range s.Watches {
+			names = append(names, watched.Resource)
+			assert.Zero(t, watched.Silence)
+		}
+		const group = ".aadpodidentity.k8s.io"
+		assert.ElementsMatch(t, []string{
+			"pods", "azureidentities" + group, "azureidentitybindings" + group,
+			"azurepodidentityexceptions" + group, "azureassignedidentities" + group,
+		}, names)
 
-		begin := time.Now()
-		_, err := c.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, ErrUnknownAddress)
-		assert.Equal(t, DefaultPodWait, time.Since(begin))
+		time.Sleep(7 * time.Second)
+		w.Add(podresolver.NewIdentity("i", "c", ""))
+		synctest.Wait()
+		for _, watched := range w.resolver.Stats().Watches {
+			want := 7 * time.Second
+			if watched.Resource == "azureidentities"+group {
+				want = 0
+			}
+			assert.Equal(t, want, watched.Silence, watched.Resource)
+		}
+	})
+}
 
-		begin = time.Now()
-		var wg sync.WaitGroup
-		for range 1000 {
-			wg.Go(func() {
-				pod, err := c.resolver.Resolve(t.Context(), addr)
-				if assert.NoError(t, err) {
-					assert.Equal(t, "cart-0", pod.Name)
-				}
+func TestRunLeavesNothingBehind(t *testing.T) {
+	for name, when := range map[string]func(*world){
+		"while it runs":           func(w *world) { <-w.resolver.Synced() },
+		"before anything is said": func(*world) {},
+		"while the API server is away": func(w *world) {
+			w.gates.pods.fail(assert.AnError)
+			time.Sleep(time.Minute)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, podresolver.Config{MaxStaleness: time.Minute}, podresolver.NewPod("p", addr.String(), ""))
+				synctest.Wait()
+				before := runtime.NumGoroutine()
+				w.run()
+				when(w)
+				w.stop()
+				synctest.Wait()
+				assert.LessOrEqual(t, runtime.NumGoroutine(), before)
 			})
-		}
-		time.Sleep(time.Second)
-		c.createPod("cart-0", addr.String())
-		wg.Wait()
-		assert.Equal(t, time.Second, time.Since(begin), "woken by the event, at once")
-
-		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
-		defer cancel()
-		_, err = c.resolver.Resolve(ctx, netip.MustParseAddr("10.244.0.8"))
-		assert.ErrorIs(t, err, context.DeadlineExceeded)
-	})
-}
-
-func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := newCluster(t, cartWorld()...)
-		var mu sync.Mutex
-		missing := true
-		c.custom.PrependReactor("list", "azurepodidentityexceptions", func(clienttesting.Action) (bool, runtime.Object, error) {
-			mu.Lock()
-			defer mu.Unlock()
-			if missing {
-				return true, nil, apierrors.NewNotFound(schema.GroupResource{}, "")
-			}
-			return false, nil, nil
 		})
-		c.createPod("cart-0", addr.String())
-		c.run()
-		defer c.stop()
-		_, err := c.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, ErrUnknownAddress, "the exceptions are not known: no decision")
-		require.Error(t, c.resolver.Stale())
-		require.ErrorContains(t, c.resolver.Ready(), "azurepodidentityexceptions.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
-
-		mu.Lock()
-		missing = false
-		mu.Unlock()
-		time.Sleep(time.Minute) // the informer's own back-off
-		require.NoError(t, c.resolver.Ready())
-		require.NoError(t, c.resolver.Stale())
-		_, err = c.resolver.Resolve(t.Context(), addr)
-		require.NoError(t, err)
-	})
-}
-
-func TestAnObjectThatDoesNotFitGrantsNothing(t *testing.T) {
-	odd := object("AzureIdentity", "odd", map[string]any{"type": map[string]any{}, "clientID": "c1"})
-	assert.Zero(t, trimIdentity(odd).(*aadpodidentity.AzureIdentity).Spec)
-	noSpec := object("AzureIdentity", "odd", nil)
-	assert.Zero(t, trimIdentity(noSpec).(*aadpodidentity.AzureIdentity).Spec)
-}
-
-func TestResolveAndDecideAllocateNothing(t *testing.T) {
-	r := filled(t, 250)
-	ctx := t.Context()
-	assert.Zero(t, testing.AllocsPerRun(1000, func() {
-		pod, err := r.Resolve(ctx, addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err = pod.Identity(Selector{ClientID: "C-1"}); err != nil {
-			t.Fatal(err)
-		}
-	}))
-}
-
-// filled is a resolver that knows n pods, without informers.
-func filled(tb testing.TB, n int) *Resolver {
-	tb.Helper()
-	r, err := New(fake.NewClientset(), dynamicfake.NewSimpleDynamicClient(runtime.NewScheme()), Config{Node: "node1"})
-	require.NoError(tb, err)
-	world := objects(identity("i", "c-1", ""), binding("b", "x", "i", 0))
-	var claims []claim
-	next := addr
-	for i := range n {
-		pod := podWith(map[string]string{aadpodidentity.BindingLabel: "x"})
-		pod.Name = fmt.Sprintf("pod-%d", i)
-		pod.Status.PodIP = next.String()
-		claims = append(claims, claimsOf(pod, decide(pod, world))...)
-		next = next.Next()
-	}
-	s, _ := newSnapshot(claims, time.Now())
-	r.current.Store(s)
-	return r
-}
-
-func BenchmarkResolve(b *testing.B) {
-	r := filled(b, 250)
-	ctx := b.Context()
-	b.ReportAllocs()
-	for b.Loop() {
-		pod, err := r.Resolve(ctx, addr)
-		if err != nil {
-			b.Fatal(err)
-		}
-		if _, err = pod.Identity(Selector{}); err != nil {
-			b.Fatal(err)
-		}
 	}
 }

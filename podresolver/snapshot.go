@@ -1,19 +1,18 @@
 package podresolver
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
-
-	corev1 "k8s.io/api/core/v1"
 )
 
 // snapshot answers every lookup until the next one replaces it. It never
 // changes once published.
 type snapshot struct {
 	byAddr map[netip.Addr]owner
-	// replaced is closed when a newer snapshot is in place; who waits for an
-	// address waits on it.
+	// replaced is closed when a newer snapshot is in place.
 	replaced chan struct{}
 }
 
@@ -25,8 +24,9 @@ type owner struct {
 
 // claim is a pod that holds an address, as far as its own object says.
 type claim struct {
-	addr netip.Addr
-	pod  *Pod
+	addr    netip.Addr
+	pod     *Pod
+	created time.Time
 	// until is the end of a terminating pod's grace (its deletionTimestamp has the
 	// grace in it); zero for one that stays. Past it the address may be given to
 	// another pod, whose status says so only later, while a finalizer keeps the
@@ -36,45 +36,27 @@ type claim struct {
 
 func (c claim) terminating() bool { return !c.until.IsZero() }
 
-// claimsOf lists the addresses that a pod holds by its status.
-func claimsOf(pod *corev1.Pod, decided *Pod) []claim {
-	if pod.Spec.HostNetwork {
-		return nil // its address is the node's
-	}
-	if pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
-		return nil // its sandbox is gone, and its address free for another
-	}
-	addrs := make([]claim, 0, 2)
-	var until time.Time
-	if pod.DeletionTimestamp != nil {
-		until = pod.DeletionTimestamp.Time
-	}
-	add := func(text string) {
-		addr, err := netip.ParseAddr(text)
-		if err != nil {
-			return // not assigned yet
+// younger orders claims by age. Creation is stored in seconds: of two that are as
+// old as each other the terminating one counts as the elder, then the UID decides.
+func younger(a, b claim) int {
+	switch byAge := b.created.Compare(a.created); {
+	case byAge != 0:
+		return byAge
+	case a.terminating() != b.terminating():
+		if a.terminating() {
+			return 1
 		}
-		addr = addr.Unmap()
-		for _, c := range addrs {
-			if c.addr == addr {
-				return
-			}
-		}
-		addrs = append(addrs, claim{addr: addr, pod: decided, until: until})
+		return -1
 	}
-	add(pod.Status.PodIP)
-	for _, ip := range pod.Status.PodIPs {
-		add(ip.IP)
-	}
-	return addrs
+	return cmp.Compare(b.pod.uid, a.pod.uid)
 }
 
-// newSnapshot settles who owns each address at now: a pod on its way out yields to
-// one that is not, and to all when its grace has ended; two that both stay make
-// the address nobody's. It returns when that changes by time alone, zero if never.
+// newSnapshot settles who owns each address at now. A pod whose grace has ended
+// owns none. Of several the youngest does if all others are terminating; else the
+// address is nobody's, since one of them must be wrong. It returns when that
+// changes by time alone, zero if never.
 func newSnapshot(claims []claim, now time.Time) (_ *snapshot, expires time.Time) {
-	held := make(map[netip.Addr]claim, len(claims))
-	s := &snapshot{byAddr: make(map[netip.Addr]owner, len(claims)), replaced: make(chan struct{})}
+	held := make(map[netip.Addr][]claim, len(claims))
 	for _, c := range claims {
 		if c.terminating() {
 			if !c.until.After(now) {
@@ -84,15 +66,30 @@ func newSnapshot(claims []claim, now time.Time) (_ *snapshot, expires time.Time)
 				expires = c.until
 			}
 		}
-		other, taken := held[c.addr]
-		switch {
-		case !taken, other.terminating() && !c.terminating():
-			held[c.addr] = c
-			s.byAddr[c.addr] = owner{pod: c.pod}
-		case c.terminating() && !other.terminating():
-		default:
-			s.byAddr[c.addr] = owner{err: fmt.Errorf("%w: %s and %s both hold %s", ErrAmbiguousAddress, other.pod, c.pod, c.addr)}
-		}
+		held[c.addr] = append(held[c.addr], c)
+	}
+	s := &snapshot{byAddr: make(map[netip.Addr]owner, len(held)), replaced: make(chan struct{})}
+	for addr, by := range held {
+		s.byAddr[addr] = settle(addr, by)
 	}
 	return s, expires
+}
+
+func settle(addr netip.Addr, by []claim) owner {
+	slices.SortFunc(by, younger)
+	for _, elder := range by[1:] {
+		if !elder.terminating() {
+			return owner{err: fmt.Errorf("%w: %s and %s both hold %s", ErrAmbiguousAddress, by[0].pod, elder.pod, addr)}
+		}
+	}
+	return owner{pod: by[0].pod}
+}
+
+// claimsOf lists the addresses that a pod holds.
+func claimsOf(row *podRow, decided *Pod) []claim {
+	claims := make([]claim, len(row.addrs))
+	for i, addr := range row.addrs {
+		claims[i] = claim{addr: addr, pod: decided, created: row.created, until: row.until}
+	}
+	return claims
 }

@@ -41,6 +41,7 @@ var (
 	// The service's own words, to the letter: SDKs compare them.
 	errMetadataHeader = badRequest("Required metadata header not specified")
 	errNoIdentity     = badRequest("Identity not found")
+	errSeveral        = badRequest("Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request")
 	errNotFound       = &httpError{status: http.StatusNotFound, code: "Not Found"}
 
 	errNotPlain  = badRequest("Requests with a body or for an upgrade are not served")
@@ -68,6 +69,12 @@ func asHTTP(err error) *httpError {
 		return badRequest(unserved.Error())
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity
+	case errors.Is(err, podresolver.ErrSeveral):
+		return errSeveral
+	case errors.Is(err, podresolver.ErrNotAssigned):
+		return notYet("The identity is not assigned to the pod yet", 5*time.Second)
+	case errors.Is(err, podresolver.ErrStale):
+		return notYet("What is known of pods and identities is too old", 10*time.Second)
 	case errors.Is(err, errSource):
 		return badRequest("The network of this node does not tell which pod is calling; ask the operators of the cluster")
 	case errors.Is(err, podresolver.ErrUnknownAddress):

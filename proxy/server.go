@@ -176,7 +176,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 			return s.exceptedOnly(w, r, errNotPlain)
 		}
 		if s.cfg.PodsOnly {
-			if _, err := s.resolve(r); err != nil {
+			if _, _, err := s.resolve(r); err != nil {
 				return err
 			}
 		}
@@ -191,7 +191,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 
 // exceptedOnly passes the request on if its pod is excepted, else returns refusal.
 func (s *Server) exceptedOnly(w http.ResponseWriter, r *http.Request, refusal error) error {
-	pod, err := s.resolve(r)
+	pod, _, err := s.resolve(r)
 	if err != nil {
 		return err
 	}
@@ -209,20 +209,20 @@ func (s *Server) passOn(w http.ResponseWriter, r *http.Request, why ...any) {
 }
 
 // resolve finds the pod that sent the request, and makes sure that it is the one.
-func (s *Server) resolve(r *http.Request) (*podresolver.Pod, error) {
+func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) {
 	from, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
-		return nil, err // not a TCP connection: nobody is resolved
+		return nil, netip.Addr{}, err // not a TCP connection: nobody is resolved
 	}
 	addr := from.Addr().Unmap()
 	pod, err := s.cfg.Pods.Resolve(r.Context(), addr)
 	if err != nil {
-		return nil, err
+		return nil, netip.Addr{}, err
 	}
 	if s.cfg.CheckSource != nil {
 		if err := s.cfg.CheckSource(addr); err != nil {
-			return nil, fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
+			return nil, netip.Addr{}, fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
 		}
 	}
-	return pod, nil
+	return pod, addr, nil
 }

@@ -15,7 +15,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err := s.checkHeaders(r); err != nil { // SDKs' probes end here, before any lookup
 		return err
 	}
-	pod, err := s.resolve(r)
+	pod, addr, err := s.resolve(r)
 	if err != nil {
 		return err
 	}
@@ -27,7 +27,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	identity, err := pod.Identity(want.selector)
+	identity, err := s.cfg.Pods.Identity(r.Context(), addr, pod, want.selector)
 	if err != nil {
 		return fmt.Errorf("pod %s: %w", pod, err)
 	}

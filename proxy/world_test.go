@@ -19,14 +19,10 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	dynamicfake "k8s.io/client-go/dynamic/fake"
-	"k8s.io/client-go/kubernetes/fake"
 
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 	"github.com/podidentity/nmi/proxy/imdstest"
 	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
@@ -108,12 +104,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 
 func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
 	tb.Helper()
-	object := func(kind, name string, spec map[string]any) *unstructured.Unstructured {
-		return &unstructured.Unstructured{Object: map[string]any{
-			"apiVersion": aadpodidentity.GroupVersion.String(), "kind": kind,
-			"metadata": map[string]any{"namespace": "shop", "name": name}, "spec": spec,
-		}}
-	}
+	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "shop", Name: name} }
 	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
 		return &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: labels},
@@ -121,26 +112,29 @@ func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
 			Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
 		}
 	}
-	kube := fake.NewClientset(
+	identity := func(name string, spec aadpodidentity.AzureIdentitySpec) *aadpodidentity.AzureIdentity {
+		return &aadpodidentity.AzureIdentity{ObjectMeta: named(name), Spec: spec}
+	}
+	binding := func(name, identity, selector string) *aadpodidentity.AzureIdentityBinding {
+		return &aadpodidentity.AzureIdentityBinding{ObjectMeta: named(name), Spec: aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: identity, Selector: selector}}
+	}
+	cluster := resolvertest.NewCluster(
 		pod("bound", bound, map[string]string{"aadpodidbinding": "both"}),
 		pod("unbound", unbound, map[string]string{"aadpodidbinding": "nothing"}),
 		pod("excepted", excepted, map[string]string{"app": "addon"}),
 		pod("secret", secret, map[string]string{"aadpodidbinding": "secret"}),
+		identity("one", aadpodidentity.AzureIdentitySpec{ClientID: one.ClientID, ResourceID: one.ResourceID}),
+		identity("two", aadpodidentity.AzureIdentitySpec{ResourceID: two.ResourceID}),
+		identity("principal", aadpodidentity.AzureIdentitySpec{Type: aadpodidentity.ServicePrincipal, ClientID: "c3"}),
+		binding("a", "one", "both"),
+		binding("b", "two", "both"),
+		binding("c", "principal", "secret"),
+		&aadpodidentity.AzurePodIdentityException{
+			ObjectMeta: named("addons"),
+			Spec:       aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{"app": "addon"}},
+		},
 	)
-	custom := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
-		aadpodidentity.AzureIdentities:            "AzureIdentityList",
-		aadpodidentity.AzureIdentityBindings:      "AzureIdentityBindingList",
-		aadpodidentity.AzurePodIdentityExceptions: "AzurePodIdentityExceptionList",
-	},
-		object("AzureIdentity", "one", map[string]any{"type": int64(0), "clientID": one.ClientID, "resourceID": one.ResourceID}),
-		object("AzureIdentity", "two", map[string]any{"type": int64(0), "resourceID": two.ResourceID}),
-		object("AzureIdentity", "principal", map[string]any{"type": int64(1), "clientID": "c3"}),
-		object("AzureIdentityBinding", "a", map[string]any{"azureIdentity": "one", "selector": "both"}),
-		object("AzureIdentityBinding", "b", map[string]any{"azureIdentity": "two", "selector": "both"}),
-		object("AzureIdentityBinding", "c", map[string]any{"azureIdentity": "principal", "selector": "secret"}),
-		object("AzurePodIdentityException", "addons", map[string]any{"podLabels": map[string]any{"app": "addon"}}),
-	)
-	r, err := podresolver.New(kube, custom, podresolver.Config{Node: "node1", PodWait: 50 * time.Millisecond, Logger: log})
+	r, err := podresolver.New(cluster.Sources(), podresolver.Config{Node: "node1", PodWait: 50 * time.Millisecond, Logger: log})
 	require.NoError(tb, err)
 	return r
 }

@@ -12,8 +12,6 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -82,7 +80,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Logger: log,
 	})
 	status := newHealth(ctx, resolver, rules)
-	measured, err := metrics(rules)
+	measured, err := metrics(rules, resolver)
 	if err != nil {
 		return err
 	}
@@ -137,8 +135,21 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 // newResolver connects the resolver to the API server. Nothing is sent yet: an
 // API server that cannot be reached is waited for.
 func newResolver(cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
-	var restConfig *rest.Config
-	var err error
+	restConfig, err := apiServer(cfg.userAgent)
+	if err != nil {
+		return nil, err
+	}
+	from, err := podresolver.FromAPIServer(restConfig, cfg.node)
+	if err != nil {
+		return nil, err
+	}
+	resolving := cfg.resolving
+	resolving.Logger = log
+	return podresolver.New(from, resolving)
+}
+
+// apiServer finds the API server as KUBECONFIG says, or else as a pod does.
+func apiServer(userAgent string) (restConfig *rest.Config, err error) {
 	if path := os.Getenv("KUBECONFIG"); path != "" {
 		restConfig, err = clientcmd.BuildConfigFromFlags("", path)
 		if clientcmd.IsEmptyConfig(err) {
@@ -150,16 +161,8 @@ func newResolver(cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
 	} else if restConfig, err = rest.InClusterConfig(); err != nil {
 		return nil, fmt.Errorf("finding the API server: set KUBECONFIG, or run in a pod with a service account: %w", err)
 	}
-	restConfig.UserAgent = cfg.userAgent
-	kube, err := kubernetes.NewForConfig(restConfig)
-	if err != nil {
-		return nil, fmt.Errorf("client for the API server: %w", err)
-	}
-	custom, err := dynamic.NewForConfig(restConfig)
-	if err != nil {
-		return nil, fmt.Errorf("client for the API server: %w", err)
-	}
-	return podresolver.New(kube, custom, podresolver.Config{Node: cfg.node, Logger: log})
+	restConfig.UserAgent = userAgent
+	return restConfig, nil
 }
 
 // listen opens a TCP listener on all addresses, since a redirected connection

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/podresolver"
 )
 
 // config is what the flags come to, validated.
@@ -35,6 +37,8 @@ type config struct {
 	blockWireserver bool
 	allowUnguarded  bool
 	handoverDir     string // "" for none
+
+	resolving podresolver.Config
 }
 
 // Names of the flags that choose ports.
@@ -82,6 +86,12 @@ type options struct {
 	blockWireserver       bool
 	allowKubenet          bool
 	handoverDir           string
+	forceNamespaced       bool
+	micNamespace          string
+	strictSelection       bool
+	podWait               time.Duration
+	identityWait          time.Duration
+	maxStaleness          time.Duration
 
 	klog *flag.FlagSet
 }
@@ -92,7 +102,12 @@ func newOptions() *options {
 	return o
 }
 
-const maxIntervalSeconds = 24 * 60 * 60
+const (
+	maxIntervalSeconds = 24 * 60 * 60
+	maxWait            = time.Minute
+	// The API server sends something about once a minute.
+	minStaleness = 2 * time.Minute
+)
 
 // debugVerbosity is the --v from which debug messages are logged; klog's users
 // know 4 as "debug".
@@ -101,7 +116,7 @@ const debugVerbosity = 4
 func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.BoolVar(&o.version, "version", false, "print the version and exit")
 	fs.StringVar(&o.node, "node", "", "name of the node that the agent runs on (required; in a DaemonSet $(NODE_NAME) from spec.nodeName)")
-	fs.StringVar(&o.operationMode, "operation-mode", "standard", `"managed": bindings and identities decide; "standard" (assignments made by MIC) is not served yet`)
+	o.addResolving(fs)
 	fs.Uint16Var(&o.port, flagPort, 2579, "port that redirected connections come to")
 	fs.StringVar(&o.metadataIP, "metadata-ip", "169.254.169.254", "address of the instance metadata service")
 	fs.Uint16Var(&o.metadataPort, "metadata-port", 80, "port of the instance metadata service")
@@ -121,13 +136,14 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.StringVar(&o.backend, "iptables-backend", string(iptables.Auto), `"nft" or "legacy"; "auto" finds out which one the node uses`)
 
 	fs.BoolVar(&o.blockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
+	fs.DurationVar(&o.podWait, "pod-wait", podresolver.DefaultPodWait, "how long a request from an unknown address waits for its pod")
+	fs.DurationVar(&o.identityWait, "identity-wait", podresolver.DefaultIdentityWait, "how long a request waits for MIC to assign the identity, in standard mode")
+	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server cannot be watched; 0 is for ever")
 	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
 	fs.String("nmi-listen-address", "127.0.0.1", accepted+"the agent listens on all addresses, and takes redirected connections only")
-	fs.Bool("forceNamespaced", false, accepted+"managed mode is always namespaced (also the environment's FORCENAMESPACED)")
-	fs.String("MICNamespace", "default", accepted+"matters in standard mode only")
 	fs.Int("retry-attempts-for-created", 16, accepted+"waiting ends with the event waited for, not after attempts")
 	fs.Int("retry-attempts-for-assigned", 4, accepted+"see --retry-attempts-for-created")
 	fs.Int("find-identity-retry-interval", 5, accepted+"see --retry-attempts-for-created")
@@ -136,6 +152,14 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read")
 	fs.Bool("set-retry-after-header", false, accepted+"Retry-After is always set where asking again helps")
 	fs.Bool("enable-conntrack-deletion", false, accepted+"always on: connections from before the rules are cut")
+}
+
+// addResolving adds the flags that bear on what is decided for a pod.
+func (o *options) addResolving(fs *pflag.FlagSet) {
+	fs.StringVar(&o.operationMode, "operation-mode", "standard", `"managed": AzureIdentityBindings decide; "standard": the AzureAssignedIdentities that MIC makes`)
+	fs.BoolVar(&o.forceNamespaced, "forceNamespaced", os.Getenv("FORCENAMESPACED") == "true", "in standard mode, give identities to pods of their own namespace only; managed mode always does (also the environment's FORCENAMESPACED=true)")
+	fs.StringVar(&o.micNamespace, "MICNamespace", "default", "namespace of the Deployment mic, whose pods get what IMDS gives the node")
+	fs.BoolVar(&o.strictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")
 }
 
 func (o *options) addLogging(fs *pflag.FlagSet) {
@@ -172,12 +196,18 @@ func (o *options) config() (config, error) {
 	if cfg.node == "" {
 		return config{}, errors.New("--node is required: the name of the node that the agent runs on (in a DaemonSet, $(NODE_NAME) from the field spec.nodeName)")
 	}
-	switch mode := strings.ToLower(o.operationMode); mode {
-	case "managed":
-	case "standard":
-		return config{}, errors.New("--operation-mode=standard is not served yet: use --operation-mode=managed, or stay with the old NMI where MIC assigns identities")
-	default:
-		return config{}, fmt.Errorf(`--operation-mode=%s is unknown: use "managed"`, o.operationMode)
+	var err error
+	if cfg.resolving, err = o.resolving(cfg.node); err != nil {
+		return config{}, err
+	}
+	cfg.resolving.PodWait, cfg.resolving.IdentityWait, cfg.resolving.MaxStaleness = o.podWait, o.identityWait, o.maxStaleness
+	for name, wait := range map[string]time.Duration{"pod-wait": o.podWait, "identity-wait": o.identityWait} {
+		if wait <= 0 || wait > maxWait {
+			return config{}, fmt.Errorf("--%s=%s is not usable: use more than 0s, at most %s", name, wait, maxWait)
+		}
+	}
+	if o.maxStaleness != 0 && o.maxStaleness < minStaleness {
+		return config{}, fmt.Errorf("--max-staleness=%s is not usable: use 0 to turn it off, or at least %s", o.maxStaleness, minStaleness)
 	}
 	if o.logFormat != "text" && o.logFormat != "json" {
 		return config{}, fmt.Errorf(`--log-format=%s is unknown: use "text" or "json"`, o.logFormat)
@@ -219,6 +249,17 @@ func (o *options) config() (config, error) {
 		return config{}, fmt.Errorf("--redirect-address=%s is the metadata service's own address: choose another", cfg.address)
 	}
 	return cfg, nil
+}
+
+// resolving is what the flags of addResolving come to.
+func (o *options) resolving(node string) (podresolver.Config, error) {
+	mode := podresolver.Mode(strings.ToLower(o.operationMode))
+	if mode != podresolver.Managed && mode != podresolver.Standard {
+		return podresolver.Config{}, fmt.Errorf(`--operation-mode=%s is unknown: use "managed" or "standard"`, o.operationMode)
+	}
+	return podresolver.Config{
+		Node: node, Mode: mode, Namespaced: o.forceNamespaced, MICNamespace: o.micNamespace, StrictSelection: o.strictSelection,
+	}, nil
 }
 
 // parseIPv4 reads the address given to a flag. Loopback is no use to either

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/podresolver"
 )
 
 func parse(t *testing.T, args ...string) (*options, error) {
@@ -36,6 +37,7 @@ func TestDefaults(t *testing.T) {
 		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
 		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
 		prometheusPort: 9090, handoverDir: "/run/nmi",
+		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, MICNamespace: "default", PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
 	}, cfg)
 }
 
@@ -65,8 +67,10 @@ func TestEveryFlagOfTheOldNMIIsTaken(t *testing.T) {
 func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	for arg, want := range map[string]string{
 		"--node=":                            "--node is required",
-		"--operation-mode=standard":          "--operation-mode=standard is not served yet",
-		"--operation-mode=x":                 `--operation-mode=x is unknown: use "managed"`,
+		"--operation-mode=x":                 `--operation-mode=x is unknown: use "managed" or "standard"`,
+		"--pod-wait=0s":                      "--pod-wait=0s is not usable: use more than 0s, at most 1m0s",
+		"--identity-wait=2m":                 "--identity-wait=2m0s is not usable",
+		"--max-staleness=1m":                 "--max-staleness=1m0s is not usable: use 0 to turn it off, or at least 2m0s",
 		"--log-format=xml":                   `--log-format=xml is unknown: use "text" or "json"`,
 		"--ipt-update-interval-sec=0":        "--ipt-update-interval-sec=0 is not usable: use 1 to 86400",
 		"--ipt-update-interval-sec=86401":    "--ipt-update-interval-sec=86401 is not usable",

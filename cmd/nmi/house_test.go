@@ -29,6 +29,7 @@ var rooms = map[string][]string{
 	"proxy/imdstest":             {},
 	"podresolver":                {"podresolver/aadpodidentity"},
 	"podresolver/aadpodidentity": {},
+	"podresolver/resolvertest":   {"podresolver", "podresolver/aadpodidentity"},
 	"tokencache":                 {},
 	"iptables":                   {},
 	"deploy/testbed":             {"*"},

@@ -15,11 +15,12 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/podresolver"
 )
 
 // metrics answers /metrics in Prometheus's format. docs/metrics.md lists what is
 // there.
-func metrics(rules *iptables.Reconciler) (http.Handler, error) {
+func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver) (http.Handler, error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	exporter, err := otelprometheus.New(
@@ -32,7 +33,7 @@ func metrics(rules *iptables.Reconciler) (http.Handler, error) {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
-	if err := observeRules(meter, rules); err != nil {
+	if err := errors.Join(observeRules(meter, rules), observeResolver(meter, resolver)); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	mux := http.NewServeMux()
@@ -74,6 +75,38 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 	counter("iptables.repairs", "Checks that found the rules wanting and wrote them, the first included", func(s iptables.Stats) uint64 { return s.Repairs })
 	counter("iptables.lock_contended", "Commands before which another program held the xtables lock", func(s iptables.Stats) uint64 { return s.LockContended })
 	counter("connections.cut", "Connections past the agent that were ended", func(s iptables.Stats) uint64 { return s.Cut })
+	return all
+}
+
+// observeResolver tells of what is known of pods.
+func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
+	var all error
+	_, err := meter.Float64ObservableGauge("watch.silence", metric.WithUnit("s"),
+		metric.WithDescription("Time since the API server last sent something about a resource; it does so about once a minute"),
+		metric.WithFloat64Callback(func(_ context.Context, o metric.Float64Observer) error {
+			for _, w := range resolver.Stats().Watches {
+				o.Observe(w.Silence.Seconds(), metric.WithAttributes(attribute.String("resource", w.Resource)))
+			}
+			return nil
+		}))
+	all = errors.Join(all, err)
+	_, err = meter.Int64ObservableGauge("addresses", metric.WithDescription("Addresses that pods of this node hold"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(resolver.Stats().Addresses))
+			return nil
+		}))
+	all = errors.Join(all, err)
+	counter := func(name, description string, value func(podresolver.Stats) uint64) {
+		_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
+			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+				o.Observe(int64(value(resolver.Stats()))) //nolint:gosec // some a second at most
+				return nil
+			}))
+		all = errors.Join(all, err)
+	}
+	counter("addresses.ambiguous", "Times that an address came to have more than one owner", func(s podresolver.Stats) uint64 { return s.Ambiguous })
+	counter("lookups", "Times that the API server was asked for the pod of an address", func(s podresolver.Stats) uint64 { return s.Lookups })
+	counter("lookups.found", "Lookups that found a pod that the watch had not told of", func(s podresolver.Stats) uint64 { return s.Found })
 	return all
 }
 

@@ -24,15 +24,13 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	dynamicfake "k8s.io/client-go/dynamic/fake"
-	"k8s.io/client-go/kubernetes/fake"
 	"k8s.io/klog/v2"
 
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/imdstest"
 	"github.com/podidentity/nmi/proxy/upstream"
@@ -146,38 +144,39 @@ func identities(objects []*unstructured.Unstructured) []imdstest.Identity {
 	return all
 }
 
-// buildAgent puts the agent together as cmd/nmi does, with client-go's fakes for
-// the API server.
+// buildAgent puts the agent together as cmd/nmi does, with client-go's fake of
+// what the API server lists.
 func (d *demo) buildAgent() error {
 	slog.SetDefault(slog.New(slog.DiscardHandler)) // the story is told instead
 	klog.SetSlogLogger(slog.Default())
 
-	var pods, custom []runtime.Object
+	cluster := resolvertest.NewCluster()
 	for _, o := range d.objects {
-		if o.GetKind() != "Pod" {
-			custom = append(custom, o)
-			continue
+		var typed runtime.Object
+		switch o.GetKind() {
+		case "Pod":
+			typed = &corev1.Pod{}
+		case "AzureIdentity":
+			typed = &aadpodidentity.AzureIdentity{}
+		case "AzureIdentityBinding":
+			typed = &aadpodidentity.AzureIdentityBinding{}
+		case "AzurePodIdentityException":
+			typed = &aadpodidentity.AzurePodIdentityException{}
+		default:
+			continue // of no interest to a resolver
 		}
-		pod := &corev1.Pod{}
-		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, pod); err != nil {
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, typed); err != nil {
 			return err
 		}
-		// The scheduler's part, and the kubelet's.
-		pod.Spec.NodeName = nodeName
-		pod.Status = corev1.PodStatus{Phase: corev1.PodRunning, PodIP: addresses[pod.Namespace+"/"+pod.Name]}
-		pods = append(pods, pod)
-	}
-	lists := map[schema.GroupVersionResource]string{
-		aadpodidentity.AzureIdentities:            "AzureIdentityList",
-		aadpodidentity.AzureIdentityBindings:      "AzureIdentityBindingList",
-		aadpodidentity.AzurePodIdentityExceptions: "AzurePodIdentityExceptionList",
+		if pod, ok := typed.(*corev1.Pod); ok {
+			// The scheduler's part, and the kubelet's.
+			pod.Spec.NodeName = nodeName
+			pod.Status = corev1.PodStatus{Phase: corev1.PodRunning, PodIP: addresses[pod.Namespace+"/"+pod.Name]}
+		}
+		cluster.Add(typed)
 	}
 	var err error
-	d.resolver, err = podresolver.New(
-		fake.NewClientset(pods...),
-		dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), lists, custom...),
-		podresolver.Config{Node: nodeName})
-	if err != nil {
+	if d.resolver, err = podresolver.New(cluster.Sources(), podresolver.Config{Node: nodeName}); err != nil {
 		return err
 	}
 	metadata := netip.MustParseAddrPort(testbed.MetadataAddress)

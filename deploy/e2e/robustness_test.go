@@ -29,11 +29,11 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		says string
 	}{
 		"no node":              {[]string{kubeconfig}, []string{"--operation-mode=managed"}, "--node is required"},
-		"standard mode":        {[]string{kubeconfig}, []string{"--node=node1"}, "--operation-mode=standard is not served yet"},
+		"no operation mode":    {[]string{kubeconfig}, []string{"--node=node1", "--operation-mode=x"}, `--operation-mode=x is unknown: use "managed" or "standard"`},
 		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
-		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup and version`},
+		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, explain and version`},
 		"a taken port":         {[]string{kubeconfig}, good, "port 2579 is taken"},
 		"no kubeconfig":        {[]string{"KUBECONFIG=/nowhere"}, good, "reading KUBECONFIG=/nowhere"},
 		"an empty kubeconfig":  {[]string{"KUBECONFIG=/dev/null"}, good, "KUBECONFIG=/dev/null has no current context"},
@@ -77,7 +77,7 @@ func TestItWaitsForTheAPIServerAndSaysSo(t *testing.T) {
 	}, 10*time.Second, 10*time.Millisecond)
 	// The rules are there already: the pod is told to come back, where without an
 	// agent it would have been given the node's identity.
-	assert.Contains(t, s.nat(), "-A aad-metadata")
+	require.Eventually(t, func() bool { return strings.Contains(s.nat(), "-A aad-metadata") }, 5*time.Second, 10*time.Millisecond)
 	early := p.asks(vault)
 	assert.Equal(t, 503, early.status)
 	assert.NotEmpty(t, early.retryAfter)
@@ -89,16 +89,35 @@ func TestItWaitsForTheAPIServerAndSaysSo(t *testing.T) {
 func TestItWaitsForMissingDefinitionsAndSaysWhich(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
-	restore, err := world.RemoveDefinition(t.Context(), "azurepodidentityexceptions.aadpodidentity.k8s.io")
+	restore, err := world.RemoveDefinition(t.Context(), "azureidentitybindings.aadpodidentity.k8s.io")
 	require.NoError(t, err)
 	a := s.agentNotReady()
-	require.Eventually(t, func() bool {
+	assert.Eventually(t, func() bool {
 		status, text := a.Ready(t.Context())
-		return status == 503 && strings.Contains(text, "azurepodidentityexceptions.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
+		return status == 503 && strings.Contains(text, "azureidentitybindings.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
 	}, 10*time.Second, 10*time.Millisecond)
+	assert.Equal(t, 503, p.asks(vault).status, "not now, and no refusal for good")
 	require.NoError(t, restore(t.Context()))
+	require.NoError(t, world.Bind(t.Context(), "shop", "cart", cart), "it went with its definition")
+	require.NoError(t, world.Bind(t.Context(), "shop", "report", report))
 	require.NoError(t, a.AwaitReady(t.Context()))
 	assert.Equal(t, 200, p.asks(vault).status)
+}
+
+func TestWithoutTheDefinitionOfExceptionsNobodyIsExcepted(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	restore, err := world.RemoveDefinition(t.Context(), "azurepodidentityexceptions.aadpodidentity.k8s.io")
+	require.NoError(t, err)
+	a := s.agent()
+	_, text := a.Ready(t.Context())
+	assert.Contains(t, text, "azurepodidentityexceptions.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
+	assert.Equal(t, 200, p.asks(vault).status)
+	require.NoError(t, restore(t.Context()))
+	require.Eventually(t, func() bool {
+		_, text := a.Ready(t.Context())
+		return !strings.Contains(text, "azurepodidentityexceptions")
+	}, 30*time.Second, 20*time.Millisecond, "known now")
 }
 
 func TestTheServiceAccountMayReadWhatIsNeededAndNoMore(t *testing.T) {
@@ -112,7 +131,7 @@ func TestTheServiceAccountMayReadWhatIsNeededAndNoMore(t *testing.T) {
 		require.NoError(t, err)
 		return review.Status.Allowed
 	}
-	for _, resource := range []string{"azureidentities", "azureidentitybindings", "azurepodidentityexceptions"} {
+	for _, resource := range []string{"azureidentities", "azureidentitybindings", "azurepodidentityexceptions", "azureassignedidentities"} {
 		assert.True(t, may("list", "aadpodidentity.k8s.io", resource, ""))
 		assert.True(t, may("watch", "aadpodidentity.k8s.io", resource, ""))
 		assert.False(t, may("update", "aadpodidentity.k8s.io", resource, ""))

@@ -28,6 +28,7 @@ import (
 var (
 	cart   = imdstest.Identity{ClientID: "ca470000-0000-4000-8000-000000000001", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/cart"}
 	report = imdstest.Identity{ClientID: "4e904700-0000-4000-8000-000000000002", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/report"}
+	third  = imdstest.Identity{ClientID: "74b1d000-0000-4000-8000-000000000003", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/third"}
 )
 
 // world is shared by the scenarios, each of which has pods of its own.
@@ -46,7 +47,7 @@ func run(m *testing.M) (code int) {
 	defer cancel()
 	var err error
 	world, err = testbed.NewWorld(ctx, imdstest.Config{
-		Identities: []imdstest.Identity{cart, report},
+		Identities: []imdstest.Identity{cart, report, third},
 		Latency:    20 * time.Millisecond,
 	})
 	if err == nil {

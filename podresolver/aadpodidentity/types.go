@@ -29,6 +29,10 @@ const (
 	BehaviorAnnotation = "aadpodidentity.k8s.io/Behavior"
 	// BehaviorNamespaced is the value of BehaviorAnnotation.
 	BehaviorNamespaced = "namespaced"
+	// Created is the state of an AzureAssignedIdentity whose identity is not on the
+	// pod's node yet, Assigned of one whose is.
+	Created  = "Created"
+	Assigned = "Assigned"
 	// NodeNameLabel on an AzureAssignedIdentity is the node that its pod is on.
 	NodeNameLabel = "nodename"
 )
@@ -70,6 +74,7 @@ type AzureIdentitySpec struct {
 	Type       IdentityType `json:"type"`
 	ResourceID string       `json:"resourceID,omitempty"` // of a managed identity
 	ClientID   string       `json:"clientID,omitempty"`   // of either kind
+	Unreadable string       `json:"-"`                    // why the stored spec does not fit this type; the rest is empty then
 
 	// The rest is for service principals.
 

@@ -1,0 +1,100 @@
+package podresolver
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+func TestExceptions(t *testing.T) {
+	for name, tc := range map[string]struct {
+		pod, except map[string]string
+		want        bool
+	}{
+		"one label of several suffices":  {map[string]string{"app": "x"}, map[string]string{"app": "x", "tier": "y"}, true},
+		"the other labels do not matter": {map[string]string{"app": "x", "tier": "z"}, map[string]string{"app": "x", "tier": "y"}, true},
+		"value in another case":          {map[string]string{"app": "X"}, map[string]string{"app": "x"}, true},
+		"key in another case":            {map[string]string{"App": "x"}, map[string]string{"app": "x"}, false},
+		"another value":                  {map[string]string{"app": "z"}, map[string]string{"app": "x"}, false},
+		"an empty value needs the key":   {map[string]string{"tier": "x"}, map[string]string{"app": ""}, false},
+		"an empty value matches another": {map[string]string{"app": ""}, map[string]string{"app": ""}, true},
+		"no labels except nobody":        {map[string]string{"app": "x"}, nil, false},
+		"a pod without labels":           {nil, map[string]string{"app": "x"}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod := newPod("p", "", "")
+			pod.Labels = tc.pod
+			for _, mode := range []Mode{Managed, Standard} {
+				assert.Equal(t, tc.want, drive(t, Config{Mode: mode}, exception("e", tc.except)).of(pod).Exception() == "e")
+			}
+			abroad := drive(t, Config{}, in("bank", exception("e", tc.except)))
+			assert.Empty(t, abroad.of(pod).Exception(), "that of another namespace never applies")
+		})
+	}
+}
+
+func TestOfSeveralExceptionsTheFirstByNameApplies(t *testing.T) {
+	app := map[string]string{"app": "x"}
+	pod := newPod("p", "", "")
+	pod.Labels = app
+	world := drive(t, Config{}, exception("c", app), exception("a", app), exception("b", app), exception("0", map[string]string{"app": "y"}))
+	assert.Equal(t, "a", world.of(pod).Exception())
+	world.drop(exception("a", nil))
+	assert.Equal(t, "b", world.of(pod).Exception())
+}
+
+func TestAnExceptedPodHasNoIdentity(t *testing.T) {
+	pod := newPod("p", "", "x")
+	world := drive(t, Config{}, identity("i", "c", ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
+	p := world.of(pod)
+	assert.Equal(t, "e", p.Exception())
+	assert.Empty(t, p.identities)
+	// A zero Identity without an error would read as the node's own to whoever
+	// forgot to ask for the exception first.
+	_, err := p.Identity(Selector{})
+	assert.ErrorIs(t, err, ErrNoIdentity)
+}
+
+func TestMICsOwnPodsNeedNoException(t *testing.T) {
+	mic := func(change func(*corev1.Pod)) *corev1.Pod {
+		controller := true
+		p := newPod("mic-5d9f8c7b6-abcde", "", "")
+		p.Namespace = "kube-system"
+		p.Labels = map[string]string{"pod-template-hash": "5d9f8c7b6"}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "mic-5d9f8c7b6", Controller: &controller}}
+		if change != nil {
+			change(p)
+		}
+		return p
+	}
+	for name, tc := range map[string]struct {
+		pod       *corev1.Pod
+		namespace string // MIC's
+		want      bool
+	}{
+		"a pod of the Deployment":          {mic(nil), "kube-system", true},
+		"MIC is nowhere":                   {mic(nil), "", false},
+		"MIC is elsewhere":                 {mic(nil), "mic", false},
+		"no owner":                         {mic(func(p *corev1.Pod) { p.OwnerReferences = nil }), "kube-system", false},
+		"an owner that does not control":   {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Controller = nil }), "kube-system", false},
+		"another hash than its own":        {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Name = "mic-foo" }), "kube-system", false},
+		"a Deployment mic-foo":             {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Name = "mic-foo-5d9f8c7b6" }), "kube-system", false},
+		"a Deployment micro":               {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Name = "micro-5d9f8c7b6" }), "kube-system", false},
+		"a ReplicaSet mic of its own":      {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Name = "mic" }), "kube-system", false},
+		"no hash":                          {mic(func(p *corev1.Pod) { p.Labels = nil }), "kube-system", false},
+		"an empty hash":                    {mic(func(p *corev1.Pod) { p.Labels["pod-template-hash"] = ""; p.OwnerReferences[0].Name = "mic-" }), "kube-system", false},
+		"owned by a Deployment":            {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Kind = "Deployment" }), "kube-system", false},
+		"owned by a ReplicaSet of another": {mic(func(p *corev1.Pod) { p.OwnerReferences[0].APIVersion = "example.com/v1" }), "kube-system", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := drive(t, Config{MICNamespace: tc.namespace}).of(tc.pod).Exception()
+			assert.Equal(t, tc.want, got == micException, got)
+		})
+	}
+	// An exception that somebody wrote is what an operator looks for first.
+	pod := mic(nil)
+	world := drive(t, Config{MICNamespace: "kube-system"}, in("kube-system", exception("written", pod.Labels)))
+	assert.Equal(t, "written", world.of(pod).Exception())
+}

@@ -1,0 +1,61 @@
+package podresolver
+
+import (
+	"math/rand/v2"
+	"testing"
+	"testing/synctest"
+)
+
+func TestRandomEventsComeToWhatTheRulesSay(t *testing.T) {
+	sequences, length := 3000, 30
+	if testing.Short() {
+		sequences = 500
+	}
+	for seed := range sequences {
+		synctest.Test(t, func(t *testing.T) {
+			t.Cleanup(func() {
+				if t.Failed() {
+					t.Logf("seed %d", seed)
+				}
+			})
+			random := rand.New(rand.NewPCG(uint64(seed), 0))
+			m := newMachine(t, random.IntN)
+			for range length {
+				m.step()
+			}
+			m.decide()
+		})
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// FuzzEvents reads choices from bytes, and stops when there are none left. What it
+// covers is not the same twice, maps being what they are: run it with
+// -fuzzminimizetime 1x, or it does nothing else.
+func FuzzEvents(f *testing.F) {
+	for seed := range 20 {
+		random, b := rand.New(rand.NewPCG(uint64(seed), 1)), make([]byte, 300)
+		for i := range b {
+			b[i] = byte(random.Uint32())
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		synctest.Test(t, func(t *testing.T) {
+			m := newMachine(t, func(n int) int {
+				if len(b) == 0 {
+					return 0
+				}
+				choice := int(b[0]) % n
+				b = b[1:]
+				return choice
+			})
+			for len(b) > 0 {
+				m.step()
+			}
+			m.decide()
+		})
+	})
+}

@@ -1,0 +1,178 @@
+package podresolver_test
+
+import (
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podidentity/nmi/podresolver"
+)
+
+func TestAThousandWaitersAskOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, cart()...)
+		w.Pods.AddDropWatch(podresolver.NewPod("cart-0", addr.String(), "cart"))
+		w.gates.pods.slow(100 * time.Millisecond)
+		took := together(1000, func() {
+			pod, err := w.resolver.Resolve(t.Context(), addr)
+			if assert.NoError(t, err) {
+				assert.Equal(t, "cart-0", pod.Name)
+				id, err := pod.Identity(podresolver.Selector{})
+				assert.NoError(t, err)
+				assert.Equal(t, "c1", id.ClientID)
+			}
+		})
+		assert.Equal(t, podresolver.DefaultPodWait+100*time.Millisecond, took)
+		assert.Equal(t, []string{"status.podIP=" + addr.String()}, w.gates.pods.lookups())
+		s := w.resolver.Stats()
+		assert.EqualValues(t, 1, s.Lookups)
+		assert.EqualValues(t, 1, s.Found)
+	})
+}
+
+func TestAThousandWaitersForNobodyAskOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{})
+		w.gates.pods.slow(100 * time.Millisecond)
+		var unknown atomic.Int32
+		together(1000, func() {
+			_, err := w.resolver.Resolve(t.Context(), addr)
+			if assert.ErrorIs(t, err, podresolver.ErrUnknownAddress) {
+				unknown.Add(1)
+			}
+		})
+		assert.EqualValues(t, 1000, unknown.Load())
+		assert.Len(t, w.gates.pods.lookups(), 1)
+		assert.Zero(t, w.resolver.Stats().Found)
+	})
+}
+
+func TestManyAddressesMakeFewLookups(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{PodWait: 100 * time.Millisecond})
+		const seconds = 30
+		next := addr
+		for begin := time.Now(); time.Since(begin) < seconds*time.Second; next = next.Next() {
+			_, err := w.resolver.Resolve(t.Context(), next)
+			require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		}
+		asked := len(w.gates.pods.lookups())
+		assert.LessOrEqual(t, asked, podresolver.LookupBurst+podresolver.LookupRate*seconds)
+		assert.GreaterOrEqual(t, asked, podresolver.LookupRate*seconds, "and not none")
+		assert.EqualValues(t, asked, w.resolver.Stats().Lookups)
+
+		// All at once, after a while in which nobody asked.
+		time.Sleep(time.Hour)
+		for range 1000 {
+			at := next
+			go func() { _, _ = w.resolver.Resolve(t.Context(), at) }()
+			next = next.Next()
+		}
+		time.Sleep(200 * time.Millisecond)
+		assert.Equal(t, asked+podresolver.LookupBurst, len(w.gates.pods.lookups()))
+	})
+}
+
+func TestWhatALookupFindsIsNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, cart()...)
+		pod := podresolver.NewPod("cart-0", addr.String(), "cart")
+		w.Pods.AddDropWatch(pod)
+		assert.Equal(t, "cart-0", w.name(addr))
+		assert.Zero(t, w.resolver.Stats().Addresses)
+		w.Pods.DeleteDropWatch(pod)
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		assert.Len(t, w.gates.pods.lookups(), 2)
+	})
+}
+
+func TestALookupObeysTheRules(t *testing.T) {
+	pod := func(name string, change func(*corev1.Pod)) *corev1.Pod {
+		p := podresolver.NewPod(name, addr.String(), "cart")
+		change(p)
+		return p
+	}
+	as := func(name string) *corev1.Pod { return pod(name, func(*corev1.Pod) {}) }
+	past := metav1.NewTime(time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC))
+	for name, tc := range map[string]struct {
+		pods []*corev1.Pod
+		err  error
+	}{
+		"it is there":              {[]*corev1.Pod{as("p")}, nil},
+		"it is on another node":    {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.NodeName = "node2" })}, podresolver.ErrUnknownAddress},
+		"it is on no node":         {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.NodeName = "" })}, podresolver.ErrUnknownAddress},
+		"it has ended":             {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })}, podresolver.ErrUnknownAddress},
+		"it is past its grace":     {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.DeletionTimestamp = &past })}, podresolver.ErrUnknownAddress},
+		"it is on the host":        {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.HostNetwork = true })}, podresolver.ErrUnknownAddress},
+		"it has another address":   {[]*corev1.Pod{podresolver.NewPod("p", other.String(), "cart")}, podresolver.ErrUnknownAddress},
+		"it is not the only one":   {[]*corev1.Pod{as("p"), as("q")}, podresolver.ErrAmbiguousAddress},
+		"the other one has ended":  {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })}, nil},
+		"the other is not of here": {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Spec.NodeName = "node2" })}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := start(t, podresolver.Config{}, cart()...)
+				for _, p := range tc.pods {
+					w.Pods.AddDropWatch(p)
+				}
+				pod, err := w.resolver.Resolve(t.Context(), addr)
+				require.ErrorIs(t, err, tc.err)
+				if tc.err == nil {
+					assert.Equal(t, "p", pod.Name)
+				}
+				assert.EqualValues(t, map[bool]int{true: 1}[tc.err == nil], w.resolver.Stats().Found)
+			})
+		})
+	}
+}
+
+func TestALookupThatFailsSaysSoAndDoesNotHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{})
+		w.gates.pods.fail(assert.AnError)
+		begin := time.Now()
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		require.ErrorIs(t, err, assert.AnError)
+		assert.ErrorContains(t, err, "the API server cannot be asked")
+		assert.Equal(t, podresolver.DefaultPodWait, time.Since(begin))
+	})
+}
+
+// TestTheWatchComesFirst: while a lookup is under way, the watch's news stand.
+func TestTheWatchComesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, cart()...)
+		w.Pods.AddDropWatch(podresolver.NewPod("found", addr.String(), "cart"))
+		assert.Equal(t, "found", w.name(addr))
+		w.Modify(podresolver.NewPod("found", addr.String(), ""))
+		synctest.Wait()
+		pod, err := w.resolver.Resolve(t.Context(), addr)
+		require.NoError(t, err)
+		_, err = pod.Identity(podresolver.Selector{})
+		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
+		assert.Len(t, w.gates.pods.lookups(), 1)
+	})
+}
+
+func TestTheLookupsOfTwoAddressesAreTwo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{})
+		var want []string
+		for i, at := range []netip.Addr{addr, other, netip.MustParseAddr("fd00::7")} {
+			w.Pods.AddDropWatch(podresolver.NewPod(fmt.Sprint("p", i), at.String(), ""))
+			assert.Equal(t, fmt.Sprint("p", i), w.name(at))
+			want = append(want, "status.podIP="+at.String())
+		}
+		assert.Equal(t, want, w.gates.pods.lookups())
+	})
+}

@@ -1,0 +1,198 @@
+package podresolver
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+// reference is what the rules say of a set of objects, found out anew each time and
+// without regard to cost.
+type reference struct {
+	cfg        Config
+	pods       []*corev1.Pod
+	identities []*aadpodidentity.AzureIdentity
+	bindings   []*aadpodidentity.AzureIdentityBinding
+	exceptions []*aadpodidentity.AzurePodIdentityException
+	assigned   []*aadpodidentity.AzureAssignedIdentity
+}
+
+// owner is "" if the address is unknown, "ambiguous", or whose it is and what that
+// pod is told to each of the questions.
+func (m *reference) owner(addr netip.Addr, now time.Time, questions []Selector) string {
+	var live, ending []*corev1.Pod
+	for _, p := range m.pods {
+		switch {
+		case p.Spec.NodeName != m.cfg.Node, p.Spec.HostNetwork, !m.holds(p, addr),
+			p.Status.Phase == corev1.PodSucceeded, p.Status.Phase == corev1.PodFailed:
+		case p.DeletionTimestamp == nil:
+			live = append(live, p)
+		case p.DeletionTimestamp.After(now):
+			ending = append(ending, p)
+		}
+	}
+	youngest := func(p []*corev1.Pod) *corev1.Pod {
+		return slices.MaxFunc(p, func(a, b *corev1.Pod) int {
+			return cmp.Or(a.CreationTimestamp.Compare(b.CreationTimestamp.Time), cmp.Compare(a.UID, b.UID))
+		})
+	}
+	var p *corev1.Pod
+	switch {
+	case len(live)+len(ending) == 0:
+		return ""
+	case len(live) > 1:
+		return "ambiguous"
+	case len(live) == 0:
+		p = youngest(ending)
+	case len(ending) > 0 && youngest(ending).CreationTimestamp.After(live[0].CreationTimestamp.Time):
+		return "ambiguous"
+	default:
+		p = live[0]
+	}
+	return tell(p.Namespace, p.Name, string(p.UID), m.exception(p), questions, func(want Selector) string { return m.answer(p, want) })
+}
+
+func (m *reference) holds(p *corev1.Pod, addr netip.Addr) bool {
+	return p.Status.PodIP == addr.String() ||
+		slices.ContainsFunc(p.Status.PodIPs, func(ip corev1.PodIP) bool { return ip.IP == addr.String() })
+}
+
+func tell(namespace, name, uid, exception string, questions []Selector, answer func(Selector) string) string {
+	text := fmt.Sprintf("%s/%s %s", namespace, name, uid)
+	if exception != "" {
+		return text + " excepted by " + exception
+	}
+	for _, q := range questions {
+		text += fmt.Sprintf("\n%+v: %s", q, answer(q))
+	}
+	return text
+}
+
+func (m *reference) exception(p *corev1.Pod) string {
+	var names []string
+	for _, e := range m.exceptions {
+		for key, value := range e.Spec.PodLabels {
+			if has, ok := p.Labels[key]; ok && e.Namespace == p.Namespace && strings.EqualFold(has, value) {
+				names = append(names, e.Name)
+			}
+		}
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	return slices.Min(names)
+}
+
+// offer is an identity with what decides its place in the order.
+type offer struct {
+	identity                  *aadpodidentity.AzureIdentity
+	created                   int64
+	binding, space, assigment string
+	now                       bool // or later
+}
+
+func (m *reference) answer(p *corev1.Pod, want Selector) string {
+	offers := m.offers(p)
+	slices.SortFunc(offers, func(a, b offer) int {
+		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.binding, b.binding), cmp.Compare(a.space, b.space), cmp.Compare(a.assigment, b.assigment))
+	})
+	for _, now := range []bool{true, false} {
+		for _, o := range offers {
+			id := o.identity.Spec
+			if o.now != now || want.ObjectID != "" ||
+				want.ClientID != "" && !strings.EqualFold(want.ClientID, id.ClientID) ||
+				want.ResourceID != "" && !strings.EqualFold(want.ResourceID, id.ResourceID) {
+				continue
+			}
+			if !now {
+				return "wait"
+			}
+			return told(o.identity.Namespace, o.identity.Name, strings.ToLower(id.ClientID+" "+id.ResourceID), o.binding)
+		}
+	}
+	return "none"
+}
+
+func told(namespace, name, ids, binding string) string {
+	return fmt.Sprintf("%s/%s %s by %s", namespace, name, ids, binding)
+}
+
+func (m *reference) offers(p *corev1.Pod) []offer {
+	standard, label := m.cfg.Mode == Standard, p.Labels[aadpodidentity.BindingLabel]
+	var offers []offer
+	for _, b := range m.bindings {
+		for _, id := range m.identities {
+			if label == "" || b.Spec.Selector != label || b.Spec.AzureIdentity != id.Name || b.Namespace != id.Namespace ||
+				!standard && b.Namespace != p.Namespace || !m.usable(id, p) {
+				continue
+			}
+			offers = append(offers, offer{id, b.CreationTimestamp.Unix(), b.Name, b.Namespace, "", !standard})
+		}
+	}
+	for _, a := range m.assigned {
+		id, b := a.Spec.AzureIdentityRef, a.Spec.AzureBindingRef
+		if !standard || a.Spec.NodeName != m.cfg.Node || a.Spec.PodNamespace != p.Namespace || a.Spec.Pod != p.Name ||
+			a.Status.Status == "Unassigned" || b.Spec.Selector != label || !m.usable(id, p) {
+			continue
+		}
+		offers = append(offers, offer{id, b.CreationTimestamp.Unix(), b.Name, b.Namespace, a.Name, a.Status.Status != "Created"})
+	}
+	return offers
+}
+
+func (m *reference) usable(id *aadpodidentity.AzureIdentity, p *corev1.Pod) bool {
+	guarded := m.cfg.Namespaced || id.Annotations[aadpodidentity.BehaviorAnnotation] == aadpodidentity.BehaviorNamespaced
+	named := id.Spec.Type != aadpodidentity.UserAssignedMSI || id.Spec.ClientID != "" || id.Spec.ResourceID != ""
+	return id.Spec.Unreadable == "" && named && !(guarded && id.Namespace != p.Namespace)
+}
+
+// concerns are the pods that a change of one object may bear on: all that the
+// rules name, and none else.
+func (m *reference) concerns(object any) []ref {
+	var all []ref
+	labelled := func(namespace, selector string) {
+		for _, p := range m.pods {
+			if p.Labels[aadpodidentity.BindingLabel] == selector && (p.Namespace == namespace || m.cfg.Mode == Standard && !m.cfg.Namespaced) {
+				all = append(all, refOf(p))
+			}
+		}
+	}
+	switch o := object.(type) {
+	case *corev1.Pod:
+		all = append(all, refOf(o))
+	case *aadpodidentity.AzureIdentityBinding:
+		labelled(o.Namespace, o.Spec.Selector)
+	case *aadpodidentity.AzureIdentity:
+		for _, b := range m.bindings {
+			if b.Namespace == o.Namespace && b.Spec.AzureIdentity == o.Name {
+				labelled(b.Namespace, b.Spec.Selector)
+			}
+		}
+	case *aadpodidentity.AzurePodIdentityException:
+		for _, p := range m.pods {
+			if p.Namespace == o.Namespace {
+				all = append(all, refOf(p))
+			}
+		}
+	case *aadpodidentity.AzureAssignedIdentity:
+		all = append(all, ref{o.Spec.PodNamespace, o.Spec.Pod})
+	}
+	return all
+}
+
+// liveOf are the objects of a shelf, in no order.
+func liveOf[T any](s *shelf) []T {
+	var all []T
+	for o := range maps.Values(s.live) {
+		all = append(all, o.(T))
+	}
+	return all
+}

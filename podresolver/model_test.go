@@ -1,0 +1,295 @@
+package podresolver
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+// The tables and update against a reference, over sequences of events such as a
+// reflector sends, and worse ones.
+
+type kubeObject interface {
+	metav1.Object
+	runtime.Object
+}
+
+// shelf is one kind of objects: those that there are, and the store that is told.
+type shelf struct {
+	live map[ref]kubeObject
+	past []kubeObject // that an event may bring back
+	to   store
+	make func(*machine) kubeObject
+	refs []ref
+}
+
+type machine struct {
+	t       testing.TB
+	pick    func(n int) int
+	world   *driven
+	shelves []*shelf // pods, identities, bindings, exceptions, assigned
+	expiry  <-chan time.Time
+	touched map[ref]bool // since the last decision
+}
+
+var (
+	modelAddrs     = []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"}
+	modelQuestions = []Selector{
+		{}, {ClientID: "C0"}, {ClientID: "c1"}, {ResourceID: "/R/0"}, {ObjectID: "c0"}, {ClientID: "c9"},
+	}
+)
+
+func newMachine(t testing.TB, pick func(int) int) *machine {
+	t.Helper()
+	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
+	m := &machine{t: t, pick: pick, world: drive(t, cfg), touched: make(map[ref]bool)}
+	s := m.world.stores
+	refs := func(namespaces []string, names ...string) (all []ref) {
+		for _, namespace := range namespaces {
+			for _, name := range names {
+				all = append(all, ref{namespace, name})
+			}
+		}
+		return all
+	}
+	both := []string{"a", "b"}
+	m.shelves = []*shelf{
+		{to: s.pods, make: (*machine).pod, refs: refs(both, "p0", "p1", "p2")},
+		{to: s.identities, make: (*machine).identity, refs: refs(both, "i0", "i1")},
+		{to: s.bindings, make: (*machine).binding, refs: refs(both, "b0", "b1", "b2")},
+		{to: s.exceptions, make: (*machine).exception, refs: refs(both, "e0", "e1")},
+		{to: s.assigned, make: (*machine).assignment, refs: refs([]string{"mic"}, "a0", "a1", "a2", "a3")},
+	}
+	for _, s := range m.shelves {
+		s.live = make(map[ref]kubeObject)
+	}
+	m.expiry = m.world.update()
+	return m
+}
+
+func choose[T any](m *machine, from ...T) T { return from[m.pick(len(from))] }
+
+// soon is a time that has come or will.
+func (m *machine) soon() *metav1.Time {
+	at := metav1.NewTime(time.Now().Add(time.Duration(m.pick(10)) * time.Second))
+	return &at
+}
+
+func (m *machine) pod() kubeObject {
+	p := &corev1.Pod{Spec: corev1.PodSpec{NodeName: choose(m, "node1", "node1", "node1", "node1", "node2"), HostNetwork: m.pick(8) == 1}}
+	p.UID = choose[types.UID](m, "1", "2", "3")
+	p.CreationTimestamp = metav1.NewTime(time.Unix(int64(m.pick(3)), 0))
+	if m.pick(3) == 1 {
+		p.DeletionTimestamp = m.soon()
+	}
+	p.Labels = map[string]string{"app": choose(m, "x", "X", "y")}
+	if label := choose(m, "x", "y", "X", ""); m.pick(5) != 0 {
+		p.Labels[aadpodidentity.BindingLabel] = label
+	}
+	p.Status.Phase = choose(m, corev1.PodRunning, corev1.PodRunning, corev1.PodRunning, corev1.PodPending, corev1.PodSucceeded, corev1.PodFailed)
+	p.Status.PodIP = choose(m, append([]string{""}, modelAddrs...)...)
+	if p.Status.PodIP != "" && m.pick(2) == 0 {
+		p.Status.PodIPs = []corev1.PodIP{{IP: p.Status.PodIP}, {IP: choose(m, modelAddrs...)}}
+	}
+	return p
+}
+
+func (m *machine) identity() kubeObject {
+	id := &aadpodidentity.AzureIdentity{Spec: aadpodidentity.AzureIdentitySpec{
+		Type:     choose(m, aadpodidentity.UserAssignedMSI, aadpodidentity.ServicePrincipal),
+		ClientID: choose(m, "C0", "c0", "c1", ""), ResourceID: choose(m, "/r/0", "/R/1", ""),
+	}}
+	if m.pick(6) == 1 {
+		id.Spec.Unreadable = "odd"
+	}
+	if m.pick(4) == 1 {
+		id.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: aadpodidentity.BehaviorNamespaced}
+	}
+	return id
+}
+
+func (m *machine) binding() kubeObject {
+	b := &aadpodidentity.AzureIdentityBinding{Spec: aadpodidentity.AzureIdentityBindingSpec{
+		AzureIdentity: choose(m, "i0", "i1", "gone"), Selector: choose(m, "x", "y", "X", ""),
+	}}
+	b.CreationTimestamp = metav1.NewTime(time.Unix(int64(m.pick(3)), 0))
+	return b
+}
+
+func (m *machine) exception() kubeObject {
+	e := &aadpodidentity.AzurePodIdentityException{Spec: aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{}}}
+	for range m.pick(3) {
+		e.Spec.PodLabels[choose(m, "app", "App", aadpodidentity.BindingLabel)] = choose(m, "x", "Y", "none")
+	}
+	return e
+}
+
+func (m *machine) assignment() kubeObject {
+	id, b := m.identity().(*aadpodidentity.AzureIdentity), m.binding().(*aadpodidentity.AzureIdentityBinding)
+	if b.Spec.Selector == "" {
+		b.Spec.Selector = "x" // MIC makes none of what matches nothing
+	}
+	id.Namespace, id.Name = choose(m, "a", "b"), choose(m, "i0", "i1")
+	b.Namespace, b.Name = id.Namespace, choose(m, "b0", "b1")
+	return &aadpodidentity.AzureAssignedIdentity{
+		Spec: aadpodidentity.AzureAssignedIdentitySpec{
+			AzureIdentityRef: id, AzureBindingRef: b, PodNamespace: choose(m, "a", "b"), Pod: choose(m, "p0", "p1"),
+			NodeName: choose(m, "node1", "node1", "node1", "node2"),
+		},
+		Status: aadpodidentity.AzureAssignedIdentityStatus{Status: choose(m, "", "Assigned", "Created", "Unassigned")},
+	}
+}
+
+// step is one event, and what the resolver makes of it, unless another comes first.
+func (m *machine) step() {
+	s := choose(m, append(m.shelves, m.shelves[0], m.shelves[2])...)
+	at := choose(m, s.refs...)
+	switch event := m.pick(16); event {
+	case 0:
+		time.Sleep(time.Duration(1+m.pick(5)) * time.Second)
+	case 1, 2: // events were missed, and a list made up for them
+		for range m.pick(6) {
+			if ref := choose(m, s.refs...); m.pick(2) == 0 {
+				m.change(s, ref, nil)
+			} else {
+				m.change(s, ref, s.make(m))
+			}
+		}
+		m.relist(s, event == 1)
+	case 3: // seen to be gone by a list, of which the last state is lost
+		m.change(s, at, nil)
+		_ = s.to.Delete(cache.DeletedFinalStateUnknown{Key: at.namespace + "/" + at.name})
+	case 4, 5:
+		gone := s.live[at]
+		m.change(s, at, nil)
+		if gone != nil {
+			_ = s.to.Delete(gone)
+		}
+	case 6: // the same again, which touches nobody
+		if o := s.live[at]; o != nil {
+			_ = choose(m, s.to.Add, s.to.Update)(o.DeepCopyObject())
+		}
+	case 7: // an old state, after a newer one
+		if len(s.past) > 0 {
+			o := choose(m, s.past...)
+			m.change(s, refOf(o), o)
+			_ = s.to.Update(o.DeepCopyObject())
+		}
+	default:
+		o := s.make(m)
+		m.change(s, at, o)
+		_ = choose(m, s.to.Add, s.to.Update)(o.DeepCopyObject())
+	}
+	if m.pick(4) != 0 {
+		m.decide()
+	}
+}
+
+// change keeps the objects, and notes whom the change bears on.
+func (m *machine) change(s *shelf, at ref, o kubeObject) {
+	if before := s.live[at]; before != nil {
+		m.touch(before)
+		s.past = append(s.past, before)
+		delete(s.live, at)
+	}
+	if o != nil {
+		o.SetNamespace(at.namespace)
+		o.SetName(at.name)
+		if uid := o.GetUID(); len(uid) == 1 { // no two objects have the same
+			o.SetUID(uid + types.UID(at.namespace+at.name))
+		}
+		s.live[at] = o
+		m.touch(o)
+	}
+}
+
+func (m *machine) touch(o kubeObject) {
+	for _, pod := range m.reference().concerns(o) {
+		m.touched[pod] = true
+	}
+}
+
+func (m *machine) relist(s *shelf, streamed bool) {
+	var list []any
+	for _, o := range s.live {
+		var item any = o.DeepCopyObject()
+		if streamed {
+			item, _ = s.to.Transformer()(item)
+		}
+		list = append(list, item)
+	}
+	_ = s.to.Replace(list, "")
+}
+
+// decide does what Run does: nothing, unless it is woken.
+func (m *machine) decide() {
+	before := m.world.current.Load().byAddr
+	select {
+	case <-m.world.tables.wake:
+		m.expiry = m.world.update()
+	case <-m.expiry:
+		m.expiry = m.world.update()
+	default:
+	}
+	after := m.world.current.Load().byAddr
+
+	known, reference := make(map[*Pod]bool), m.reference()
+	for _, o := range before {
+		known[o.pod] = true
+	}
+	expected := 0
+	for _, text := range modelAddrs {
+		addr := netip.MustParseAddr(text)
+		want := reference.owner(addr, time.Now(), modelQuestions)
+		if want != "" {
+			expected++
+		}
+		got, p := "", after[addr].pod
+		switch {
+		case after[addr].err != nil:
+			require.ErrorIs(m.t, after[addr].err, ErrAmbiguousAddress)
+			got = "ambiguous"
+		case p != nil:
+			got = tell(p.Namespace, p.Name, p.uid, p.exception, modelQuestions, func(want Selector) string { return answerOf(m.t, p, want) })
+		}
+		require.Equal(m.t, want, got, addr)
+		if was := before[addr].pod; p != nil && was != nil && was.uid == p.uid && was.String() == p.String() && !m.touched[ref{p.Namespace, p.Name}] {
+			require.True(m.t, known[p], "%s was decided anew, and nothing bore on it", p)
+		}
+	}
+	require.Len(m.t, after, expected)
+	clear(m.touched)
+}
+
+func answerOf(t testing.TB, p *Pod, want Selector) string {
+	t.Helper()
+	id, err := p.Identity(want)
+	switch {
+	case err == nil:
+		return told(id.Namespace, id.Name, id.ClientID+" "+id.ResourceID, id.Binding)
+	case errors.Is(err, ErrNotAssigned):
+		return "wait"
+	}
+	require.ErrorIs(t, err, ErrNoIdentity)
+	return "none"
+}
+
+func (m *machine) reference() *reference {
+	return &reference{
+		cfg: m.world.cfg, pods: liveOf[*corev1.Pod](m.shelves[0]),
+		identities: liveOf[*aadpodidentity.AzureIdentity](m.shelves[1]),
+		bindings:   liveOf[*aadpodidentity.AzureIdentityBinding](m.shelves[2]),
+		exceptions: liveOf[*aadpodidentity.AzurePodIdentityException](m.shelves[3]),
+		assigned:   liveOf[*aadpodidentity.AzureAssignedIdentity](m.shelves[4]),
+	}
+}

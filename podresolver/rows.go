@@ -1,0 +1,102 @@
+package podresolver
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+// What is kept of each object. A string that was decoded has memory of its own, so
+// that keeping one does not keep the object.
+
+func refOf(obj metav1.Object) ref { return ref{obj.GetNamespace(), obj.GetName()} }
+
+// podRowFor returns the parser for the pods of one node. The API server filters by
+// node already; this is for one that does not.
+func podRowFor(node, micNamespace string) func(*corev1.Pod) *podRow {
+	return func(pod *corev1.Pod) *podRow {
+		if pod.Spec.NodeName != node {
+			return nil
+		}
+		row := &podRow{
+			ref: refOf(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels,
+			mic: micPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork,
+		}
+		if pod.DeletionTimestamp != nil {
+			row.until = pod.DeletionTimestamp.Time
+		}
+		ended := pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed // its sandbox is gone
+		if ended || row.hostNetwork {
+			return row // its address is another's, or the node's
+		}
+		add := func(text string) {
+			addr, err := netip.ParseAddr(text)
+			if err != nil {
+				return // not assigned yet
+			}
+			if addr = addr.Unmap(); !slices.Contains(row.addrs, addr) {
+				row.addrs = append(row.addrs, addr)
+			}
+		}
+		add(pod.Status.PodIP)
+		for _, ip := range pod.Status.PodIPs {
+			add(ip.IP)
+		}
+		return row
+	}
+}
+
+// micPod reports whether a pod is one of MIC's, the controller that makes
+// AzureAssignedIdentities: it gets what IMDS gives the node, as in the old NMI. That
+// took every pod of MIC's namespace whose owner's name begins with "mic"; here the
+// owner must be a ReplicaSet as the Deployment "mic" makes it.
+func micPod(pod *corev1.Pod, micNamespace string) bool {
+	owner := metav1.GetControllerOf(pod)
+	hash := pod.Labels["pod-template-hash"]
+	return micNamespace != "" && pod.Namespace == micNamespace && owner != nil && hash != "" &&
+		owner.Kind == "ReplicaSet" && owner.APIVersion == "apps/v1" && owner.Name == "mic-"+hash
+}
+
+func identityRowOf(in *aadpodidentity.AzureIdentity) *identityRow {
+	return &identityRow{
+		ref: refOf(in), kind: in.Spec.Type, unreadable: in.Spec.Unreadable,
+		clientID: strings.ToLower(in.Spec.ClientID), resourceID: strings.ToLower(in.Spec.ResourceID),
+		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
+	}
+}
+
+func bindingRowOf(in *aadpodidentity.AzureIdentityBinding) *bindingRow {
+	return &bindingRow{
+		ref: refOf(in), identity: in.Spec.AzureIdentity, selector: in.Spec.Selector,
+		created: in.CreationTimestamp.Unix(),
+	}
+}
+
+func exceptionRowOf(in *aadpodidentity.AzurePodIdentityException) *exceptionRow {
+	return &exceptionRow{ref: refOf(in), labels: in.Spec.PodLabels}
+}
+
+// assignedRowFor returns the parser for the assignments to one node's pods.
+func assignedRowFor(node string) func(*aadpodidentity.AzureAssignedIdentity) *assignedRow {
+	return func(in *aadpodidentity.AzureAssignedIdentity) *assignedRow {
+		if in.Spec.NodeName != node || in.Spec.AzureIdentityRef == nil {
+			return nil
+		}
+		row := &assignedRow{
+			ref: refOf(in), pod: ref{in.Spec.PodNamespace, in.Spec.Pod}, identity: *identityRowOf(in.Spec.AzureIdentityRef),
+			// MIC wrote no state at all before there were any. The remaining one
+			// is Unassigned: on its way out.
+			ready:  in.Status.Status == "" || in.Status.Status == aadpodidentity.Assigned,
+			coming: in.Status.Status == aadpodidentity.Created,
+		}
+		if in.Spec.AzureBindingRef != nil {
+			row.binding = *bindingRowOf(in.Spec.AzureBindingRef)
+		}
+		return row
+	}
+}

@@ -1,0 +1,178 @@
+package podresolver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"sync"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/tools/cache"
+)
+
+// source keeps one table up to date with the API server, and knows how that goes.
+type source struct {
+	name      string // as in a path of the API server
+	log       *slog.Logger
+	reflector *cache.Reflector
+	synced    chan struct{} // closed when the table has been filled
+
+	mu       sync.Mutex // guards the rest
+	lastErr  error      // of the list or watch that failed last; nil when the last one did not
+	heard    time.Time  // when the API server last sent something
+	isSynced bool
+}
+
+// newSource returns a source for a table of R that are parsed from T. A resource
+// that is optional counts as empty as long as the API server does not know it.
+func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optional bool,
+	rows map[ref]*R, parse func(*T) *R, changed func(before, after *R),
+) *source {
+	s := &source{name: name, log: r.cfg.Logger, synced: make(chan struct{})}
+	t := &table[R]{tables: r.tables, rows: rows, parse: rowOf(parse), changed: changed, heard: s.hear}
+	calls := cache.ToListerWatcherWithContext(lw)
+	missing := func(err error) {
+		if optional && apierrors.IsNotFound(err) && !s.hasSynced() {
+			_ = t.Replace(nil, "") // it never fails
+		}
+	}
+	persistent := &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (list runtime.Object, err error) {
+			err = s.persist(ctx, missing, func() error { list, err = calls.ListWithContext(ctx, o); return err })
+			return list, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (w watch.Interface, err error) {
+			err = s.persist(ctx, missing, func() error { w, err = calls.WatchWithContext(ctx, o); return err })
+			return w, err
+		},
+	}
+	s.reflector = cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(persistent, lw), new(T), t,
+		cache.ReflectorOptions{Name: name})
+	return s
+}
+
+// Between two tries; the longest is short enough for a person who has just
+// mended something, and long enough for an API server that a thousand nodes
+// come back to.
+const (
+	firstRetry = 500 * time.Millisecond
+	lastRetry  = 15 * time.Second
+)
+
+// persist repeats a call to the API server until it succeeds, ctx ends, or the
+// error is one that the reflector itself must see. A reflector left to repeat the
+// call would say nothing of a server that refuses connections, wait for up to a
+// minute, and not be stopped meanwhile (client-go v0.37, Reflector.watchList).
+func (s *source) persist(ctx context.Context, missing func(error), call func() error) error {
+	delay := firstRetry
+	for {
+		err := call()
+		switch {
+		case ctx.Err() != nil:
+			return err
+		case err == nil:
+			s.succeeded()
+			return nil
+		case apierrors.IsInvalid(err), apierrors.IsResourceExpired(err), apierrors.IsGone(err), apierrors.IsTimeout(err):
+			return err // streaming is not supported, or the resource version is too old or too new
+		}
+		s.failed(err)
+		missing(err)
+		select {
+		case <-time.After(wait.Jitter(delay, 0.5)):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		delay = min(2*delay, lastRetry)
+	}
+}
+
+// hear notes that the API server has sent something; all says that it was
+// everything there is.
+func (s *source) hear(all bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.heard = time.Now()
+	if all && !s.isSynced {
+		s.isSynced = true
+		close(s.synced)
+	}
+}
+
+func (s *source) hasSynced() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.isSynced
+}
+
+// failed notes an error. The log gets each once, not once a try.
+func (s *source) failed(err error) {
+	err = advise(s.name, err)
+	s.mu.Lock()
+	news := s.lastErr == nil || s.lastErr.Error() != err.Error()
+	s.lastErr = err
+	s.mu.Unlock()
+	if news {
+		s.log.Warn("cannot watch the API server; trying again", "error", err)
+	}
+}
+
+func (s *source) succeeded() {
+	s.mu.Lock()
+	before := s.lastErr
+	s.lastErr = nil
+	s.mu.Unlock()
+	if before != nil {
+		s.log.Info("watching the API server again", "resource", s.name)
+	}
+}
+
+// advise adds what to do to errors that somebody has to act on.
+func advise(name string, err error) error {
+	switch {
+	case apierrors.IsNotFound(err):
+		return fmt.Errorf("%s: the API server does not know this resource: apply the custom resource definitions (deploy/manifests/crds.yaml)", name)
+	case apierrors.IsForbidden(err):
+		return fmt.Errorf("%s: the agent's service account may not list and watch this resource: apply its role (deploy/manifests/rbac.yaml): %w", name, err)
+	case apierrors.IsUnauthorized(err):
+		return fmt.Errorf("%s: the API server does not accept the agent's credentials: check KUBECONFIG or the service account's token: %w", name, err)
+	}
+	var call *url.Error // its URL is long, and different for each try
+	if errors.As(err, &call) {
+		return fmt.Errorf("%s: cannot reach the API server (is it up, and its address right?): %w", name, call.Err)
+	}
+	return fmt.Errorf("%s: the API server answered: %w", name, err)
+}
+
+// pending says why the source has not synced yet; nil once it has.
+func (s *source) pending() error {
+	if s.hasSynced() {
+		return nil
+	}
+	if err := s.trouble(); err != nil {
+		return err
+	}
+	return fmt.Errorf("%s: waiting for the first list", s.name)
+}
+
+// trouble is why the resource cannot be watched now; nil if it can.
+func (s *source) trouble() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lastErr
+}
+
+// silence is how long the API server has not sent anything, and whether it cannot
+// be watched now. A quiet watch is sent a bookmark about once a minute.
+func (s *source) silence(now time.Time) (_ time.Duration, broken bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return now.Sub(s.heard), s.lastErr != nil
+}

@@ -1,0 +1,189 @@
+package podresolver
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+type (
+	azureIdentity = aadpodidentity.AzureIdentity
+	azureAssigned = aadpodidentity.AzureAssignedIdentity
+)
+
+func behaviour(value string) func(*azureIdentity) {
+	return func(id *azureIdentity) {
+		id.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: value}
+	}
+}
+
+func TestWhatAnAssignmentGives(t *testing.T) {
+	var (
+		id     = func() *azureIdentity { return identity("i", "C1", "/R/1") }
+		b      = binding("b", "x", "i", 0)
+		abroad = in("bank", id())
+	)
+	for name, tc := range map[string]struct {
+		assigned *azureAssigned
+		forced   bool // Config.Namespaced
+		want     error
+	}{
+		"that is Assigned":                   {assigned("a", "cart-0", "Assigned", id(), b), false, nil},
+		"that has no state":                  {assigned("a", "cart-0", "", id(), b), false, nil},
+		"that is Created":                    {assigned("a", "cart-0", "Created", id(), b), false, ErrNotAssigned},
+		"that is Unassigned":                 {assigned("a", "cart-0", "Unassigned", id(), b), false, ErrNoIdentity},
+		"in a state that nobody knows":       {assigned("a", "cart-0", "assigned", id(), b), false, ErrNoIdentity},
+		"to another pod":                     {assigned("a", "cart-1", "Assigned", id(), b), false, ErrNoIdentity},
+		"to a pod of another namespace":      {with(assigned("a", "cart-0", "Assigned", id(), b), func(a *azureAssigned) { a.Spec.PodNamespace = "bank" }), false, ErrNoIdentity},
+		"to a pod of another node":           {with(assigned("a", "cart-0", "Assigned", id(), b), func(a *azureAssigned) { a.Spec.NodeName = "node2" }), false, ErrNoIdentity},
+		"that is itself in another place":    {in("mic", assigned("a", "cart-0", "Assigned", id(), b)), true, nil},
+		"without an identity":                {assigned("a", "cart-0", "Assigned", nil, b), false, ErrNoIdentity},
+		"without a binding":                  {assigned("a", "cart-0", "Assigned", id(), nil), false, nil},
+		"of an identity that names nothing":  {assigned("a", "cart-0", "Assigned", identity("i", "", ""), b), false, ErrNoIdentity},
+		"of a label that the pod has not":    {assigned("a", "cart-0", "Assigned", id(), binding("b", "y", "i", 0)), false, ErrNoIdentity},
+		"of a label in another case":         {assigned("a", "cart-0", "Assigned", id(), binding("b", "X", "i", 0)), false, ErrNoIdentity},
+		"of the pod's namespace":             {assigned("a", "cart-0", "Assigned", id(), b), true, nil},
+		"of another namespace":               {assigned("a", "cart-0", "Assigned", abroad, in("bank", binding("b", "x", "i", 0))), false, nil},
+		"of another namespace, forced":       {assigned("a", "cart-0", "Assigned", abroad, in("bank", binding("b", "x", "i", 0))), true, ErrNoIdentity},
+		"of another namespace, annotated":    {assigned("a", "cart-0", "Assigned", with(in("bank", id()), behaviour("namespaced")), b), false, ErrNoIdentity},
+		"of another one, in another case":    {assigned("a", "cart-0", "Assigned", with(in("bank", id()), behaviour("Namespaced")), b), false, ErrNoIdentity},
+		"of another one, otherwise":          {assigned("a", "cart-0", "Assigned", with(in("bank", id()), behaviour("clustered")), b), false, nil},
+		"of the pod's namespace, annotated":  {assigned("a", "cart-0", "Assigned", with(id(), behaviour("namespaced")), b), false, nil},
+		"Created, of another one, annotated": {assigned("a", "cart-0", "Created", with(in("bank", id()), behaviour("namespaced")), b), false, ErrNoIdentity},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := drive(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.assigned).of(newPod("cart-0", "", "x"))
+			for _, want := range []Selector{{}, {ClientID: "c1"}, {ClientID: "C1"}, {ResourceID: "/r/1"}, {ResourceID: "/R/1"}} {
+				got, err := p.Identity(want)
+				require.ErrorIs(t, err, tc.want)
+				if tc.want == nil {
+					assert.Equal(t, "i", got.Name)
+					assert.Equal(t, "c1", got.ClientID)
+				}
+			}
+			_, err := p.Identity(Selector{ClientID: "c2"})
+			require.ErrorIs(t, err, ErrNoIdentity)
+			_, err = p.Identity(Selector{ObjectID: "c1"})
+			require.ErrorIs(t, err, ErrNoIdentity)
+		})
+	}
+}
+
+func TestAManagedResolverIgnoresAssignments(t *testing.T) {
+	p := drive(t, Config{}, assigned("a", "p", "Assigned", identity("i", "c", ""), nil)).of(newPod("p", "", "x"))
+	_, err := p.Identity(Selector{})
+	assert.ErrorIs(t, err, ErrNoIdentity)
+}
+
+// TestWhatABindingPromises is about bindings that MIC has made nothing of yet.
+func TestWhatABindingPromises(t *testing.T) {
+	for name, tc := range map[string]struct {
+		objects []any
+		forced  bool
+		want    error
+		why     string
+	}{
+		"nothing":                          {nil, false, ErrNoIdentity, `no AzureIdentityBinding has the selector "x"`},
+		"nothing, forced":                  {nil, true, ErrNoIdentity, `no AzureIdentityBinding in namespace "shop" has the selector "x"`},
+		"one of the pod's namespace":       {[]any{identity("i", "C1", ""), binding("b", "x", "i", 0)}, false, ErrNotAssigned, "shop/i"},
+		"one of another selector":          {[]any{identity("i", "C1", ""), binding("b", "y", "i", 0)}, false, ErrNoIdentity, ""},
+		"one whose identity is missing":    {[]any{binding("b", "x", "i", 0)}, false, ErrNoIdentity, "does not exist"},
+		"one of another namespace":         {[]any{in("bank", identity("i", "C1", "")), in("bank", binding("b", "x", "i", 0))}, false, ErrNotAssigned, "bank/i"},
+		"one of another namespace, forced": {[]any{in("bank", identity("i", "C1", "")), in("bank", binding("b", "x", "i", 0))}, true, ErrNoIdentity, ""},
+		"one of another, annotated":        {[]any{with(in("bank", identity("i", "C1", "")), behaviour("namespaced")), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "is for pods of its own namespace only"},
+		"binding and identity are apart":   {[]any{identity("i", "C1", ""), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "does not exist in the binding's namespace"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := drive(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.objects...).of(newPod("cart-0", "", "x"))
+			for _, want := range []Selector{{}, {ClientID: "c1"}, {ClientID: "C1"}} {
+				_, err := p.Identity(want)
+				require.ErrorIs(t, err, tc.want)
+				assert.ErrorContains(t, err, tc.why)
+			}
+			_, err := p.Identity(Selector{ClientID: "c2"})
+			assert.ErrorIs(t, err, ErrNoIdentity, "nothing to wait for")
+		})
+	}
+}
+
+func TestARefusalDoesNotDenyABindingThatThereIs(t *testing.T) {
+	p := drive(t, Config{Mode: Standard}, identity("i", "c1", ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x"))
+	_, err := p.Identity(Selector{ClientID: "c2"})
+	require.ErrorIs(t, err, ErrNoIdentity)
+	assert.NotContains(t, err.Error(), "no AzureIdentityBinding")
+}
+
+func TestAnAssignmentIsASnapshot(t *testing.T) {
+	pod := newPod("p", "", "x")
+	world := drive(t, Config{Mode: Standard},
+		assigned("a", "p", "Assigned", identity("i", "c-then", ""), binding("b", "x", "i", 0)))
+	for range 2 { // with the objects gone, then with other ones
+		id, err := world.of(pod).Identity(Selector{})
+		require.NoError(t, err)
+		assert.Equal(t, Identity{Namespace: "shop", Name: "i", ClientID: "c-then", Binding: "b"}, id)
+		world.put(identity("i", "c-now", ""), binding("b", "x", "i", 0))
+	}
+	_, err := world.of(pod).Identity(Selector{ClientID: "c-now"})
+	assert.ErrorIs(t, err, ErrNotAssigned, "MIC will see that it has changed")
+}
+
+func TestAnAssignmentEndsWithTheLabelOfItsBinding(t *testing.T) {
+	world := drive(t, Config{Mode: Standard}, assigned("a", "p", "Assigned", identity("i", "c", ""), binding("b", "x", "i", 0)))
+	for label, why := range map[string]string{
+		"y": `AzureAssignedIdentity "a" names AzureIdentity "i", which was assigned by the selector "x"`,
+		"":  `was assigned by the selector "x"`,
+	} {
+		_, err := world.of(newPod("p", "", label)).Identity(Selector{})
+		require.ErrorIs(t, err, ErrNoIdentity)
+		assert.ErrorContains(t, err, why)
+	}
+}
+
+func TestAssignmentsComeInTheOrderOfTheirBindings(t *testing.T) {
+	one := func(name, identityName, bindingName string, age time.Duration) any {
+		return assigned(name, "p", "Assigned", identity(identityName, identityName, ""), binding(bindingName, "x", identityName, age))
+	}
+	all := []any{
+		one("1", "young", "a", 0), one("2", "old", "z", time.Hour), one("3", "twin-b", "n", time.Minute), one("4", "twin-a", "m", time.Minute),
+		one("6", "old", "zz", 0), // again, by another binding
+	}
+	for range len(all) {
+		p := drive(t, Config{Mode: Standard}, all...).of(newPod("p", "", "x"))
+		assert.Equal(t, []string{"old", "twin-a", "twin-b", "young"}, names(p.identities))
+		all = slices.Concat(all[1:], all[:1])
+	}
+}
+
+func TestAssignmentsOfOneNameInTwoNamespacesHaveAnOrder(t *testing.T) {
+	one := func(namespace, id string) any {
+		return in(namespace, assigned("a", "p", "Assigned", identity(id, id, ""), binding("b", "x", id, 0)))
+	}
+	for _, all := range [][]any{{one("m", "i"), one("n", "j")}, {one("n", "j"), one("m", "i")}} {
+		p := drive(t, Config{Mode: Standard}, all...).of(newPod("p", "", "x"))
+		assert.Equal(t, []string{"i", "j"}, names(p.identities))
+	}
+}
+
+func TestAnAssignmentFollowsItsPodName(t *testing.T) {
+	a := func(pod string) any {
+		return assigned("a", pod, "Assigned", identity("i", "c", ""), binding("b", "x", "i", 0))
+	}
+	world := drive(t, Config{Mode: Standard}, a("p"), newPod("p", addr.String(), "x"), newPod("q", "10.244.0.8", "x"))
+	world.update()
+	holds := func(podName string) bool {
+		_, err := world.of(newPod(podName, "", "x")).Identity(Selector{})
+		return err == nil
+	}
+	assert.True(t, holds("p"))
+	world.put(a("q"))
+	assert.False(t, holds("p"))
+	assert.True(t, holds("q"))
+	assert.Len(t, world.tables.dirty, 2, "both are decided anew")
+	world.drop(a("q"))
+	assert.False(t, holds("q"))
+}

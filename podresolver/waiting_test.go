@@ -1,0 +1,144 @@
+package podresolver_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver"
+)
+
+func TestUnknownAddressesWaitForTheEventAndNoLonger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, cart()...)
+
+		begin := time.Now()
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		assert.ErrorContains(t, err, addr.String())
+		assert.Equal(t, podresolver.DefaultPodWait, time.Since(begin))
+		assert.Len(t, w.gates.pods.lookups(), 1)
+
+		go func() {
+			time.Sleep(time.Second)
+			w.Add(podresolver.NewPod("cart-0", addr.String(), "cart"))
+		}()
+		took := together(1000, func() {
+			pod, err := w.resolver.Resolve(t.Context(), addr)
+			if assert.NoError(t, err) {
+				assert.Equal(t, "cart-0", pod.Name)
+			}
+		})
+		assert.Equal(t, time.Second, took, "woken by the event, at once")
+		assert.Len(t, w.gates.pods.lookups(), 1, "nobody else was asked")
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		_, err = w.resolver.Resolve(ctx, other)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		assert.Len(t, w.gates.pods.lookups(), 1, "who does not wait does not ask")
+	})
+}
+
+func TestThePatienceIsAsConfigured(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{PodWait: 42 * time.Millisecond})
+		begin := time.Now()
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		assert.Equal(t, 42*time.Millisecond, time.Since(begin))
+	})
+}
+
+// TestOthersNewsWakeNobody holds a waiter against a storm of other pods.
+func TestOthersNewsWakeNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, cart()...)
+		done := make(chan string)
+		go func() { done <- w.name(addr) }()
+		synctest.Wait()
+		requests, addresses := w.resolver.Waiting()
+		assert.Equal(t, [2]int{1, 1}, [2]int{requests, addresses})
+
+		next := addr.Next()
+		for i := range 500 {
+			w.Add(podresolver.NewPod(fmt.Sprint("p", i), next.String(), "cart"))
+			synctest.Wait()
+			requests, _ = w.resolver.Waiting()
+			require.Equal(t, 1, requests, "a waiter that is woken is not counted any more")
+			next = next.Next()
+		}
+		assert.Equal(t, 500, w.resolver.Stats().Addresses)
+		w.Add(podresolver.NewPod("mine", addr.String(), "cart"))
+		assert.Equal(t, "mine", <-done)
+		requests, addresses = w.resolver.Waiting()
+		assert.Zero(t, requests+addresses)
+	})
+}
+
+func TestWaitersLeaveNothingBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{})
+		ctx, cancel := context.WithCancel(t.Context())
+		next := addr
+		var failed atomic.Int32
+		for range 100 {
+			at := next
+			for range 10 {
+				go func() {
+					if _, err := w.resolver.Resolve(ctx, at); err != nil {
+						failed.Add(1)
+					}
+				}()
+			}
+			next = next.Next()
+		}
+		synctest.Wait()
+		requests, addresses := w.resolver.Waiting()
+		assert.Equal(t, [2]int{1000, 100}, [2]int{requests, addresses})
+		cancel()
+		synctest.Wait()
+		requests, addresses = w.resolver.Waiting()
+		assert.Zero(t, requests+addresses)
+		assert.EqualValues(t, 1000, failed.Load())
+		assert.Empty(t, w.gates.pods.lookups())
+	})
+}
+
+func TestEachWaiterIsWokenByItsOwnPod(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{PodWait: time.Hour})
+		begin := time.Now()
+		next := addr
+		for i := range 20 {
+			at, due := next, time.Duration(i+1)*time.Second
+			go func() {
+				assert.Equal(t, fmt.Sprint("p", i), w.name(at))
+				assert.Equal(t, due, time.Since(begin))
+			}()
+			next = next.Next()
+		}
+		next = addr
+		for i := range 20 {
+			time.Sleep(time.Second)
+			w.Add(podresolver.NewPod(fmt.Sprint("p", i), next.String(), ""))
+			next = next.Next()
+		}
+		synctest.Wait()
+	})
+}
+
+func TestAnUnspecifiedAddressIsOnlyUnknown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, podresolver.NewPod("p", "", ""))
+		_, err := w.resolver.Resolve(t.Context(), netip.Addr{})
+		assert.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+	})
+}

@@ -1,0 +1,152 @@
+package podresolver
+
+import (
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+var addr = netip.MustParseAddr("10.244.0.7")
+
+func named(name string) metav1.ObjectMeta {
+	return metav1.ObjectMeta{Namespace: "shop", Name: name}
+}
+
+// with returns an object after a change.
+func with[T any](object *T, change func(*T)) *T {
+	change(object)
+	return object
+}
+
+func identity(name, clientID, resourceID string) *aadpodidentity.AzureIdentity {
+	return &aadpodidentity.AzureIdentity{
+		ObjectMeta: named(name),
+		Spec:       aadpodidentity.AzureIdentitySpec{ClientID: clientID, ResourceID: resourceID},
+	}
+}
+
+func binding(name, selector, identity string, age time.Duration) *aadpodidentity.AzureIdentityBinding {
+	b := &aadpodidentity.AzureIdentityBinding{
+		ObjectMeta: named(name),
+		Spec:       aadpodidentity.AzureIdentityBindingSpec{Selector: selector, AzureIdentity: identity},
+	}
+	b.CreationTimestamp = metav1.NewTime(time.Unix(1_700_000_000, 0).Add(-age))
+	return b
+}
+
+func exception(name string, labels map[string]string) *aadpodidentity.AzurePodIdentityException {
+	return &aadpodidentity.AzurePodIdentityException{
+		ObjectMeta: named(name),
+		Spec:       aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: labels},
+	}
+}
+
+// assigned is what MIC makes of an identity and a binding for a pod of node1.
+func assigned(name, podName, state string, id *aadpodidentity.AzureIdentity, b *aadpodidentity.AzureIdentityBinding) *aadpodidentity.AzureAssignedIdentity {
+	return &aadpodidentity.AzureAssignedIdentity{
+		ObjectMeta: named(name),
+		Spec: aadpodidentity.AzureAssignedIdentitySpec{
+			AzureIdentityRef: id, AzureBindingRef: b, Pod: podName, PodNamespace: "shop", NodeName: "node1",
+		},
+		Status: aadpodidentity.AzureAssignedIdentityStatus{Status: state},
+	}
+}
+
+// newPod is a running pod of node1. Its label is left out if it is "".
+func newPod(name, ip, label string) *corev1.Pod {
+	p := &corev1.Pod{
+		ObjectMeta: named(name),
+		Spec:       corev1.PodSpec{NodeName: "node1"},
+		Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
+	}
+	p.UID = types.UID("uid-of-" + name)
+	if label != "" {
+		p.Labels = map[string]string{aadpodidentity.BindingLabel: label}
+	}
+	return p
+}
+
+func in[T metav1.Object](namespace string, object T) T {
+	object.SetNamespace(namespace)
+	return object
+}
+
+// store is what a reflector fills.
+type store interface {
+	cache.ReflectorStore
+	cache.TransformingStore
+}
+
+// driven is a resolver without its goroutines: the test fills its tables as
+// reflectors do, and decides when to decide.
+type driven struct {
+	*Resolver
+	stores struct{ pods, identities, bindings, exceptions, assigned store }
+}
+
+func drive(tb testing.TB, cfg Config, objects ...any) *driven {
+	tb.Helper()
+	cfg.Node = "node1"
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	r, err := New(Sources{}, cfg)
+	require.NoError(tb, err)
+	d, t := &driven{Resolver: r}, r.tables
+	unheard := func(bool) {}
+	d.stores.pods = &table[podRow]{t, t.pods, rowOf(r.podRow), t.changedPod, unheard}
+	d.stores.identities = &table[identityRow]{t, t.identities, rowOf(identityRowOf), t.changedIdentity, unheard}
+	d.stores.bindings = &table[bindingRow]{t, t.bindings, rowOf(bindingRowOf), t.changedBinding, unheard}
+	d.stores.exceptions = &table[exceptionRow]{t, t.exceptions, rowOf(exceptionRowOf), t.changedException, unheard}
+	d.stores.assigned = &table[assignedRow]{t, t.assigned, rowOf(assignedRowFor(cfg.Node)), t.changedAssigned, unheard}
+	d.put(objects...)
+	return d
+}
+
+func (d *driven) put(objects ...any) {
+	for _, object := range objects {
+		_ = d.storeOf(object).Add(object)
+	}
+}
+
+func (d *driven) drop(objects ...any) {
+	for _, object := range objects {
+		_ = d.storeOf(object).Delete(object)
+	}
+}
+
+func (d *driven) storeOf(object any) store {
+	switch object.(type) {
+	case *corev1.Pod:
+		return d.stores.pods
+	case *aadpodidentity.AzureIdentity:
+		return d.stores.identities
+	case *aadpodidentity.AzureIdentityBinding:
+		return d.stores.bindings
+	case *aadpodidentity.AzurePodIdentityException:
+		return d.stores.exceptions
+	default:
+		return d.stores.assigned
+	}
+}
+
+// of is what is decided for a pod now.
+func (d *driven) of(pod *corev1.Pod) *Pod { return d.decide(d.podRow(pod)) }
+
+// names are those of identities, in their order.
+func names(identities []Identity) []string {
+	var all []string
+	for _, id := range identities {
+		all = append(all, id.Name)
+	}
+	return all
+}
