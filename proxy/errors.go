@@ -125,5 +125,6 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		b = append(b, `,"error_description":`...)
 		b = appendString(b, e.description)
 	}
+	s.finish(w.Header())
 	writeJSON(w, e.status, append(b, '}'))
 }

@@ -25,7 +25,8 @@ func (s *Server) newForward() *httputil.ReverseProxy {
 				}
 			}
 		},
-		FlushInterval: -1, // stream as it comes
+		ModifyResponse: func(r *http.Response) error { s.finish(r.Header); return nil },
+		FlushInterval:  -1, // stream as it comes
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			s.refuse(w, r, fmt.Errorf("passing a request on: %w", err))
 		},

@@ -365,8 +365,7 @@ func TestARetiredServerClosesEachConnectionWithItsNextAnswer(t *testing.T) {
 	w.server.Retire(false)
 	assert.False(t, ask(second))
 
-	w.server.Retire(true)
-	w.stop()
+	w.stop() // which retires it
 	assert.True(t, ask(second), "a connection that was idle when the server was told to stop is of use once more")
 	ended := make(chan struct{})
 	go func() { w.running.Wait(); close(ended) }()
@@ -375,6 +374,21 @@ func TestARetiredServerClosesEachConnectionWithItsNextAnswer(t *testing.T) {
 	case <-time.After(2 * time.Second):
 		t.Fatal("waits, although all connections are closed")
 	}
+}
+
+func TestAnAnswerThatTookLongEndsItsConnectionToo(t *testing.T) {
+	imds := blockingIMDS{asked: make(chan struct{}), release: make(chan struct{})}
+	w := newWorld(t, func(c *Config) { c.Upstream = imds })
+	conn := w.connect(unbound)
+	_, err := io.WriteString(conn, "GET /metadata/versions HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
+	require.NoError(t, err)
+	<-imds.asked
+	w.server.Retire(true)
+	close(imds.release)
+	resp, err := http.ReadResponse(conn.r, nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	assert.True(t, resp.Close, "retired after it was asked, and before it answered")
 }
 
 type keptAlive struct {

@@ -77,8 +77,9 @@ const (
 	readHeaderTimeout = 5 * time.Second
 	idleTimeout       = 2 * time.Minute
 	maxHeaderBytes    = 8 << 10
-	// lingerTimeout is how long Serve waits for a retired server's connections.
-	lingerTimeout = 3 * time.Second
+	// lingerTimeout is how long Serve waits for clients to use their connections
+	// once more.
+	lingerTimeout = time.Second
 	// drainTimeout is how long Serve waits for requests under way when it is
 	// told to stop; Kubernetes kills after 30 s by default.
 	drainTimeout = 15 * time.Second
@@ -106,10 +107,10 @@ func New(cfg Config) *Server {
 // under way finish for at most 15 s, and returns nil. It returns an error when ln
 // fails before that. It closes ln.
 //
-// A server that is retired when ctx ends first gives clients 3 s to use the
-// connections that they hold once more, and so to learn that they are at an end:
-// a request that is on its way to an idle connection just when that is closed is
-// lost (RFC 9112, 9.6).
+// When ctx ends it first gives clients a second to use the connections that they
+// hold once more, and so to learn that they are at an end: a request that is on its
+// way to an idle connection just when that is closed is lost (RFC 9112, 9.6), and
+// so is one that http.Server reads after Shutdown.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	var open sync.WaitGroup // connections
 	s.http.ConnState = func(_ net.Conn, state http.ConnState) {
@@ -127,15 +128,14 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		return err
 	case <-ctx.Done():
 	}
+	s.Retire(true)
 	_ = ln.Close()
 	<-ended //nolint:errcheck // what Close did to it is not news
-	if s.retired.Load() {
-		allClosed := make(chan struct{})
-		go func() { open.Wait(); close(allClosed) }()
-		select {
-		case <-allClosed:
-		case <-time.After(lingerTimeout):
-		}
+	allClosed := make(chan struct{})
+	go func() { open.Wait(); close(allClosed) }()
+	select {
+	case <-allClosed:
+	case <-time.After(lingerTimeout):
 	}
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
@@ -151,12 +151,17 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 // false, keep connections open again.
 func (s *Server) Retire(on bool) { s.retired.Store(on) }
 
+// finish closes the connection with this answer if the server is retired. It is
+// called when the answer is written, which may be long after it was asked for.
+func (s *Server) finish(answer http.Header) {
+	if s.retired.Load() {
+		answer.Set("Connection", "close")
+	}
+}
+
 // ServeHTTP takes a request down its road, and writes the error if one comes
 // back. It is exported because http.Server asks for it.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if s.retired.Load() {
-		w.Header().Set("Connection", "close")
-	}
 	if err := s.handle(w, r); err != nil {
 		s.refuse(w, r, err)
 	}
