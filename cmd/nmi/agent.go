@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -11,7 +10,6 @@ import (
 	"os"
 	"sync"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -51,20 +49,33 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if resolver, err = newResolver(cfg, log); err != nil {
 		return err
 	}
-	before, err := findPredecessor(cfg.handoverDir)
+	after := &handover{dir: cfg.handoverDir, log: log}
+	status := newHealth(ctx, resolver, rules, after.note)
+	// What requests need outlives them: it ends when Serve has returned.
+	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBehind()
+	if cfg.probeSocket != "" {
+		ln, err := listenUnix(ctx, "unix", cfg.probeSocket)
+		if err != nil {
+			return fmt.Errorf("listening for --%s: %w", flagProbeSocket, err)
+		}
+		defer ln.Close()
+		own := servePage(ln, status.handler())
+		own.begin(behind)
+		defer own.end()
+	}
+
+	before := findPredecessor(cfg.handoverDir, log)
+	defer before.close()
+	if after.lock, err = before.ownership(ctx, cfg.handoverDir); err != nil {
+		return err
+	}
+	defer func() { _ = after.lock.Close() }()
+	open, err := before.listen(ctx, cfg.ports())
 	if err != nil {
 		return err
 	}
-	defer before.close()
-	open := sockets{}
 	defer open.close()
-	for _, p := range cfg.ports() {
-		ln, err := before.listen(ctx, p.name, p.port)
-		if err != nil {
-			return err
-		}
-		open[p.name] = ln
-	}
 
 	source := upstream.New(upstream.Config{
 		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
@@ -79,32 +90,38 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		PodsOnly: cfg.mode == iptables.None, CheckSource: rules.CheckSource,
 		Logger: log,
 	})
-	status := newHealth(ctx, resolver, rules)
 	measured, err := metrics(rules, resolver)
 	if err != nil {
 		return err
 	}
-	pages := []*part{servePage(open[flagProbePort], status.handler()), servePage(open[flagPrometheusPort], measured)}
-	keepRules := &part{run: rules.Run}
+	after.sockets, after.retire = open, server.Retire
+	after.front = &gate{TCPListener: open[flagPort]}
+	after.begin = func(p *part) { p.begin(behind) }
+	after.parts = []*part{{run: rules.Run}, servePage(open[flagProbePort], status.handler()), servePage(open[flagPrometheusPort], measured)}
 
-	// What requests need outlives them: it ends when Serve has returned.
-	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer stopBehind()
 	running.Go(func() { resolver.Run(behind) })
-	for _, p := range pages {
-		p.begin(behind)
-		defer p.end()
-	}
-	if err := before.take(ctx, resolver.Synced()); err != nil {
+	if err := before.take(ctx, resolver.Synced()); ctx.Err() != nil {
+		log.Info("stopped before it had taken over")
+		return nil
+	} else if err != nil {
 		return err
 	}
-	keepRules.begin(ctx)
-	defer keepRules.end()
-	after := &handover{dir: cfg.handoverDir, sockets: open, pages: pages, rules: keepRules, retire: server.Retire, log: log}
+	for _, p := range after.parts {
+		p.begin(behind)
+	}
+	defer after.end()
 	var giving sync.WaitGroup
-	giving.Go(func() { after.run(ctx) })
+	giving.Go(func() {
+		if before.outlive(ctx) {
+			after.run(ctx)
+		} else {
+			after.end() // for the predecessor to begin its own
+		}
+		before.close()
+	})
 	running.Go(func() {
 		select {
 		case <-resolver.Synced():
@@ -114,7 +131,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	})
 
 	log.Info("listening", "address", open[flagPort].Addr().String())
-	var front net.Listener = open[flagPort]
+	var front net.Listener = after.front
 	if cfg.mode != iptables.None {
 		front = proxy.OnlyRedirected(front, cfg.metadata)
 	}
@@ -124,9 +141,14 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("serving: %w", err)
 	}
-	if rules.Status().Err == nil {
+	switch {
+	case after.given.Load():
+		log.Info("stopped; another agent has taken over, and keeps the iptables rules")
+	case cfg.mode == iptables.None:
+		log.Info("stopped; nobody redirects to this agent any more, and without it pods reach the metadata service")
+	case rules.Status().Err == nil:
 		log.Info("stopped; the iptables rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
-	} else {
+	default:
 		log.Info("stopped; this agent has put no iptables rules in place")
 	}
 	return nil
@@ -163,19 +185,4 @@ func apiServer(userAgent string) (restConfig *rest.Config, err error) {
 	}
 	restConfig.UserAgent = userAgent
 	return restConfig, nil
-}
-
-// listen opens a TCP listener on all addresses, since a redirected connection
-// comes to whichever the mode says, and the mode may change. The port was chosen
-// by a flag.
-func listen(ctx context.Context, flagName string, port uint16) (*net.TCPListener, error) {
-	var lc net.ListenConfig
-	ln, err := lc.Listen(ctx, "tcp4", netip.AddrPortFrom(netip.IPv4Unspecified(), port).String())
-	if errors.Is(err, unix.EADDRINUSE) {
-		return nil, fmt.Errorf("port %d is taken: stop the program that listens there (another NMI?) or choose another --%s", port, flagName)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("listening for --%s: %w", flagName, err)
-	}
-	return ln.(*net.TCPListener), nil //nolint:errcheck // it is one, of network tcp4
 }

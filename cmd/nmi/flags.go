@@ -37,6 +37,7 @@ type config struct {
 	blockWireserver bool
 	allowUnguarded  bool
 	handoverDir     string // "" for none
+	probeSocket     string // "" for none
 
 	resolving podresolver.Config
 }
@@ -92,6 +93,7 @@ type options struct {
 	podWait               time.Duration
 	identityWait          time.Duration
 	maxStaleness          time.Duration
+	probeSocket           string
 
 	klog *flag.FlagSet
 }
@@ -140,6 +142,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.DurationVar(&o.identityWait, "identity-wait", podresolver.DefaultIdentityWait, "how long a request waits for MIC to assign the identity, in standard mode")
 	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server cannot be watched; 0 is for ever")
 	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
+	o.addProbeSocket(fs)
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
@@ -190,7 +193,7 @@ func (o *options) config() (config, error) {
 		blockInstance:  o.blockInstanceMetadata,
 		headerOptional: !o.headerRequired,
 		prometheusPort: o.prometheusPort, blockWireserver: o.blockWireserver,
-		allowUnguarded: o.allowKubenet, handoverDir: o.handoverDir,
+		allowUnguarded: o.allowKubenet, handoverDir: o.handoverDir, probeSocket: o.probeSocket,
 		userAgent: strings.TrimSpace("nmi/" + version + " " + o.userAgent),
 	}
 	if cfg.node == "" {
@@ -230,6 +233,9 @@ func (o *options) config() (config, error) {
 	}
 	if cfg.handoverDir != "" && !filepath.IsAbs(cfg.handoverDir) {
 		return config{}, fmt.Errorf("--handover-dir=%s is not usable: give an absolute path, or nothing to turn it off", cfg.handoverDir)
+	}
+	if cfg.probeSocket != "" && !filepath.IsAbs(cfg.probeSocket) {
+		return config{}, fmt.Errorf("--%s=%s is not usable: give an absolute path, or nothing to turn it off", flagProbeSocket, cfg.probeSocket)
 	}
 	metadata, err := parseIPv4("metadata-ip", o.metadataIP)
 	if err != nil {

@@ -83,6 +83,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--redirect-mode=magic":              `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
 		"--prometheus-port=2579":             "--nmi-port and --prometheus-port are both 2579",
 		"--handover-dir=run/nmi":             "--handover-dir=run/nmi is not usable: give an absolute path",
+		"--probe-socket=probe.sock":          "--probe-socket=probe.sock is not usable: give an absolute path",
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
 		require.NoError(t, err, arg)

@@ -20,8 +20,8 @@ type health struct {
 var errStopping = errors.New("the agent is stopping")
 
 // newHealth says when the agent is ready: not stopping, synced, rules in place, and
-// no reason to withhold tokens.
-func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler) *health {
+// no reason to withhold tokens. more is what else there is to say then.
+func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler, more func() string) *health {
 	return &health{
 		checks: []func() error{
 			func() error {
@@ -43,7 +43,7 @@ func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptab
 			if err := resolver.Stale(); err != nil {
 				note += "\ndecisions may be out of date:\n" + list(err)
 			}
-			return note
+			return note + more()
 		},
 	}
 }

@@ -83,7 +83,7 @@ the identity of the node.`,
 	}
 	opts.addRedirectAddress(cleanup.Flags())
 	opts.addLogging(cleanup.Flags())
-	root.AddCommand(cleanup, explainCommand(opts), &cobra.Command{
+	root.AddCommand(cleanup, explainCommand(opts), newProbe(opts), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  noArguments,
@@ -94,7 +94,7 @@ the identity of the node.`,
 
 func noArguments(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return fmt.Errorf("unexpected argument %q: the commands are cleanup, explain and version, and the values of boolean flags are written --flag=true", args[0])
+		return fmt.Errorf("unexpected argument %q: the commands are cleanup, explain, probe and version, and the values of boolean flags are written --flag=true", args[0])
 	}
 	return nil
 }

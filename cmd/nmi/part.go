@@ -2,13 +2,12 @@ package main
 
 import (
 	"context"
-	"net"
 	"net/http"
 	"time"
 )
 
 // part is something that the agent does until it is stopped, and that can be
-// started again. It is for one goroutine to start and stop.
+// started again. It is for one goroutine at a time to start and stop.
 type part struct {
 	run  func(context.Context)
 	stop func() // nil while it does not run; returns when run has
@@ -34,7 +33,7 @@ func (p *part) end() {
 }
 
 // servePage is a part that answers HTTP on a socket that outlives it.
-func servePage(ln *net.TCPListener, handler http.Handler) *part {
+func servePage(ln deadlineListener, handler http.Handler) *part {
 	return &part{run: func(ctx context.Context) {
 		_ = ln.SetDeadline(time.Time{})
 		server := &http.Server{Handler: handler, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
@@ -42,8 +41,3 @@ func servePage(ln *net.TCPListener, handler http.Handler) *part {
 		_ = server.Serve(lent{ln}) // always an error, after Close
 	}}
 }
-
-// lent is a listener that stays open when it is closed, and accepts no more.
-type lent struct{ *net.TCPListener }
-
-func (l lent) Close() error { return l.SetDeadline(time.Unix(1, 0)) }

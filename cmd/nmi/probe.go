@@ -1,0 +1,87 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+const (
+	flagProbeSocket = "probe-socket"
+	probeTimeout    = 2 * time.Second
+	maxPage         = 64 << 10 // bytes
+)
+
+func (o *options) addProbeSocket(fs *pflag.FlagSet) {
+	fs.StringVar(&o.probeSocket, flagProbeSocket, "", `Unix socket of /healthz and /readyz, for "nmi probe", in a directory of this pod alone; "" for none`)
+}
+
+// newProbe is the command that the kubelet runs in the agent's pod. During an
+// upgrade two pods are on the node with one port between them; the socket is the
+// pod's own, so that each is as ready as its own process says.
+func newProbe(opts *options) *cobra.Command {
+	pages := map[string]string{"live": "/healthz", "ready": "/readyz"}
+	probe := &cobra.Command{
+		Use:   "probe [live|ready]",
+		Short: "Ask the agent of this pod how it is",
+		Long: `probe prints what the agent that listens on --probe-socket says of itself, and
+fails if it is not alive (live) or not ready (ready, which is the default).`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 1 || len(args) == 1 && pages[args[0]] == "" {
+				return fmt.Errorf("unexpected arguments %q: probe takes live or ready", args)
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			page := "/readyz"
+			if len(args) == 1 {
+				page = pages[args[0]]
+			}
+			if opts.probeSocket == "" {
+				return fmt.Errorf("--%s is required: the one that the agent was given", flagProbeSocket)
+			}
+			return probe(cmd.Context(), opts.probeSocket, page, cmd.OutOrStdout())
+		},
+	}
+	opts.addProbeSocket(probe.Flags())
+	return probe
+}
+
+// probe prints a page of the agent that listens on the socket. Any answer but 200
+// is an error.
+func probe(ctx context.Context, socket, page string, out io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nmi"+page, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("the agent that listens on %s did not answer in %s", socket, probeTimeout)
+	}
+	if err != nil {
+		return fmt.Errorf("no agent answers: %w", err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(out, io.LimitReader(resp.Body, maxPage)); err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s says %s", page, resp.Status)
+	}
+	return nil
+}
