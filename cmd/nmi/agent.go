@@ -59,7 +59,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		if err != nil {
 			return fmt.Errorf("listening for --%s: %w", flagProbeSocket, err)
 		}
-		defer ln.Close()
+		defer ln.Close() //nolint:errcheck // nobody can be told
 		own := servePage(ln, status.handler())
 		own.begin(behind)
 		defer own.end()

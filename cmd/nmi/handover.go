@@ -143,7 +143,7 @@ func (h *handover) await(ctx context.Context) (_ *net.UnixConn, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer ln.Close()
+	defer ln.Close() //nolint:errcheck // nobody can be told
 	defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
 	h.trouble.Store(nil)
 	return ln.AcceptUnix()
@@ -153,7 +153,7 @@ func (h *handover) await(ctx context.Context) (_ *net.UnixConn, err error) {
 // everything taken back. When ctx ends first, the successor hears of it after the
 // parts have ended.
 func (h *handover) give(ctx context.Context, conn *net.UnixConn) error {
-	defer conn.Close()
+	defer conn.Close() //nolint:errcheck // nobody can be told
 	defer func() {
 		if ctx.Err() != nil {
 			h.end()

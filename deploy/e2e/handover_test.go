@@ -3,18 +3,12 @@
 package e2e
 
 import (
-	"bufio"
 	"fmt"
-	"io"
-	"math/rand/v2"
-	"net"
 	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,90 +17,6 @@ import (
 
 	"github.com/podidentity/nmi/deploy/testbed"
 )
-
-// load is pods that never stop asking. Unlike http.Client it repeats nothing: a
-// connection that ends where an answer was due is a failure.
-type load struct {
-	sent, failed atomic.Int64
-	first        atomic.Pointer[string] // failure
-	stop         chan struct{}
-	asking       sync.WaitGroup
-}
-
-// startLoad begins with some connections that are kept alive and some that are
-// made for each request.
-func startLoad(p *pod, keptAlive, fresh int) *load {
-	l := &load{stop: make(chan struct{})}
-	for i := range keptAlive + fresh {
-		l.asking.Go(func() { l.ask(p, i < keptAlive) })
-	}
-	return l
-}
-
-// end stops the load and returns what it counted.
-func (l *load) end() (sent, failed int64, first string) {
-	close(l.stop)
-	l.asking.Wait()
-	if f := l.first.Load(); f != nil {
-		first = *f
-	}
-	return l.sent.Load(), l.failed.Load(), first
-}
-
-func (l *load) ask(p *pod, keepAlive bool) {
-	var conn net.Conn
-	var r *bufio.Reader
-	for {
-		select {
-		case <-l.stop:
-			if conn != nil {
-				_ = conn.Close()
-			}
-			return
-		default:
-		}
-		l.sent.Add(1)
-		err := func() error {
-			if conn == nil {
-				var err error
-				if conn, err = p.DialContext(p.t.Context(), "tcp", testbed.MetadataAddress); err != nil {
-					return err
-				}
-				r = bufio.NewReader(conn)
-			}
-			_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
-			request := strings.Replace(tokenURL+vault, "http://"+testbed.MetadataAddress, "", 1)
-			if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n", request); err != nil {
-				return err
-			}
-			resp, err := http.ReadResponse(r, nil)
-			if err != nil {
-				return err
-			}
-			defer resp.Body.Close()
-			if _, err := io.Copy(io.Discard, resp.Body); err != nil {
-				return err
-			}
-			if resp.StatusCode != http.StatusOK {
-				return fmt.Errorf("status %d", resp.StatusCode)
-			}
-			if resp.Close || !keepAlive {
-				_ = conn.Close()
-				conn = nil
-			}
-			return nil
-		}()
-		if err != nil {
-			l.failed.Add(1)
-			text := err.Error()
-			l.first.CompareAndSwap(nil, &text)
-			if conn != nil {
-				_ = conn.Close()
-				conn = nil
-			}
-		}
-	}
-}
 
 // successor starts an agent beside the one that runs, and waits until it has
 // taken over.
@@ -123,6 +33,20 @@ func (s *scenario) says(a *testbed.Agent, what string) {
 	require.Eventually(s.t, func() bool { return strings.Contains(a.Log(), what) }, 30*time.Second, 2*time.Millisecond, what)
 }
 
+// stops ends an agent as the kubelet does.
+func (s *scenario) stops(a *testbed.Agent) {
+	s.t.Helper()
+	code, err := a.Stop()
+	require.NoError(s.t, err)
+	assert.Zero(s.t, code)
+}
+
+// probes is what the kubelet is told by the agent's own pod.
+func (s *scenario) probes(a *testbed.Agent, what string) (code int, output string) {
+	s.t.Helper()
+	return s.nmi("probe", what, "--probe-socket="+a.ProbeSocket)
+}
+
 func TestTwentyUpgradesUnderLoadLoseNoRequest(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
@@ -132,125 +56,100 @@ func TestTwentyUpgradesUnderLoadLoseNoRequest(t *testing.T) {
 	loads := []*load{startLoad(p, 4, 2), startLoad(q, 4, 2)}
 	for range 20 {
 		next := s.successor()
-		code, err := a.Stop()
-		require.NoError(t, err)
-		assert.Zero(t, code)
+		s.stops(a)
 		a = next
 	}
 	for _, l := range loads {
-		sent, failed, first := l.end()
-		assert.Zero(t, failed, first)
-		assert.Greater(t, sent, int64(1000))
-		t.Logf("requests sent: %d, failed: %d", sent, failed)
+		l.losesNothing(t)
+		assert.Greater(t, l.sent.Load(), int64(1000))
 	}
 }
 
-func TestASuccessorThatDiesHalfWayLeavesTheOldOneServing(t *testing.T) {
-	s := begin(t)
-	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
-	s.agent()
-	random := rand.New(rand.NewPCG(3, 4)) // the same moments in each run
-	for range 20 {
-		next, err := testbed.StartAgent(world.Kubeconfig)
-		require.NoError(t, err)
-		time.Sleep(time.Duration(random.IntN(250)) * time.Millisecond)
-		require.NoError(t, next.Kill())
-		got := p.asks(vault)
-		require.Equal(t, cart.ClientID, got.subject, got.body)
-	}
-	// The rules are the old one's to keep again.
-	flush, err := exec.CommandContext(t.Context(), "iptables", "-t", "nat", "-F", "aad-metadata").CombinedOutput()
-	require.NoError(t, err, string(flush))
-	require.Eventually(t, func() bool { return strings.Contains(s.nat(), "-A aad-metadata") }, 5*time.Second, 10*time.Millisecond, "repaired")
-	world.IMDS.Reset() // what reached it meanwhile was the flush's doing
-	// And an agent that is well takes over from it.
-	s.successor()
-}
-
-func TestASuccessorThatCannotSyncTakesNothing(t *testing.T) {
+func TestAGoodSuccessorThatIsStoppedLosesNoRequest(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	old := s.agent()
 	require.Equal(t, 200, p.asks(vault).status)
-	kubeconfig, err := os.ReadFile(world.Kubeconfig)
-	require.NoError(t, err)
-	// In the same directory, since the handover's is beside it.
-	nowhere := filepath.Join(filepath.Dir(world.Kubeconfig), "nowhere.yaml")
-	elsewhere := strings.Replace(string(kubeconfig), world.Admin().Host, "https://127.0.0.1:1", 1)
-	require.NotEqual(t, string(kubeconfig), elsewhere)
-	require.NoError(t, os.WriteFile(nowhere, []byte(elsewhere), 0o600))
-
-	l := startLoad(p, 2, 1)
-	stuck, err := testbed.StartAgent(nowhere)
-	require.NoError(t, err)
-	require.Eventually(t, func() bool {
-		status, text := stuck.Ready(t.Context())
-		return status == http.StatusServiceUnavailable && strings.Contains(text, "connection refused")
-	}, 10*time.Second, 10*time.Millisecond, "its own answer, not the old one's")
-	assert.Contains(t, old.Log(), "another agent is taking over")
-	require.NoError(t, stuck.Kill())
-	require.Eventually(t, func() bool {
-		status, _ := old.Ready(t.Context())
-		return status == http.StatusOK
-	}, 10*time.Second, 10*time.Millisecond, "the old one answers for the node again")
-	sent, failed, first := l.end()
-	assert.Zero(t, failed, first)
-	assert.Positive(t, sent)
+	l := startLoad(p, 4, 4)
+	for range 10 {
+		next := s.successor()
+		s.stops(next)
+		status, text := old.Ready(t.Context())
+		assert.Equal(t, http.StatusOK, status, text)
+	}
+	l.losesNothing(t)
+	assert.Equal(t, 10, strings.Count(old.Log(), "level=WARN"), "one line each")
 }
 
-func TestWithoutTheDirectoryASecondAgentSaysThatThePortIsTaken(t *testing.T) {
+func TestRequestsThatWaitForTheirTokensAreNotLost(t *testing.T) {
 	s := begin(t)
-	s.agent("--handover-dir=")
-	code, output, err := testbed.RunAgent([]string{"KUBECONFIG=" + world.Kubeconfig},
-		"--node=node1", "--operation-mode=managed", "--http-probe-port=8085", "--handover-dir=")
-	require.NoError(t, err)
-	assert.Equal(t, 1, code)
-	assert.Contains(t, lastLine(output), "port 2579 is taken")
-}
-
-// BenchmarkStart is the time from the start of the process, on a node without
-// rules, until they are in place.
-func BenchmarkStart(b *testing.B) {
-	for b.Loop() {
-		a, err := testbed.StartAgent(world.Kubeconfig)
-		require.NoError(b, err)
-		await(b, a, "iptables rules put in place")
-		b.StopTimer()
-		require.NoError(b, a.Kill())
-		_, _, err = testbed.RunAgent(nil, "cleanup")
-		require.NoError(b, err)
-		b.StartTimer()
-	}
-}
-
-// BenchmarkHandover is the time from the start of a successor until it serves.
-func BenchmarkHandover(b *testing.B) {
-	a, err := testbed.StartAgent(world.Kubeconfig)
-	require.NoError(b, err)
-	require.NoError(b, a.AwaitReady(b.Context()))
-	for b.Loop() {
-		next, err := testbed.StartAgent(world.Kubeconfig)
-		require.NoError(b, err)
-		await(b, next, "listening")
-		b.StopTimer()
-		_, err = a.Stop()
-		require.NoError(b, err)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent()
+	world.IMDS.SetLatency(700 * time.Millisecond)
+	t.Cleanup(func() { world.IMDS.SetLatency(imdsLatency) })
+	var n atomic.Int64
+	l := startLoadOf(p, 12, 12, func() string { return fmt.Sprintf("%shttps://slow-%d.example", tokenURL, n.Add(1)) })
+	for range 3 {
+		next := s.successor()
+		s.stops(a)
 		a = next
-		b.StartTimer()
 	}
-	_, err = a.Stop()
-	require.NoError(b, err)
-	_, _, err = testbed.RunAgent(nil, "cleanup")
-	require.NoError(b, err)
+	s.stops(s.successor())
+	l.losesNothing(t)
+
+	// With nobody to take over, what was begun is finished.
+	var asking sync.WaitGroup
+	for range 20 {
+		asking.Go(func() {
+			got := p.asks(fmt.Sprintf("https://last-%d.example", n.Add(1)))
+			assert.Equal(t, 200, got.status, got.body)
+		})
+	}
+	time.Sleep(300 * time.Millisecond) // they wait for 700
+	require.NoError(t, a.Signal(syscall.SIGTERM))
+	time.Sleep(50 * time.Millisecond)
+	client := &http.Client{Timeout: time.Second}
+	resp, err := client.Get("http://127.0.0.1:8085/readyz")
+	require.NoError(t, err, "it says how it is until it ends, also after it has taken everything back")
+	defer resp.Body.Close()
+	assert.Equal(t, 503, resp.StatusCode)
+	status, text := a.Ready(t.Context())
+	assert.Equal(t, 503, status)
+	assert.Contains(t, text, "the agent is stopping")
+	s.stops(a)
+	asking.Wait()
 }
 
-func await(b *testing.B, a *testbed.Agent, what string) {
-	b.Helper()
-	for range 10_000 {
-		if strings.Contains(a.Log(), what) {
-			return
+func TestNewFlagsAreInForceAsSoonAsTheSuccessorIsReady(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	s.agent()
+	instance := "http://" + testbed.MetadataAddress + "/metadata/instance?api-version=2021-02-01"
+	ask := func() int { return p.get(instance, 5*time.Second).status }
+	for range 3 {
+		require.Equal(t, 200, ask())
+		hardened := s.successor("--block-instance-metadata")
+		for range 100 {
+			require.Equal(t, 403, ask(), "the old agent still answers")
 		}
-		time.Sleep(time.Millisecond)
+		s.stops(hardened)
 	}
-	b.Fatal(a.Log())
+	assert.Equal(t, 200, ask(), "back to what it was")
+}
+
+func TestPortsCanBeChangedThereAndBack(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent()
+	require.Equal(t, 200, p.asks(vault).status)
+	l := startLoad(p, 2, 2)
+	for range 2 {
+		b := s.successor("--nmi-port=2580", "--http-probe-port=8086", "--prometheus-port=9091")
+		s.stops(a)
+		assert.Contains(t, s.nat(), "2580")
+		a = s.successor()
+		s.stops(b)
+		assert.Contains(t, s.nat(), "2579")
+	}
+	l.losesNothing(t)
 }

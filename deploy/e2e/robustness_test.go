@@ -22,7 +22,7 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 	require.NoError(t, err)
 	defer taken.Close()
 	kubeconfig := "KUBECONFIG=" + world.Kubeconfig
-	good := []string{"--node=node1", "--operation-mode=managed", "--http-probe-port=8085"}
+	good := []string{"--node=node1", "--operation-mode=managed", "--http-probe-port=8085", "--handover-dir=" + t.TempDir()}
 	for name, tc := range map[string]struct {
 		env  []string
 		args []string
@@ -33,13 +33,16 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
-		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, explain and version`},
+		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, explain, probe and version`},
 		"a taken port":         {[]string{kubeconfig}, good, "port 2579 is taken"},
 		"no kubeconfig":        {[]string{"KUBECONFIG=/nowhere"}, good, "reading KUBECONFIG=/nowhere"},
 		"an empty kubeconfig":  {[]string{"KUBECONFIG=/dev/null"}, good, "KUBECONFIG=/dev/null has no current context"},
 		"a boolean apart":      {[]string{kubeconfig}, append(good, "--block-instance-metadata", "true"), "the values of boolean flags are written --flag=true"},
 		"no cluster":           {[]string{"KUBECONFIG="}, good, "set KUBECONFIG, or run in a pod"},
 		"no iptables":          {[]string{kubeconfig, "PATH=/nowhere"}, good, "install the iptables package"},
+		"a probe of nobody":    {nil, []string{"probe", "ready"}, "--probe-socket is required"},
+		"a probe of nothing":   {nil, []string{"probe", "live", "--probe-socket=/nowhere"}, "no agent answers: "},
+		"an unknown probe":     {nil, []string{"probe", "up"}, "probe takes live or ready"},
 		"cleanup of a nothing": {nil, []string{"cleanup", "--redirect-address=x"}, "--redirect-address=x is not usable"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -77,7 +80,7 @@ func TestItWaitsForTheAPIServerAndSaysSo(t *testing.T) {
 	}, 10*time.Second, 10*time.Millisecond)
 	// The rules are there already: the pod is told to come back, where without an
 	// agent it would have been given the node's identity.
-	require.Eventually(t, func() bool { return strings.Contains(s.nat(), "-A aad-metadata") }, 5*time.Second, 10*time.Millisecond)
+	s.says(a, "iptables rules put in place")
 	early := p.asks(vault)
 	assert.Equal(t, 503, early.status)
 	assert.NotEmpty(t, early.retryAfter)

@@ -346,6 +346,9 @@ func TestInModeNoneSomebodyElseRedirectsAndOnlyThisNodesPodsAreServed(t *testing
 		assert.Empty(t, got.subject)
 	}
 	assert.Equal(t, asked, world.IMDS.Requests())
+	s.stops(a)
+	assert.Contains(t, a.Log(), "nobody redirects to this agent any more, and without it pods reach the metadata service")
+	assert.NotContains(t, a.Log(), "the iptables rules stay")
 }
 
 func TestMetricsTellOfTheRules(t *testing.T) {

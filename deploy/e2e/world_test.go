@@ -3,7 +3,8 @@
 // Package e2e runs the agent's real binary against real parts: the kernel's
 // namespaces and iptables, a kube-apiserver with etcd, the project's manifests.
 // Only Azure is a stand-in, at its own address. The scenarios are in
-// scenarios_test.go and robustness_test.go; this file builds their world.
+// scenarios_test.go, robustness_test.go, handover_test.go and
+// handover_trouble_test.go; this file builds their world.
 package e2e
 
 import (
@@ -31,6 +32,8 @@ var (
 	third  = imdstest.Identity{ClientID: "74b1d000-0000-4000-8000-000000000003", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/third"}
 )
 
+const imdsLatency = 20 * time.Millisecond
+
 // world is shared by the scenarios, each of which has pods of its own.
 var world *testbed.World
 
@@ -48,7 +51,7 @@ func run(m *testing.M) (code int) {
 	var err error
 	world, err = testbed.NewWorld(ctx, imdstest.Config{
 		Identities: []imdstest.Identity{cart, report, third},
-		Latency:    20 * time.Millisecond,
+		Latency:    imdsLatency,
 	})
 	if err == nil {
 		err = world.CreateNamespace(ctx, "shop")

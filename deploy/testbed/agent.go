@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -18,11 +20,14 @@ import (
 // NodeName is the node's name in the API server.
 const NodeName = "node1"
 
-// probeURL is where the agent answers the kubelet's probes.
-const probeURL = "http://127.0.0.1:8085"
-
 // Agent is the real binary, running on the node.
-type Agent struct{ *Program }
+type Agent struct {
+	*Program
+	ProbeSocket string // its own
+}
+
+// agents counts those that were started.
+var agents atomic.Int64
 
 // StartAgent starts bin/nmi in managed mode with more flags, and does not wait
 // for it. If an agent is running already, it takes over from that one.
@@ -40,15 +45,21 @@ func startAgent(launcher []string, kubeconfig string, flags []string) (*Agent, e
 	if err != nil {
 		return nil, err
 	}
+	socket := filepath.Join(filepath.Dir(kubeconfig), fmt.Sprintf("probe-%d.sock", agents.Add(1)))
 	command := append(launcher, binary,
 		"--node="+NodeName, "--operation-mode=managed", "--http-probe-port=8085",
-		"--handover-dir="+filepath.Join(filepath.Dir(kubeconfig), "handover"))
+		"--probe-socket="+socket, "--handover-dir="+HandoverDir(kubeconfig))
 	command = append(command, flags...) // of two, the last counts
 	p, err := StartProgram(command[0], []string{"KUBECONFIG=" + kubeconfig}, command[1:]...)
 	if err != nil {
 		return nil, err
 	}
-	return &Agent{Program: p}, nil
+	return &Agent{Program: p, ProbeSocket: socket}, nil
+}
+
+// HandoverDir is the directory over which agents with this kubeconfig hand over.
+func HandoverDir(kubeconfig string) string {
+	return filepath.Join(filepath.Dir(kubeconfig), "handover")
 }
 
 // AgentBinary is the path of bin/nmi.
@@ -99,7 +110,7 @@ func RunAgentAsNobody(args ...string) (code int, output string, err error) {
 	return cmd.ProcessState.ExitCode(), string(out), nil
 }
 
-// AwaitReady waits until /readyz says so.
+// AwaitReady waits until the agent says that it is.
 func (a *Agent) AwaitReady(ctx context.Context) error {
 	err := poll(ctx, 40*time.Second, "the agent to be ready", func() error {
 		select {
@@ -118,13 +129,20 @@ func (a *Agent) AwaitReady(ctx context.Context) error {
 	return nil
 }
 
-// Ready is what /readyz answers; status 0 and an error's text when it does not.
+// Ready is what this agent answers at /readyz on its own socket; status 0 and an
+// error's text when it does not.
 func (a *Agent) Ready(ctx context.Context) (status int, text string) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, probeURL+"/readyz", nil)
+	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", a.ProbeSocket)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nmi/readyz", nil)
 	if err != nil {
 		return 0, err.Error()
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return 0, err.Error()
 	}

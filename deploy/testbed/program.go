@@ -68,6 +68,9 @@ func (p *Program) PID() int { return p.cmd.Process.Pid }
 // Done is closed when the program has ended.
 func (p *Program) Done() <-chan struct{} { return p.done }
 
+// Signal sends the program a signal, and does not wait for what comes of it.
+func (p *Program) Signal(signal syscall.Signal) error { return p.cmd.Process.Signal(signal) }
+
 // Stop asks the program to end with SIGTERM and returns its exit code.
 func (p *Program) Stop() (int, error) { return p.end(syscall.SIGTERM) }
 

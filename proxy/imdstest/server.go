@@ -106,6 +106,19 @@ func (s *Server) Serve(ln net.Listener) (stop func()) {
 	}
 }
 
+// SetLatency changes Config.Latency for the requests to come.
+func (s *Server) SetLatency(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cfg.Latency = d
+}
+
+func (s *Server) latency() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cfg.Latency
+}
+
 // Inject queues faults; each is the answer to one token request.
 func (s *Server) Inject(faults ...Fault) {
 	s.mu.Lock()
@@ -268,9 +281,7 @@ func (s *Server) token(r *http.Request, query url.Values, call *Call) answer {
 	if !ok {
 		return refuse("Identity not found")
 	}
-	if s.cfg.Latency > 0 {
-		time.Sleep(s.cfg.Latency)
-	}
+	time.Sleep(s.latency())
 	call.Subject = subject
 	return answer{status: 200, body: s.tokenBody(subject, query.Get("resource"))}
 }
