@@ -143,7 +143,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	switch {
 	case after.given.Load():
-		log.Info("stopped; another agent has taken over, and keeps the iptables rules")
+		log.Info("stopped; another agent has taken over")
 	case cfg.mode == iptables.None:
 		log.Info("stopped; nobody redirects to this agent any more, and without it pods reach the metadata service")
 	case rules.Status().Err == nil:
