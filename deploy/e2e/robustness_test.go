@@ -99,6 +99,7 @@ func TestItWaitsForMissingDefinitionsAndSaysWhich(t *testing.T) {
 		status, text := a.Ready(t.Context())
 		return status == 503 && strings.Contains(text, "azureidentitybindings.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
 	}, 10*time.Second, 10*time.Millisecond)
+	s.says(a, "iptables rules put in place")
 	assert.Equal(t, 503, p.asks(vault).status, "not now, and no refusal for good")
 	require.NoError(t, restore(t.Context()))
 	require.NoError(t, world.Bind(t.Context(), "shop", "cart", cart), "it went with its definition")
