@@ -49,7 +49,7 @@ func newWorld(t *testing.T, cfg podresolver.Config, objects ...runtime.Object) *
 		&sources.Pods: &w.gates.pods, &sources.Identities: &w.gates.identities, &sources.Bindings: &w.gates.bindings,
 		&sources.Exceptions: &w.gates.exceptions, &sources.Assigned: &w.gates.assigned,
 	} {
-		*g = &gate{ListerWatcher: *lw}
+		*g = &gate{to: cache.ToListerWatcherWithContext(*lw)}
 		*lw = *g
 	}
 	var err error
@@ -95,11 +95,11 @@ func (w *world) name(addr netip.Addr) string {
 	return pod.Name
 }
 
-// together calls do n times at once, and says how long that took.
-func together(n int, do func()) time.Duration {
+// together calls do a thousand times at once, and says how long that took.
+func together(do func()) time.Duration {
 	begin := time.Now()
 	var wg sync.WaitGroup
-	for range n {
+	for range 1000 {
 		wg.Go(do)
 	}
 	wg.Wait()
@@ -108,7 +108,7 @@ func together(n int, do func()) time.Duration {
 
 // gate is a source that can fail, and remembers what it was asked.
 type gate struct {
-	cache.ListerWatcher
+	to cache.ListerWatcherWithContext
 
 	mu       sync.Mutex
 	err      error // of both calls; nil for none
@@ -121,27 +121,39 @@ type gate struct {
 // alone.
 func (*gate) IsWatchListSemanticsUnSupported() bool { return true }
 
-func (g *gate) List(o metav1.ListOptions) (runtime.Object, error) {
+func (g *gate) ListWithContext(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 	g.mu.Lock()
 	g.lists = append(g.lists, o)
 	err, delay := g.err, g.delay
 	g.mu.Unlock()
-	time.Sleep(delay)
+	select {
+	case <-time.After(delay):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	if err != nil {
 		return nil, err
 	}
-	return g.ListerWatcher.List(o)
+	return g.to.ListWithContext(ctx, o)
 }
 
-func (g *gate) Watch(o metav1.ListOptions) (watch.Interface, error) {
+func (g *gate) WatchWithContext(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.err != nil {
 		return nil, g.err
 	}
-	w, err := g.ListerWatcher.Watch(o)
+	w, err := g.to.WatchWithContext(ctx, o)
 	g.watchers = append(g.watchers, w)
 	return w, err
+}
+
+func (g *gate) List(o metav1.ListOptions) (runtime.Object, error) {
+	return g.ListWithContext(context.Background(), o)
+}
+
+func (g *gate) Watch(o metav1.ListOptions) (watch.Interface, error) {
+	return g.WatchWithContext(context.Background(), o)
 }
 
 // fail makes all calls fail from now on, and cuts the watches; nil mends it.

@@ -47,6 +47,7 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 		"names one that is not bound to it":         {"resource", Selector{ClientID: "c-old"}, "", "none of the 1 bound"},
 		"an empty client ID is not a wildcard":      {"resource", Selector{ResourceID: "/other"}, "", "none of the 1 bound"},
 		"an object ID is never the default":         {"cart", Selector{ObjectID: "o"}, "", "none of the 2 bound"},
+		"an object ID is not beside the point":      {"cart", Selector{ClientID: "c-new", ObjectID: "o"}, "", "none of the 2 bound"},
 		"identity known by its resource ID alone":   {"resource", Selector{}, "by-resource", ""},
 		"selector differs in case":                  {"Cart", Selector{}, "", `no AzureIdentityBinding in namespace "shop" has the selector "Cart"`},
 		"no label":                                  {"", Selector{}, "", `it has no label "aadpodidbinding"`},

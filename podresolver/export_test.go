@@ -2,9 +2,10 @@ package podresolver
 
 // For the tests of what a caller sees.
 const (
-	LookupRate  = lookupRate
-	LookupBurst = lookupBurst
-	LastRetry   = lastRetry
+	LookupRate    = lookupRate
+	LookupBurst   = lookupBurst
+	LookupTimeout = lookupTimeout
+	LastRetry     = lastRetry
 )
 
 var (

@@ -1,6 +1,7 @@
 package podresolver_test
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"sync/atomic"
@@ -21,7 +22,7 @@ func TestAThousandWaitersAskOnce(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		w.Pods.AddDropWatch(podresolver.NewPod("cart-0", addr.String(), "cart"))
 		w.gates.pods.slow(100 * time.Millisecond)
-		took := together(1000, func() {
+		took := together(func() {
 			pod, err := w.resolver.Resolve(t.Context(), addr)
 			if assert.NoError(t, err) {
 				assert.Equal(t, "cart-0", pod.Name)
@@ -43,7 +44,7 @@ func TestAThousandWaitersForNobodyAskOnce(t *testing.T) {
 		w := start(t, podresolver.Config{})
 		w.gates.pods.slow(100 * time.Millisecond)
 		var unknown atomic.Int32
-		together(1000, func() {
+		together(func() {
 			_, err := w.resolver.Resolve(t.Context(), addr)
 			if assert.ErrorIs(t, err, podresolver.ErrUnknownAddress) {
 				unknown.Add(1)
@@ -77,7 +78,7 @@ func TestManyAddressesMakeFewLookups(t *testing.T) {
 			next = next.Next()
 		}
 		time.Sleep(200 * time.Millisecond)
-		assert.Equal(t, asked+podresolver.LookupBurst, len(w.gates.pods.lookups()))
+		assert.Len(t, w.gates.pods.lookups(), asked+podresolver.LookupBurst)
 	})
 }
 
@@ -148,7 +149,44 @@ func TestALookupThatFailsSaysSoAndDoesNotHang(t *testing.T) {
 	})
 }
 
-// TestTheWatchComesFirst: while a lookup is under way, the watch's news stand.
+func TestALookupEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{})
+		w.gates.pods.slow(time.Hour)
+		begin := time.Now()
+		_, err := w.resolver.Resolve(t.Context(), addr)
+		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+		assert.Equal(t, podresolver.DefaultPodWait+podresolver.LookupTimeout, time.Since(begin))
+
+		// Who has less time than that does not wait for it, and the others still do.
+		ctx, cancel := context.WithTimeout(t.Context(), podresolver.DefaultPodWait+time.Millisecond)
+		defer cancel()
+		_, err = w.resolver.Resolve(ctx, addr)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		assert.NotErrorIs(t, err, podresolver.ErrUnknownAddress)
+		time.Sleep(podresolver.LookupTimeout) // when nobody waits any more, it ends all the same
+	})
+}
+
+// TestTheFirstToAskMayLeave, whose lookup it is.
+func TestTheFirstToAskMayLeave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{})
+		w.gates.pods.slow(time.Second)
+		w.Pods.AddDropWatch(podresolver.NewPod("p", addr.String(), ""))
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), podresolver.DefaultPodWait+500*time.Millisecond)
+			defer cancel()
+			_, err := w.resolver.Resolve(ctx, addr)
+			assert.ErrorIs(t, err, context.DeadlineExceeded)
+		}()
+		time.Sleep(time.Millisecond)
+		assert.Equal(t, "p", w.name(addr))
+		assert.Len(t, w.gates.pods.lookups(), 1)
+	})
+}
+
+// TestTheWatchComesFirst: what it says of a pod that was looked up replaces that.
 func TestTheWatchComesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)

@@ -49,10 +49,10 @@ var (
 	}
 )
 
-func newMachine(t testing.TB, pick func(int) int) *machine {
-	t.Helper()
+func newMachine(tb testing.TB, pick func(int) int) *machine {
+	tb.Helper()
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
-	m := &machine{t: t, pick: pick, world: drive(t, cfg), touched: make(map[ref]bool)}
+	m := &machine{t: tb, pick: pick, world: drive(tb, cfg), touched: make(map[ref]bool)}
 	s := m.world.stores
 	refs := func(namespaces []string, names ...string) (all []ref) {
 		for _, namespace := range namespaces {
@@ -271,8 +271,8 @@ func (m *machine) decide() {
 	clear(m.touched)
 }
 
-func answerOf(t testing.TB, p *Pod, want Selector) string {
-	t.Helper()
+func answerOf(tb testing.TB, p *Pod, want Selector) string {
+	tb.Helper()
 	id, err := p.Identity(want)
 	switch {
 	case err == nil:
@@ -280,7 +280,7 @@ func answerOf(t testing.TB, p *Pod, want Selector) string {
 	case errors.Is(err, ErrNotAssigned):
 		return "wait"
 	}
-	require.ErrorIs(t, err, ErrNoIdentity)
+	require.ErrorIs(tb, err, ErrNoIdentity)
 	return "none"
 }
 

@@ -252,8 +252,11 @@ func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot) (*Po
 			return o.pod, o.err
 		}
 	}
-	if ctx.Err() != nil {
+	switch {
+	case ctx.Err() != nil:
 		return nil, ctx.Err()
+	case r.expired.Load():
+		return nil, ErrStale
 	}
 	return r.lookup(ctx, addr)
 }
@@ -269,6 +272,9 @@ func (r *Resolver) Identity(ctx context.Context, addr netip.Addr, pod *Pod, want
 	patience, cancel := context.WithTimeout(ctx, r.cfg.IdentityWait)
 	defer cancel()
 	for {
+		if r.expired.Load() {
+			return Identity{}, ErrStale
+		}
 		s := r.current.Load()
 		o := s.byAddr[addr]
 		if o.pod == nil || o.pod.uid != pod.uid {

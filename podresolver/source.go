@@ -28,6 +28,7 @@ type source struct {
 	lastErr  error      // of the list or watch that failed last; nil when the last one did not
 	heard    time.Time  // when the API server last sent something
 	isSynced bool
+	exists   bool // it has been listed or watched
 }
 
 // newSource returns a source for a table of R that are parsed from T. A resource
@@ -39,7 +40,7 @@ func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optio
 	t := &table[R]{tables: r.tables, rows: rows, parse: rowOf(parse), changed: changed, heard: s.hear}
 	calls := cache.ToListerWatcherWithContext(lw)
 	missing := func(err error) {
-		if optional && apierrors.IsNotFound(err) && !s.hasSynced() {
+		if optional && apierrors.IsNotFound(err) && s.neverThere() {
 			_ = t.Replace(nil, "") // it never fails
 		}
 	}
@@ -112,6 +113,14 @@ func (s *source) hasSynced() bool {
 	return s.isSynced
 }
 
+// neverThere reports whether the API server has never known the resource. One that
+// it has known, and now does not, may be a definition that is made anew.
+func (s *source) neverThere() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.exists
+}
+
 // failed notes an error. The log gets each once, not once a try.
 func (s *source) failed(err error) {
 	err = advise(s.name, err)
@@ -128,6 +137,7 @@ func (s *source) succeeded() {
 	s.mu.Lock()
 	before := s.lastErr
 	s.lastErr = nil
+	s.exists = true
 	s.mu.Unlock()
 	if before != nil {
 		s.log.Info("watching the API server again", "resource", s.name)

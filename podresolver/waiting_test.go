@@ -30,7 +30,7 @@ func TestUnknownAddressesWaitForTheEventAndNoLonger(t *testing.T) {
 			time.Sleep(time.Second)
 			w.Add(podresolver.NewPod("cart-0", addr.String(), "cart"))
 		}()
-		took := together(1000, func() {
+		took := together(func() {
 			pod, err := w.resolver.Resolve(t.Context(), addr)
 			if assert.NoError(t, err) {
 				assert.Equal(t, "cart-0", pod.Name)

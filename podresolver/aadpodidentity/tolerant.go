@@ -4,7 +4,7 @@ import "sigs.k8s.io/json"
 
 // An object that does not fit its type (stored before the definitions had a schema)
 // must not keep a whole list from being read: its spec is left empty, which
-// matches and grants nothing, and says why.
+// matches and grants nothing.
 
 // tolerate decodes b into spec, or returns why it does not fit. Field names are
 // case-sensitive, as everywhere in Kubernetes.
@@ -48,5 +48,16 @@ func (s *AzurePodIdentityExceptionSpec) UnmarshalJSON(b []byte) error {
 	type plain AzurePodIdentityExceptionSpec
 	*s = AzurePodIdentityExceptionSpec{}
 	tolerate(b, (*plain)(s))
+	return nil
+}
+
+// UnmarshalJSON implements json.Unmarshaler. It returns no error. A status that does
+// not fit must not read as none, which is what MIC wrote before there were states.
+func (s *AzureAssignedIdentityStatus) UnmarshalJSON(b []byte) error {
+	type plain AzureAssignedIdentityStatus
+	*s = AzureAssignedIdentityStatus{}
+	if tolerate(b, (*plain)(s)) != "" {
+		s.Status = "unreadable"
+	}
 	return nil
 }

@@ -30,8 +30,9 @@ const (
 	// BehaviorNamespaced is the value of BehaviorAnnotation.
 	BehaviorNamespaced = "namespaced"
 	// Created is the state of an AzureAssignedIdentity whose identity is not on the
-	// pod's node yet, Assigned of one whose is.
-	Created  = "Created"
+	// pod's node yet.
+	Created = "Created"
+	// Assigned is the state of one whose identity is.
 	Assigned = "Assigned"
 	// NodeNameLabel on an AzureAssignedIdentity is the node that its pod is on.
 	NodeNameLabel = "nodename"

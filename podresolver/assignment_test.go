@@ -1,0 +1,192 @@
+package podresolver_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/podidentity/nmi/podresolver"
+)
+
+// What a request in Standard mode waits for, and what it does not.
+
+func standard(t *testing.T, objects ...runtime.Object) *world {
+	t.Helper()
+	return start(t, podresolver.Config{Mode: podresolver.Standard}, append(objects, podresolver.NewPod("p", addr.String(), "cart"))...)
+}
+
+// makes is MIC's assignment of cart() to the pod of standard.
+func makes(state string) runtime.Object {
+	return podresolver.NewAssigned("a", "p", state, podresolver.NewIdentity("cart", "C1", "/r/1"), podresolver.NewBinding("cart", "cart", "cart", 0))
+}
+
+// ask asks for an identity as a request does, and says how long that took.
+func (w *world) ask(ctx context.Context, want podresolver.Selector) (podresolver.Identity, time.Duration, error) {
+	w.t.Helper()
+	pod, err := w.resolver.Resolve(ctx, addr)
+	require.NoError(w.t, err)
+	begin := time.Now()
+	id, err := w.resolver.Identity(ctx, addr, pod, want)
+	return id, time.Since(begin), err
+}
+
+func TestWhatIsAssignedIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := standard(t, append(cart(), makes("Assigned"))...)
+		id, took, err := w.ask(t.Context(), podresolver.Selector{})
+		require.NoError(t, err)
+		assert.Zero(t, took)
+		assert.Equal(t, "cart", id.Name)
+	})
+}
+
+func TestABindingWithoutAnAssignmentWaits(t *testing.T) {
+	for name, want := range map[string]podresolver.Selector{
+		"none":                    {},
+		"client ID":               {ClientID: "c1"},
+		"another case":            {ClientID: "C1"},
+		"a resource ID":           {ResourceID: "/r/1"},
+		"a resource ID, too":      {ResourceID: "/R/1"},
+		"both, client ID matches": {ClientID: "C1", ResourceID: "/r/none"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := standard(t, cart()...)
+				_, took, err := w.ask(t.Context(), want)
+				require.ErrorIs(t, err, podresolver.ErrNotAssigned)
+				assert.ErrorContains(t, err, "shop/cart")
+				assert.Equal(t, podresolver.DefaultIdentityWait, took)
+
+				go func() {
+					time.Sleep(time.Second)
+					w.Add(makes("Created"))
+					time.Sleep(time.Second)
+					w.Modify(makes("Assigned"))
+				}()
+				id, took, err := w.ask(t.Context(), want)
+				require.NoError(t, err)
+				assert.Equal(t, "cart", id.Name)
+				assert.Equal(t, 2*time.Second, took, "woken at once, by the state that counts")
+			})
+		})
+	}
+}
+
+func TestAThousandRequestsWaitForOneAssignment(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := standard(t, cart()...)
+		go func() {
+			time.Sleep(time.Second)
+			for i := range 100 { // those of other pods change nothing
+				w.Add(podresolver.NewAssigned(fmt.Sprint("other", i), fmt.Sprint("q", i), "Assigned", podresolver.NewIdentity("cart", "C1", ""), nil))
+			}
+			time.Sleep(time.Second)
+			w.Add(makes("Assigned"))
+		}()
+		took := together(func() {
+			id, _, err := w.ask(t.Context(), podresolver.Selector{ClientID: "C1"})
+			if assert.NoError(t, err) {
+				assert.Equal(t, "c1", id.ClientID)
+			}
+		})
+		assert.Equal(t, 2*time.Second, took)
+		requests, addresses := w.resolver.Waiting()
+		assert.Zero(t, requests+addresses)
+	})
+}
+
+func TestWhatNoBindingCanGiveFailsAtOnce(t *testing.T) {
+	for name, tc := range map[string]struct {
+		objects []runtime.Object
+		want    podresolver.Selector
+	}{
+		"no binding":       {nil, podresolver.Selector{}},
+		"another ID":       {cart(), podresolver.Selector{ClientID: "c2"}},
+		"an object ID":     {cart(), podresolver.Selector{ObjectID: "c1"}},
+		"no identity":      {[]runtime.Object{podresolver.NewBinding("cart", "cart", "cart", 0)}, podresolver.Selector{}},
+		"it is Unassigned": {[]runtime.Object{makes("Unassigned")}, podresolver.Selector{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := standard(t, tc.objects...)
+				_, took, err := w.ask(t.Context(), tc.want)
+				require.ErrorIs(t, err, podresolver.ErrNoIdentity)
+				assert.Zero(t, took)
+			})
+		})
+	}
+}
+
+func TestTheWaitForAnAssignmentEndsEarly(t *testing.T) {
+	for name, tc := range map[string]struct {
+		after func(w *world)
+		want  error
+	}{
+		"when its binding goes": {func(w *world) { w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0)) }, podresolver.ErrNoIdentity},
+		"when its identity gets another ID": {func(w *world) {
+			w.Modify(podresolver.NewIdentity("cart", "c2", ""))
+		}, podresolver.ErrNoIdentity},
+		"when the pod goes": {func(w *world) { w.Delete(podresolver.NewPod("p", "", "")) }, podresolver.ErrUnknownAddress},
+		"when another pod gets the address": {func(w *world) {
+			w.Delete(podresolver.NewPod("p", "", ""))
+			w.Add(podresolver.NewPod("q", addr.String(), "cart"))
+		}, podresolver.ErrUnknownAddress},
+		"when a pod of the same name gets the address": {func(w *world) {
+			pod := podresolver.NewPod("p", addr.String(), "cart")
+			pod.UID = "another"
+			w.Modify(pod)
+		}, podresolver.ErrUnknownAddress},
+		"when two pods claim the address": {func(w *world) { w.Add(podresolver.NewPod("q", addr.String(), "cart")) }, podresolver.ErrUnknownAddress},
+		"when the pod loses its label":    {func(w *world) { w.Modify(podresolver.NewPod("p", addr.String(), "")) }, podresolver.ErrNoIdentity},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := standard(t, cart()...)
+				go func() {
+					time.Sleep(time.Second)
+					tc.after(w)
+				}()
+				_, took, err := w.ask(t.Context(), podresolver.Selector{ClientID: "C1"})
+				require.ErrorIs(t, err, tc.want)
+				assert.Equal(t, time.Second, took)
+			})
+		})
+	}
+}
+
+func TestWhoGivesUpWaitingIsToldSo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := standard(t, cart()...)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, took, err := w.ask(ctx, podresolver.Selector{})
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorIs(t, err, podresolver.ErrNotAssigned)
+		assert.Equal(t, time.Second, took)
+	})
+}
+
+func TestTheIdentityWaitIsAsConfigured(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{Mode: podresolver.Standard, IdentityWait: 3 * time.Millisecond},
+			append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
+		_, took, err := w.ask(t.Context(), podresolver.Selector{})
+		require.ErrorIs(t, err, podresolver.ErrNotAssigned)
+		assert.Equal(t, 3*time.Millisecond, took)
+	})
+}
+
+func TestManagedModeNeverWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		_, took, err := w.ask(t.Context(), podresolver.Selector{})
+		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
+		assert.Zero(t, took)
+	})
+}

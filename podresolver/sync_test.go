@@ -1,0 +1,157 @@
+package podresolver_test
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/podidentity/nmi/podresolver"
+)
+
+var (
+	notFound  = apierrors.NewNotFound(schema.GroupResource{}, "")
+	forbidden = apierrors.NewForbidden(schema.GroupResource{Resource: "things"}, "", nil)
+)
+
+const custom = ".aadpodidentity.k8s.io"
+
+// sources are the gates of a world in Standard mode, by the name that the API
+// server has for what is behind them.
+func (w *world) sources() map[string]*gate {
+	return map[string]*gate{
+		"pods": w.gates.pods, "azureidentities" + custom: w.gates.identities, "azureidentitybindings" + custom: w.gates.bindings,
+		"azurepodidentityexceptions" + custom: w.gates.exceptions, "azureassignedidentities" + custom: w.gates.assigned,
+	}
+}
+
+func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
+	for _, name := range []string{"pods", "azureidentities" + custom, "azureidentitybindings" + custom, "azurepodidentityexceptions" + custom, "azureassignedidentities" + custom} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, podresolver.Config{Mode: podresolver.Standard},
+					append(cart(), podresolver.NewPod("p", addr.String(), "cart"), makes("Assigned"))...)
+				w.sources()[name].fail(forbidden)
+				w.run()
+				synctest.Wait()
+				_, err := w.resolver.Resolve(t.Context(), addr)
+				require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
+				assert.Empty(t, w.gates.pods.lookups(), "there is nothing to decide by")
+				addrs, _ := w.resolver.Addresses()
+				assert.Empty(t, addrs)
+
+				err = w.resolver.Ready()
+				require.ErrorContains(t, err, name+": the agent's service account may not list and watch this resource")
+				assert.Len(t, strings.Split(err.Error(), "\n"), 1, "the others are not to blame")
+				require.ErrorContains(t, w.resolver.Stale(), name)
+
+				w.sources()[name].fail(nil)
+				time.Sleep(2 * podresolver.LastRetry)
+				require.NoError(t, w.resolver.Ready())
+				require.NoError(t, w.resolver.Stale())
+				assert.Equal(t, "p", w.name(addr))
+			})
+		})
+	}
+}
+
+func TestARequestMayWaitForTheFirstSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w.gates.bindings.slow(time.Second)
+		require.ErrorContains(t, w.resolver.Ready(), "pods: waiting for the first list")
+		w.run()
+		begin := time.Now()
+		assert.Equal(t, "p", w.name(addr))
+		assert.Equal(t, time.Second, time.Since(begin))
+	})
+}
+
+func TestADefinitionThatIsMissingIsNamed(t *testing.T) {
+	for _, name := range []string{"azureidentities" + custom, "azureidentitybindings" + custom, "azureassignedidentities" + custom} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, podresolver.NewPod("p", addr.String(), "cart"))
+			w.sources()[name].fail(notFound)
+			w.run()
+			time.Sleep(time.Hour)
+			require.ErrorContains(t, w.resolver.Ready(), name+": the API server does not know this resource: apply the custom resource definitions")
+		})
+	}
+}
+
+func TestWithoutADefinitionThereAreNoExceptions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
+		w.gates.exceptions.fail(notFound)
+		w.run()
+		synctest.Wait()
+		require.NoError(t, w.resolver.Ready())
+		require.ErrorContains(t, w.resolver.Stale(), "azurepodidentityexceptions"+custom+": the API server does not know this resource")
+		assert.Equal(t, "p", w.name(addr))
+
+		// The definition comes, and an exception with it.
+		w.gates.exceptions.fail(nil)
+		w.Add(podresolver.NewException("e", map[string]string{"aadpodidbinding": "cart"}))
+		time.Sleep(2 * podresolver.LastRetry)
+		require.NoError(t, w.resolver.Stale())
+		pod, err := w.resolver.Resolve(t.Context(), addr)
+		require.NoError(t, err)
+		assert.Equal(t, "e", pod.Exception())
+
+		// It goes again. That the API server has lost it must not turn what was
+		// excepted into what is not.
+		w.gates.exceptions.fail(notFound)
+		time.Sleep(time.Hour)
+		require.ErrorContains(t, w.resolver.Stale(), "azurepodidentityexceptions")
+		pod, err = w.resolver.Resolve(t.Context(), addr)
+		require.NoError(t, err)
+		assert.Equal(t, "e", pod.Exception())
+	})
+}
+
+func TestExceptionsThatAreForbiddenAreNotNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, podresolver.Config{})
+		w.gates.exceptions.fail(forbidden)
+		w.run()
+		time.Sleep(time.Hour)
+		assert.ErrorContains(t, w.resolver.Ready(), "azurepodidentityexceptions"+custom+": the agent's service account")
+	})
+}
+
+func TestTheLogSaysWhatIsWrongOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		w := newWorld(t, podresolver.Config{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		w.gates.bindings.fail(forbidden)
+		w.run()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		assert.Equal(t, 1, strings.Count(log.String(), "cannot watch the API server"), log.String())
+		w.gates.bindings.fail(nil)
+		time.Sleep(2 * podresolver.LastRetry)
+		synctest.Wait()
+		assert.Equal(t, 1, strings.Count(log.String(), "watching the API server again"), log.String())
+	})
+}
+
+func TestRetriesAreFew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, podresolver.Config{})
+		w.gates.pods.fail(context.DeadlineExceeded)
+		w.run()
+		time.Sleep(time.Hour)
+		w.gates.pods.mu.Lock()
+		defer w.gates.pods.mu.Unlock()
+		assert.LessOrEqual(t, len(w.gates.pods.lists), int(time.Hour/podresolver.LastRetry)+10)
+		assert.GreaterOrEqual(t, len(w.gates.pods.lists), int(time.Hour/podresolver.LastRetry)/2)
+	})
+}

@@ -1,0 +1,73 @@
+package podresolver
+
+import (
+	"context"
+	"net/netip"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+)
+
+// snapshotOf is one in which each address is a pod's.
+func snapshotOf(pods map[netip.Addr]*Pod) *snapshot {
+	var claims []claim
+	for addr, pod := range pods {
+		claims = append(claims, claim{addr: addr, pod: pod})
+	}
+	s, _ := newSnapshot(claims, time.Now())
+	return s
+}
+
+func TestAWaiterIsWokenByItsOwnAddressOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var (
+			w       waiting
+			current atomic.Pointer[snapshot]
+			woken   atomic.Int32
+		)
+		publish := func(s *snapshot) {
+			before := current.Swap(s)
+			w.wake(before, s)
+			synctest.Wait()
+		}
+		first := snapshotOf(nil)
+		current.Store(first)
+		for range 1000 {
+			go func() {
+				if w.forChange(t.Context(), current.Load, addr, first) {
+					woken.Add(1)
+				}
+			}()
+		}
+		synctest.Wait()
+		pods := make(map[netip.Addr]*Pod)
+		for other := addr.Next(); len(pods) < 100; other = other.Next() {
+			pods[other] = &Pod{Name: other.String()}
+			publish(snapshotOf(pods))
+		}
+		assert.Zero(t, woken.Load())
+		pods[addr] = &Pod{Name: "mine"}
+		publish(snapshotOf(pods))
+		assert.EqualValues(t, 1000, woken.Load())
+		assert.Empty(t, w.byAddr)
+	})
+}
+
+// TestNewsBetweenLookingAndWaitingAreNotMissed: nobody would be woken for them.
+func TestNewsBetweenLookingAndWaitingAreNotMissed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var w waiting
+		seen, now := snapshotOf(nil), snapshotOf(map[netip.Addr]*Pod{addr: {Name: "mine"}})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		begin := time.Now()
+		assert.True(t, w.forChange(ctx, func() *snapshot { return now }, addr, seen))
+		assert.Zero(t, time.Since(begin))
+		assert.False(t, w.forChange(ctx, func() *snapshot { return now }, addr, now), "what it has seen already is no news")
+		assert.Equal(t, time.Hour, time.Since(begin))
+		assert.Empty(t, w.byAddr)
+	})
+}
