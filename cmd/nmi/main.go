@@ -83,7 +83,7 @@ the identity of the node.`,
 	}
 	opts.addRedirectAddress(cleanup.Flags())
 	opts.addLogging(cleanup.Flags())
-	root.AddCommand(cleanup, explainCommand(opts), newProbe(opts), &cobra.Command{
+	root.AddCommand(cleanup, explainCommand(opts), probeCommand(opts), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  noArguments,

@@ -23,10 +23,10 @@ func (o *options) addProbeSocket(fs *pflag.FlagSet) {
 	fs.StringVar(&o.probeSocket, flagProbeSocket, "", `Unix socket of /healthz and /readyz, for "nmi probe", in a directory of this pod alone; "" for none`)
 }
 
-// newProbe is the command that the kubelet runs in the agent's pod. During an
+// probeCommand is what the kubelet runs in the agent's pod. During an
 // upgrade two pods are on the node with one port between them; the socket is the
 // pod's own, so that each is as ready as its own process says.
-func newProbe(opts *options) *cobra.Command {
+func probeCommand(opts *options) *cobra.Command {
 	pages := map[string]string{"live": "/healthz", "ready": "/readyz"}
 	probe := &cobra.Command{
 		Use:   "probe [live|ready]",
