@@ -70,7 +70,7 @@ type deadlineListener interface {
 func (l lent) Close() error { return l.SetDeadline(past) }
 
 // gate is a listener that can be shut for a while: what comes meanwhile is for
-// whoever else has the same socket.
+// whoever else has the same socket. An Accept under way may let one more in.
 type gate struct {
 	*net.TCPListener
 	mu      sync.Mutex    // guards waiting
