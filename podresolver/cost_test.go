@@ -121,11 +121,19 @@ func BenchmarkResolve(b *testing.B) {
 	r, ctx := filled(b, Config{}, 250, 0), b.Context()
 	b.ReportAllocs()
 	for b.Loop() {
-		pod, err := r.Resolve(ctx, addr)
-		if err != nil {
+		if _, err := r.Resolve(ctx, addr); err != nil {
 			b.Fatal(err)
 		}
-		if _, err = r.Identity(ctx, addr, pod, Selector{}); err != nil {
+	}
+}
+
+func BenchmarkIdentity(b *testing.B) {
+	r, ctx := filled(b, Config{}, 250, 0), b.Context()
+	pod, err := r.Resolve(ctx, addr)
+	require.NoError(b, err)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := r.Identity(ctx, addr, pod, Selector{}); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -36,6 +36,7 @@ var rooms = map[string][]string{
 	"deploy/e2e":                 {"*"},
 	"deploy/demo":                {"*"},
 	"bench":                      {"*"},
+	"bench/scale":                {"*"},
 }
 
 // goPackage is what go list says of a package.
