@@ -40,9 +40,6 @@ func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 	if err != nil {
 		return Sources{}, err
 	}
-	resource := func(r schema.GroupVersionResource) cache.ListerWatcher {
-		return cache.NewFilteredListWatchFromClient(custom, r.Resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
-	}
 	onNode := fields.OneTermEqualSelector("spec.nodeName", node).String()
 	assignedOnNode := labels.Set{aadpodidentity.NodeNameLabel: node}.AsSelector().String()
 	return Sources{
@@ -52,11 +49,10 @@ func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 			}
 			o.FieldSelector += onNode
 		}),
-		Identities: resource(aadpodidentity.AzureIdentities),
-		Bindings:   resource(aadpodidentity.AzureIdentityBindings),
-		Exceptions: resource(aadpodidentity.AzurePodIdentityExceptions),
-		Assigned: cache.NewFilteredListWatchFromClient(custom, aadpodidentity.AzureAssignedIdentities.Resource, metav1.NamespaceAll,
-			func(o *metav1.ListOptions) { o.LabelSelector = assignedOnNode }),
+		Identities: newListing(custom, aadpodidentity.AzureIdentities, "AzureIdentity", "", listedIdentity),
+		Bindings:   newListing(custom, aadpodidentity.AzureIdentityBindings, "AzureIdentityBinding", "", listedBinding),
+		Exceptions: newListing(custom, aadpodidentity.AzurePodIdentityExceptions, "AzurePodIdentityException", "", listedException),
+		Assigned:   newListing(custom, aadpodidentity.AzureAssignedIdentities, "AzureAssignedIdentity", assignedOnNode, listedAssigned(node)),
 	}, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"runtime/debug"
 	"sync"
 
 	"k8s.io/client-go/rest"
@@ -125,6 +126,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	running.Go(func() {
 		select {
 		case <-resolver.Synced():
+			// What was needed to read the lists is not needed again.
+			debug.FreeOSMemory()
 			log.Info("in sync with the API server")
 		case <-ctx.Done():
 		}

@@ -1,0 +1,84 @@
+package podresolver
+
+import (
+	stdjson "encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+const wholeList = `{"apiVersion":"aadpodidentity.k8s.io/v1","items":[
+{"apiVersion":"aadpodidentity.k8s.io/v1","kind":"AzureIdentity","metadata":{"annotations":{"aadpodidentity.k8s.io/Behavior":"namespaced","other":"{\"a\":[1]}"},
+"creationTimestamp":"2026-11-21T08:48:04Z","labels":{"app":"a"},"managedFields":[{"fieldsV1":{"f:spec":{".":{}}}}],"name":"a","namespace":"shop","resourceVersion":"3","uid":"u"},
+"spec":{"clientID":"C1","resourceID":"/R","type":0},"status":{"availableReplicas":1}},
+{"metadata":{"name":"b","namespace":"shop","creationTimestamp":null},"spec":{"type":"none"}},
+{"metadata":{"name":"c","namespace":"shop"},"spec":{"type":1,"clientid":"not the name of a field"},"Spec":{"clientID":"nor this"}}
+],"kind":"AzureIdentityList","metadata":{"continue":"more","resourceVersion":"7"}}`
+
+func read(text string) ([]*gathered, string, error) {
+	list, err := readList(strings.NewReader(text), "AzureIdentityList", listedIdentity)
+	if err != nil {
+		return nil, "", err
+	}
+	var rows []*gathered
+	for _, item := range list.Items {
+		rows = append(rows, item.(*gathered))
+	}
+	return rows, list.ResourceVersion + list.Continue, nil
+}
+
+// TestAStreamedListIsTheSame compares with what apimachinery's way comes to.
+func TestAStreamedListIsTheSame(t *testing.T) {
+	rows, version, err := read(wholeList)
+	require.NoError(t, err)
+	assert.Equal(t, "7more", version)
+	var list aadpodidentity.AzureIdentityList
+	// The last item apart: encoding/json does not tell its fields by case.
+	text := wholeList[:strings.Index(wholeList, ",\n{\"metadata\":{\"name\":\"c\"")] + "]}"
+	require.NoError(t, stdjson.Unmarshal([]byte(text), &list))
+	require.Len(t, rows, 3)
+	for i := range list.Items {
+		assert.Equal(t, &gathered{refOf(&list.Items[i]), identityRowOf(&list.Items[i])}, rows[i])
+	}
+	assert.Equal(t, &identityRow{ref: ref{"shop", "c"}, kind: aadpodidentity.ServicePrincipal}, rows[2].row)
+
+	// In any order, and with nothing in it.
+	rows, version, err = read(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"more":{"items":[1]},"items":[]}`)
+	require.NoError(t, err)
+	assert.Equal(t, "7", version)
+	assert.Empty(t, rows)
+}
+
+func TestHalfAListIsNoList(t *testing.T) {
+	for i := range len(wholeList) {
+		_, _, err := read(wholeList[:i])
+		require.Error(t, err, wholeList[:i])
+	}
+	for _, other := range []string{
+		`{"kind":"Status","metadata":{},"status":"Failure"}`,
+		`{"kind":"AzureIdentityBindingList","metadata":{"resourceVersion":"7"},"items":[]}`,
+		`{"kind":"AzureIdentityList","metadata":{},"items":[]}`,
+		`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"}}`,
+		`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"items":{}}`,
+		`[]`, `null`,
+	} {
+		_, _, err := read(other)
+		assert.Error(t, err, other)
+	}
+}
+
+// FuzzReadList: whatever comes, it is a whole list or an error.
+func FuzzReadList(f *testing.F) {
+	f.Add(wholeList)
+	f.Add(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"annotations":null},"spec":null}]}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		rows, version, err := read(text)
+		if err == nil && (version == "" || !stdjson.Valid([]byte(text)) && strings.Count(text, "}") == 0) {
+			t.Fatalf("%q was read as %d rows", text, len(rows))
+		}
+	})
+}
