@@ -4,7 +4,7 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test lint unit e2e kube bench bench-micro packages root clean
+.PHONY: build demo test lint unit e2e kube bench bench-scale bench-micro packages root clean
 
 build: ## bin/nmi, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi
@@ -41,6 +41,11 @@ bench: root packages build kube ## requests/s through the redirect, beside a bar
 	@deploy/packages.sh wrk
 	@go build -o .cache/bench ./bench
 	@exec .cache/bench
+
+bench-scale: root packages build kube ## memory, start and requests/s in a cluster of 10,000 identities; 8 minutes
+	@deploy/packages.sh wrk
+	@go build -o .cache/bench-scale ./bench/scale
+	@exec .cache/bench-scale
 
 bench-micro: ## the steps of a request, one by one
 	go test -run '^$$' -bench . -benchmem ./tokencache ./podresolver ./proxy

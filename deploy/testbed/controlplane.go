@@ -20,23 +20,30 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 )
 
-const (
-	apiServerURL = "https://127.0.0.1:6443"
-	etcdURL      = "http://127.0.0.1:2379"
-	adminToken   = "testbed-admin"
-)
+const adminToken = "testbed-admin"
 
 // ControlPlane is a real kube-apiserver with its etcd, on the node's loopback.
 // There are no controllers: pods are what their creator says they are.
 type ControlPlane struct {
 	bin, dir  string
+	shift     int // added to every port, so that two fit on one node
 	etcd, api *Program
 }
+
+func (c *ControlPlane) apiServerURL() string {
+	return fmt.Sprintf("https://127.0.0.1:%d", 6443+c.shift)
+}
+func (c *ControlPlane) etcdURL() string { return fmt.Sprintf("http://127.0.0.1:%d", 2379+c.shift) }
+func (c *ControlPlane) peerURL() string { return fmt.Sprintf("http://127.0.0.1:%d", 2380+c.shift) }
 
 // StartControlPlane starts both from the binaries in bin (see "make kube"), with
 // their data in dir, and returns once the API server is ready.
 func StartControlPlane(ctx context.Context, bin, dir string) (*ControlPlane, error) {
-	c := &ControlPlane{bin: bin, dir: dir}
+	return startControlPlane(ctx, bin, dir, 0)
+}
+
+func startControlPlane(ctx context.Context, bin, dir string, shift int) (*ControlPlane, error) {
+	c := &ControlPlane{bin: bin, dir: dir, shift: shift}
 	for _, name := range []string{"etcd", "kube-apiserver"} {
 		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
 			return nil, fmt.Errorf("%s is not built: run make kube: %w", name, err)
@@ -48,7 +55,7 @@ func StartControlPlane(ctx context.Context, bin, dir string) (*ControlPlane, err
 	var err error
 	c.etcd, err = StartProgram(filepath.Join(bin, "etcd"), nil,
 		"--data-dir", filepath.Join(dir, "etcd"), "--unsafe-no-fsync", "--log-level=warn",
-		"--listen-client-urls", etcdURL, "--advertise-client-urls", etcdURL, "--listen-peer-urls=http://127.0.0.1:2380")
+		"--listen-client-urls", c.etcdURL(), "--advertise-client-urls", c.etcdURL(), "--listen-peer-urls", c.peerURL())
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +83,7 @@ func (c *ControlPlane) path(name string) string { return filepath.Join(c.dir, na
 // once it is ready.
 func (c *ControlPlane) StartAPIServer(ctx context.Context) (err error) {
 	c.api, err = StartProgram(filepath.Join(c.bin, "kube-apiserver"), nil,
-		"--etcd-servers="+etcdURL, "--bind-address=127.0.0.1", "--advertise-address="+NodeAddress, "--secure-port=6443",
+		"--etcd-servers="+c.etcdURL(), "--bind-address=127.0.0.1", "--advertise-address="+NodeAddress, fmt.Sprintf("--secure-port=%d", 6443+c.shift),
 		"--cert-dir="+c.path("certs"), "--service-cluster-ip-range=10.96.0.0/16",
 		"--service-account-issuer=https://testbed", "--service-account-key-file="+c.path("sa.key"),
 		"--service-account-signing-key-file="+c.path("sa.key"), "--token-auth-file="+c.path("tokens.csv"),
@@ -122,7 +129,7 @@ func (c *ControlPlane) Stop() error {
 // Admin is how the cluster's administrator connects.
 func (c *ControlPlane) Admin() *rest.Config {
 	return &rest.Config{
-		Host:        apiServerURL,
+		Host:        c.apiServerURL(),
 		BearerToken: adminToken,
 		// The certificate is the API server's own, made at its start.
 		TLSClientConfig: rest.TLSClientConfig{Insecure: true},
@@ -143,7 +150,7 @@ func (c *ControlPlane) Kubeconfig(ctx context.Context, namespace, account string
 	}
 	path := c.path(account + ".kubeconfig")
 	config := clientcmdapi.NewConfig()
-	config.Clusters["testbed"] = &clientcmdapi.Cluster{Server: apiServerURL, InsecureSkipTLSVerify: true}
+	config.Clusters["testbed"] = &clientcmdapi.Cluster{Server: c.apiServerURL(), InsecureSkipTLSVerify: true}
 	config.AuthInfos[account] = &clientcmdapi.AuthInfo{Token: request.Status.Token}
 	config.Contexts["testbed"] = &clientcmdapi.Context{Cluster: "testbed", AuthInfo: account}
 	config.CurrentContext = "testbed"

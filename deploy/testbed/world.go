@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -43,16 +41,6 @@ func NewWorld(ctx context.Context, imds imdstest.Config) (_ *World, err error) {
 			err = errors.Join(err, w.Close())
 		}
 	}()
-	root, err := Root()
-	if err != nil {
-		return nil, err
-	}
-	dir, err := os.MkdirTemp("", "nmi-testbed-")
-	if err != nil {
-		return nil, err
-	}
-	w.onClose(func() error { return os.RemoveAll(dir) })
-
 	if w.Network, err = NewNetwork(); err != nil {
 		return nil, err
 	}
@@ -63,26 +51,7 @@ func NewWorld(ctx context.Context, imds imdstest.Config) (_ *World, err error) {
 	}
 	stop := w.IMDS.Serve(ln)
 	w.onClose(func() error { stop(); return nil })
-
-	if w.ControlPlane, err = StartControlPlane(ctx, filepath.Join(root, ".cache", "bin"), dir); err != nil {
-		return nil, err
-	}
-	w.onClose(w.Stop)
-	if w.Kube, err = kubernetes.NewForConfig(w.Admin()); err != nil {
-		return nil, err
-	}
-	if w.Custom, err = dynamic.NewForConfig(w.Admin()); err != nil {
-		return nil, err
-	}
-	w.manifests, err = ReadManifests(os.DirFS(filepath.Join(root, "deploy", "manifests")), "crds.yaml", "rbac.yaml", "exception.yaml", "daemonset.yaml")
-	if err != nil {
-		return nil, err
-	}
-	if err = Apply(ctx, w.Custom, w.manifests); err != nil {
-		return nil, err
-	}
-	w.Kubeconfig, err = w.ControlPlane.Kubeconfig(ctx, "kube-system", "nmi")
-	return w, err
+	return w, w.startCluster(ctx, 0)
 }
 
 func (w *World) onClose(fn func() error) { w.closers = append(w.closers, fn) }
