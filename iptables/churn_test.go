@@ -1,8 +1,6 @@
 package iptables_test
 
 import (
-	"context"
-	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -22,13 +20,7 @@ func TestAutoModeFollowsPodsThatComeAndGo(t *testing.T) {
 			known.set(n.pod.Addr)
 			cfg := n.config(iptables.AutoMode)
 			cfg.Pods = known.get
-			r, err := iptables.New(cfg)
-			require.NoError(t, err)
-			ctx, cancel := context.WithCancel(t.Context())
-			var running sync.WaitGroup
-			running.Go(func() { r.Run(ctx) })
-			defer running.Wait()
-			defer cancel()
+			r, _ := n.reconcile(cfg)
 			becomes := func(mode iptables.Mode, when string) {
 				t.Helper()
 				n.eventually(func() bool { s := r.Status(); return s.Err == nil && s.Mode == mode }, when)

@@ -1,7 +1,6 @@
 package iptables_test
 
 import (
-	"context"
 	"net/netip"
 	"strings"
 	"sync"
@@ -47,13 +46,7 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	pods := &podList{}
 	cfg := n.config(iptables.AutoMode)
 	cfg.Pods = pods.get
-	r, err := iptables.New(cfg)
-	require.NoError(t, err)
-	ctx, cancel := context.WithCancel(t.Context())
-	var running sync.WaitGroup
-	running.Go(func() { r.Run(ctx) })
-	defer running.Wait()
-	defer cancel()
+	r, _ := n.reconcile(cfg)
 	becomes := func(mode iptables.Mode, why string) {
 		t.Helper()
 		n.eventually(func() bool {

@@ -64,12 +64,7 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 		o.Observe(oneIf(s.Unguarded != nil))
 	})
 	counter := func(name, description string, value func(iptables.Stats) uint64) {
-		_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
-			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-				o.Observe(int64(value(rules.Stats()))) //nolint:gosec // some a second at most
-				return nil
-			}))
-		all = errors.Join(all, err)
+		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(rules.Stats()) }))
 	}
 	counter("iptables.checks", "Checks of the rules", func(s iptables.Stats) uint64 { return s.Checks })
 	counter("iptables.repairs", "Checks that found the rules wanting and wrote them, the first included", func(s iptables.Stats) uint64 { return s.Repairs })
@@ -97,17 +92,22 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 		}))
 	all = errors.Join(all, err)
 	counter := func(name, description string, value func(podresolver.Stats) uint64) {
-		_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
-			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-				o.Observe(int64(value(resolver.Stats()))) //nolint:gosec // some a second at most
-				return nil
-			}))
-		all = errors.Join(all, err)
+		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(resolver.Stats()) }))
 	}
 	counter("addresses.ambiguous", "Times that an address came to have more than one owner", func(s podresolver.Stats) uint64 { return s.Ambiguous })
 	counter("lookups", "Times that the API server was asked for the pod of an address", func(s podresolver.Stats) uint64 { return s.Lookups })
 	counter("lookups.found", "Lookups that found a pod that the watch had not told of", func(s podresolver.Stats) uint64 { return s.Found })
 	return all
+}
+
+// count adds a counter of what is counted elsewhere.
+func count(meter metric.Meter, name, description string, value func() uint64) error {
+	_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(value())) //nolint:gosec // what is counted happens some times a second at most
+			return nil
+		}))
+	return err
 }
 
 func oneIf(yes bool) int64 {
