@@ -23,6 +23,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/podidentity/nmi/bench/wrk"
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
@@ -33,6 +34,8 @@ const (
 
 	// The server has one core for itself, wrk the other.
 	serverCore, clientCore = 0, 1
+
+	connections = 32
 )
 
 func main() {
@@ -68,7 +71,7 @@ func serveBare(file string) error {
 // row is one line of the table.
 type row struct {
 	name string
-	result
+	wrk.Result
 	memory string
 }
 
@@ -133,7 +136,7 @@ func measureAgent(ctx context.Context, w *testbed.World, pod *testbed.Pod, mode 
 	}
 	now, peak, err := agent.Memory()
 	memory := fmt.Sprintf("%.1f / %.1f", float64(now)/(1<<20), float64(peak)/(1<<20))
-	return row{name: "agent, mode " + mode, result: result, memory: memory}, body, err
+	return row{name: "agent, mode " + mode, Result: result, memory: memory}, body, err
 }
 
 func measureBare(ctx context.Context, pod *testbed.Pod, body []byte, length time.Duration) (r row, err error) {
@@ -167,7 +170,7 @@ func measureBare(ctx context.Context, pod *testbed.Pod, body []byte, length time
 		time.Sleep(20 * time.Millisecond) // it is starting
 	}
 	result, err := load(ctx, pod, length)
-	return row{name: "bare net/http, same bytes and rules", result: result, memory: "-"}, err
+	return row{name: "bare net/http, same bytes and rules", Result: result, memory: "-"}, err
 }
 
 // fetch asks for the token once.
@@ -196,8 +199,18 @@ func report(rows []row, size int, length time.Duration) {
 	fmt.Printf("server and wrk on a core each, %s a row. Ratio: requests/s over those of the bare server.\n\n", length)
 	fmt.Println("| server | requests/s | ratio | p50 | p99 | resident memory now / peak, MiB |")
 	fmt.Println("|---|---:|---:|---:|---:|---:|")
-	bare := rows[len(rows)-1].perSecond
+	bare := rows[len(rows)-1].PerSecond
 	for _, r := range rows {
-		fmt.Printf("| %s | %.0f | %.2f | %s | %s | %s |\n", r.name, r.perSecond, r.perSecond/bare, r.p50, r.p99, strings.TrimSpace(r.memory))
+		fmt.Printf("| %s | %.0f | %.2f | %s | %s | %s |\n", r.name, r.PerSecond, r.PerSecond/bare, r.P50, r.P99, strings.TrimSpace(r.memory))
 	}
+}
+
+// load lets wrk ask for the token from the pod's namespace, after a second of
+// warming up.
+func load(ctx context.Context, pod *testbed.Pod, length time.Duration) (wrk.Result, error) {
+	tokens := wrk.Load{Core: clientCore, Connections: connections, URL: tokenURL}
+	if _, err := tokens.Run(ctx, pod, time.Second); err != nil {
+		return wrk.Result{}, err
+	}
+	return tokens.Run(ctx, pod, length)
 }

@@ -20,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/podidentity/nmi/bench/wrk"
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
@@ -116,7 +117,7 @@ func run(ctx context.Context, p plan) (err error) {
 	for i := range rounds {
 		for _, in := range []struct {
 			world   *testbed.World
-			results *[]result
+			results *[]wrk.Result
 		}{{small, &r.small}, {w, &r.large}} {
 			got, err := measureLoad(ctx, in.world, pods, p.round)
 			if err != nil {
@@ -134,7 +135,7 @@ func run(ctx context.Context, p plan) (err error) {
 type report struct {
 	bytes        int64
 	starts       []start
-	small, large []result
+	small, large []wrk.Result
 }
 
 func (r report) print(p plan) {
@@ -144,10 +145,10 @@ func (r report) print(p plan) {
 	file := median(r.starts, func(s start) int64 { return s.settled.file })
 	peak := highest(r.starts, func(s start) int64 { return s.peak })
 	loaded := r.starts[len(r.starts)-1].loaded
-	rate := func(r result) float64 { return r.perSecond }
+	rate := func(r wrk.Result) float64 { return r.PerSecond }
 	ratios := make([]float64, len(r.large))
 	for i := range ratios {
-		ratios[i] = r.large[i].perSecond / r.small[i].perSecond
+		ratios[i] = r.large[i].PerSecond / r.small[i].PerSecond
 	}
 	ratio := median(ratios, func(f float64) float64 { return f })
 
@@ -182,9 +183,9 @@ func (r report) print(p plan) {
 	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|")
 	for i := range r.large {
 		s, l := r.small[i], r.large[i]
-		fmt.Printf("| %d | %.0f | %s | %s | %.0f | %s | %s | %.3f |\n", i+1, s.perSecond, s.p50, s.p99, l.perSecond, l.p50, l.p99, ratios[i])
+		fmt.Printf("| %d | %.0f | %s | %s | %.0f | %s | %s | %.3f |\n", i+1, s.PerSecond, s.P50, s.P99, l.PerSecond, l.P50, l.P99, ratios[i])
 	}
-	fmt.Printf("\nSpread of the small cluster's rounds, highest to lowest: %.3f\n", highest(r.small, rate)/-highest(r.small, func(r result) float64 { return -r.perSecond }))
+	fmt.Printf("\nSpread of the small cluster's rounds, highest to lowest: %.3f\n", highest(r.small, rate)/-highest(r.small, func(r wrk.Result) float64 { return -r.PerSecond }))
 }
 
 func median[T any, V cmp.Ordered](all []T, value func(T) V) V {

@@ -37,6 +37,7 @@ var rooms = map[string][]string{
 	"deploy/demo":                {"*"},
 	"bench":                      {"*"},
 	"bench/scale":                {"*"},
+	"bench/wrk":                  {"*"},
 }
 
 // goPackage is what go list says of a package.
