@@ -24,9 +24,6 @@ const DefaultFetchTimeout = 10 * time.Second
 // memory.
 var ErrClosed = errors.New("token cache is closed")
 
-// Fetch asks the upstream for one token. It must honour ctx.
-type Fetch func(ctx context.Context, key Key) (*Token, error)
-
 // Config bounds a Cache. The zero value takes the defaults.
 type Config struct {
 	Size         int           // tokens held; 0 means DefaultSize
@@ -144,7 +141,7 @@ func (c *Cache) fetchAndStore(key Key) (token *Token, err error) {
 
 	ctx, cancel := context.WithTimeout(c.ctx, c.timeout)
 	defer cancel()
-	token, err = c.fetch(ctx, key)
+	token, err = c.fetch(ctx, Request{Key: key, Turn: func(context.Context) (func(time.Duration), error) { return func(time.Duration) {}, nil }})
 	if err != nil {
 		return nil, err
 	}

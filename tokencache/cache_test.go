@@ -22,7 +22,7 @@ type fakeUpstream struct {
 	err   error
 }
 
-func (u *fakeUpstream) fetch(ctx context.Context, key Key) (*Token, error) {
+func (u *fakeUpstream) fetch(ctx context.Context, key Request) (*Token, error) {
 	u.mu.Lock()
 	u.calls++
 	n, life, takes, err := u.calls, u.life, u.takes, u.err
@@ -226,7 +226,7 @@ func TestManyCallersOfADueTokenStartOneRefresh(t *testing.T) {
 }
 
 func TestAPanicIsAnErrorOfThatFlight(t *testing.T) {
-	c := New(func(context.Context, Key) (*Token, error) { panic("boom") }, Config{})
+	c := New(func(context.Context, Request) (*Token, error) { panic("boom") }, Config{})
 	defer c.Close()
 	_, err := c.Get(t.Context(), key)
 	require.ErrorContains(t, err, "boom")
@@ -292,7 +292,7 @@ func FuzzKeyStringsAreUnique(f *testing.F) {
 	f.Add("a", "b", "c", "a", "b", "c")
 	f.Add("a\" \"b", "", "c", "a", "b\" \"", "c")
 	f.Fuzz(func(t *testing.T, a1, a2, a3, b1, b2, b3 string) {
-		a, b := Key{a1, a2, a3}, Key{b1, b2, b3}
+		a, b := Key{ClientID: a1, ResourceID: a2, Resource: a3}, Key{ClientID: b1, ResourceID: b2, Resource: b3}
 		if (a == b) != (a.String() == b.String()) {
 			t.Fatalf("%#v and %#v both read %s", a, b, a)
 		}

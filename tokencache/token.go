@@ -1,35 +1,6 @@
 package tokencache
 
-import (
-	"strconv"
-	"time"
-)
-
-// Key names one token: whose it is, and what it is good for. Two pods that may
-// use the same identity share the entry. A Key holds no secret.
-type Key struct {
-	// ClientID of the managed identity, in lower case. It names the identity
-	// alone when set.
-	ClientID string
-	// ResourceID is the Azure resource ID of the managed identity, in lower
-	// case; used where no ClientID is known.
-	ResourceID string
-	// Resource is the audience asked for, exactly as the caller spelled it: the
-	// service echoes it, so another spelling is another answer.
-	Resource string
-}
-
-// String returns the key with each field quoted, so that no two keys share a
-// string, whatever a caller put into Resource.
-func (k Key) String() string {
-	b := make([]byte, 0, len(k.ClientID)+len(k.ResourceID)+len(k.Resource)+8)
-	b = strconv.AppendQuote(b, k.ClientID)
-	b = append(b, ' ')
-	b = strconv.AppendQuote(b, k.ResourceID)
-	b = append(b, ' ')
-	b = strconv.AppendQuote(b, k.Resource)
-	return string(b)
-}
+import "time"
 
 // Token is an access token and what its issuer said about it. Tokens are shared
 // between callers and must not be changed.
@@ -44,6 +15,11 @@ type Token struct {
 
 	NotBefore time.Time
 	ExpiresOn time.Time
+	// ExpiresIn is the lifetime as the issuer counted it when it answered, which a
+	// node's wrong clock has no part in; 0 if the issuer did not say.
+	ExpiresIn time.Duration
+	// RefreshOn is when the issuer wants to be asked again; zero if it did not say.
+	RefreshOn time.Time
 	// ExtExpiresOn is the end of the extended lifetime that Entra grants during
 	// an outage of its own; the same as ExpiresOn where it grants none.
 	ExtExpiresOn time.Time

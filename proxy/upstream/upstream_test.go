@@ -24,6 +24,13 @@ var (
 	key   = tokencache.Key{ClientID: known.ClientID, Resource: "https://vault.azure.net/"}
 )
 
+// asking is a request that never has to wait for its turn.
+func asking(k tokencache.Key) tokencache.Request {
+	return tokencache.Request{Key: k, Turn: func(context.Context) (func(time.Duration), error) {
+		return func(time.Duration) {}, nil
+	}}
+}
+
 func upstreamOf(t *testing.T, srv *httptest.Server) *Upstream {
 	t.Helper()
 	t.Cleanup(srv.Close)
@@ -38,7 +45,7 @@ func TestTokenByClientIDAndByResourceID(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 	u := upstreamOf(t, imds.Start())
 	for _, k := range []tokencache.Key{key, {ResourceID: known.ResourceID, Resource: key.Resource}} {
-		token, err := u.Token(t.Context(), k)
+		token, err := u.Token(t.Context(), asking(k))
 		require.NoError(t, err)
 		assert.Equal(t, known.ClientID, imdstest.Subject(token.AccessToken))
 		assert.Equal(t, key.Resource, token.Resource)
@@ -50,7 +57,7 @@ func TestTokenByClientIDAndByResourceID(t *testing.T) {
 func TestAKeyWithoutIdentityIsNeverSent(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{})
 	u := upstreamOf(t, imds.Start())
-	_, err := u.Token(t.Context(), tokencache.Key{Resource: "r"})
+	_, err := u.Token(t.Context(), asking(tokencache.Key{Resource: "r"}))
 	require.Error(t, err)
 	assert.Zero(t, imds.Requests(), "IMDS would have answered with the node's identity")
 }
@@ -58,14 +65,14 @@ func TestAKeyWithoutIdentityIsNeverSent(t *testing.T) {
 func TestRefusalsKeepTheServicesWords(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{})
 	u := upstreamOf(t, imds.Start())
-	_, err := u.Token(t.Context(), key)
+	_, err := u.Token(t.Context(), asking(key))
 	var refused *Error
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, &Error{Status: 400, Code: "invalid_request", Description: "Identity not found"}, refused)
 
 	imds.Inject(imdstest.Fault{Status: 429, RetryAfter: "7", Body: `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`})
 	before := imds.Requests()
-	_, err = u.Token(t.Context(), key)
+	_, err = u.Token(t.Context(), asking(key))
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, 429, refused.Status)
 	assert.Equal(t, 7*time.Second, refused.RetryAfter)
@@ -79,7 +86,7 @@ func TestPassingFailuresAreTriedAgain(t *testing.T) {
 			imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 			imds.Inject(imdstest.Fault{Status: status, Body: "<html>not now</html>"})
 			u := upstreamOf(t, imds.Start())
-			token, err := u.Token(t.Context(), key)
+			token, err := u.Token(t.Context(), asking(key))
 			require.NoError(t, err)
 			assert.Equal(t, known.ClientID, imdstest.Subject(token.AccessToken))
 			assert.Equal(t, 2, imds.Requests())
@@ -93,11 +100,11 @@ func TestTheContextBoundsAllRetries(t *testing.T) {
 	u := upstreamOf(t, imds.Start())
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	_, err := u.Token(ctx, key)
+	_, err := u.Token(ctx, asking(key))
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	assert.Equal(t, 1, imds.Requests())
 
-	_, err = u.Token(t.Context(), key)
+	_, err = u.Token(t.Context(), asking(key))
 	var refused *Error
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, &Error{Status: 503, RetryAfter: time.Minute}, refused, "a long Retry-After is the caller's to keep")
@@ -112,7 +119,7 @@ func TestEnvironmentProxyAndRedirectsAreNotFollowed(t *testing.T) {
 	}))
 	defer elsewhere.Close()
 	u := upstreamOf(t, httptest.NewServer(http.RedirectHandler(elsewhere.URL, http.StatusFound)))
-	_, err := u.Token(t.Context(), key)
+	_, err := u.Token(t.Context(), asking(key))
 	var refused *Error
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, http.StatusFound, refused.Status)
@@ -130,7 +137,7 @@ func TestAnAnswerWithoutEndIsNotReadToItsEnd(t *testing.T) {
 			}
 		}
 	})))
-	_, err := u.Token(t.Context(), key)
+	_, err := u.Token(t.Context(), asking(key))
 	require.ErrorContains(t, err, "cannot be used")
 	assert.Less(t, sent.Load(), int64(64<<20))
 }

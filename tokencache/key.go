@@ -1,0 +1,59 @@
+package tokencache
+
+import (
+	"strconv"
+	"unique"
+)
+
+// Key names one token: whose it is, and what it is good for. Two pods that may
+// use the same identity share the entry. A Key holds no secret.
+type Key struct {
+	// ClientID of the identity, in lower case. Of a managed identity it names the
+	// identity alone when set.
+	ClientID string
+	// ResourceID is the Azure resource ID of the managed identity, in lower
+	// case; used where no ClientID is known.
+	ResourceID string
+	// Resource is the audience asked for, exactly as the caller spelled it: the
+	// service echoes it, so another spelling is another answer.
+	Resource string
+	// Principal is the rest of what names a service principal; the zero Handle of a
+	// managed identity. It is a Handle to keep the Key of most tokens small.
+	Principal unique.Handle[Principal]
+}
+
+// Principal is how a service principal proves itself, and where.
+type Principal struct {
+	TenantID    string // whose token it is
+	Authority   string // URL of the Entra endpoint, without a slash at its end
+	Certificate bool   // it proves itself with a certificate, else with a client secret
+	// SecretNamespace and SecretName name the Kubernetes Secret that holds the
+	// client secret or certificate.
+	SecretNamespace, SecretName string
+}
+
+// ServicePrincipal returns Principal's value, and false for a managed identity.
+func (k Key) ServicePrincipal() (Principal, bool) {
+	if k.Principal == (unique.Handle[Principal]{}) {
+		return Principal{}, false
+	}
+	return k.Principal.Value(), true
+}
+
+// String returns the key with each field quoted, so that no two keys share a
+// string, whatever a caller put into Resource.
+func (k Key) String() string {
+	b := make([]byte, 0, len(k.ClientID)+len(k.ResourceID)+len(k.Resource)+8)
+	b = strconv.AppendQuote(b, k.ClientID)
+	b = append(b, ' ')
+	b = strconv.AppendQuote(b, k.ResourceID)
+	b = append(b, ' ')
+	b = strconv.AppendQuote(b, k.Resource)
+	if p, ok := k.ServicePrincipal(); ok {
+		for _, part := range []string{p.TenantID, p.Authority, strconv.FormatBool(p.Certificate), p.SecretNamespace, p.SecretName} {
+			b = append(b, ' ')
+			b = strconv.AppendQuote(b, part)
+		}
+	}
+	return string(b)
+}
