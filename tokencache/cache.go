@@ -3,7 +3,9 @@ package tokencache
 import (
 	"context"
 	"errors"
-	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,41 +14,89 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
-// DefaultSize is how many tokens a cache holds unless told otherwise: 250 pods
-// with eight resources each. At 2 to 4 KB a token that is at most 8 MB.
-const DefaultSize = 2000
+// What a Config that leaves them out has.
+const (
+	// DefaultSize is 250 pods with eight resources each. At 2 to 4 KB a token that
+	// is at most 8 MB.
+	DefaultSize         = 2000
+	DefaultFetchTimeout = 10 * time.Second
+	// The limits of IMDS for tokens, per virtual machine (learn.microsoft.com,
+	// "Azure Instance Metadata Service", Rate limiting).
+	DefaultPerSecond = 20
+	DefaultAtOnce    = 5
+)
 
-// DefaultFetchTimeout bounds one flight, its retries included, unless told
-// otherwise. Callers that wait longer are told to come back.
-const DefaultFetchTimeout = 10 * time.Second
+const (
+	// maxWait is how long a caller waits for the first turn of its flight. With 250
+	// pods on a node that all want one, a round takes 12.5 s.
+	maxWait = 15 * time.Second
+	// maxFlights is how many flights one caller may have started that are under way.
+	maxFlights = 20
+	// urgentWait is how long a caller waits for a refresh while there is a token
+	// that is still good.
+	urgentWait = time.Second
+	// renewPause is the least time between two renewals of a key.
+	renewPause = 5 * time.Second
+	// maxKey bounds the memory of a key, in bytes: the pod chooses the resource, and
+	// no real one is longer than a few hundred.
+	maxKey = 2048
+	// touchEvery is how exact the LRU is. A hit within that time of the last one
+	// takes no lock.
+	touchEvery = time.Second
+)
 
-// ErrClosed is returned by Get once the cache is closed and the token is not in
-// memory.
-var ErrClosed = errors.New("token cache is closed")
+var (
+	// ErrClosed is returned once the cache is closed and the token is not in memory.
+	ErrClosed = errors.New("token cache is closed")
+	// ErrKeyTooLong is returned for a key that no upstream would know.
+	ErrKeyTooLong = errors.New("the resource or the identity's ID is too long")
+	// ErrBusy is in the Failure of a caller who was not served because of how much
+	// is asked of the upstream: by the caller itself where the class is Throttled.
+	ErrBusy = errors.New("waiting for the upstream took too long")
+)
 
 // Config bounds a Cache. The zero value takes the defaults.
 type Config struct {
-	Size         int           // tokens held; 0 means DefaultSize
-	FetchTimeout time.Duration // of one flight; 0 means DefaultFetchTimeout
+	Size int // tokens held; 0 means DefaultSize
+	// FetchTimeout bounds one flight, its retries included but not what it waits
+	// for its turns; 0 means DefaultFetchTimeout.
+	FetchTimeout time.Duration
+	// PerSecond and AtOnce bound the requests to an upstream whose rate is limited;
+	// 0 means DefaultPerSecond and DefaultAtOnce.
+	PerSecond, AtOnce int
+	// InUse reports whether a caller who was given the key's token is still there,
+	// and may still have it. While it is true of one, the token is refreshed
+	// without being asked for. nil is never.
+	InUse func(caller netip.Addr, key Key) bool
 }
 
 // Cache holds tokens in memory and asks its upstream once for many callers. It
 // is safe for concurrent use.
 type Cache struct {
-	fetch   Fetch
-	timeout time.Duration
-	entries *lru.Cache[Key, entry]
-	flights singleflight.Group
-	stats   counters
+	fetch    Fetch
+	cfg      Config
+	failures failures
+	turns    *turns
+	group    singleflight.Group
+	stats    counters
+	began    time.Time
+	jitter   func() float64 // in [0, 1)
+
+	// byKey is what entries holds, for readers who take no lock.
+	byKey atomic.Pointer[map[Key]*entry]
 
 	ctx    context.Context // of all flights; ended by Close
 	cancel context.CancelFunc
+	wake   chan struct{} // the refresher's
+	behind sync.WaitGroup
 
-	// mu guards closed, the Add of flying against its Wait, and each write to
-	// entries: a postponed old token must not take the place of a new one.
-	mu     sync.Mutex
-	closed bool
-	flying sync.WaitGroup
+	// mu guards all below, each write to entries and byKey, and the parts of an
+	// entry that say so.
+	mu      sync.Mutex
+	entries *lru.Cache[Key, *entry]
+	closed  bool
+	wants   map[flight]*want
+	started map[netip.Addr]int // flights under way, by who started them
 }
 
 // New returns an empty cache in front of fetch. Close it when done.
@@ -57,114 +107,187 @@ func New(fetch Fetch, cfg Config) *Cache {
 	if cfg.FetchTimeout <= 0 {
 		cfg.FetchTimeout = DefaultFetchTimeout
 	}
-	entries, err := lru.New[Key, entry](cfg.Size)
+	if cfg.PerSecond <= 0 {
+		cfg.PerSecond = DefaultPerSecond
+	}
+	if cfg.AtOnce <= 0 {
+		cfg.AtOnce = DefaultAtOnce
+	}
+	if cfg.InUse == nil {
+		cfg.InUse = func(netip.Addr, Key) bool { return false }
+	}
+	entries, err := lru.New[Key, *entry](cfg.Size)
 	if err != nil { // only for a size below 1
 		panic(err)
 	}
-	c := &Cache{fetch: fetch, timeout: cfg.FetchTimeout, entries: entries}
+	c := &Cache{
+		fetch: fetch, cfg: cfg, entries: entries, failures: newFailures(),
+		turns: newTurns(cfg.PerSecond, cfg.AtOnce), began: time.Now(), jitter: rand.Float64,
+		wake: make(chan struct{}, 1), wants: make(map[flight]*want), started: make(map[netip.Addr]int),
+	}
+	c.byKey.Store(&map[Key]*entry{})
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.behind.Go(c.refreshAhead)
 	return c
 }
 
-// Get returns the token for key. It returns the fetch's error when there is no
-// valid token to serve, ctx's error when the caller's own patience ends first
-// (the flight goes on for the others), and ErrClosed after Close.
-func (c *Cache) Get(ctx context.Context, key Key) (*Token, error) {
-	if e, ok := c.entries.Get(key); ok {
-		switch e.freshness(time.Now()) {
-		case fresh:
-			c.stats.hits.Add(1)
-			return e.token, nil
-		case due:
-			c.stats.hits.Add(1)
-			c.refresh(key)
-			return e.token, nil
-		case expired:
-		}
-	}
-	c.stats.misses.Add(1)
-
-	landed := c.flights.DoChan(key.String(), func() (any, error) { return c.fly(key) })
-	select {
-	case r := <-landed:
-		token, _ := r.Val.(*Token) // nil with an error
-		return token, r.Err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// refresh starts a flight for a token that is due, and does not wait for it.
-// Marking the entry as postponed first keeps the callers that follow from
-// starting another, and is the pause after a failure at the same time.
-func (c *Cache) refresh(key Key) {
-	c.mu.Lock()
+// Get returns the token for key. caller is the address of who asks; the zero one is
+// the node's own. It returns a *Failure when there is no valid token to serve, ctx's
+// error when the caller's own patience ends first (the flight goes on for the
+// others), ErrKeyTooLong, and ErrClosed after Close.
+func (c *Cache) Get(ctx context.Context, key Key, caller netip.Addr) (*Token, error) {
 	now := time.Now()
-	current, ok := c.entries.Peek(key)
-	first := ok && !c.closed && current.freshness(now) == due
-	if first {
-		c.entries.Add(key, current.postponed(now))
+	e := c.lookup(key)
+	if e == nil {
+		return c.miss(ctx, key, caller, now)
 	}
-	c.mu.Unlock()
-	if !first {
-		return
-	}
-	c.stats.refreshes.Add(1)
-	c.flights.DoChan(key.String(), func() (any, error) { return c.fetchAndStore(key) })
-}
-
-// fly answers a miss: look again, since a flight may have landed between the
-// caller's look and this one's start, then fetch.
-func (c *Cache) fly(key Key) (*Token, error) {
-	if e, ok := c.entries.Peek(key); ok && e.freshness(time.Now()) != expired {
+	switch e.freshness(now) {
+	case fresh:
+		c.used(e, caller, now)
+		c.stats.fresh.add(caller)
 		return e.token, nil
+	case due:
+		c.used(e, caller, now)
+		c.stats.due.Add(1)
+		if !e.asked.Swap(true) {
+			c.wakeRefresher()
+		}
+		return e.token, nil
+	case urgent:
+		c.used(e, caller, now)
+		c.stats.urgent.Add(1)
+		return c.hurry(ctx, e, caller)
+	default:
+		return c.miss(ctx, key, caller, now)
 	}
-	return c.fetchAndStore(key)
 }
 
-func (c *Cache) fetchAndStore(key Key) (token *Token, err error) {
-	if !c.takeOff() {
-		return nil, ErrClosed
-	}
-	defer c.flying.Done()
-	c.stats.fetches.Add(1)
-	// singleflight would end the process for a panic in a flight; it is this
-	// flight's failure, and nobody else's.
-	defer func() {
-		if p := recover(); p != nil {
-			token, err = nil, fmt.Errorf("fetching a token panicked: %v", p)
-		}
-		if err != nil {
-			c.stats.failures.Add(1)
-		}
-	}()
-
-	ctx, cancel := context.WithTimeout(c.ctx, c.timeout)
-	defer cancel()
-	token, err = c.fetch(ctx, Request{Key: key, Turn: func(context.Context) (func(time.Duration), error) { return func(time.Duration) {}, nil }})
-	if err != nil {
-		return nil, err
-	}
+// Renew is Get for a caller who does not want the token that is in memory, if
+// replace says so of it; nil replaces any. Each key is renewed every 5 s at most:
+// in between the caller gets what there is.
+func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace func(*Token) bool) (*Token, error) {
 	now := time.Now()
-	if !now.Before(token.ExpiresOn) {
-		return nil, fmt.Errorf("the upstream's token expired at %s, before it arrived; check the node's clock",
-			token.ExpiresOn.UTC().Format(time.RFC3339))
+	f := flight{Key: key, fresh: true}
+	if e := c.lookup(key); e != nil && e.freshness(now) != expired {
+		if replace != nil && !replace(e.token) || !c.mayRenew(e, f, now) {
+			return c.Get(ctx, key, caller)
+		}
+		c.used(e, caller, now)
+		c.stats.renewals.Add(1)
+		return c.await(ctx, f, e, caller)
 	}
-	c.mu.Lock()
-	c.entries.Add(key, newEntry(token, now))
-	c.mu.Unlock()
-	return token, nil
+	if failure := c.refusal(key, now); failure != nil {
+		return nil, failure
+	}
+	c.stats.renewals.Add(1)
+	return c.await(ctx, f, nil, caller)
 }
 
-// takeOff counts one more flight, unless the cache is closed.
-func (c *Cache) takeOff() bool {
+// mayRenew reports whether a renewal may begin, or has begun and can be joined.
+func (c *Cache) mayRenew(e *entry, f flight, now time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
+	if c.wants[f] != nil {
+		return true
+	}
+	if !e.renewedAt.IsZero() && now.Sub(e.renewedAt) < renewPause {
 		return false
 	}
-	c.flying.Add(1)
+	e.renewedAt = now
 	return true
+}
+
+func (c *Cache) lookup(key Key) *entry { return (*c.byKey.Load())[key] }
+
+// used keeps a token from leaving the cache, and remembers for whom to refresh it.
+func (c *Cache) used(e *entry, caller netip.Addr, now time.Time) {
+	e.users.add(caller)
+	at := int64(now.Sub(c.began))
+	if last := e.touched.Load(); at-last > int64(touchEvery) && e.touched.CompareAndSwap(last, at) {
+		c.mu.Lock()
+		c.entries.Get(e.key) // moves it up
+		c.mu.Unlock()
+	}
+}
+
+// miss waits for a flight to bring the token.
+func (c *Cache) miss(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*Token, error) {
+	c.stats.misses.Add(1)
+	if failure := c.refusal(key, now); failure != nil {
+		return nil, failure
+	}
+	return c.await(ctx, flight{Key: key}, nil, caller)
+}
+
+// refusal is why a key for which there is no token is not fetched.
+func (c *Cache) refusal(key Key, now time.Time) error {
+	if len(key.ClientID)+len(key.ResourceID)+len(key.Resource) > maxKey {
+		return ErrKeyTooLong
+	}
+	if failure := c.failures.recall(key, now); failure != nil {
+		c.stats.remembered.Add(1)
+		return failure
+	}
+	return nil
+}
+
+// hurry serves a token that is about to expire: a new one, if it comes at once.
+func (c *Cache) hurry(ctx context.Context, e *entry, caller netip.Addr) (*Token, error) {
+	if !c.refresh(e, caller) {
+		return e.token, nil
+	}
+	patience, cancel := context.WithTimeout(ctx, urgentWait)
+	defer cancel()
+	token, err := c.await(patience, flight{Key: e.key}, e, caller)
+	if err != nil && e.freshness(time.Now()) != expired {
+		return e.token, nil
+	}
+	return token, err
+}
+
+// store keeps what a flight that began on seen has brought, and returns what is in
+// memory then: another flight may have landed first, and have asked later.
+func (c *Cache) store(f flight, seen *entry, token *Token, now time.Time) *entry {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before := c.lookup(f.Key)
+	if before != nil && before != seen && !f.fresh && before.freshness(now) != expired {
+		return before
+	}
+	e := newEntry(f.Key, token, now, c.jitter())
+	e.touched.Store(int64(now.Sub(c.began)))
+	if before != nil {
+		e.users, e.renewedAt = before.users, before.renewedAt
+	}
+	if f.fresh {
+		e.renewed, e.renewedAt = true, now
+	}
+	var evicted []Key
+	if c.entries.Len() == c.cfg.Size && !c.entries.Contains(f.Key) {
+		if oldest, _, ok := c.entries.RemoveOldest(); ok {
+			evicted = append(evicted, oldest)
+			c.stats.evictions.Add(1)
+		}
+	}
+	c.entries.Add(f.Key, e)
+	c.publish(e, evicted...)
+	c.failures.forget(f.Key)
+	c.wakeRefresher()
+	return e
+}
+
+// publish tells the readers of an entry that has come, if any, and of those that have
+// gone. mu is held. Copying 2,000 entries takes 0.1 ms, and happens as often as the
+// upstream may be asked.
+func (c *Cache) publish(e *entry, gone ...Key) {
+	next := maps.Clone(*c.byKey.Load())
+	for _, key := range gone {
+		delete(next, key)
+	}
+	if e != nil {
+		next[e.key] = e
+	}
+	c.byKey.Store(&next)
 }
 
 // Close ends all flights and waits for them. Tokens in memory can still be had.
@@ -173,31 +296,6 @@ func (c *Cache) Close() {
 	c.closed = true
 	c.mu.Unlock()
 	c.cancel()
-	c.flying.Wait()
-}
-
-// Stats is a snapshot of what the cache has done since it was made.
-type Stats struct {
-	Hits      uint64 // answered from memory
-	Misses    uint64 // had to wait for a flight
-	Fetches   uint64 // calls of the upstream, refreshes included
-	Refreshes uint64 // flights sent off behind a caller's back
-	Failures  uint64 // fetches that brought no token
-	Entries   int    // tokens held now, expired ones included
-}
-
-type counters struct {
-	hits, misses, fetches, refreshes, failures atomic.Uint64
-}
-
-// Stats returns the counters as they are now.
-func (c *Cache) Stats() Stats {
-	return Stats{
-		Hits:      c.stats.hits.Load(),
-		Misses:    c.stats.misses.Load(),
-		Fetches:   c.stats.fetches.Load(),
-		Refreshes: c.stats.refreshes.Load(),
-		Failures:  c.stats.failures.Load(),
-		Entries:   c.entries.Len(),
-	}
+	c.turns.stop()
+	c.behind.Wait()
 }

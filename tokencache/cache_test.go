@@ -2,115 +2,65 @@ package tokencache
 
 import (
 	"context"
-	"errors"
-	"fmt"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unique"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
-// fakeUpstream counts its calls and hands out numbered tokens.
-type fakeUpstream struct {
-	mu    sync.Mutex // guards all below
-	calls int
-	life  time.Duration // of the tokens it gives
-	takes time.Duration // how long a call lasts
-	err   error
-}
-
-func (u *fakeUpstream) fetch(ctx context.Context, key Request) (*Token, error) {
-	u.mu.Lock()
-	u.calls++
-	n, life, takes, err := u.calls, u.life, u.takes, u.err
-	u.mu.Unlock()
-	select {
-	case <-time.After(takes):
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	if err != nil {
-		return nil, err
-	}
-	now := time.Now()
-	return &Token{
-		AccessToken: fmt.Sprintf("token-%d", n),
-		Resource:    key.Resource,
-		NotBefore:   now,
-		ExpiresOn:   now.Add(life),
-	}, nil
-}
-
-func (u *fakeUpstream) asked() int {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return u.calls
-}
-
-func (u *fakeUpstream) fail(err error) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.err = err
-}
-
-var key = Key{ClientID: "11111111-1111-1111-1111-111111111111", Resource: "https://vault.azure.net"}
-
-func get(t *testing.T, c *Cache) string {
-	t.Helper()
-	token, err := c.Get(t.Context(), key)
-	require.NoError(t, err)
-	return token.AccessToken
-}
-
 func TestSecondCallerIsAnsweredFromMemory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{life: 24 * time.Hour, takes: 50 * time.Millisecond}
+		up := &fakeUpstream{takes: 50 * time.Millisecond}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		assert.Equal(t, "token-1", get(t, c))
 		begin := time.Now()
 		assert.Equal(t, "token-1", get(t, c))
 		assert.Zero(t, time.Since(begin), "no waiting on a hit")
-		assert.Equal(t, Stats{Hits: 1, Misses: 1, Fetches: 1, Entries: 1}, c.Stats())
+		assert.Equal(t, Stats{Fresh: 1, Misses: 1, Flights: 1, Entries: 1}, c.Stats())
 	})
 }
 
 func TestManyCallersOfAColdKeyMakeOneCall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{life: time.Hour, takes: time.Second}
+		up := &fakeUpstream{takes: time.Second, turns: true}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		var wg sync.WaitGroup
-		for range 10_000 {
+		for i := range 10_000 {
 			wg.Go(func() {
-				token, err := c.Get(t.Context(), key)
+				token, err := c.Get(t.Context(), key, pod(i))
 				assert.NoError(t, err)
 				assert.Equal(t, "token-1", token.AccessToken)
 			})
 		}
 		wg.Wait()
 		assert.Equal(t, 1, up.asked())
+		assert.Equal(t, uint64(9_999), c.Stats().Joined)
 	})
 }
 
 func TestACallerThatLeavesFailsNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{life: time.Hour, takes: time.Second}
+		up := &fakeUpstream{takes: time.Second}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		impatient, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
 		var wg sync.WaitGroup
 		wg.Go(func() { // the first caller, whose request started the flight
-			_, err := c.Get(impatient, key)
+			_, err := c.Get(impatient, key, alice)
 			assert.ErrorIs(t, err, context.DeadlineExceeded)
 		})
 		synctest.Wait()
 		wg.Go(func() {
-			token, err := c.Get(t.Context(), key)
+			token, err := c.Get(t.Context(), key, bob)
 			assert.NoError(t, err)
 			assert.Equal(t, "token-1", token.AccessToken)
 		})
@@ -119,173 +69,153 @@ func TestACallerThatLeavesFailsNoOther(t *testing.T) {
 	})
 }
 
-func TestAFlightHasItsOwnDeadline(t *testing.T) {
+func TestAFlightThatNobodyWaitsForEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{life: time.Hour, takes: time.Hour}
-		c := New(up.fetch, Config{FetchTimeout: 3 * time.Second})
+		var ended error
+		c := New(func(ctx context.Context, _ Request) (*Token, error) {
+			<-ctx.Done()
+			ended = ctx.Err()
+			return nil, ctx.Err()
+		}, Config{})
 		defer c.Close()
-		begin := time.Now()
-		_, err := c.Get(t.Context(), key)
+		impatient, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := c.Get(impatient, key, alice)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		assert.Equal(t, 3*time.Second, time.Since(begin))
+		synctest.Wait()
+		assert.ErrorIs(t, ended, context.Canceled)
+		assert.Zero(t, c.Stats().Failures, "it says nothing of the upstream")
+		assert.Zero(t, c.Stats().Failing)
+		assert.Empty(t, c.wants)
+		assert.Empty(t, c.started)
 	})
 }
 
-// TestTimeline follows one key through its life, with the exact number of
-// upstream calls at each step.
-func TestTimeline(t *testing.T) {
-	down := errors.New("upstream is down")
-	type step struct {
-		at    time.Duration // since the first request
-		down  bool          // is the upstream failing?
-		want  string        // "" means an error
-		calls int           // upstream calls so far, refreshes included
-	}
-	for name, tc := range map[string]struct {
-		life  time.Duration
-		steps []step
-	}{
-		"a day's token is refreshed half-way, behind the caller": {24 * time.Hour, []step{
-			{0, false, "token-1", 1},
-			{12*time.Hour - time.Second, false, "token-1", 1},
-			{12 * time.Hour, false, "token-1", 2},
-			{12*time.Hour + time.Second, false, "token-2", 2},
-			{30 * time.Hour, false, "token-2", 3},
-		}},
-		"an hour's token is refreshed in its last five minutes": {time.Hour, []step{
-			{0, false, "token-1", 1},
-			{55*time.Minute - time.Second, false, "token-1", 1},
-			{55 * time.Minute, false, "token-1", 2},
-			{56 * time.Minute, false, "token-2", 2},
-		}},
-		"an expired token is never served": {time.Hour, []step{
-			{0, false, "token-1", 1},
-			{time.Hour, false, "token-2", 2},
-			{2 * time.Hour, true, "", 3},
-			{2*time.Hour + time.Second, false, "token-4", 4},
-		}},
-		"a refresh that fails keeps the old token, and pauses": {24 * time.Hour, []step{
-			{0, false, "token-1", 1},
-			{12 * time.Hour, true, "token-1", 2},
-			{12*time.Hour + time.Second, true, "token-1", 2},
-			{12*time.Hour + 29*time.Second, true, "token-1", 2},
-			{12*time.Hour + 30*time.Second, true, "token-1", 3},
-			{23 * time.Hour, false, "token-1", 4},
-			{23*time.Hour + time.Second, false, "token-4", 4},
-		}},
-		"a token that comes close to its end does not make each request a call": {time.Minute, []step{
-			{0, false, "token-1", 1},
-			{29 * time.Second, false, "token-1", 1},
-			{30 * time.Second, false, "token-1", 2},
-			{31 * time.Second, false, "token-2", 2},
-		}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				up := &fakeUpstream{life: tc.life}
-				c := New(up.fetch, Config{})
-				defer c.Close()
-				begin := time.Now()
-				for _, s := range tc.steps {
-					time.Sleep(s.at - time.Since(begin))
-					up.fail(nil)
-					if s.down {
-						up.fail(down)
-					}
-					token, err := c.Get(t.Context(), key)
-					synctest.Wait() // a refresh, if one was sent off, lands
-					if s.want == "" {
-						require.ErrorIs(t, err, down, "at %s", s.at)
-					} else {
-						require.NoError(t, err, "at %s", s.at)
-						require.Equal(t, s.want, token.AccessToken, "at %s", s.at)
-					}
-					require.Equal(t, s.calls, up.asked(), "calls at %s", s.at)
-				}
-			})
-		})
-	}
+func TestWhoComesAsTheLastOneLeavesGetsAFlightOfItsOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{takes: time.Second}
+		c := New(func(ctx context.Context, req Request) (*Token, error) {
+			token, err := up.fetch(ctx, req)
+			if ctx.Err() != nil {
+				time.Sleep(time.Minute) // slow to notice that it is not wanted
+			}
+			return token, err
+		}, Config{})
+		defer c.Close()
+		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		_, err := c.Get(impatient, key, alice)
+		require.Error(t, err)
+		assert.Equal(t, "token-2", get(t, c))
+	})
 }
 
-func TestManyCallersOfADueTokenStartOneRefresh(t *testing.T) {
+func TestAFlightHasItsOwnDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{life: 24 * time.Hour, takes: time.Second}
-		c := New(up.fetch, Config{})
+		up := &fakeUpstream{takes: time.Hour, turns: true}
+		c := New(up.fetch, Config{FetchTimeout: 3 * time.Second})
 		defer c.Close()
-		get(t, c)
-		time.Sleep(13 * time.Hour)
-		var wg sync.WaitGroup
-		for range 1000 {
-			wg.Go(func() { assert.Equal(t, "token-1", get(t, c)) })
-		}
-		wg.Wait()
-		time.Sleep(time.Minute)
-		assert.Equal(t, 2, up.asked())
-		assert.Equal(t, "token-2", get(t, c))
+		begin := time.Now()
+		_, err := c.Get(t.Context(), key, alice)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Equal(t, Unavailable, failure.Class)
+		assert.Equal(t, 3*time.Second, time.Since(begin))
 	})
 }
 
 func TestAPanicIsAnErrorOfThatFlight(t *testing.T) {
 	c := New(func(context.Context, Request) (*Token, error) { panic("boom") }, Config{})
 	defer c.Close()
-	_, err := c.Get(t.Context(), key)
+	_, err := c.Get(t.Context(), key, alice)
 	require.ErrorContains(t, err, "boom")
-	assert.Equal(t, uint64(1), c.Stats().Failures)
+	assert.Equal(t, [3]uint64{Unavailable: 1}, c.Stats().Failures)
 }
 
 func TestATokenThatArrivesExpiredIsAnError(t *testing.T) {
 	up := &fakeUpstream{life: -time.Second}
 	c := New(up.fetch, Config{})
 	defer c.Close()
-	_, err := c.Get(t.Context(), key)
+	_, err := c.Get(t.Context(), key, alice)
 	require.ErrorContains(t, err, "clock")
 	assert.Zero(t, c.Stats().Entries)
 }
 
 func TestTheLeastRecentlyUsedLeaves(t *testing.T) {
-	up := &fakeUpstream{life: time.Hour}
-	c := New(up.fetch, Config{Size: 2})
-	defer c.Close()
-	for _, resource := range []string{"a", "b", "a", "c", "a"} {
-		_, err := c.Get(t.Context(), Key{Resource: resource})
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := New(up.fetch, Config{Size: 2})
+		defer c.Close()
+		for _, resource := range []string{"a", "b", "a", "c", "a"} {
+			_, err := c.Get(t.Context(), Key{Resource: resource}, alice)
+			require.NoError(t, err)
+			time.Sleep(2 * touchEvery)
+		}
+		assert.Equal(t, 3, up.asked(), "a, b and c once each: a was used when c came")
+		_, err := c.Get(t.Context(), Key{Resource: "b"}, alice)
 		require.NoError(t, err)
-	}
-	assert.Equal(t, 3, up.asked(), "a, b and c once each: a was used when c came")
-	_, err := c.Get(t.Context(), Key{Resource: "b"})
-	require.NoError(t, err)
-	assert.Equal(t, 4, up.asked(), "b had left")
+		assert.Equal(t, 4, up.asked(), "b had left")
+		assert.Equal(t, uint64(2), c.Stats().Evictions)
+		assert.Equal(t, 2, c.Stats().Entries)
+	})
 }
 
 func TestCloseEndsFlightsAndKeepsTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{life: time.Hour}
+		up := &fakeUpstream{}
 		c := New(up.fetch, Config{FetchTimeout: time.Hour})
 		get(t, c)
-		up.mu.Lock()
-		up.takes = time.Hour
-		up.mu.Unlock()
+		up.slow(time.Hour)
 		other := Key{Resource: "other"}
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			_, err := c.Get(t.Context(), other)
-			assert.ErrorIs(t, err, context.Canceled)
+			_, err := c.Get(t.Context(), other, alice)
+			assert.ErrorIs(t, err, ErrClosed)
 		})
 		synctest.Wait()
 		c.Close()
 		wg.Wait()
 		assert.Equal(t, "token-1", get(t, c))
-		_, err := c.Get(t.Context(), other)
+		_, err := c.Get(t.Context(), other, alice)
 		assert.ErrorIs(t, err, ErrClosed)
 	})
 }
 
+func TestAKeyThatNoUpstreamWouldKnowIsRefused(t *testing.T) {
+	up := &fakeUpstream{}
+	c := New(up.fetch, Config{})
+	defer c.Close()
+	_, err := c.Get(t.Context(), Key{Resource: strings.Repeat("r", maxKey+1)}, alice)
+	require.ErrorIs(t, err, ErrKeyTooLong)
+	assert.Zero(t, up.asked())
+	assert.Zero(t, c.Stats().Failing)
+}
+
+func TestServicePrincipalsHaveKeysOfTheirOwn(t *testing.T) {
+	of := func(tenant string) Key {
+		k := key
+		k.Principal = unique.Make(Principal{TenantID: tenant, SecretName: "s"})
+		return k
+	}
+	first, again := of("a"), of("a")
+	assert.Equal(t, first, again)
+	assert.NotEqual(t, of("a"), of("b"))
+	assert.NotEqual(t, of("a").String(), of("b").String())
+	_, ok := key.ServicePrincipal()
+	assert.False(t, ok)
+	p, ok := of("a").ServicePrincipal()
+	assert.True(t, ok)
+	assert.Equal(t, "a", p.TenantID)
+}
+
 func TestAHitAllocatesNothing(t *testing.T) {
-	up := &fakeUpstream{life: time.Hour}
+	up := &fakeUpstream{}
 	c := New(up.fetch, Config{})
 	defer c.Close()
 	get(t, c)
 	ctx := t.Context()
-	assert.Zero(t, testing.AllocsPerRun(1000, func() { _, _ = c.Get(ctx, key) }))
+	assert.Zero(t, testing.AllocsPerRun(1000, func() { _, _ = c.Get(ctx, key, alice) }))
 }
 
 func FuzzKeyStringsAreUnique(f *testing.F) {
@@ -299,16 +229,24 @@ func FuzzKeyStringsAreUnique(f *testing.F) {
 	})
 }
 
+// BenchmarkHit is one pod's, then one pod's a core: with -cpu 1,2,… the second is to
+// scale with the cores.
 func BenchmarkHit(b *testing.B) {
-	up := &fakeUpstream{life: time.Hour}
-	c := New(up.fetch, Config{})
-	defer c.Close()
-	ctx := b.Context()
-	_, _ = c.Get(ctx, key)
-	b.ReportAllocs()
-	b.RunParallel(func(pb *testing.PB) {
-		for pb.Next() {
-			_, _ = c.Get(ctx, key)
-		}
-	})
+	for name, pods := range map[string]int32{"pod": 1, "pods": 16} {
+		b.Run(name, func(b *testing.B) {
+			up := &fakeUpstream{}
+			c := New(up.fetch, Config{})
+			defer c.Close()
+			ctx := b.Context()
+			_, _ = c.Get(ctx, key, alice)
+			var n atomic.Int32
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				caller := pod(int(n.Add(1) % pods))
+				for pb.Next() {
+					_, _ = c.Get(ctx, key, caller)
+				}
+			})
+		})
+	}
 }

@@ -1,0 +1,82 @@
+package tokencache
+
+import (
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestAFailureSaysWhenToComeBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{err: classed{class: Refused}}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		for _, passed := range []time.Duration{0, 4 * time.Second} {
+			time.Sleep(passed)
+			_, err := c.Get(t.Context(), key, alice)
+			var failure *Failure
+			require.ErrorAs(t, err, &failure)
+			assert.Equal(t, Refused, failure.Class)
+			assert.Equal(t, refusedFor-passed, failure.RetryAfter)
+			require.ErrorIs(t, err, classed{class: Refused}, "the upstream's own words")
+		}
+		assert.Equal(t, 1, up.asked())
+		s := c.Stats()
+		assert.Equal(t, Stats{Misses: 2, Remembered: 1, Flights: 1, Failures: [3]uint64{Refused: 1}, Failing: 1}, s)
+	})
+}
+
+func TestFailuresAreBounded(t *testing.T) {
+	up := &fakeUpstream{err: classed{class: Refused}}
+	c := New(up.fetch, Config{})
+	defer c.Close()
+	for i := range 2 * maxFailures {
+		_, err := c.Get(t.Context(), numbered(i), alice)
+		require.Error(t, err)
+	}
+	assert.Equal(t, maxFailures, c.Stats().Failing)
+	assert.Zero(t, c.Stats().Entries)
+}
+
+func TestASuccessEndsTheMemoryOfFailures(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{err: errors.New("down"), life: time.Minute}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		for range 3 {
+			_, err := c.Get(t.Context(), key, alice)
+			require.Error(t, err)
+			time.Sleep(4 * time.Second)
+		}
+		up.fail(nil)
+		get(t, c)
+		assert.Zero(t, c.Stats().Failing)
+		time.Sleep(time.Minute)
+		up.fail(errors.New("down"))
+		_, err := c.Get(t.Context(), key, alice)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Equal(t, backoff, failure.RetryAfter, "counted from one")
+	})
+}
+
+func TestCallersWhoShareAFailureAskOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{err: errors.New("down"), takes: time.Second}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		for i := range 100 {
+			go func() {
+				_, err := c.Get(t.Context(), key, pod(i))
+				assert.Error(t, err)
+			}()
+		}
+		time.Sleep(time.Second + backoff - 1)
+		synctest.Wait()
+		assert.Equal(t, 1, up.asked())
+	})
+}

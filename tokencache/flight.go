@@ -1,0 +1,222 @@
+package tokencache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+)
+
+// flight is what singleflight makes one of: a fetch for a key. One for a fresh token
+// is apart from one that a cache on the way may answer.
+type flight struct {
+	Key
+	fresh bool
+}
+
+func (f flight) String() string {
+	if f.fresh {
+		return "fresh " + f.Key.String()
+	}
+	return f.Key.String()
+}
+
+// want is the interest in a flight. Callers and refreshes share it; when the last one
+// leaves, the flight ends.
+type want struct {
+	ctx     context.Context
+	cancel  context.CancelFunc
+	waiting int        // guarded by Cache.mu
+	starter netip.Addr // who counts for it
+	seen    *entry     // what is to be replaced; nil for a miss
+	ticket  *ticket
+}
+
+// join makes the caller wait for a flight, which it starts if there is none. mu is
+// held.
+func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan singleflight.Result, error) {
+	if c.closed {
+		return nil, nil, ErrClosed
+	}
+	w := c.wants[f]
+	if w == nil {
+		if caller.IsValid() && c.started[caller] >= maxFlights {
+			return nil, nil, c.turnAway(Throttled)
+		}
+		w = &want{starter: caller, seen: seen, ticket: new(ticket)}
+		w.ctx, w.cancel = context.WithCancel(c.ctx)
+		c.wants[f] = w
+		c.started[caller]++
+	} else {
+		c.stats.joined.Add(1)
+	}
+	w.waiting++
+	c.turns.wanted(w.ticket, caller)
+	return w, c.group.DoChan(f.String(), func() (any, error) { return c.fly(f, w) }), nil
+}
+
+// leave ends the interest of one, and with the last one's the flight.
+func (c *Cache) leave(f flight, w *want) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if w.waiting--; w.waiting > 0 {
+		return
+	}
+	w.cancel()
+	c.group.Forget(f.String()) // nobody is to join what is at its end
+	delete(c.wants, f)
+	if c.started[w.starter]--; c.started[w.starter] == 0 {
+		delete(c.started, w.starter)
+	}
+}
+
+// await waits for a flight as long as ctx, the flight's own deadline and, until its
+// first turn has come, maxWait allow.
+func (c *Cache) await(ctx context.Context, f flight, seen *entry, caller netip.Addr) (*Token, error) {
+	c.mu.Lock()
+	// Waiting too long is the doing of a caller who wants other tokens as well; one who
+	// wants a single one waits for others.
+	tooLong := Unavailable
+	if c.started[caller] > 0 {
+		tooLong = Throttled
+	}
+	w, landed, err := c.join(f, seen, caller)
+	c.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	defer c.leave(f, w)
+	patience := time.NewTimer(maxWait)
+	defer patience.Stop()
+	for {
+		select {
+		case r := <-landed:
+			if r.Err != nil {
+				return nil, r.Err
+			}
+			e := r.Val.(*entry) //nolint:errcheck // fly returns nothing else
+			e.users.add(caller)
+			return e.token, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-patience.C:
+			if !c.turns.hadTurn(w.ticket) {
+				return nil, c.turnAway(tooLong)
+			}
+		}
+	}
+}
+
+// turnAway is the failure of a caller who is not served because of how much is asked.
+func (c *Cache) turnAway(class Class) error {
+	c.stats.turnedAway.Add(1)
+	return &Failure{Class: class, RetryAfter: max(c.turns.backlog(), time.Second), Err: ErrBusy}
+}
+
+// fly looks again, since another flight may have landed between the caller's look and
+// this one's start, then fetches, and stores what has come.
+func (c *Cache) fly(f flight, w *want) (*entry, error) {
+	now := time.Now()
+	if e := c.lookup(f.Key); e != nil && e != w.seen && (e.renewed || !f.fresh) && e.freshness(now) != expired {
+		return e, nil
+	}
+	if failure := c.failedJustNow(f, w, now); failure != nil {
+		return nil, failure
+	}
+	if !c.takeOff() {
+		return nil, ErrClosed
+	}
+	defer c.behind.Done()
+	c.stats.flights.Add(1)
+	token, err := c.ask(f, w)
+	switch {
+	case err == nil:
+		return c.store(f, w.seen, token, time.Now()), nil
+	case c.ctx.Err() != nil:
+		return nil, ErrClosed
+	case w.ctx.Err() != nil: // nobody waits for it; it says nothing of the upstream
+		return nil, err
+	default:
+		return nil, c.fail(f.Key, err, time.Now())
+	}
+}
+
+// takeOff counts one more flight, unless the cache is closed.
+func (c *Cache) takeOff() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return false
+	}
+	c.behind.Add(1)
+	return true
+}
+
+// ask makes the fetch. What it waits for its first turn is not taken from its time.
+func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
+	// singleflight would end the process for a panic in a flight; it is this
+	// flight's failure, and nobody else's.
+	defer func() {
+		if p := recover(); p != nil {
+			token, err = nil, fmt.Errorf("fetching a token panicked: %v", p)
+		}
+	}()
+	ctx, cancel := context.WithCancelCause(w.ctx)
+	defer cancel(nil)
+	deadline := time.AfterFunc(c.cfg.FetchTimeout, func() { cancel(context.DeadlineExceeded) })
+	defer deadline.Stop()
+	var first sync.Once
+	turn := func(waiting context.Context) (done func(time.Duration), err error) {
+		first.Do(func() {
+			deadline.Stop()
+			done, err = c.turns.wait(waiting, w.ticket)
+			deadline.Reset(c.cfg.FetchTimeout)
+		})
+		if done != nil || err != nil {
+			return done, err
+		}
+		return c.turns.wait(waiting, w.ticket)
+	}
+	token, err = c.fetch(ctx, Request{Key: f.Key, Fresh: f.fresh, Turn: turn})
+	now := time.Now()
+	switch {
+	case err != nil && errors.Is(context.Cause(ctx), context.DeadlineExceeded):
+		return nil, fmt.Errorf("%w after %s: %w", context.DeadlineExceeded, c.cfg.FetchTimeout, err)
+	case err != nil:
+		return nil, err
+	case !now.Before(token.ExpiresOn):
+		return nil, fmt.Errorf("the upstream's token expired at %s, before it arrived; check the node's clock",
+			token.ExpiresOn.UTC().Format(time.RFC3339))
+	}
+	return token, nil
+}
+
+// fail remembers that a fetch has failed. A token that is still valid is not touched.
+func (c *Cache) fail(key Key, err error, now time.Time) *Failure {
+	class, wait := classOf(err)
+	c.stats.failures[class].Add(1)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.lookup(key); e != nil && e.freshness(now) != expired {
+		e.postpone(now, wait)
+		return &Failure{Class: class, RetryAfter: e.askAfter.Sub(now), Err: err}
+	}
+	return c.failures.remember(key, err, now)
+}
+
+// failedJustNow is the failure of a flight that landed when this one was joined.
+func (c *Cache) failedJustNow(f flight, w *want, now time.Time) *Failure {
+	if w.seen == nil {
+		return c.failures.recall(f.Key, now)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if again := w.seen.askAfter.Sub(now); again > 0 && !f.fresh {
+		return &Failure{RetryAfter: again, Err: errors.New("a refresh has just failed")}
+	}
+	return nil
+}

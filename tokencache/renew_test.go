@@ -1,0 +1,98 @@
+package tokencache
+
+import (
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func renew(t *testing.T, c *Cache, replace func(*Token) bool) string {
+	t.Helper()
+	token, err := c.Renew(t.Context(), key, alice, replace)
+	require.NoError(t, err)
+	return token.AccessToken
+}
+
+func TestRenewalsOfAKeyAreFiveSecondsApart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{takes: 100 * time.Millisecond}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		assert.Equal(t, "token-1", get(t, c))
+		assert.Equal(t, "token-2", renew(t, c, nil))
+		assert.True(t, up.made()[1].Fresh, "no cache on the way may answer")
+		assert.False(t, up.made()[0].Fresh)
+		assert.Equal(t, "token-2", renew(t, c, nil), "too soon: the current one")
+		assert.Equal(t, "token-2", get(t, c), "the others get the new one")
+		time.Sleep(renewPause - 1)
+		assert.Equal(t, "token-2", renew(t, c, nil))
+		time.Sleep(time.Nanosecond)
+		assert.Equal(t, "token-3", renew(t, c, nil))
+		assert.Equal(t, uint64(2), c.Stats().Renewals)
+	})
+}
+
+func TestARenewalOfAColdKeyIsAFetch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		assert.Equal(t, "token-1", renew(t, c, nil))
+		assert.True(t, up.made()[0].Fresh)
+		assert.Equal(t, "token-1", renew(t, c, nil))
+	})
+}
+
+func TestOnlyTheTokenThatIsMeantIsReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		get(t, c)
+		is := func(text string) func(*Token) bool {
+			return func(token *Token) bool { return token.AccessToken == text }
+		}
+		assert.Equal(t, "token-1", renew(t, c, is("another")))
+		assert.Equal(t, "token-2", renew(t, c, is("token-1")))
+		time.Sleep(time.Minute)
+		assert.Equal(t, "token-2", renew(t, c, is("token-1")), "somebody has done that")
+		assert.Equal(t, 2, up.asked())
+	})
+}
+
+func TestManyRenewalsAtOnceAreOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{takes: time.Second}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		get(t, c)
+		var wg sync.WaitGroup
+		for range 100 {
+			wg.Go(func() { assert.Equal(t, "token-2", renew(t, c, nil)) })
+		}
+		wg.Wait()
+		assert.Equal(t, 2, up.asked())
+	})
+}
+
+func TestARenewalThatFailsKeepsTheTokenForOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		get(t, c)
+		down := errors.New("down")
+		up.fail(down)
+		_, err := c.Renew(t.Context(), key, alice, nil)
+		require.ErrorIs(t, err, down, "who does not want the token in memory is not given it")
+		assert.Equal(t, "token-1", get(t, c))
+		assert.Equal(t, "token-1", renew(t, c, nil), "too soon")
+		assert.Equal(t, 2, up.asked())
+		assert.Zero(t, c.Stats().Failing)
+	})
+}

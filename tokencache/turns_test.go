@@ -1,0 +1,216 @@
+package tokencache
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestTheUpstreamsLimitsAreKept(t *testing.T) {
+	for _, takes := range []time.Duration{0, 10 * time.Millisecond, 300 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			up := &fakeUpstream{turns: true, takes: takes}
+			c := New(up.fetch, Config{})
+			defer c.Close()
+			var wg sync.WaitGroup
+			for i := range 200 {
+				wg.Go(func() {
+					_, err := c.Get(t.Context(), numbered(i), pod(i))
+					assert.NoError(t, err)
+				})
+			}
+			wg.Wait()
+			assert.Equal(t, 200, up.asked())
+			assert.LessOrEqual(t, up.peak, DefaultAtOnce)
+			assert.LessOrEqual(t, up.mostInASecond(), DefaultPerSecond)
+		})
+	}
+}
+
+// A thousand keys of a hundred pods want 50 seconds of the upstream. Another pod comes
+// with one.
+func TestAPodThatWantsOneKeyWaitsARoundAtMost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: 50 * time.Millisecond}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		var wg sync.WaitGroup
+		for i := range 1000 {
+			wg.Go(func() {
+				begin := time.Now()
+				_, err := c.Get(t.Context(), numbered(i), pod(i%100))
+				if err == nil {
+					return
+				}
+				var failure *Failure
+				if assert.ErrorAs(t, err, &failure) {
+					assert.Equal(t, Throttled, failure.Class, "it is the pod's own doing")
+					assert.ErrorIs(t, err, ErrBusy)
+					assert.GreaterOrEqual(t, failure.RetryAfter, time.Second)
+				}
+				assert.Equal(t, maxWait, time.Since(begin))
+			})
+		}
+		synctest.Wait()
+		for _, wanted := range []Key{numbered(5000), numbered(999)} { // its own, and the last in another's line
+			begin := time.Now()
+			_, err := c.Get(t.Context(), wanted, alice)
+			require.NoError(t, err)
+			assert.LessOrEqual(t, time.Since(begin), 100*time.Second/20+time.Second, "%s", wanted.Resource)
+		}
+		wg.Wait()
+		assert.LessOrEqual(t, up.peak, DefaultAtOnce)
+		assert.LessOrEqual(t, up.mostInASecond(), DefaultPerSecond)
+		assert.Empty(t, c.wants)
+		assert.Empty(t, c.started)
+	})
+}
+
+func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: time.Second}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		for i := range maxFlights {
+			wg.Go(func() { _, _ = c.Get(t.Context(), numbered(i), alice) })
+		}
+		synctest.Wait()
+		begin := time.Now()
+		_, err := c.Get(t.Context(), numbered(maxFlights), alice)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Equal(t, Throttled, failure.Class)
+		assert.Zero(t, time.Since(begin))
+		assert.Equal(t, uint64(1), c.Stats().TurnedAway)
+		_, err = c.Get(t.Context(), numbered(0), alice)
+		require.NoError(t, err, "what is on its way costs nothing")
+		_, err = c.Get(t.Context(), numbered(maxFlights), bob)
+		require.NoError(t, err, "never for others")
+	})
+}
+
+func TestAThrottleIsHonouredForAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, err: classed{Throttled, 7 * time.Second}}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		begin := time.Now()
+		_, err := c.Get(t.Context(), key, alice)
+		require.Error(t, err)
+		up.fail(nil)
+		_, err = c.Get(t.Context(), numbered(1), bob)
+		require.NoError(t, err)
+		assert.Equal(t, 7*time.Second, time.Since(begin))
+	})
+}
+
+func TestAThrottleThatOutlastsAllPatienceIsToldAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, err: classed{Throttled, time.Minute}}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		_, err := c.Get(t.Context(), key, alice)
+		require.Error(t, err)
+		time.Sleep(10 * time.Second)
+		begin := time.Now()
+		_, err = c.Get(t.Context(), numbered(1), bob)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Equal(t, Throttled, failure.Class)
+		assert.Equal(t, 50*time.Second, failure.RetryAfter)
+		assert.Zero(t, time.Since(begin))
+		assert.Equal(t, 1, up.asked())
+	})
+}
+
+func TestNobodyIsBlamedForAnUpstreamThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: time.Hour}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		var wg sync.WaitGroup
+		for i := range 50 {
+			wg.Go(func() {
+				begin := time.Now()
+				_, err := c.Get(t.Context(), numbered(i), pod(i))
+				var failure *Failure
+				if assert.ErrorAs(t, err, &failure) {
+					assert.Equal(t, Unavailable, failure.Class)
+				}
+				assert.LessOrEqual(t, time.Since(begin), maxWait+DefaultFetchTimeout)
+			})
+		}
+		wg.Wait()
+	})
+}
+
+func TestTurnsThatNobodyWaitsForAreNotTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurns(1, 1)
+		defer turns.stop()
+		first := new(ticket)
+		turns.wanted(first, alice)
+		done, err := turns.wait(t.Context(), first)
+		require.NoError(t, err)
+
+		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		second, third := new(ticket), new(ticket)
+		turns.wanted(second, alice)
+		turns.wanted(second, bob)
+		turns.wanted(third, bob)
+		_, err = turns.wait(impatient, second)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		var wg sync.WaitGroup
+		begin := time.Now()
+		wg.Go(func() {
+			done, err := turns.wait(t.Context(), third)
+			assert.NoError(t, err)
+			assert.Equal(t, time.Second, time.Since(begin))
+			done(0)
+		})
+		synctest.Wait()
+		done(0)
+		wg.Wait()
+		assert.Zero(t, turns.out)
+		assert.Len(t, turns.slots, 1)
+	})
+}
+
+// Tickets come and go at random; nobody is forgotten, nothing is taken twice.
+func TestTurnsUnderStress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: 30 * time.Millisecond}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		var wg sync.WaitGroup
+		for i := range 2000 {
+			wg.Go(func() {
+				time.Sleep(time.Duration(i*7919%60_000) * time.Millisecond)
+				patience, cancel := context.WithTimeout(t.Context(), time.Duration(i*104729%3000)*time.Millisecond)
+				defer cancel()
+				_, err := c.Get(patience, numbered(i%700), pod(i%23))
+				var failure *Failure
+				assert.True(t, err == nil || errors.Is(err, context.DeadlineExceeded) || errors.As(err, &failure), "%v", err)
+			})
+		}
+		wg.Wait()
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		assert.LessOrEqual(t, up.peak, DefaultAtOnce)
+		assert.LessOrEqual(t, up.mostInASecond(), DefaultPerSecond)
+		assert.Zero(t, c.turns.out)
+		assert.Len(t, c.turns.slots, DefaultPerSecond)
+		assert.Empty(t, c.wants)
+		assert.Empty(t, c.started)
+		assert.Zero(t, c.turns.backlog())
+	})
+}

@@ -1,0 +1,137 @@
+package tokencache
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// fakeUpstream counts its calls and hands out numbered tokens.
+type fakeUpstream struct {
+	mu    sync.Mutex // guards all below
+	calls []call
+	life  time.Duration // of the tokens it gives; 0 means 24 hours
+	takes time.Duration // how long a call lasts
+	err   error
+	turns bool // it takes turns, as IMDS does
+
+	out, peak int // calls under way, now and at most
+}
+
+type call struct {
+	Request
+	at time.Time
+}
+
+func (u *fakeUpstream) fetch(ctx context.Context, req Request) (*Token, error) {
+	if u.turns {
+		done, err := req.Turn(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer func() {
+			u.mu.Lock()
+			_, wait := classOf(u.err)
+			u.mu.Unlock()
+			done(wait)
+		}()
+	}
+	u.mu.Lock()
+	u.calls = append(u.calls, call{req, time.Now()})
+	n, life, takes, err := len(u.calls), u.life, u.takes, u.err
+	u.out++
+	u.peak = max(u.peak, u.out)
+	u.mu.Unlock()
+	defer func() {
+		u.mu.Lock()
+		u.out--
+		u.mu.Unlock()
+	}()
+	select {
+	case <-time.After(takes):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if err != nil {
+		return nil, err
+	}
+	if life == 0 {
+		life = 24 * time.Hour
+	}
+	now := time.Now()
+	return &Token{AccessToken: fmt.Sprintf("token-%d", n), Resource: req.Resource, NotBefore: now, ExpiresOn: now.Add(life).Round(0)}, nil
+}
+
+func (u *fakeUpstream) asked() int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return len(u.calls)
+}
+
+func (u *fakeUpstream) fail(err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.err = err
+}
+
+func (u *fakeUpstream) slow(takes time.Duration) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.takes = takes
+}
+
+// mostInASecond is how many calls began within the worst second.
+func (u *fakeUpstream) mostInASecond() (most int) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for i := range u.calls {
+		n := 0
+		for _, c := range u.calls[i:] {
+			if c.at.Sub(u.calls[i].at) < time.Second {
+				n++
+			}
+		}
+		most = max(most, n)
+	}
+	return most
+}
+
+// classed is an error that says what it means.
+type classed struct {
+	class Class
+	wait  time.Duration
+}
+
+func (e classed) Error() string       { return "the upstream said: " + e.class.String() }
+func (e classed) Class() Class        { return e.class }
+func (e classed) Wait() time.Duration { return e.wait }
+
+var (
+	key   = Key{ClientID: "11111111-1111-1111-1111-111111111111", Resource: "https://vault.azure.net"}
+	alice = netip.MustParseAddr("10.0.0.1")
+	bob   = netip.MustParseAddr("10.0.0.2")
+)
+
+func numbered(i int) Key { return Key{ClientID: key.ClientID, Resource: fmt.Sprintf("r%d", i)} }
+
+func pod(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}) }
+
+func get(t *testing.T, c *Cache) string {
+	t.Helper()
+	token, err := c.Get(t.Context(), key, alice)
+	require.NoError(t, err)
+	return token.AccessToken
+}
+
+// made are the calls so far.
+func (u *fakeUpstream) made() []call {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return slices.Clone(u.calls)
+}
