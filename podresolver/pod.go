@@ -3,6 +3,8 @@ package podresolver
 import (
 	"errors"
 	"fmt"
+	"iter"
+	"slices"
 	"strings"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
@@ -70,6 +72,9 @@ func (p *Pod) String() string { return p.Namespace + "/" + p.Name }
 // Exception returns the name of the AzurePodIdentityException that applies to
 // the pod, or "". What an excepted pod sends is not the agent's business.
 func (p *Pod) Exception() string { return p.exception }
+
+// Identities returns the identities that the pod may use, the default first.
+func (p *Pod) Identities() iter.Seq[Identity] { return slices.Values(p.identities) }
 
 // Identity decides which identity the pod gets. IDs are compared without regard
 // to case. A selector that names none gets the pod's default, the first bound, or is

@@ -289,6 +289,12 @@ func (r *Resolver) Identity(ctx context.Context, addr netip.Addr, pod *Pod, want
 	}
 }
 
+// Holder returns the pod that holds addr now, as far as is known; nil if none or more
+// than one does. It does not wait.
+func (r *Resolver) Holder(addr netip.Addr) *Pod {
+	return r.current.Load().byAddr[addr].pod
+}
+
 // Addresses returns the addresses that pods of this node hold now, in no order,
 // and a channel that is closed when they may have changed.
 func (r *Resolver) Addresses() ([]netip.Addr, <-chan struct{}) {

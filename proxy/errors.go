@@ -9,6 +9,7 @@ import (
 
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy/upstream"
+	"github.com/podidentity/nmi/tokencache"
 )
 
 // httpError is an answer that is not a token. The status tells SDKs what to do:
@@ -60,7 +61,7 @@ const retrySoon = time.Second
 // is in it: which pod, binding or address it was about is for the log.
 func asHTTP(err error) *httpError {
 	var own *httpError
-	var refused *upstream.Error
+	var failed *tokencache.Failure
 	var unserved *typeError
 	switch {
 	case errors.As(err, &own):
@@ -81,28 +82,34 @@ func asHTTP(err error) *httpError {
 		return notYet("The pod of this address is not known yet", retrySoon)
 	case errors.Is(err, podresolver.ErrAmbiguousAddress):
 		return notYet("The address is claimed by more than one pod", 5*time.Second)
-	case errors.As(err, &refused):
-		return refusedUpstream(refused)
-	case errors.Is(err, context.DeadlineExceeded):
-		return notYet("The metadata service did not answer in time", retrySoon)
+	case errors.Is(err, tokencache.ErrKeyTooLong):
+		return badRequest("The resource is too long")
+	case errors.As(err, &failed):
+		return noToken(failed)
 	default:
 		return notYet("The metadata service could not be asked", retrySoon)
 	}
 }
 
-// refusedUpstream passes IMDS's own words on where they are about the request.
-func refusedUpstream(e *upstream.Error) *httpError {
+// noToken tells why the cache has no token: in the service's own words where they are
+// about the request.
+func noToken(f *tokencache.Failure) *httpError {
+	var said *upstream.Error
+	again := max(f.RetryAfter, retrySoon)
 	switch {
-	case e.Status == http.StatusTooManyRequests:
+	case f.Class == tokencache.Throttled:
 		return &httpError{
 			status: http.StatusTooManyRequests, code: "invalid_request",
-			description: "Temporarily throttled, too many requests",
-			retryAfter:  max(e.RetryAfter, retrySoon),
+			description: "Temporarily throttled, too many requests", retryAfter: again,
 		}
-	case e.Status >= 400 && e.Status < 500 && e.Status != http.StatusNotFound && e.Status != http.StatusGone && e.Code != "":
-		return &httpError{status: http.StatusBadRequest, code: e.Code, description: e.Description}
+	case f.Class == tokencache.Refused && errors.As(f, &said) && said.Code != "":
+		return &httpError{status: http.StatusBadRequest, code: said.Code, description: said.Description}
+	case f.Class == tokencache.Refused:
+		return badRequest("The metadata service refused the request")
+	case errors.Is(f, context.DeadlineExceeded):
+		return notYet("The metadata service did not answer in time", again)
 	default:
-		return notYet("The metadata service is not available", max(e.RetryAfter, retrySoon))
+		return notYet("The metadata service is not available", again)
 	}
 }
 

@@ -22,11 +22,12 @@ import (
 
 // Pods of the test node, each with a loopback address that it dials from.
 const (
-	bound    = "127.0.0.2" // may use one and two; one is the default
-	unbound  = "127.0.0.3"
-	excepted = "127.0.0.4"
-	secret   = "127.0.0.5" // bound to an identity of type 1
-	stranger = "127.0.0.9" // no pod
+	bound     = "127.0.0.2" // may use one and two; one is the default
+	unbound   = "127.0.0.3"
+	excepted  = "127.0.0.4"
+	secret    = "127.0.0.5" // bound to an identity of type 1
+	alsoBound = "127.0.0.6" // as bound
+	stranger  = "127.0.0.9" // no pod
 )
 
 const (
@@ -275,11 +276,6 @@ func TestUpstreamErrorsReachThePod(t *testing.T) {
 	assert.Equal(t, 400, resp.StatusCode)
 	assert.Equal(t, `{"error":"invalid_resource","error_description":"AADSTS50001: The resource principal named \"x\" was not found"}`, body)
 
-	resp, body = fault(imdstest.Fault{Status: 429, RetryAfter: "7", Body: `{}`})
-	assert.Equal(t, 429, resp.StatusCode)
-	assert.Equal(t, "7", resp.Header.Get("Retry-After"))
-	assert.Equal(t, `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`, body)
-
 	resp, body = fault(imdstest.Fault{Status: 503, RetryAfter: "60"})
 	assert.Equal(t, 503, resp.StatusCode)
 	assert.Equal(t, "60", resp.Header.Get("Retry-After"))
@@ -291,6 +287,11 @@ func TestUpstreamErrorsReachThePod(t *testing.T) {
 
 	resp, _ = fault(imdstest.Fault{Status: 404, Body: "<html>"})
 	assert.Equal(t, 200, resp.StatusCode, "tried again behind the pod's back")
+
+	resp, body = fault(imdstest.Fault{Status: 429, RetryAfter: "7", Body: `{}`})
+	assert.Equal(t, 429, resp.StatusCode)
+	assert.Equal(t, "7", resp.Header.Get("Retry-After"))
+	assert.Equal(t, `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`, body)
 }
 
 // blockingIMDS answers once it is released, and says when it has been asked.

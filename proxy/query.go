@@ -12,6 +12,8 @@ import (
 type tokenRequest struct {
 	resource string
 	selector podresolver.Selector
+	bypass   bool   // the caller wants a new token, whatever is in memory
+	refresh  string // or one other than the token of this SHA-256, in hex
 }
 
 // The parameters that mean something here. Others are left alone: newer SDKs
@@ -23,10 +25,12 @@ const (
 	objectID
 	msiResID // the name that IMDS documents
 	miResID  // the name that it takes as well
+	bypassCache
+	tokenToRefresh // sent by MSAL when a service has rejected a token
 	parameters
 )
 
-var parameterNames = [parameters]string{"api-version", "resource", "client_id", "object_id", "msi_res_id", "mi_res_id"}
+var parameterNames = [parameters]string{"api-version", "resource", "client_id", "object_id", "msi_res_id", "mi_res_id", "bypass_cache", "token_sha256_to_refresh"}
 
 // parseTokenRequest reads the query of a request for a token. What is required
 // must be there, nothing may come twice, and at most one identity be named: a
@@ -81,5 +85,7 @@ func parseTokenRequest(r *http.Request) (tokenRequest, error) {
 			ObjectID:   value[objectID],
 			ResourceID: value[msiResID] + value[miResID], // at most one is set
 		},
+		bypass:  strings.EqualFold(value[bypassCache], "true"),
+		refresh: value[tokenToRefresh],
 	}, nil
 }

@@ -1,9 +1,14 @@
 package proxy
 
 import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/podidentity/nmi/podresolver"
@@ -35,7 +40,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return fmt.Errorf("pod %s: %w", pod, err)
 	}
-	token, err := s.cfg.Tokens.Get(r.Context(), key)
+	token, err := s.cached(r.Context(), key, addr, want)
 	if err != nil {
 		return fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
 	}
@@ -45,6 +50,21 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	s.finish(w.Header())
 	writeToken(w, token, time.Now())
 	return nil
+}
+
+// cached gets the token from memory, unless the caller wants another than that.
+func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, want tokenRequest) (*tokencache.Token, error) {
+	switch {
+	case want.bypass:
+		return s.cfg.Tokens.Renew(ctx, key, caller, nil)
+	case want.refresh != "":
+		return s.cfg.Tokens.Renew(ctx, key, caller, func(token *tokencache.Token) bool {
+			sum := sha256.Sum256([]byte(token.AccessToken))
+			return strings.EqualFold(want.refresh, hex.EncodeToString(sum[:]))
+		})
+	default:
+		return s.cfg.Tokens.Get(ctx, key, caller)
+	}
 }
 
 // checkHeaders refuses a request that a pod may have been tricked into sending.
@@ -69,6 +89,23 @@ func keyOf(id podresolver.Identity, resource string) (tokencache.Key, error) {
 		return tokencache.Key{ClientID: id.ClientID, Resource: resource}, nil
 	}
 	return tokencache.Key{ResourceID: id.ResourceID, Resource: resource}, nil
+}
+
+// InUse tells the cache whether the pod that holds an address may have a token now, so
+// that it is refreshed without being asked for; see tokencache.Config.
+func InUse(pods *podresolver.Resolver) func(netip.Addr, tokencache.Key) bool {
+	return func(caller netip.Addr, key tokencache.Key) bool {
+		pod := pods.Holder(caller)
+		if pod == nil {
+			return false
+		}
+		for identity := range pod.Identities() {
+			if may, err := keyOf(identity, key.Resource); err == nil && may == key {
+				return true
+			}
+		}
+		return false
+	}
 }
 
 // typeError is an identity of a type that the agent cannot become.

@@ -120,6 +120,7 @@ func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
 	}
 	cluster := resolvertest.NewCluster(
 		pod("bound", bound, map[string]string{"aadpodidbinding": "both"}),
+		pod("also-bound", alsoBound, map[string]string{"aadpodidbinding": "both"}),
 		pod("unbound", unbound, map[string]string{"aadpodidbinding": "nothing"}),
 		pod("excepted", excepted, map[string]string{"app": "addon"}),
 		pod("secret", secret, map[string]string{"aadpodidbinding": "secret"}),

@@ -83,7 +83,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		UserAgent: cfg.userAgent,
 	})
 	defer source.Close()
-	tokens := tokencache.New(source.Token, tokencache.Config{})
+	tokens := tokencache.New(source.Token, tokencache.Config{
+		PerSecond: cfg.tokensPerSecond, AtOnce: cfg.tokensAtOnce, InUse: proxy.InUse(resolver),
+	})
 	defer tokens.Close()
 	server := proxy.New(proxy.Config{
 		Pods: resolver, Tokens: tokens, Upstream: source,
@@ -91,7 +93,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		PodsOnly: cfg.mode == iptables.None, CheckSource: rules.CheckSource,
 		Logger: log,
 	})
-	measured, err := metrics(rules, resolver)
+	measured, err := metrics(rules, resolver, tokens)
 	if err != nil {
 		return err
 	}

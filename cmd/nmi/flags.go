@@ -17,6 +17,7 @@ import (
 
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/tokencache"
 )
 
 // config is what the flags come to, validated.
@@ -38,6 +39,9 @@ type config struct {
 	allowUnguarded  bool
 	handoverDir     string // "" for none
 	probeSocket     string // "" for none
+
+	tokensPerSecond int
+	tokensAtOnce    int
 
 	resolving podresolver.Config
 }
@@ -94,6 +98,8 @@ type options struct {
 	identityWait          time.Duration
 	maxStaleness          time.Duration
 	probeSocket           string
+	tokensPerSecond       int
+	tokensAtOnce          int
 
 	klog *flag.FlagSet
 }
@@ -107,6 +113,7 @@ func newOptions() *options {
 const (
 	maxIntervalSeconds = 24 * 60 * 60
 	maxWait            = time.Minute
+	maxTokenRate       = 10_000
 	// The API server sends something about once a minute.
 	minStaleness = 2 * time.Minute
 )
@@ -143,6 +150,8 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server cannot be watched; 0 is for ever")
 	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 	o.addProbeSocket(fs)
+	fs.IntVar(&o.tokensPerSecond, "imds-token-rate", tokencache.DefaultPerSecond, "most requests a second for tokens to IMDS, whose limit is 20 per virtual machine")
+	fs.IntVar(&o.tokensAtOnce, "imds-token-concurrency", tokencache.DefaultAtOnce, "most requests at once for tokens to IMDS, whose limit is 5 per virtual machine")
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
@@ -194,6 +203,7 @@ func (o *options) config() (config, error) {
 		headerOptional: !o.headerRequired,
 		prometheusPort: o.prometheusPort, blockWireserver: o.blockWireserver,
 		allowUnguarded: o.allowKubenet, handoverDir: o.handoverDir, probeSocket: o.probeSocket,
+		tokensPerSecond: o.tokensPerSecond, tokensAtOnce: o.tokensAtOnce,
 		userAgent: strings.TrimSpace("nmi/" + version + " " + o.userAgent),
 	}
 	if cfg.node == "" {
@@ -236,6 +246,11 @@ func (o *options) config() (config, error) {
 	}
 	if cfg.probeSocket != "" && !filepath.IsAbs(cfg.probeSocket) {
 		return config{}, fmt.Errorf("--%s=%s is not usable: give an absolute path, or nothing to turn it off", flagProbeSocket, cfg.probeSocket)
+	}
+	for name, n := range map[string]int{"imds-token-rate": o.tokensPerSecond, "imds-token-concurrency": o.tokensAtOnce} {
+		if n < 1 || n > maxTokenRate {
+			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", name, n, maxTokenRate)
+		}
 	}
 	metadata, err := parseIPv4("metadata-ip", o.metadataIP)
 	if err != nil {

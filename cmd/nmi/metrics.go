@@ -16,11 +16,12 @@ import (
 
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/tokencache"
 )
 
 // metrics answers /metrics in Prometheus's format. docs/metrics.md lists what is
 // there.
-func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver) (http.Handler, error) {
+func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver, tokens *tokencache.Cache) (http.Handler, error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	exporter, err := otelprometheus.New(
@@ -33,7 +34,7 @@ func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver) (http.H
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
-	if err := errors.Join(observeRules(meter, rules), observeResolver(meter, resolver)); err != nil {
+	if err := errors.Join(observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens)); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	mux := http.NewServeMux()
@@ -98,6 +99,48 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 	counter("lookups", "Times that the API server was asked for the pod of an address", func(s podresolver.Stats) uint64 { return s.Lookups })
 	counter("lookups.found", "Lookups that found a pod that the watch had not told of", func(s podresolver.Stats) uint64 { return s.Found })
 	return all
+}
+
+// observeTokens tells of the cache and of what it asks the upstream.
+func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
+	var all error
+	counter := func(name, description string, value func(tokencache.Stats) uint64) {
+		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(tokens.Stats()) }))
+	}
+	labelled := func(name, description, label string, values func(tokencache.Stats) map[string]uint64) {
+		_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
+			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+				for of, n := range values(tokens.Stats()) {
+					o.Observe(int64(n), metric.WithAttributes(attribute.String(label, of))) //nolint:gosec // 10,000 a second fill it in 29 million years
+				}
+				return nil
+			}))
+		all = errors.Join(all, err)
+	}
+	labelled("token.hits", "Requests answered from memory, by how fresh the token was", "freshness", func(s tokencache.Stats) map[string]uint64 {
+		return map[string]uint64{"fresh": s.Fresh, "due": s.Due, "urgent": s.Urgent}
+	})
+	counter("token.misses", "Requests for which no token was in memory", func(s tokencache.Stats) uint64 { return s.Misses })
+	counter("token.joined", "Requests that waited for a fetch which another had started", func(s tokencache.Stats) uint64 { return s.Joined })
+	counter("token.remembered_failures", "Requests that were told of a failure from memory", func(s tokencache.Stats) uint64 { return s.Remembered })
+	counter("token.turned_away", "Requests that were not served because too much was asked of IMDS", func(s tokencache.Stats) uint64 { return s.TurnedAway })
+	counter("token.fetches", "Fetches from IMDS or Entra, refreshes included", func(s tokencache.Stats) uint64 { return s.Flights })
+	counter("token.refreshes", "Fetches in the place of a token that was still good", func(s tokencache.Stats) uint64 { return s.Refreshes })
+	counter("token.renewals", "Requests that did not want the token in memory", func(s tokencache.Stats) uint64 { return s.Renewals })
+	counter("token.evictions", "Tokens that had to leave memory for others", func(s tokencache.Stats) uint64 { return s.Evictions })
+	labelled("token.fetch_failures", "Fetches that brought no token, by class", "class", func(s tokencache.Stats) map[string]uint64 {
+		byClass := make(map[string]uint64, len(s.Failures))
+		for class, n := range s.Failures {
+			byClass[tokencache.Class(class).String()] = n
+		}
+		return byClass
+	})
+	_, err := meter.Int64ObservableGauge("tokens", metric.WithDescription("Tokens in memory"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(tokens.Stats().Entries))
+			return nil
+		}))
+	return errors.Join(all, err)
 }
 
 // count adds a counter of what is counted elsewhere.
