@@ -58,6 +58,10 @@ type Config struct {
 	// nil trusts all addresses.
 	CheckSource func(netip.Addr) error
 
+	// MaxConnections and MaxConnectionsPerPod bound the open connections, in all and
+	// from one address; 0 means DefaultMaxConnections and DefaultMaxConnectionsPerPod.
+	MaxConnections, MaxConnectionsPerPod int
+
 	Logger *slog.Logger // nil means slog.Default
 }
 
@@ -71,12 +75,19 @@ type Server struct {
 	// once, 5 a second.
 	refusals *rate.Limiter
 	retired  atomic.Bool
+
+	connections *connections
 }
 
 const (
 	readHeaderTimeout = 5 * time.Second
-	idleTimeout       = 2 * time.Minute
-	maxHeaderBytes    = 8 << 10
+	// writeTimeout bounds an answer, from when its request has been read: waiting for a
+	// pod, an identity, a turn and IMDS takes 38 s at most. Who reads slower is cut.
+	// There is no ReadTimeout beside it, since that cancels requests that wait; see
+	// passOn for bodies.
+	writeTimeout   = time.Minute
+	idleTimeout    = 2 * time.Minute
+	maxHeaderBytes = 8 << 10
 	// lingerTimeout is how long Serve waits for clients to use their connections
 	// once more.
 	lingerTimeout = time.Second
@@ -88,6 +99,7 @@ const (
 // New returns a server that is not listening yet.
 func New(cfg Config) *Server {
 	s := &Server{cfg: cfg, log: cfg.Logger, refusals: rate.NewLimiter(5, 20)}
+	s.connections = newConnections(cfg.MaxConnectionsPerPod, cfg.MaxConnections)
 	if s.log == nil {
 		s.log = slog.Default()
 	}
@@ -96,6 +108,7 @@ func New(cfg Config) *Server {
 		Handler:                      s,
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" takes the same road
 		ReadHeaderTimeout:            readHeaderTimeout,
+		WriteTimeout:                 writeTimeout,
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes,
 		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // what clients do wrong
@@ -113,7 +126,8 @@ func New(cfg Config) *Server {
 // so is one that http.Server reads after Shutdown.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	var open sync.WaitGroup // connections
-	s.http.ConnState = func(_ net.Conn, state http.ConnState) {
+	s.http.ConnState = func(c net.Conn, state http.ConnState) {
+		s.connections.changed(c, state)
 		switch state {
 		case http.StateNew:
 			open.Add(1)
@@ -122,7 +136,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		}
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- s.http.Serve(ln) }()
+	go func() { ended <- s.http.Serve(s.connections.limit(ln)) }()
 	select {
 	case err := <-ended:
 		return err

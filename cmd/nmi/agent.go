@@ -91,9 +91,10 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Pods: resolver, Tokens: tokens, Upstream: source,
 		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
 		PodsOnly: cfg.mode == iptables.None, CheckSource: rules.CheckSource,
+		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,
 		Logger: log,
 	})
-	measured, err := metrics(rules, resolver, tokens)
+	measured, err := metrics(rules, resolver, tokens, server)
 	if err != nil {
 		return err
 	}

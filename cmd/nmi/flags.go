@@ -17,6 +17,7 @@ import (
 
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/tokencache"
 )
 
@@ -42,6 +43,8 @@ type config struct {
 
 	tokensPerSecond int
 	tokensAtOnce    int
+
+	maxConnections, maxConnectionsPerPod int
 
 	resolving podresolver.Config
 }
@@ -100,6 +103,8 @@ type options struct {
 	probeSocket           string
 	tokensPerSecond       int
 	tokensAtOnce          int
+	maxConnections        int
+	maxConnectionsPerPod  int
 
 	klog *flag.FlagSet
 }
@@ -113,7 +118,7 @@ func newOptions() *options {
 const (
 	maxIntervalSeconds = 24 * 60 * 60
 	maxWait            = time.Minute
-	maxTokenRate       = 10_000
+	maxNumber          = 1_000_000 // of requests or connections
 	// The API server sends something about once a minute.
 	minStaleness = 2 * time.Minute
 )
@@ -152,6 +157,8 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	o.addProbeSocket(fs)
 	fs.IntVar(&o.tokensPerSecond, "imds-token-rate", tokencache.DefaultPerSecond, "most requests a second for tokens to IMDS, whose limit is 20 per virtual machine")
 	fs.IntVar(&o.tokensAtOnce, "imds-token-concurrency", tokencache.DefaultAtOnce, "most requests at once for tokens to IMDS, whose limit is 5 per virtual machine")
+	fs.IntVar(&o.maxConnections, "max-connections", proxy.DefaultMaxConnections, "most connections that pods have open; one more takes the place of an idle one")
+	fs.IntVar(&o.maxConnectionsPerPod, "max-connections-per-pod", proxy.DefaultMaxConnectionsPerPod, "most connections that one pod has open; likewise")
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
@@ -204,6 +211,7 @@ func (o *options) config() (config, error) {
 		prometheusPort: o.prometheusPort, blockWireserver: o.blockWireserver,
 		allowUnguarded: o.allowKubenet, handoverDir: o.handoverDir, probeSocket: o.probeSocket,
 		tokensPerSecond: o.tokensPerSecond, tokensAtOnce: o.tokensAtOnce,
+		maxConnections: o.maxConnections, maxConnectionsPerPod: o.maxConnectionsPerPod,
 		userAgent: strings.TrimSpace("nmi/" + version + " " + o.userAgent),
 	}
 	if cfg.node == "" {
@@ -247,9 +255,12 @@ func (o *options) config() (config, error) {
 	if cfg.probeSocket != "" && !filepath.IsAbs(cfg.probeSocket) {
 		return config{}, fmt.Errorf("--%s=%s is not usable: give an absolute path, or nothing to turn it off", flagProbeSocket, cfg.probeSocket)
 	}
-	for name, n := range map[string]int{"imds-token-rate": o.tokensPerSecond, "imds-token-concurrency": o.tokensAtOnce} {
-		if n < 1 || n > maxTokenRate {
-			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", name, n, maxTokenRate)
+	for name, n := range map[string]int{
+		"imds-token-rate": o.tokensPerSecond, "imds-token-concurrency": o.tokensAtOnce,
+		"max-connections": o.maxConnections, "max-connections-per-pod": o.maxConnectionsPerPod,
+	} {
+		if n < 1 || n > maxNumber {
+			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", name, n, maxNumber)
 		}
 	}
 	metadata, err := parseIPv4("metadata-ip", o.metadataIP)

@@ -16,12 +16,13 @@ import (
 
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/tokencache"
 )
 
 // metrics answers /metrics in Prometheus's format. docs/metrics.md lists what is
 // there.
-func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver, tokens *tokencache.Cache) (http.Handler, error) {
+func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver, tokens *tokencache.Cache, server *proxy.Server) (http.Handler, error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	exporter, err := otelprometheus.New(
@@ -34,7 +35,7 @@ func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver, tokens 
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
-	if err := errors.Join(observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens)); err != nil {
+	if err := errors.Join(observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server)); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	mux := http.NewServeMux()
@@ -99,6 +100,18 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 	counter("lookups", "Times that the API server was asked for the pod of an address", func(s podresolver.Stats) uint64 { return s.Lookups })
 	counter("lookups.found", "Lookups that found a pod that the watch had not told of", func(s podresolver.Stats) uint64 { return s.Found })
 	return all
+}
+
+// observeServer tells of the pods' connections.
+func observeServer(meter metric.Meter, server *proxy.Server) error {
+	_, err := meter.Int64ObservableGauge("connections", metric.WithDescription("Connections that pods have open"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(server.Connections().Open))
+			return nil
+		}))
+	return errors.Join(err,
+		count(meter, "connections.refused", "Connections that were closed on arrival, since there were too many", func() uint64 { return server.Connections().Refused }),
+		count(meter, "connections.ended", "Idle connections that were closed to make place for others", func() uint64 { return server.Connections().Ended }))
 }
 
 // observeTokens tells of the cache and of what it asks the upstream.

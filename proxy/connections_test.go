@@ -1,0 +1,122 @@
+package proxy
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// ask sends a token request over an open connection, and returns the answer's status.
+func (c *keptAlive) ask(t *testing.T) int {
+	t.Helper()
+	_, err := io.WriteString(c, "GET "+tokenURL+" HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
+	require.NoError(t, err)
+	resp, err := http.ReadResponse(c.r, nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	require.NoError(t, err)
+	return resp.StatusCode
+}
+
+// ended waits until the other side has closed the connection.
+func (c *keptAlive) ended(t *testing.T) bool {
+	t.Helper()
+	require.NoError(t, c.SetReadDeadline(time.Now().Add(5*time.Second)))
+	_, err := c.r.ReadByte()
+	var timeout net.Error
+	return err != nil && !(errors.As(err, &timeout) && timeout.Timeout())
+}
+
+func (w *world) eventually(open int) {
+	w.t.Helper()
+	assert.Eventually(w.t, func() bool { return w.server.Connections().Open == open }, 5*time.Second, time.Millisecond, "%d connections", open)
+}
+
+func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.MaxConnectionsPerPod, c.MaxConnections = 3, 100 })
+	others := w.connect(alsoBound)
+	require.Equal(t, 200, others.ask(t))
+	var own []*keptAlive
+	for range 3 {
+		c := w.connect(bound)
+		require.Equal(t, 200, c.ask(t))
+		own = append(own, c)
+	}
+	w.eventually(4)
+	require.Equal(t, 200, own[0].ask(t)) // now the second has been idle longest
+	fourth := w.connect(bound)
+	assert.True(t, own[1].ended(t))
+	for _, c := range []*keptAlive{own[0], own[2], fourth, others} {
+		assert.Equal(t, 200, c.ask(t))
+	}
+	assert.Equal(t, ConnectionStats{Open: 4, Ended: 1}, w.server.Connections())
+}
+
+func TestConnectionsInUseAreNotEndedForNewOnes(t *testing.T) {
+	imds := blockingIMDS{asked: make(chan struct{}), release: make(chan struct{})}
+	w := newWorld(t, func(c *Config) { c.Upstream = imds; c.MaxConnectionsPerPod = 1 })
+	busy := w.connect(bound)
+	_, err := io.WriteString(busy, "GET /metadata/versions HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
+	require.NoError(t, err)
+	<-imds.asked
+	assert.True(t, w.connect(bound).ended(t), "there is no place")
+	assert.Equal(t, 200, w.connect(alsoBound).ask(t))
+	close(imds.release)
+	resp, err := http.ReadResponse(busy.r, nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	assert.Equal(t, 200, resp.StatusCode)
+	assert.Equal(t, uint64(1), w.server.Connections().Refused)
+}
+
+func TestWhenAllPlacesAreTakenTheGreediestPodGivesWay(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.MaxConnectionsPerPod, c.MaxConnections = 10, 6 })
+	var greedy []*keptAlive
+	for range 5 {
+		greedy = append(greedy, w.connect(unbound)) // and says nothing
+	}
+	modest := w.connect(bound)
+	require.Equal(t, 200, modest.ask(t))
+	w.eventually(6)
+	late := w.connect(alsoBound)
+	assert.Equal(t, 200, late.ask(t))
+	assert.True(t, greedy[0].ended(t))
+	assert.Equal(t, 200, modest.ask(t))
+	assert.Equal(t, ConnectionStats{Open: 6, Ended: 1}, w.server.Connections())
+}
+
+func TestClosedConnectionsAreForgotten(t *testing.T) {
+	w := newWorld(t, nil)
+	for range 50 {
+		c := w.connect(bound)
+		assert.Equal(t, 200, c.ask(t))
+		require.NoError(t, c.Close())
+	}
+	w.eventually(0)
+	w.server.connections.mu.Lock()
+	defer w.server.connections.mu.Unlock()
+	assert.Empty(t, w.server.connections.byAddr)
+}
+
+// A pod that opens thousands of connections and says nothing holds as many as it may.
+func TestThousandsOfSilentConnections(t *testing.T) {
+	w := newWorld(t, nil)
+	modest := w.connect(bound)
+	require.Equal(t, 200, modest.ask(t))
+	for range 2_000 {
+		c := w.connect(unbound)
+		if tcp, ok := c.Conn.(*net.TCPConn); ok {
+			require.NoError(t, tcp.SetLinger(0))
+		}
+	}
+	assert.LessOrEqual(t, w.server.Connections().Open, DefaultMaxConnectionsPerPod+1)
+	assert.Equal(t, 200, modest.ask(t))
+	assert.Equal(t, 200, w.connect(alsoBound).ask(t))
+}
