@@ -31,7 +31,7 @@ func (c *keptAlive) ended(t *testing.T) bool {
 	require.NoError(t, c.SetReadDeadline(time.Now().Add(5*time.Second)))
 	_, err := c.r.ReadByte()
 	var timeout net.Error
-	return err != nil && !(errors.As(err, &timeout) && timeout.Timeout())
+	return err != nil && (!errors.As(err, &timeout) || !timeout.Timeout())
 }
 
 func (w *world) eventually(open int) {

@@ -35,7 +35,11 @@ var parameterNames = [parameters]string{"api-version", "resource", "client_id", 
 // parseTokenRequest reads the query of a request for a token. What is required
 // must be there, nothing may come twice, and at most one identity be named: a
 // request that could be read in two ways is refused.
-func parseTokenRequest(r *http.Request) (tokenRequest, error) {
+func parseTokenRequest(r *http.Request) (tokenRequest, error) { return parseQuery(r, true) }
+
+// parseQuery is parseTokenRequest, but an api-version need not be there: the old NMI did
+// not ask for one everywhere.
+func parseQuery(r *http.Request, versioned bool) (tokenRequest, error) {
 	if r.Method != http.MethodGet {
 		return tokenRequest{}, errMethod
 	}
@@ -71,7 +75,7 @@ func parseTokenRequest(r *http.Request) (tokenRequest, error) {
 		}
 	}
 	switch {
-	case value[apiVersion] == "":
+	case value[apiVersion] == "" && versioned:
 		return tokenRequest{}, badRequest("Required query variable 'api-version' is missing")
 	case value[resource] == "":
 		return tokenRequest{}, badRequest("Required query variable 'resource' is missing")

@@ -10,9 +10,10 @@ import (
 )
 
 // OnlyRedirected wraps a TCP listener so that Accept returns only connections
-// that were made to the metadata service and redirected here by the kernel. Any
-// other, such as one that somebody dialled to the node's address and the agent's
-// port, is closed before a byte is read.
+// that were made to the metadata service and redirected here by the kernel, and the
+// node's own over loopback, which are for /host/token alone. Any other, such as one
+// that somebody dialled to the node's address and the agent's port, is closed before a
+// byte is read.
 func OnlyRedirected(ln net.Listener, metadata netip.AddrPort) net.Listener {
 	return &redirectedListener{Listener: ln, metadata: metadata}
 }
@@ -27,6 +28,9 @@ func (l *redirectedListener) Accept() (net.Conn, error) {
 		conn, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
+		}
+		if isHost(conn.LocalAddr(), conn.RemoteAddr()) {
+			return conn, nil
 		}
 		if to, err := originalDestination(conn); err == nil && to == l.metadata {
 			return conn, nil

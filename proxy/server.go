@@ -58,6 +58,10 @@ type Config struct {
 	// nil trusts all addresses.
 	CheckSource func(netip.Addr) error
 
+	// HostTokenUIDs are the users of this node whose processes may ask for tokens of
+	// pods that they name, at /host/token over loopback. None turns it off.
+	HostTokenUIDs []uint32
+
 	// MaxConnections and MaxConnectionsPerPod bound the open connections, in all and
 	// from one address; 0 means DefaultMaxConnections and DefaultMaxConnectionsPerPod.
 	MaxConnections, MaxConnectionsPerPod int
@@ -182,6 +186,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
+	if local, own := ownRequest(r); own {
+		return s.host(w, r, local)
+	}
 	switch kind := route(r.RequestURI); {
 	case kind == routeToken:
 		return s.token(w, r)

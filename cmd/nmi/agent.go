@@ -91,6 +91,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Pods: resolver, Tokens: tokens, Upstream: source,
 		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
 		PodsOnly: cfg.mode == iptables.None, CheckSource: rules.CheckSource,
+		HostTokenUIDs:  cfg.hostTokenUIDs,
 		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,
 		Logger: log,
 	})

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -45,6 +46,8 @@ type config struct {
 	tokensAtOnce    int
 
 	maxConnections, maxConnectionsPerPod int
+
+	hostTokenUIDs []uint32
 
 	resolving podresolver.Config
 }
@@ -105,6 +108,7 @@ type options struct {
 	tokensAtOnce          int
 	maxConnections        int
 	maxConnectionsPerPod  int
+	hostTokenUIDs         string
 
 	klog *flag.FlagSet
 }
@@ -159,6 +163,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.IntVar(&o.tokensAtOnce, "imds-token-concurrency", tokencache.DefaultAtOnce, "most requests at once for tokens to IMDS, whose limit is 5 per virtual machine")
 	fs.IntVar(&o.maxConnections, "max-connections", proxy.DefaultMaxConnections, "most connections that pods have open; one more takes the place of an idle one")
 	fs.IntVar(&o.maxConnectionsPerPod, "max-connections-per-pod", proxy.DefaultMaxConnectionsPerPod, "most connections that one pod has open; likewise")
+	fs.StringVar(&o.hostTokenUIDs, "host-token-uids", "0", "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does; none turns it off")
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
@@ -263,6 +268,9 @@ func (o *options) config() (config, error) {
 			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", name, n, maxNumber)
 		}
 	}
+	if cfg.hostTokenUIDs, err = parseUIDs(o.hostTokenUIDs); err != nil {
+		return config{}, err
+	}
 	metadata, err := parseIPv4("metadata-ip", o.metadataIP)
 	if err != nil {
 		return config{}, err
@@ -292,6 +300,21 @@ func (o *options) resolving(node string) (podresolver.Config, error) {
 	return podresolver.Config{
 		Node: node, Mode: mode, Namespaced: o.forceNamespaced, MICNamespace: o.micNamespace, StrictSelection: o.strictSelection,
 	}, nil
+}
+
+// parseUIDs reads --host-token-uids.
+func parseUIDs(text string) (uids []uint32, err error) {
+	if strings.TrimSpace(text) == "" {
+		return nil, nil
+	}
+	for field := range strings.SplitSeq(text, ",") {
+		uid, err := strconv.ParseUint(strings.TrimSpace(field), 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("--host-token-uids=%s is not usable: give user IDs as numbers, separated by commas, or nothing to turn it off", text)
+		}
+		uids = append(uids, uint32(uid))
+	}
+	return uids, nil
 }
 
 // parseIPv4 reads the address given to a flag. Loopback is no use to either

@@ -37,7 +37,7 @@ func TestDefaults(t *testing.T) {
 		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
 		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
 		prometheusPort: 9090, handoverDir: "/run/nmi",
-		tokensPerSecond: 20, tokensAtOnce: 5, maxConnections: 2048, maxConnectionsPerPod: 256,
+		tokensPerSecond: 20, tokensAtOnce: 5, maxConnections: 2048, maxConnectionsPerPod: 256, hostTokenUIDs: []uint32{0},
 		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, MICNamespace: "default", PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
 	}, cfg)
 }
@@ -86,6 +86,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--handover-dir=run/nmi":             "--handover-dir=run/nmi is not usable: give an absolute path",
 		"--imds-token-rate=0":                "--imds-token-rate=0 is not usable: give a number from 1 to 1000000",
 		"--max-connections=-1":               "--max-connections=-1 is not usable",
+		"--host-token-uids=0,root":           "--host-token-uids=0,root is not usable: give user IDs as numbers",
 		"--probe-socket=probe.sock":          "--probe-socket=probe.sock is not usable: give an absolute path",
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)

@@ -1,0 +1,76 @@
+package podresolver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// ErrUnknownPod means that no pod of this node is known by the name. It may be about to
+// appear: ask again shortly.
+var ErrUnknownPod = errors.New("no pod of this node is known by this name")
+
+// NamedIdentity decides which identity a pod of this node gets, by the pod's name: for
+// a program of the node that acts for it, before the pod has an address or instead of it.
+// An exception is about what the pod sends itself, and changes nothing here.
+//
+// A pod that is not known is waited for as long as Config.PodWait and ctx allow, then it
+// is ErrUnknownPod; an identity that MIC has yet to assign as long as
+// Config.IdentityWait, then it is ErrNotAssigned. Errors are otherwise those of Resolve
+// and (*Pod).Identity.
+func (r *Resolver) NamedIdentity(ctx context.Context, namespace, name string, want Selector) (Identity, error) {
+	pod := ref{namespace, name}
+	known := time.NewTimer(r.cfg.PodWait)
+	defer known.Stop()
+	select {
+	case <-r.synced:
+	case <-known.C:
+		return Identity{}, fmt.Errorf("%w: not in sync with the API server yet", ErrUnknownPod)
+	case <-ctx.Done():
+		return Identity{}, ctx.Err()
+	}
+	assigned := time.NewTimer(r.cfg.IdentityWait)
+	defer assigned.Stop()
+	for {
+		if r.expired.Load() {
+			return Identity{}, ErrStale
+		}
+		changed := r.current.Load().replaced // before the tables are looked at, so that no change is missed
+		id, err := r.named(pod, want, time.Now())
+		patience := known.C
+		switch {
+		case errors.Is(err, ErrNotAssigned):
+			patience = assigned.C
+		case !errors.Is(err, ErrUnknownPod):
+			return id, err
+		}
+		select {
+		case <-changed:
+		case <-patience:
+			return Identity{}, err
+		case <-ctx.Done():
+			return Identity{}, errors.Join(ctx.Err(), err)
+		}
+	}
+}
+
+func (r *Resolver) named(pod ref, want Selector, now time.Time) (Identity, error) {
+	r.tables.mu.Lock()
+	defer r.tables.mu.Unlock()
+	row := r.tables.pods[pod]
+	if row == nil || !row.until.IsZero() && !row.until.After(now) {
+		return Identity{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, pod.namespace, pod.name)
+	}
+	decided := &Pod{Namespace: row.namespace, Name: row.name, uid: row.uid, strict: r.cfg.StrictSelection}
+	if r.cfg.Mode == Standard {
+		r.decideStandard(decided, row)
+	} else {
+		r.decideManaged(decided, row)
+	}
+	id, err := decided.Identity(want)
+	if err != nil {
+		err = fmt.Errorf("pod %s: %w", decided, err)
+	}
+	return id, err
+}

@@ -1,0 +1,90 @@
+package podresolver_test
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver"
+)
+
+// named asks by the pod's name, and says how long that took.
+func (w *world) named(ctx context.Context, name string) (podresolver.Identity, time.Duration, error) {
+	begin := time.Now()
+	id, err := w.resolver.NamedIdentity(ctx, "shop", name, podresolver.Selector{})
+	return id, time.Since(begin), err
+}
+
+func TestAPodIsKnownByItsNameBeforeItHasAnAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", "", "cart"))...)
+		id, took, err := w.named(t.Context(), "p")
+		require.NoError(t, err)
+		assert.Equal(t, "cart", id.Name)
+		assert.Zero(t, took)
+		_, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{ClientID: "another"})
+		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
+		require.ErrorContains(t, err, "shop/p")
+	})
+}
+
+func TestAnExceptionSaysNothingOfWhatIsAskedForAPod(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"),
+			podresolver.NewException("e", map[string]string{"aadpodidbinding": "cart"}))...)
+		assert.Equal(t, "e", w.exception(t))
+		id, _, err := w.named(t.Context(), "p")
+		require.NoError(t, err)
+		assert.Equal(t, "cart", id.Name)
+	})
+}
+
+func (w *world) exception(t *testing.T) string {
+	t.Helper()
+	pod, err := w.resolver.Resolve(t.Context(), addr)
+	require.NoError(t, err)
+	return pod.Exception()
+}
+
+func TestAPodThatIsNotKnownByNameIsWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{}, cart()...)
+		_, took, err := w.named(t.Context(), "p")
+		require.ErrorIs(t, err, podresolver.ErrUnknownPod)
+		assert.Equal(t, podresolver.DefaultPodWait, took)
+		go func() {
+			time.Sleep(time.Second)
+			w.Add(podresolver.NewPod("p", "", "cart"))
+		}()
+		id, took, err := w.named(t.Context(), "p")
+		require.NoError(t, err)
+		assert.Equal(t, "cart", id.Name)
+		assert.Equal(t, time.Second, took)
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		_, _, err = w.named(ctx, "q")
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+	})
+}
+
+func TestAnAssignmentIsWaitedForByNameToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := standard(t, cart()...)
+		_, took, err := w.named(t.Context(), "p")
+		require.ErrorIs(t, err, podresolver.ErrNotAssigned)
+		assert.Equal(t, podresolver.DefaultIdentityWait, took)
+		go func() {
+			time.Sleep(4 * time.Second)
+			w.Add(makes("Assigned"))
+		}()
+		id, took, err := w.named(t.Context(), "p")
+		require.NoError(t, err)
+		assert.Equal(t, "cart", id.Name)
+		assert.Equal(t, 4*time.Second, took)
+	})
+}

@@ -1,0 +1,148 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/tokencache"
+)
+
+// hostTokenPath is where a program of the node asks for a token of a pod that it names:
+// the provider of the Secrets Store CSI driver, which mounts secrets before the pod has an
+// address. The path, headers and answer are the old NMI's.
+const hostTokenPath = "/host/token"
+
+// loopback is the one address that both ends of the node's own requests have. No pod's
+// packet gets in with it: the kernel takes no packet from outside that comes from an
+// address of its own (fib_validate_source).
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+// errNotRoot means that /host/token was asked by a process that may not.
+var errNotRoot = &httpError{status: http.StatusForbidden, code: "forbidden", description: "This user may not ask for tokens of pods"}
+
+// ownRequest reports whether a request is the node's own, and where it came in.
+func ownRequest(r *http.Request) (local net.Addr, own bool) {
+	if !strings.HasPrefix(r.RemoteAddr, "127.0.0.1:") {
+		return nil, false
+	}
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return local, ok && sourceOf(local) == loopback
+}
+
+// isHost reports whether a connection is the node's own.
+func isHost(local, remote net.Addr) bool {
+	return sourceOf(local) == loopback && sourceOf(remote) == loopback
+}
+
+// host takes a request of the node's own down its road: as a pod's, but for who asks.
+func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) error {
+	if path, _, _ := strings.Cut(r.RequestURI, "?"); path != hostTokenPath || len(s.cfg.HostTokenUIDs) == 0 {
+		return errNotFound
+	}
+	if err := s.checkUser(r, local); err != nil {
+		return err
+	}
+	namespace, name := r.Header.Get("podns"), r.Header.Get("podname")
+	if namespace == "" || name == "" {
+		return badRequest("The headers 'podns' and 'podname' must name the pod")
+	}
+	want, err := parseQuery(r, false)
+	if err != nil {
+		return err
+	}
+	identity, err := s.cfg.Pods.NamedIdentity(r.Context(), namespace, name, want.selector)
+	if err != nil {
+		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
+	}
+	key, err := keyOf(identity, want.resource)
+	if err != nil {
+		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
+	}
+	token, err := s.cfg.Tokens.Get(r.Context(), key, loopback)
+	if err != nil {
+		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
+	}
+	s.log.DebugContext(r.Context(), "token for the node", "pod", namespace+"/"+name, "identity", identity.Name, "resource", want.resource)
+	s.finish(w.Header())
+	writeHostToken(w, token, identity, time.Now())
+	return nil
+}
+
+// checkUser refuses a process whose user may not ask. The old NMI served any process on
+// the node.
+func (s *Server) checkUser(r *http.Request, local net.Addr) error {
+	remote, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return err
+	}
+	uid, err := ownerOf(net.TCPAddrFromAddrPort(remote), local)
+	if err != nil {
+		return fmt.Errorf("%w: finding out which user it is: %w", errNotRoot, err)
+	}
+	if !slices.Contains(s.cfg.HostTokenUIDs, uid) {
+		s.log.WarnContext(r.Context(), "refused a token of a pod to a process of this node; --host-token-uids says who may", "uid", uid)
+		return errNotRoot
+	}
+	return nil
+}
+
+// established is TCP_ESTABLISHED (include/net/tcp_states.h).
+const established = 1
+
+// ownerOf returns the user whose process has the socket at the other end of a connection
+// within this network namespace (sock_diag(7)). Only an open, established one will do:
+// what the kernel keeps of a closed socket says that user 0 has it (inet_diag.c,
+// inet_twsk_diag_fill).
+func ownerOf(its, ours net.Addr) (uint32, error) {
+	socket, err := netlink.SocketGet(its, ours)
+	if err != nil {
+		return 0, err
+	}
+	id := socket.ID
+	found := [2]netip.AddrPort{addrPort(id.Source, id.SourcePort), addrPort(id.Destination, id.DestinationPort)}
+	wanted := [2]netip.AddrPort{tcpAddr(its), tcpAddr(ours)}
+	if socket.State != established || socket.INode == 0 || found != wanted {
+		return 0, errors.New("its socket is not open any more")
+	}
+	return socket.UID, nil
+}
+
+func addrPort(ip net.IP, port uint16) netip.AddrPort {
+	addr, _ := netip.AddrFromSlice(ip) // an invalid one is equal to none
+	return netip.AddrPortFrom(addr.Unmap(), port)
+}
+
+func tcpAddr(a net.Addr) netip.AddrPort {
+	if tcp, ok := a.(*net.TCPAddr); ok {
+		return netip.AddrPortFrom(tcp.AddrPort().Addr().Unmap(), tcp.AddrPort().Port())
+	}
+	return netip.AddrPort{}
+}
+
+// writeHostToken writes the old NMI's answer: the token's fields, all of them strings, and
+// whose it is.
+func writeHostToken(w http.ResponseWriter, t *tokencache.Token, identity podresolver.Identity, now time.Time) {
+	b := append([]byte(`{"token":{"access_token":"`), t.AccessToken...)
+	b = append(b, `","refresh_token":"","expires_in":`...)
+	b = appendSeconds(b, t.ExpiresOn.Unix()-now.Unix())
+	b = append(b, `,"expires_on":`...)
+	b = appendSeconds(b, t.ExpiresOn.Unix())
+	b = append(b, `,"not_before":`...)
+	b = appendSeconds(b, t.NotBefore.Unix())
+	b = append(b, `,"resource":`...)
+	b = appendString(b, t.Resource)
+	b = append(b, `,"token_type":`...)
+	b = appendString(b, t.TokenType)
+	b = append(b, `},"clientid":`...)
+	b = appendString(b, identity.ClientID)
+	writeJSON(w, http.StatusOK, append(b, '}'))
+}

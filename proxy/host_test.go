@@ -1,0 +1,152 @@
+package proxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const (
+	ownHost = "127.0.0.1" // the node itself
+	nobody  = 65534
+)
+
+func withHost(c *Config) { c.HostTokenUIDs = []uint32{uint32(os.Getuid())} } //nolint:gosec // a user ID is not negative
+
+func hostRequest(namespace, name, query string) string {
+	return request("GET", "/host/token?resource=https://vault.azure.net/"+query, "podns: "+namespace, "podname: "+name)
+}
+
+func TestHostToken(t *testing.T) {
+	w := newWorld(t, withHost)
+	resp, body := w.send(ownHost, hostRequest("shop", "bound", ""))
+	require.Equal(t, 200, resp.StatusCode, body)
+	var answer struct {
+		Token    map[string]string `json:"token"`
+		ClientID string            `json:"clientid"`
+	}
+	require.NoError(t, json.Unmarshal([]byte(body), &answer))
+	assert.Equal(t, one.ClientID, answer.ClientID)
+	assert.Len(t, answer.Token, 7)
+	for _, field := range []string{"access_token", "refresh_token", "expires_in", "expires_on", "not_before", "resource", "token_type"} {
+		assert.Contains(t, answer.Token, field)
+	}
+	assert.Equal(t, "https://vault.azure.net/", answer.Token["resource"])
+	assert.Equal(t, one.ClientID, whose(fmt.Sprintf(`{"access_token":%q}`, answer.Token["access_token"])))
+
+	resp, body = w.send(ownHost, hostRequest("shop", "bound", "&client_id="+two.ClientID))
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Equal(t, noID, body)
+	resp, _ = w.send(ownHost, hostRequest("shop", "bound", "&mi_res_id="+two.ResourceID))
+	assert.Equal(t, 200, resp.StatusCode)
+	resp, body = w.send(ownHost, hostRequest("shop", "unbound", ""))
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Equal(t, noID, body)
+	resp, _ = w.send(ownHost, hostRequest("shop", "not-there", ""))
+	assert.Equal(t, 503, resp.StatusCode, "it may be about to appear")
+	resp, body = w.send(ownHost, request("GET", "/host/token?resource=r", "podns: shop"))
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Contains(t, body, "podname")
+	resp, _ = w.send(ownHost, strings.Replace(hostRequest("shop", "bound", ""), "GET", "POST", 1))
+	assert.Equal(t, 405, resp.StatusCode)
+}
+
+func TestTheNodeIsServedNothingElse(t *testing.T) {
+	w := newWorld(t, withHost)
+	for _, target := range []string{tokenURL, "/metadata/instance?api-version=2021-02-01", "/metadata/versions", "/host/token/", "/host/tokens", "/Host/token", "//host/token"} {
+		resp, _ := w.send(ownHost, request("GET", target, "Metadata: true", "podns: shop", "podname: bound"))
+		assert.Equal(t, 404, resp.StatusCode, target)
+	}
+	assert.Zero(t, w.imds.Requests())
+}
+
+func TestPodsAreNotServedHostTokens(t *testing.T) {
+	w := newWorld(t, withHost)
+	resp, _ := w.send(bound, hostRequest("shop", "bound", ""))
+	assert.Equal(t, 404, resp.StatusCode)
+	assert.Zero(t, w.imds.Requests())
+}
+
+func TestHostTokenCanBeTurnedOff(t *testing.T) {
+	w := newWorld(t, nil)
+	resp, _ := w.send(ownHost, hostRequest("shop", "bound", ""))
+	assert.Equal(t, 404, resp.StatusCode)
+}
+
+// TestAsAnotherUser is the process that TestHostTokenIsForItsUsersAlone starts.
+func TestAsAnotherUser(t *testing.T) {
+	addr := os.Getenv("NMI_TEST_ADDR")
+	if addr == "" {
+		return // it is started by another test
+	}
+	conn, err := net.Dial("tcp", addr)
+	require.NoError(t, err)
+	defer conn.Close()
+	_, err = io.WriteString(conn, hostRequest("shop", "bound", "")+"\r\n\r\n")
+	require.NoError(t, err)
+	answer, err := io.ReadAll(conn)
+	require.NoError(t, err)
+	fmt.Printf("%s\n", answer)
+}
+
+func TestHostTokenIsForItsUsersAlone(t *testing.T) {
+	require.Zero(t, os.Getuid(), "to become another user: run this as root")
+	w := newWorld(t, func(c *Config) { c.HostTokenUIDs = []uint32{0} })
+	exe, err := os.Executable()
+	require.NoError(t, err)
+	// Where another user can run it.
+	dir, err := os.MkdirTemp("", "nmi")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	require.NoError(t, os.Chmod(dir, 0o755)) //nolint:gosec // for another user to run it
+	program := dir + "/test"
+	content, err := os.ReadFile(exe)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(program, content, 0o755)) //nolint:gosec // likewise
+	for uid, want := range map[uint32]string{0: "HTTP/1.1 200 ", nobody: "HTTP/1.1 403 "} {
+		cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestAsAnotherUser$", "-test.v")
+		cmd.Dir = "/"
+		cmd.Env = []string{"NMI_TEST_ADDR=" + w.addr}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		assert.Contains(t, string(out), want)
+	}
+	assert.Contains(t, w.log.String(), "uid=65534")
+	assert.Equal(t, 1, w.imds.Requests())
+}
+
+func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	client, err := net.Dial("tcp", ln.Addr().String())
+	require.NoError(t, err)
+	ours, err := ln.Accept()
+	require.NoError(t, err)
+	uid, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
+	require.NoError(t, err)
+	assert.Equal(t, uint32(os.Getuid()), uid) //nolint:gosec // a user ID is not negative
+
+	// Closed by the client first: the kernel now has a time-wait entry, of user 0.
+	require.NoError(t, client.Close())
+	_, err = io.ReadAll(ours)
+	require.NoError(t, err)
+	require.NoError(t, ours.Close())
+	assert.Eventually(t, func() bool {
+		_, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
+		return err != nil
+	}, time.Second, time.Millisecond)
+	_, err = ownerOf(ours.RemoteAddr(), ours.LocalAddr())
+	require.Error(t, err)
+}
