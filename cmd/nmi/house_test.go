@@ -27,6 +27,7 @@ var rooms = map[string][]string{
 	"proxy":                      {"podresolver", "proxy/upstream", "tokencache"},
 	"proxy/upstream":             {"tokencache"},
 	"proxy/imdstest":             {},
+	"proxy/entratest":            {},
 	"podresolver":                {"podresolver/aadpodidentity"},
 	"podresolver/aadpodidentity": {},
 	"podresolver/resolvertest":   {"podresolver", "podresolver/aadpodidentity"},

@@ -29,9 +29,12 @@ const (
 )
 
 // Token fetches one token; the signature is tokencache.Fetch. ctx bounds the
-// call and all its retries. A refusal by IMDS is an *Error.
+// call and all its retries. A refusal by IMDS or Entra is an *Error.
 func (u *Upstream) Token(ctx context.Context, ask tokencache.Request) (*tokencache.Token, error) {
 	key := ask.Key
+	if principal, ok := key.ServicePrincipal(); ok {
+		return u.entra.fetch(ctx, key, principal)
+	}
 	req, err := runtime.NewRequest(ctx, http.MethodGet, u.base.JoinPath(tokenPath).String())
 	if err != nil {
 		return nil, fmt.Errorf("request for IMDS: %w", err)

@@ -1,16 +1,22 @@
 // Package upstream is where tokens come from.
 //
-// A token's way through here: the key becomes a request to the instance
+// A managed identity's token's way through here: the key becomes a request to the instance
 // metadata service (IMDS), an azcore pipeline sends it and tries again where
 // the service asks for that, and the answer is checked field by field before
 // anyone may keep it. What the service refuses comes back as an *Error with the
 // service's own words.
+//
+// A service principal's token comes from Entra: the authority must be one that
+// secrets may be sent to, the Secret is read, a credential is made of it and asks.
+// What the Secret lacks comes back as a *CredentialError.
 //
 // The same connections carry the requests that are passed on unprocessed, see
 // RoundTrip.
 package upstream
 
 import (
+	"context"
+	"crypto/x509"
 	"net"
 	"net/http"
 	"net/url"
@@ -20,21 +26,32 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 )
 
-// Config says where IMDS is and who asks.
+// Config says where IMDS is, what Entra needs, and who asks.
 type Config struct {
 	// IMDS is the service's base URL, for example http://169.254.169.254:80.
 	// Scheme and host count, nothing else.
 	IMDS *url.URL
 	// UserAgent is sent with each token request.
 	UserAgent string
+
+	// Secret reads a Kubernetes Secret, whenever a token of a service principal is
+	// fetched. Its error wraps ErrNoSecret where asking again changes nothing. nil
+	// reads none.
+	Secret func(ctx context.Context, namespace, name string) (map[string][]byte, error)
+	// Authorities are hosts, as ParseAuthority returns them, that secrets may be
+	// sent to beside Microsoft's own.
+	Authorities []string
+	// Roots are whom Entra's certificate may be from; nil means the system's.
+	Roots *x509.CertPool
 }
 
-// Upstream asks IMDS. It is safe for concurrent use.
+// Upstream asks IMDS, and Entra for service principals. It is safe for concurrent use.
 type Upstream struct {
 	base      *url.URL
 	userAgent string
 	transport *http.Transport
 	pipeline  runtime.Pipeline
+	entra     *entra
 }
 
 // New returns an Upstream. It opens no connection yet.
@@ -52,6 +69,7 @@ func New(cfg Config) *Upstream {
 		base:      &url.URL{Scheme: cfg.IMDS.Scheme, Host: cfg.IMDS.Host},
 		userAgent: cfg.UserAgent,
 		transport: transport,
+		entra:     newEntra(cfg),
 	}
 	u.pipeline = runtime.NewPipeline("nmi", "", runtime.PipelineOptions{}, &policy.ClientOptions{
 		Transport: &http.Client{
@@ -89,4 +107,7 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // Close drops the idle connections.
-func (u *Upstream) Close() { u.transport.CloseIdleConnections() }
+func (u *Upstream) Close() {
+	u.transport.CloseIdleConnections()
+	u.entra.transport.CloseIdleConnections()
+}

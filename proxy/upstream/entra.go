@@ -1,0 +1,187 @@
+package upstream
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/cloud"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+
+	"github.com/podidentity/nmi/tokencache"
+)
+
+// ErrEntra means that Entra could not be asked, or that its answer was neither a
+// token nor a refusal. Asking again may help.
+var ErrEntra = errors.New("no token from Entra")
+
+const sourceEntra = "Entra"
+
+// entra gets the tokens of service principals. It keeps nothing between two
+// fetches: the cache is before it, and a changed secret counts from the next one.
+type entra struct {
+	secret    func(ctx context.Context, namespace, name string) (map[string][]byte, error)
+	hosts     map[string]bool // that secrets may be sent to
+	userAgent string
+	transport *http.Transport
+}
+
+func newEntra(cfg Config) *entra {
+	e := &entra{
+		secret: cfg.Secret, hosts: hostsOf(cfg.Authorities), userAgent: cfg.UserAgent,
+		transport: &http.Transport{
+			// Unlike IMDS, Entra is on the Internet, which some nodes reach through
+			// a proxy only.
+			Proxy:                 http.ProxyFromEnvironment,
+			DialContext:           (&net.Dialer{Timeout: 3 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+			TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.Roots},
+			TLSHandshakeTimeout:   5 * time.Second,
+			ForceAttemptHTTP2:     true,
+			MaxIdleConns:          8,
+			MaxIdleConnsPerHost:   4,
+			IdleConnTimeout:       90 * time.Second,
+			ResponseHeaderTimeout: 10 * time.Second,
+		},
+	}
+	if e.secret == nil {
+		e.secret = func(context.Context, string, string) (map[string][]byte, error) {
+			return nil, fmt.Errorf("%w: this agent reads none", ErrNoSecret)
+		}
+	}
+	return e
+}
+
+// fetch gets one token: is its authority allowed, what does the secret hold, what
+// says Entra. The error is an *Error (Entra refused), a *CredentialError (it could
+// not even be asked), or wraps ErrEntra.
+func (e *entra) fetch(ctx context.Context, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
+	host, err := e.allowed(p.Authority)
+	if err != nil {
+		return nil, refusedCredential(p, err)
+	}
+	data, err := e.secret(ctx, p.SecretNamespace, p.SecretName)
+	if err != nil {
+		return nil, secretError(p, err)
+	}
+	x := &exchange{
+		client: &http.Client{
+			Transport: e.transport,
+			// The request holds the secret, or stands for it.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		hosts: e.hosts, userAgent: e.userAgent,
+	}
+	credential, err := newCredential(key.ClientID, p, data, optionsFor(host, x))
+	if err != nil {
+		return nil, refusedCredential(p, err)
+	}
+	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{Scopes: []string{scopeOf(key.Resource)}})
+	now := time.Now()
+	if err != nil {
+		return nil, x.explain(err, now)
+	}
+	return x.read(got, key, now)
+}
+
+// scopeOf is what the v2.0 endpoint calls a resource. A slash at the resource's end
+// stays, and so is doubled: the token's audience is the resource to the letter
+// (learn.microsoft.com, "Scopes and permissions", Trailing slash and .default).
+func scopeOf(resource string) string { return resource + "/.default" }
+
+// newCredential makes what asks for tokens out of what the secret holds. It is made
+// anew for each fetch: it has a cache of its own, which would answer a refresh with
+// the token that is to be replaced.
+func newCredential(clientID string, p tokencache.Principal, data map[string][]byte, options azcore.ClientOptions) (azcore.TokenCredential, error) {
+	// Instance discovery asks login.microsoft.com whether an authority is one of
+	// Microsoft's. Here a list of our own has said so already, and it says no
+	// more of authorities that the operator named.
+	const noDiscovery = true
+	if p.Certificate {
+		chain, key, err := certificateIn(data, time.Now())
+		if err != nil {
+			return nil, err
+		}
+		return azidentity.NewClientCertificateCredential(p.TenantID, clientID, chain, key,
+			&azidentity.ClientCertificateCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: noDiscovery})
+	}
+	secret, err := clientSecretIn(data)
+	if err != nil {
+		return nil, err
+	}
+	return azidentity.NewClientSecretCredential(p.TenantID, clientID, secret,
+		&azidentity.ClientSecretCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: noDiscovery})
+}
+
+func optionsFor(host string, x *exchange) azcore.ClientOptions {
+	return azcore.ClientOptions{
+		Cloud:     cloud.Configuration{ActiveDirectoryAuthorityHost: "https://" + host + "/"},
+		Transport: x,
+		Telemetry: policy.TelemetryOptions{Disabled: true},
+		Retry: policy.RetryOptions{
+			MaxRetries:    2,
+			TryTimeout:    5 * time.Second,
+			RetryDelay:    200 * time.Millisecond,
+			MaxRetryDelay: 2 * time.Second,
+			// Not 429, as with IMDS: the callers are told to wait instead.
+			StatusCodes: []int{
+				http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout,
+			},
+		},
+	}
+}
+
+// explain says why no token came.
+func (x *exchange) explain(err error, now time.Time) error {
+	switch {
+	case x.err != nil:
+		return fmt.Errorf("%w: %w", ErrEntra, x.err)
+	case x.status != 0 && x.status != http.StatusOK:
+		return x.refusal(now)
+	case x.token: // its text may quote the token
+		return fmt.Errorf("%w: its answer is not the JSON of a token", ErrEntra)
+	default:
+		return fmt.Errorf("%w: where it gives tokens is not known: %.300s", ErrEntra, err.Error())
+	}
+}
+
+// read checks the token that came, and what else the answer says of it. Its errors
+// never quote the token.
+func (x *exchange) read(got azcore.AccessToken, key tokencache.Key, now time.Time) (*tokencache.Token, error) {
+	var in struct {
+		ExpiresIn    seconds `json:"expires_in"`
+		ExtExpiresIn seconds `json:"ext_expires_in"`
+		TokenType    string  `json:"token_type"`
+	}
+	life := got.ExpiresOn.Sub(now)
+	switch {
+	case json.Unmarshal(x.body, &in) != nil:
+		return nil, fmt.Errorf("%w: its answer has numbers that are none", ErrEntra)
+	case !isB64Token(got.Token) || got.Token == "":
+		return nil, fmt.Errorf("%w: the token has characters that no bearer token has (RFC 6750)", ErrEntra)
+	case !strings.EqualFold(in.TokenType, "Bearer"):
+		return nil, fmt.Errorf("%w: the token is of type %.40q, not Bearer", ErrEntra, in.TokenType)
+	case life <= 0 || life > longestLife:
+		return nil, fmt.Errorf("%w: the token expires at %s, which cannot be; check the node's clock", ErrEntra, got.ExpiresOn.UTC().Format(time.RFC3339))
+	}
+	token := &tokencache.Token{
+		AccessToken: got.Token, ClientID: key.ClientID, Resource: key.Resource, TokenType: "Bearer",
+		NotBefore: now, ExpiresOn: got.ExpiresOn, ExtExpiresOn: got.ExpiresOn, RefreshOn: got.RefreshOn,
+	}
+	if in.ExpiresIn.n > 0 && in.ExpiresIn.n <= int64(longestLife/time.Second) {
+		token.ExpiresIn = time.Duration(in.ExpiresIn.n) * time.Second
+	}
+	if ext := in.ExtExpiresIn.n; ext > 0 && ext < int64(longestLife/time.Second) {
+		if on := now.Add(time.Duration(ext) * time.Second); on.After(token.ExpiresOn) {
+			token.ExtExpiresOn = on
+		}
+	}
+	return token, nil
+}
