@@ -80,7 +80,7 @@ func (r *Resolver) candidates(row *podRow) []candidate {
 		case binding.namespace != row.namespace && (r.cfg.Namespaced || id.namespaced):
 			c.why = "is for pods of its own namespace only"
 		default:
-			c.Identity, c.why = usable(id, binding)
+			c.Identity, c.why = r.usable(id, binding)
 		}
 		found = append(found, c)
 	}
@@ -92,18 +92,49 @@ func preferred(a, b *bindingRow) int {
 }
 
 // usable turns a row into an Identity, or says why it cannot.
-func usable(in *identityRow, binding *bindingRow) (_ Identity, why string) {
+func (r *Resolver) usable(in *identityRow, binding *bindingRow) (_ Identity, why string) {
 	switch {
 	case in.unreadable != "":
-		return Identity{}, "cannot be read: " + in.unreadable
-	case in.kind == aadpodidentity.UserAssignedMSI && in.clientID == "" && in.resourceID == "":
+		why = "cannot be read: " + in.unreadable
+	case in.principal != nil:
+		why = r.unfit(in)
+	case in.kind != aadpodidentity.UserAssignedMSI:
+		why = fmt.Sprintf("is of type %d, which is unknown", in.kind)
+	case in.clientID == "" && in.resourceID == "":
 		// IMDS would read a request without an ID as one for the node's own identity.
-		return Identity{}, "has neither clientID nor resourceID"
+		why = "has neither clientID nor resourceID"
+	}
+	if why != "" {
+		return Identity{}, why
 	}
 	return Identity{
 		Namespace: in.namespace, Name: in.name, Type: in.kind,
 		ClientID: in.clientID, ResourceID: in.resourceID, Binding: binding.name,
+		Principal: in.principal,
 	}, ""
+}
+
+// maxAuxiliaryTenants bounds what one request can ask of Entra. Azure Resource
+// Manager takes tokens of at most three ("Authenticate requests across tenants").
+const maxAuxiliaryTenants = 10
+
+// unfit says why a service principal cannot be used, "" if it can.
+func (r *Resolver) unfit(in *identityRow) string {
+	switch p := in.principal; {
+	case in.clientID == "":
+		return "has no clientID"
+	case p.TenantID == "":
+		return "has no tenantID"
+	case p.SecretName == "":
+		return "names no secret in clientPassword"
+	case len(p.AuxiliaryTenantIDs) > maxAuxiliaryTenants:
+		return fmt.Sprintf("has %d auxiliaryTenantIDs, more than %d", len(p.AuxiliaryTenantIDs), maxAuxiliaryTenants)
+	case p.SecretNamespace != in.namespace && (r.cfg.Mode != Standard || r.cfg.Namespaced || in.namespaced):
+		// Who may write AzureIdentities in one namespace must not borrow what
+		// others keep in theirs.
+		return fmt.Sprintf("names a secret of namespace %q; an AzureIdentity that is for its own namespace may use that namespace's secrets only", p.SecretNamespace)
+	}
+	return ""
 }
 
 // add appends an identity unless the pod has it already: two bindings may name one.
@@ -137,7 +168,7 @@ func (r *Resolver) decideStandard(p *Pod, row *podRow) {
 	})
 	var unusable []string
 	for _, a := range assigned {
-		id, why := usable(&a.identity, &a.binding)
+		id, why := r.usable(&a.identity, &a.binding)
 		switch selector := a.binding.selector; {
 		case (r.cfg.Namespaced || a.identity.namespaced) && a.identity.namespace != row.namespace:
 			why = "is for pods of its own namespace only"

@@ -124,11 +124,13 @@ func TestAnIdentityThatCannotBeReadSaysWhy(t *testing.T) {
 func TestADecisionIsAllThatARequestNeeds(t *testing.T) {
 	sp := identity("sp", "C1", "/R/1")
 	sp.Spec.Type = aadpodidentity.ServicePrincipal
+	sp.Spec.TenantID, sp.Spec.ClientPassword.Name = "t", "s"
 	id, err := drive(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
 	require.NoError(t, err)
 	assert.Equal(t, Identity{
 		Namespace: "shop", Name: "sp", Type: aadpodidentity.ServicePrincipal,
 		ClientID: "c1", ResourceID: "/r/1", Binding: "b",
+		Principal: &Principal{TenantID: "t", Authority: DefaultAuthority, SecretNamespace: "shop", SecretName: "s"},
 	}, id)
 	assert.False(t, id.Managed())
 }

@@ -72,6 +72,9 @@ func (id Identity) String() string {
 	if id.ResourceID != "" {
 		text += ", " + id.ResourceID
 	}
+	if p := id.Principal; p != nil {
+		text += fmt.Sprintf(", tenant %s, secret %s/%s", p.TenantID, p.SecretNamespace, p.SecretName)
+	}
 	return text + ")"
 }
 
@@ -139,8 +142,6 @@ func (r *Resolver) explainBindings(row *podRow, say func(string, ...any)) {
 		switch {
 		case c.why != "":
 			say("%s", c)
-		case c.Type < aadpodidentity.UserAssignedMSI || c.Type > aadpodidentity.ServicePrincipalCertificate:
-			say("AzureIdentityBinding %q gives it AzureIdentity %q, whose type %d is unknown", c.Binding, c.Name, c.Type)
 		default:
 			say("AzureIdentityBinding %q has the selector %q and gives it AzureIdentity %q", c.Binding, label, c.Name)
 		}

@@ -44,7 +44,10 @@ func TestAStreamedListIsTheSame(t *testing.T) {
 	for i := range list.Items {
 		assert.Equal(t, &gathered{refOf(&list.Items[i]), identityRowOf(&list.Items[i])}, rows[i])
 	}
-	assert.Equal(t, &identityRow{ref: ref{"shop", "c"}, kind: aadpodidentity.ServicePrincipal}, rows[2].row)
+	assert.Equal(t, &identityRow{
+		ref: ref{"shop", "c"}, kind: aadpodidentity.ServicePrincipal,
+		principal: &Principal{Authority: DefaultAuthority, SecretNamespace: "shop"},
+	}, rows[2].row)
 
 	// In any order, and with nothing in it.
 	rows, version, err = read(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"more":{"items":[1]},"items":[]}`)

@@ -150,8 +150,14 @@ func (m *reference) offers(p *corev1.Pod) []offer {
 
 func (m *reference) usable(id *aadpodidentity.AzureIdentity, p *corev1.Pod) bool {
 	guarded := m.cfg.Namespaced || id.Annotations[aadpodidentity.BehaviorAnnotation] == aadpodidentity.BehaviorNamespaced
-	named := id.Spec.Type != aadpodidentity.UserAssignedMSI || id.Spec.ClientID != "" || id.Spec.ResourceID != ""
-	return id.Spec.Unreadable == "" && named && (!guarded || id.Namespace == p.Namespace)
+	fit := id.Spec.ClientID != "" || id.Spec.ResourceID != ""
+	if id.Spec.Type == aadpodidentity.ServicePrincipal {
+		secret := id.Spec.ClientPassword
+		borrowed := secret.Namespace != "" && secret.Namespace != id.Namespace
+		mayBorrow := m.cfg.Mode == Standard && !guarded
+		fit = id.Spec.ClientID != "" && id.Spec.TenantID != "" && secret.Name != "" && (mayBorrow || !borrowed)
+	}
+	return id.Spec.Unreadable == "" && fit && (!guarded || id.Namespace == p.Namespace)
 }
 
 // concerns are the pods that a change of one object may bear on: all that the

@@ -109,6 +109,10 @@ func (m *machine) identity() kubeObject {
 		Type:     choose(m, aadpodidentity.UserAssignedMSI, aadpodidentity.ServicePrincipal),
 		ClientID: choose(m, "C0", "c0", "c1", ""), ResourceID: choose(m, "/r/0", "/R/1", ""),
 	}}
+	if id.Spec.Type == aadpodidentity.ServicePrincipal {
+		id.Spec.TenantID = choose(m, "t", "t", "t", "")
+		id.Spec.ClientPassword = aadpodidentity.SecretReference{Name: choose(m, "s", "s", "s", ""), Namespace: choose(m, "", "a", "b")}
+	}
 	if m.pick(6) == 1 {
 		id.Spec.Unreadable = "odd"
 	}

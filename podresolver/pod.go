@@ -47,7 +47,25 @@ type Identity struct {
 	ClientID        string // lower case
 	ResourceID      string // lower case
 	Binding         string // name of the AzureIdentityBinding that gives it
+
+	Principal *Principal // the rest of a service principal; nil for a managed identity
 }
+
+// Principal is what an AzureIdentity of type 1 or 2 says beyond its client ID. It
+// never changes.
+type Principal struct {
+	TenantID           string
+	AuxiliaryTenantIDs []string // tokens of these are given too
+	Authority          string   // where its tokens come from, as adEndpoint says
+	// SecretNamespace and SecretName name the Secret that holds what the service
+	// principal proves itself with: a certificate, or else a client secret.
+	SecretNamespace, SecretName string
+	Certificate                 bool
+}
+
+// DefaultAuthority is the Authority of an AzureIdentity without adEndpoint:
+// Entra's of the public cloud.
+const DefaultAuthority = "https://login.microsoftonline.com"
 
 // Managed reports whether it is a user-assigned managed identity, whose tokens
 // come from the metadata service.

@@ -1,6 +1,7 @@
 package podresolver
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"strings"
@@ -67,7 +68,28 @@ func identityRowOf(in *aadpodidentity.AzureIdentity) *identityRow {
 		ref: refOf(in), kind: in.Spec.Type, unreadable: in.Spec.Unreadable,
 		clientID: strings.ToLower(in.Spec.ClientID), resourceID: strings.ToLower(in.Spec.ResourceID),
 		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
+		principal:  principalOf(in),
 	}
+}
+
+// principalOf reads what only service principals have, and returns nil for others.
+func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
+	if in.Spec.Type != aadpodidentity.ServicePrincipal && in.Spec.Type != aadpodidentity.ServicePrincipalCertificate {
+		return nil
+	}
+	p := &Principal{
+		TenantID:        in.Spec.TenantID,
+		Authority:       strings.TrimRight(cmp.Or(in.Spec.ADEndpoint, DefaultAuthority), "/"),
+		SecretNamespace: cmp.Or(in.Spec.ClientPassword.Namespace, in.Namespace),
+		SecretName:      in.Spec.ClientPassword.Name,
+		Certificate:     in.Spec.Type == aadpodidentity.ServicePrincipalCertificate,
+	}
+	for _, tenant := range in.Spec.AuxiliaryTenantIDs {
+		if tenant != "" && tenant != p.TenantID && !slices.Contains(p.AuxiliaryTenantIDs, tenant) {
+			p.AuxiliaryTenantIDs = append(p.AuxiliaryTenantIDs, tenant)
+		}
+	}
+	return p
 }
 
 func bindingRowOf(in *aadpodidentity.AzureIdentityBinding) *bindingRow {

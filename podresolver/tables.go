@@ -33,9 +33,10 @@ type (
 	identityRow struct {
 		ref
 		kind                 aadpodidentity.IdentityType
-		clientID, resourceID string // lower case
-		namespaced           bool   // by its annotation
-		unreadable           string // see aadpodidentity
+		clientID, resourceID string     // lower case
+		namespaced           bool       // by its annotation
+		unreadable           string     // see aadpodidentity
+		principal            *Principal // nil for a managed identity
 	}
 	bindingRow struct {
 		ref

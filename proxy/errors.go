@@ -62,12 +62,9 @@ const retrySoon = time.Second
 func asHTTP(err error) *httpError {
 	var own *httpError
 	var failed *tokencache.Failure
-	var unserved *typeError
 	switch {
 	case errors.As(err, &own):
 		return own
-	case errors.As(err, &unserved):
-		return badRequest(unserved.Error())
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity
 	case errors.Is(err, podresolver.ErrSeveral):
@@ -94,9 +91,11 @@ func asHTTP(err error) *httpError {
 }
 
 // noToken tells why the cache has no token: in the service's own words where they are
-// about the request.
+// about the request or the identity. What is wrong with a service principal's
+// credential is for the operators, who find it in the log.
 func noToken(f *tokencache.Failure) *httpError {
 	var said *upstream.Error
+	var credential *upstream.CredentialError
 	again := max(f.RetryAfter, retrySoon)
 	switch {
 	case f.Class == tokencache.Throttled:
@@ -106,8 +105,17 @@ func noToken(f *tokencache.Failure) *httpError {
 		}
 	case f.Class == tokencache.Refused && errors.As(f, &said) && said.Code != "":
 		return &httpError{status: http.StatusBadRequest, code: said.Code, description: said.Description}
+	case f.Class == tokencache.Refused && errors.As(f, &credential):
+		return &httpError{
+			status: http.StatusBadRequest, code: "invalid_client",
+			description: "The credential of this identity cannot be used; the operators of the cluster find the reason in the log of the node's agent",
+		}
 	case f.Class == tokencache.Refused:
 		return badRequest("The metadata service refused the request")
+	case errors.As(f, &credential):
+		return notYet("The credential of this identity cannot be read now", again)
+	case errors.Is(f, upstream.ErrEntra), errors.As(f, &said) && said.Source == "Entra":
+		return notYet("Entra is not available", again)
 	case errors.Is(f, context.DeadlineExceeded):
 		return notYet("The metadata service did not answer in time", again)
 	default:

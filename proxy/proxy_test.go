@@ -25,7 +25,7 @@ const (
 	bound     = "127.0.0.2" // may use one and two; one is the default
 	unbound   = "127.0.0.3"
 	excepted  = "127.0.0.4"
-	secret    = "127.0.0.5" // bound to an identity of type 1
+	secret    = "127.0.0.5" // bound to an identity of type 1 without a tenant
 	alsoBound = "127.0.0.6" // as bound
 	stranger  = "127.0.0.9" // no pod
 )
@@ -115,7 +115,7 @@ func TestTokenRequests(t *testing.T) {
 		"absolute form, foreign host":          {request("GET", "http://example.com"+tokenURL, "Metadata: true"), "", 200, "", one.ClientID},
 		"absolute form of a pod without any":   {request("GET", "http://example.com"+tokenURL, "Metadata: true"), unbound, 400, noID, ""},
 		"no binding":                           {request("GET", tokenURL, "Metadata: true"), unbound, 400, noID, ""},
-		"service principal":                    {request("GET", tokenURL, "Metadata: true"), secret, 400, `{"error":"invalid_request","error_description":"AzureIdentity shop/principal is of type 1 (service principal with secret), which this agent does not serve; only type 0 (user-assigned managed identity) is served"}`, ""},
+		"unusable service principal":           {request("GET", tokenURL, "Metadata: true"), secret, 400, noID, ""},
 		"excepted pod":                         {request("GET", tokenURL, "Metadata: true"), excepted, 200, "", imdstest.Node},
 		"excepted pod, its errors are IMDS's":  {request("GET", base+"?api-version=2018-02-01", "Metadata: true"), excepted, 400, `{"error":"invalid_request","error_description":"Required query variable 'resource' is missing"}`, ""},
 		"excepted pod, odd spelling":           {request("GET", strings.Replace(tokenURL, "/identity", "//identity", 1), "Metadata: true"), excepted, 200, "", imdstest.Node},

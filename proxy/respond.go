@@ -12,11 +12,31 @@ import (
 
 const contentType = "application/json; charset=utf-8"
 
-// writeToken writes the eight fields in IMDS's order, all of them strings: some
-// SDKs cannot read numbers, none needs them.
-func writeToken(w http.ResponseWriter, t *tokencache.Token, now time.Time) {
+// writeToken writes a token, or an array of it and others if there are any, as the
+// old NMI did for service principals with auxiliary tenants.
+func writeToken(w http.ResponseWriter, t *tokencache.Token, others []*tokencache.Token, now time.Time) {
 	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is ever put there
-	b := append((*buffer)[:0], `{"access_token":"`...)
+	b := (*buffer)[:0]
+	if len(others) == 0 {
+		b = appendToken(b, t, now)
+	} else {
+		b = appendToken(append(b, '['), t, now)
+		for _, other := range others {
+			b = appendToken(append(b, ','), other, now)
+		}
+		b = append(b, ']')
+	}
+	writeJSON(w, http.StatusOK, b)
+	if cap(b) <= maxBuffer {
+		*buffer = b
+		buffers.Put(buffer)
+	}
+}
+
+// appendToken appends the eight fields in IMDS's order, all of them strings: some
+// SDKs cannot read numbers, none needs them.
+func appendToken(b []byte, t *tokencache.Token, now time.Time) []byte {
+	b = append(b, `{"access_token":"`...)
 	b = append(b, t.AccessToken...) // a b64token: nothing to escape
 	b = append(b, `","client_id":`...)
 	b = appendString(b, t.ClientID)
@@ -32,12 +52,7 @@ func writeToken(w http.ResponseWriter, t *tokencache.Token, now time.Time) {
 	b = appendString(b, t.Resource)
 	b = append(b, `,"token_type":`...)
 	b = appendString(b, t.TokenType)
-	b = append(b, '}')
-	writeJSON(w, http.StatusOK, b)
-	if cap(b) <= maxBuffer {
-		*buffer = b
-		buffers.Put(buffer)
-	}
+	return append(b, '}')
 }
 
 // buffers are for token answers. Larger ones than any real token needs are not

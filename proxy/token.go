@@ -8,8 +8,11 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
+	"sync"
 	"time"
+	"unique"
 
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/tokencache"
@@ -36,11 +39,12 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return fmt.Errorf("pod %s: %w", pod, err)
 	}
-	key, err := keyOf(identity, want.resource)
-	if err != nil {
-		return fmt.Errorf("pod %s: %w", pod, err)
-	}
+	key := keyOf(identity, want.resource)
 	token, err := s.cached(r.Context(), key, addr, want)
+	if err != nil {
+		return fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
+	}
+	others, err := s.auxiliary(r.Context(), identity, addr, want)
 	if err != nil {
 		return fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
 	}
@@ -48,7 +52,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 		s.log.DebugContext(r.Context(), "token", "pod", pod, "identity", identity.Name, "resource", want.resource)
 	}
 	s.finish(w.Header())
-	writeToken(w, token, time.Now())
+	writeToken(w, token, others, time.Now())
 	return nil
 }
 
@@ -81,14 +85,15 @@ func (s *Server) checkHeaders(r *http.Request) error {
 
 // keyOf joins a decided identity to a resource. It is the one place where the
 // two meet.
-func keyOf(id podresolver.Identity, resource string) (tokencache.Key, error) {
-	if !id.Managed() {
-		return tokencache.Key{}, &typeError{id}
+func keyOf(id podresolver.Identity, resource string) tokencache.Key {
+	switch {
+	case id.Principal != nil:
+		return tokencache.Key{ClientID: id.ClientID, Resource: resource, Principal: principalIn(id, id.Principal.TenantID)}
+	case id.ClientID != "": // it names the identity alone, so that pods with either spelling share the token
+		return tokencache.Key{ClientID: id.ClientID, Resource: resource}
+	default:
+		return tokencache.Key{ResourceID: id.ResourceID, Resource: resource}
 	}
-	if id.ClientID != "" { // it names the identity alone, so that pods with either spelling share the token
-		return tokencache.Key{ClientID: id.ClientID, Resource: resource}, nil
-	}
-	return tokencache.Key{ResourceID: id.ResourceID, Resource: resource}, nil
 }
 
 // InUse tells the cache whether the pod that holds an address may have a token now, so
@@ -100,7 +105,7 @@ func InUse(pods *podresolver.Resolver) func(netip.Addr, tokencache.Key) bool {
 			return false
 		}
 		for identity := range pod.Identities() {
-			if may, err := keyOf(identity, key.Resource); err == nil && may == key {
+			if keyOf(identity, key.Resource) == key || slices.Contains(auxiliaryKeys(identity, key.Resource), key) {
 				return true
 			}
 		}
@@ -108,10 +113,44 @@ func InUse(pods *podresolver.Resolver) func(netip.Addr, tokencache.Key) bool {
 	}
 }
 
-// typeError is an identity of a type that the agent cannot become.
-type typeError struct{ identity podresolver.Identity }
+// principalIn is what a key says of a service principal in one of its tenants.
+func principalIn(id podresolver.Identity, tenant string) unique.Handle[tokencache.Principal] {
+	return unique.Make(tokencache.Principal{
+		TenantID: tenant, Authority: id.Principal.Authority,
+		Certificate:     id.Principal.Certificate,
+		SecretNamespace: id.Principal.SecretNamespace, SecretName: id.Principal.SecretName,
+	})
+}
 
-func (e *typeError) Error() string {
-	return fmt.Sprintf("AzureIdentity %s/%s is of type %d (%s), which this agent does not serve; only type 0 (user-assigned managed identity) is served",
-		e.identity.Namespace, e.identity.Name, e.identity.Type, e.identity.Type)
+// auxiliaryKeys are those of a service principal's auxiliary tenants, in their
+// order. Other identities have none.
+func auxiliaryKeys(id podresolver.Identity, resource string) []tokencache.Key {
+	if id.Principal == nil || len(id.Principal.AuxiliaryTenantIDs) == 0 {
+		return nil
+	}
+	keys := make([]tokencache.Key, len(id.Principal.AuxiliaryTenantIDs))
+	for i, tenant := range id.Principal.AuxiliaryTenantIDs {
+		keys[i] = tokencache.Key{ClientID: id.ClientID, Resource: resource, Principal: principalIn(id, tenant)}
+	}
+	return keys
+}
+
+// auxiliary gets the tokens of auxiliary tenants, all at once, in their order.
+func (s *Server) auxiliary(ctx context.Context, id podresolver.Identity, caller netip.Addr, want tokenRequest) ([]*tokencache.Token, error) {
+	keys := auxiliaryKeys(id, want.resource)
+	if keys == nil {
+		return nil, nil
+	}
+	tokens, failures := make([]*tokencache.Token, len(keys)), make([]error, len(keys))
+	var asking sync.WaitGroup
+	for i, key := range keys {
+		asking.Go(func() { tokens[i], failures[i] = s.cached(ctx, key, caller, want) })
+	}
+	asking.Wait()
+	for i, err := range failures {
+		if err != nil {
+			return nil, fmt.Errorf("auxiliary tenant %s: %w", id.Principal.AuxiliaryTenantIDs[i], err)
+		}
+	}
+	return tokens, nil
 }

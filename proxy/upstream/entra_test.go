@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -356,6 +357,26 @@ func TestAnAuthorityCannotPointElsewhere(t *testing.T) {
 	redirect = true
 	err = p.fails(t, key)
 	assert.ErrorContains(t, err, "Entra answered 307")
+}
+
+// TestMicrosoftsAuthoritiesNeedNoFlag leads the way to one of them to the stand-in.
+func TestMicrosoftsAuthoritiesNeedNoFlag(t *testing.T) {
+	p := newPrincipals(t, func(c *Config) { c.Authorities = nil })
+	stand := strings.TrimPrefix(p.authority, "https://")
+	var dialled []string
+	transport := p.Upstream.entra.transport
+	transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		dialled = append(dialled, address)
+		return new(net.Dialer).DialContext(ctx, network, stand)
+	}
+	transport.TLSClientConfig.InsecureSkipVerify = true // the stand-in's certificate has another name
+	transport.Proxy = nil
+	for _, authority := range []string{"https://login.microsoftonline.com", "https://login.partner.microsoftonline.cn"} {
+		_, err := p.Token(t.Context(), asking(p.key(func(k *tokencache.Principal) { k.Authority = authority })))
+		require.NoError(t, err)
+	}
+	assert.Equal(t, []string{"login.microsoftonline.com:443", "login.partner.microsoftonline.cn:443"}, dialled)
+	assert.Len(t, p.entra.Calls(), 4, "no instance discovery")
 }
 
 func TestParseAuthority(t *testing.T) {

@@ -1,0 +1,106 @@
+package podresolver
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+// principal is a service principal after a change of its spec.
+func principal(change func(*aadpodidentity.AzureIdentitySpec)) *aadpodidentity.AzureIdentity {
+	id := identity("sp", "C1", "")
+	id.Spec.Type, id.Spec.TenantID = aadpodidentity.ServicePrincipal, "t"
+	id.Spec.ClientPassword.Name = "s"
+	change(&id.Spec)
+	return id
+}
+
+func TestWhatAServicePrincipalNeeds(t *testing.T) {
+	tenants := make([]string, 11)
+	for i := range tenants {
+		tenants[i] = fmt.Sprint("t", i)
+	}
+	for name, tc := range map[string]struct {
+		change func(*aadpodidentity.AzureIdentitySpec)
+		why    string // part of the refusal
+	}{
+		"no clientID":      {func(s *aadpodidentity.AzureIdentitySpec) { s.ClientID, s.ResourceID = "", "/r" }, "has no clientID"},
+		"no tenantID":      {func(s *aadpodidentity.AzureIdentitySpec) { s.TenantID = "" }, "has no tenantID"},
+		"no secret":        {func(s *aadpodidentity.AzureIdentitySpec) { s.ClientPassword.Name = "" }, "names no secret in clientPassword"},
+		"too many tenants": {func(s *aadpodidentity.AzureIdentitySpec) { s.AuxiliaryTenantIDs = tenants }, "has 11 auxiliaryTenantIDs, more than 10"},
+		"an unknown type":  {func(s *aadpodidentity.AzureIdentitySpec) { s.Type = 7 }, "is of type 7, which is unknown"},
+		"a negative type":  {func(s *aadpodidentity.AzureIdentitySpec) { s.Type = -1 }, "is of type -1, which is unknown"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, mode := range []Mode{Managed, Standard} {
+				world := drive(t, Config{Mode: mode}, principal(tc.change), binding("b", "x", "sp", 0))
+				pod := newPod("p", addr.String(), "x")
+				_, err := world.of(pod).Identity(Selector{})
+				require.ErrorIs(t, err, ErrNoIdentity)
+				assert.ErrorContains(t, err, `AzureIdentity "sp", which `+tc.why)
+				world.put(pod)
+				told, err := world.Explain("shop", "p")
+				require.NoError(t, err)
+				assert.Contains(t, told.String(), tc.why)
+			}
+		})
+	}
+}
+
+func TestWhatIsKeptOfAServicePrincipal(t *testing.T) {
+	id := principal(func(s *aadpodidentity.AzureIdentitySpec) {
+		s.Type = aadpodidentity.ServicePrincipalCertificate
+		s.ADEndpoint = "https://login.microsoftonline.us/"
+		s.AuxiliaryTenantIDs = []string{"a", "", "t", "b", "a"}
+	})
+	assert.Equal(t, &Principal{
+		TenantID: "t", AuxiliaryTenantIDs: []string{"a", "b"}, Authority: "https://login.microsoftonline.us",
+		SecretNamespace: "shop", SecretName: "s", Certificate: true,
+	}, identityRowOf(id).principal)
+	assert.Nil(t, identityRowOf(identity("i", "c", "")).principal, "managed identities carry none")
+
+	got, err := drive(t, Config{}, id, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{ClientID: "c1"})
+	require.NoError(t, err)
+	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID c1, tenant t, secret shop/s)", got.String())
+}
+
+// TestWhoseSecretsAnIdentityMayUse: what an AzureIdentity may borrow from other
+// namespaces depends on who may use it.
+func TestWhoseSecretsAnIdentityMayUse(t *testing.T) {
+	abroad := principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ClientPassword.Namespace = "vault" })
+	annotated := abroad.DeepCopyObject().(*aadpodidentity.AzureIdentity)
+	annotated.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: aadpodidentity.BehaviorNamespaced}
+	home := principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ClientPassword.Namespace = "shop" })
+	for name, tc := range map[string]struct {
+		cfg     Config
+		id      *aadpodidentity.AzureIdentity
+		refused bool
+	}{
+		"managed":                       {Config{Mode: Managed}, abroad, true},
+		"standard":                      {Config{Mode: Standard}, abroad, false},
+		"standard, all namespaced":      {Config{Mode: Standard, Namespaced: true}, abroad, true},
+		"standard, this one namespaced": {Config{Mode: Standard}, annotated, true},
+		"managed, its own":              {Config{Mode: Managed}, home, false},
+		"namespaced, its own":           {Config{Mode: Standard, Namespaced: true}, home, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := binding("b", "x", "sp", 0)
+			world := drive(t, tc.cfg, tc.id, b)
+			if tc.cfg.Mode == Standard {
+				world.put(assigned("a", "p", aadpodidentity.Assigned, tc.id, b))
+			}
+			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
+			if tc.refused {
+				require.ErrorIs(t, err, ErrNoIdentity)
+				assert.ErrorContains(t, err, `names a secret of namespace "vault"`)
+				return
+			}
+			require.NoError(t, err)
+			assert.Equal(t, "s", got.Principal.SecretName)
+		})
+	}
+}
