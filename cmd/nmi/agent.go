@@ -47,7 +47,15 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if resolver, err = newResolver(cfg, log); err != nil {
+	restConfig, err := apiServer(cfg.userAgent)
+	if err != nil {
+		return err
+	}
+	if resolver, err = newResolver(restConfig, cfg, log); err != nil {
+		return err
+	}
+	secrets, err := newSecrets(restConfig)
+	if err != nil {
 		return err
 	}
 	after := &handover{dir: cfg.handoverDir, log: log}
@@ -81,6 +89,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	source := upstream.New(upstream.Config{
 		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
 		UserAgent: cfg.userAgent,
+		Secret:    secrets.read, Authorities: cfg.authorities,
 	})
 	defer source.Close()
 	tokens := tokencache.New(source.Token, tokencache.Config{
@@ -163,11 +172,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 
 // newResolver connects the resolver to the API server. Nothing is sent yet: an
 // API server that cannot be reached is waited for.
-func newResolver(cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
-	restConfig, err := apiServer(cfg.userAgent)
-	if err != nil {
-		return nil, err
-	}
+func newResolver(restConfig *rest.Config, cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
 	from, err := podresolver.FromAPIServer(restConfig, cfg.node)
 	if err != nil {
 		return nil, err

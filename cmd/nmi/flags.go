@@ -19,6 +19,7 @@ import (
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
 )
 
@@ -35,6 +36,7 @@ type config struct {
 	blockInstance  bool
 	headerOptional bool
 	userAgent      string
+	authorities    []string // hosts, see upstream.Config
 
 	prometheusPort  uint16
 	blockWireserver bool
@@ -109,6 +111,7 @@ type options struct {
 	maxConnections        int
 	maxConnectionsPerPod  int
 	hostTokenUIDs         string
+	authorities           []string
 
 	klog *flag.FlagSet
 }
@@ -144,7 +147,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.BoolVar(&o.blockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
 	fs.BoolVar(&o.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
 	fs.BoolVar(&o.allowKubenet, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
-	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS and the API server")
+	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
 	o.addLogging(fs)
 
 	// Ours.
@@ -153,6 +156,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	o.addRedirectAddress(fs)
 	fs.StringVar(&o.backend, "iptables-backend", string(iptables.Auto), `"nft" or "legacy"; "auto" finds out which one the node uses`)
 
+	fs.StringSliceVar(&o.authorities, upstream.AuthorityFlag, nil, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be used with (adEndpoint); repeat it or separate several by commas")
 	fs.BoolVar(&o.blockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
 	fs.DurationVar(&o.podWait, "pod-wait", podresolver.DefaultPodWait, "how long a request from an unknown address waits for its pod")
 	fs.DurationVar(&o.identityWait, "identity-wait", podresolver.DefaultIdentityWait, "how long a request waits for MIC to assign the identity, in standard mode")
@@ -276,6 +280,9 @@ func (o *options) config() (config, error) {
 		return config{}, err
 	}
 	cfg.metadata = netip.AddrPortFrom(metadata, o.metadataPort)
+	if cfg.authorities, err = parseAuthorities(o.authorities); err != nil {
+		return config{}, err
+	}
 	if cfg.mode, err = iptables.ParseMode(o.redirectMode); err != nil {
 		return config{}, fmt.Errorf("--redirect-mode: %w", err)
 	}

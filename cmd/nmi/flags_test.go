@@ -87,6 +87,9 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--imds-token-rate=0":                "--imds-token-rate=0 is not usable: give a number from 1 to 1000000",
 		"--max-connections=-1":               "--max-connections=-1 is not usable",
 		"--host-token-uids=0,root":           "--host-token-uids=0,root is not usable: give user IDs as numbers",
+		"--entra-authority=http://entra":     `--entra-authority: "http://entra" is not https`,
+		"--entra-authority=https://entra/x":  `--entra-authority: "https://entra/x" is more or less than https://<host>`,
+		"--entra-authority=a,,b":             `--entra-authority: "https://" is more or less than https://<host>`,
 		"--probe-socket=probe.sock":          "--probe-socket=probe.sock is not usable: give an absolute path",
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
@@ -97,6 +100,14 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	}
 	_, err := parse(t, "--nmi-port=65536")
 	assert.ErrorContains(t, err, "nmi-port")
+}
+
+func TestAuthoritiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
+	o, err := parse(t, "--node=n", "--entra-authority=https://Entra.example/,entra2.example:8443", "--entra-authority=https://entra3.example:443")
+	require.NoError(t, err)
+	cfg, err := o.config()
+	require.NoError(t, err)
+	assert.Equal(t, []string{"entra.example", "entra2.example:8443", "entra3.example"}, cfg.authorities)
 }
 
 func TestEveryFlagIsDocumented(t *testing.T) {
