@@ -63,11 +63,7 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
 	}
-	key, err := keyOf(identity, want.resource)
-	if err != nil {
-		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
-	}
-	token, err := s.cfg.Tokens.Get(r.Context(), key, loopback)
+	token, err := s.cfg.Tokens.Get(r.Context(), keyOf(identity, want.resource), loopback)
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}
