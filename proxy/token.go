@@ -8,11 +8,9 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"time"
-	"unique"
 
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/tokencache"
@@ -81,58 +79,6 @@ func (s *Server) checkHeaders(r *http.Request) error {
 		return errForwarded
 	}
 	return nil
-}
-
-// keyOf joins a decided identity to a resource. It is the one place where the
-// two meet.
-func keyOf(id podresolver.Identity, resource string) tokencache.Key {
-	switch {
-	case id.Principal != nil:
-		return tokencache.Key{ClientID: id.ClientID, Resource: resource, Principal: principalIn(id, id.Principal.TenantID)}
-	case id.ClientID != "": // it names the identity alone, so that pods with either spelling share the token
-		return tokencache.Key{ClientID: id.ClientID, Resource: resource}
-	default:
-		return tokencache.Key{ResourceID: id.ResourceID, Resource: resource}
-	}
-}
-
-// InUse tells the cache whether the pod that holds an address may have a token now, so
-// that it is refreshed without being asked for; see tokencache.Config.
-func InUse(pods *podresolver.Resolver) func(netip.Addr, tokencache.Key) bool {
-	return func(caller netip.Addr, key tokencache.Key) bool {
-		pod := pods.Holder(caller)
-		if pod == nil {
-			return false
-		}
-		for identity := range pod.Identities() {
-			if keyOf(identity, key.Resource) == key || slices.Contains(auxiliaryKeys(identity, key.Resource), key) {
-				return true
-			}
-		}
-		return false
-	}
-}
-
-// principalIn is what a key says of a service principal in one of its tenants.
-func principalIn(id podresolver.Identity, tenant string) unique.Handle[tokencache.Principal] {
-	return unique.Make(tokencache.Principal{
-		TenantID: tenant, Authority: id.Principal.Authority,
-		Certificate:     id.Principal.Certificate,
-		SecretNamespace: id.Principal.SecretNamespace, SecretName: id.Principal.SecretName,
-	})
-}
-
-// auxiliaryKeys are those of a service principal's auxiliary tenants, in their
-// order. Other identities have none.
-func auxiliaryKeys(id podresolver.Identity, resource string) []tokencache.Key {
-	if id.Principal == nil || len(id.Principal.AuxiliaryTenantIDs) == 0 {
-		return nil
-	}
-	keys := make([]tokencache.Key, len(id.Principal.AuxiliaryTenantIDs))
-	for i, tenant := range id.Principal.AuxiliaryTenantIDs {
-		keys[i] = tokencache.Key{ClientID: id.ClientID, Resource: resource, Principal: principalIn(id, tenant)}
-	}
-	return keys
 }
 
 // auxiliary gets the tokens of auxiliary tenants, all at once, in their order.
