@@ -14,7 +14,7 @@ const (
 	// DefaultMaxConnections takes 40 MB when all are open, of which 250 pods have
 	// eight each.
 	DefaultMaxConnections       = 2048
-	DefaultMaxConnectionsPerPod = 256
+	DefaultMaxConnectionsPerPod = 512
 )
 
 // connections bounds how many are open, from each address and in all. One too many

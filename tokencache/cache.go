@@ -52,7 +52,7 @@ var (
 	ErrKeyTooLong = errors.New("the resource or the identity's ID is too long")
 	// ErrBusy is in the Failure of a caller who was not served because of how much
 	// is asked of the upstream: by the caller itself where the class is Throttled.
-	ErrBusy = errors.New("waiting for the upstream took too long")
+	ErrBusy = errors.New("more is asked of the upstream than it gives")
 )
 
 // Config bounds a Cache. The zero value takes the defaults.

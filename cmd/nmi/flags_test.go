@@ -37,7 +37,7 @@ func TestDefaults(t *testing.T) {
 		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
 		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
 		prometheusPort: 9090, handoverDir: "/run/nmi",
-		tokensPerSecond: 20, tokensAtOnce: 5, maxConnections: 2048, maxConnectionsPerPod: 256, hostTokenUIDs: []uint32{0},
+		tokensPerSecond: 20, tokensAtOnce: 5, maxConnections: 2048, maxConnectionsPerPod: 512, hostTokenUIDs: []uint32{0},
 		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, MICNamespace: "default", PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
 	}, cfg)
 }

@@ -38,6 +38,7 @@ var rooms = map[string][]string{
 	"deploy/demo":                {"*"},
 	"bench":                      {"*"},
 	"bench/scale":                {"*"},
+	"bench/misuse":               {"*"},
 	"bench/wrk":                  {"*"},
 }
 

@@ -88,7 +88,7 @@ func TestRequestsThatWaitForTheirTokensAreNotLost(t *testing.T) {
 	world.IMDS.SetLatency(700 * time.Millisecond)
 	t.Cleanup(func() { world.IMDS.SetLatency(imdsLatency) })
 	var n atomic.Int64
-	l := startLoadOf(p, 12, 12, func() string { return fmt.Sprintf("%shttps://slow-%d.example", tokenURL, n.Add(1)) })
+	l := startLoadOf(p, 8, 8, func() string { return fmt.Sprintf("%shttps://slow-%d.example", tokenURL, n.Add(1)) })
 	for range 3 {
 		next := s.successor()
 		s.stops(a)
