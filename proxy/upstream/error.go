@@ -1,7 +1,6 @@
 package upstream
 
 import (
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -11,10 +10,19 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// Error is a refusal by the upstream, in its own words, so that Entra's AADSTS
-// messages reach the user.
+// sourceIMDS is Error.Source for IMDS.
+const sourceIMDS = "IMDS"
+
+// goneWait is how long IMDS is left alone after it has answered 410 to all tries of
+// a fetch. It is back within 70 s (Microsoft, "How to use managed identities on an
+// Azure VM to acquire an access token", Retry guidance), mostly sooner. With Retry-After: 5
+// and a fetch's own patience, clients that come back five times outlast that.
+const goneWait = 5 * time.Second
+
+// Error is an upstream's answer other than a token, in its own words, so that
+// Entra's AADSTS messages reach the user.
 type Error struct {
-	Source      string        // who refused: "IMDS" or "Entra"
+	Source      string        // who answered: "IMDS", "Entra"
 	Status      int           // HTTP status, never 200
 	Code        string        // "invalid_request", "invalid_resource", ...; "" if it gave none
 	Description string        // "" if it gave none
@@ -22,35 +30,63 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	source := cmp.Or(e.Source, "IMDS")
 	if e.Code == "" {
-		return fmt.Sprintf("%s answered %d %s", source, e.Status, http.StatusText(e.Status))
+		return fmt.Sprintf("%s answered %d %s", e.Source, e.Status, http.StatusText(e.Status))
 	}
-	return fmt.Sprintf("%s answered %d %s: %s", source, e.Status, e.Code, e.Description)
+	return fmt.Sprintf("%s answered %d %s: %s", e.Source, e.Status, e.Code, e.Description)
 }
 
-// Class says what the refusal means for those who ask again. What Microsoft asks
-// clients to try again, and what is not in the service's own words, is Unavailable.
+// Class says what the answer means for those who ask again; tokencache looks for
+// it.
 func (e *Error) Class() tokencache.Class {
 	switch {
 	case e.Status == http.StatusTooManyRequests:
 		return tokencache.Throttled
-	case e.Status < 400 || e.Status >= 500 || e.Code == "" ||
-		e.Status == http.StatusNotFound || e.Status == http.StatusGone || e.Status == http.StatusRequestTimeout,
+	case e.Status < 400, passes(e.Status),
 		e.Code == "temporarily_unavailable", e.Code == "server_error": // RFC 6749, 4.1.2.1
+		return tokencache.Unavailable
+	case e.Code == "" && e.Source != sourceIMDS:
+		// Not Entra's own words: somebody's on the way to it. There is nobody on the
+		// way to IMDS.
 		return tokencache.Unavailable
 	default:
 		return tokencache.Refused
 	}
 }
 
-// Wait is how long the upstream wants to be left alone.
-func (e *Error) Wait() time.Duration { return e.RetryAfter }
+// Wait is how long the upstream wants to be left alone, 0 if that is up to the
+// caller; tokencache looks for it.
+func (e *Error) Wait() time.Duration {
+	switch {
+	case e.RetryAfter > 0:
+		return e.RetryAfter
+	case e.Status == http.StatusTooManyRequests:
+		return time.Second
+	case e.Status == http.StatusGone:
+		return goneWait
+	default:
+		return 0
+	}
+}
+
+// passes reports whether a status is one of those that Microsoft asks clients to try
+// again after (same page, Error handling), or the one that HTTP does (RFC 9110,
+// section 15.5.9). 429 is among Microsoft's, but not here: the callers are told to
+// wait instead, so that a throttled service is left alone.
+func passes(status int) bool {
+	switch status {
+	case http.StatusNotFound, http.StatusRequestTimeout, http.StatusGone:
+		return true
+	default:
+		return status >= 500
+	}
+}
 
 const maxDescription = 2 << 10 // AADSTS messages with trace IDs stay under 1 KB
 
-// newError reads a refusal. A body that is not the service's JSON (a web
-// server's HTML, say) is dropped rather than quoted.
+// newError reads an answer other than a token; its Source is the caller's to set. A
+// body that is not the service's JSON (a web server's HTML, say) is dropped rather
+// than quoted.
 func newError(status int, retryAfter string, body []byte, now time.Time) *Error {
 	e := &Error{Status: status, RetryAfter: parseRetryAfter(retryAfter, now)}
 	var in struct {

@@ -1,10 +1,10 @@
 // Package upstream is where tokens come from.
 //
-// A managed identity's token's way through here: the key becomes a request to the instance
-// metadata service (IMDS), an azcore pipeline sends it and tries again where
-// the service asks for that, and the answer is checked field by field before
-// anyone may keep it. What the service refuses comes back as an *Error with the
-// service's own words.
+// The way of a managed identity's token through here: the key becomes a request to
+// the instance metadata service (IMDS), an azcore pipeline sends it and tries again
+// where the service asks for that, each time after a turn of the limiter, and the
+// answer is checked field by field before anyone may keep it. What the service
+// refuses comes back as an *Error with the service's own words.
 //
 // A service principal's token comes from Entra: the authority must be one that
 // secrets may be sent to, the Secret is read, a credential is made of it and asks.
@@ -22,7 +22,6 @@ import (
 	"net/url"
 	"time"
 
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 )
 
@@ -65,36 +64,13 @@ func New(cfg Config) *Upstream {
 		IdleConnTimeout:       90 * time.Second,
 		ResponseHeaderTimeout: 30 * time.Second,
 	}
-	u := &Upstream{
+	return &Upstream{
 		base:      &url.URL{Scheme: cfg.IMDS.Scheme, Host: cfg.IMDS.Host},
 		userAgent: cfg.UserAgent,
 		transport: transport,
 		entra:     newEntra(cfg),
+		pipeline:  newPipeline(transport),
 	}
-	u.pipeline = runtime.NewPipeline("nmi", "", runtime.PipelineOptions{}, &policy.ClientOptions{
-		Transport: &http.Client{
-			Transport: transport,
-			// A redirect would send the request, and with it the node's
-			// standing, to another address. IMDS never redirects.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
-		Telemetry: policy.TelemetryOptions{Disabled: true},
-		Retry: policy.RetryOptions{
-			MaxRetries:    4,
-			TryTimeout:    5 * time.Second,
-			RetryDelay:    200 * time.Millisecond,
-			MaxRetryDelay: 2 * time.Second,
-			// The codes that Microsoft asks clients to try again ("How to use
-			// managed identities on a VM", Retry guidance). 429 is not among
-			// them here: the callers are told to wait instead, so that a
-			// throttled service is left alone.
-			StatusCodes: []int{
-				http.StatusNotFound, http.StatusGone, http.StatusInternalServerError,
-				http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout,
-			},
-		},
-	})
-	return u
 }
 
 // RoundTrip sends a request to IMDS as it is, whatever host it names. It makes

@@ -1,0 +1,138 @@
+package upstream
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+
+	"github.com/podidentity/nmi/tokencache"
+)
+
+const (
+	// tryTimeout is for one request and its whole answer. IMDS needs about 0.1 s
+	// for a token, and 1 s or 2 where it has to ask Entra.
+	tryTimeout = 5 * time.Second
+	// maxAnswer bounds what is read of an answer. Entra's tokens stay under
+	// 20 KB even with hundreds of groups.
+	maxAnswer = 1 << 20
+)
+
+// flight is what the tries of one fetch share; it travels with azcore's request.
+type flight struct {
+	turn  tokencache.Turn
+	tries int
+	last  error // why the last try brought nothing, unless ctx ended it
+}
+
+// perTry stands below azcore's retry policy, and so has each try of a fetch:
+//
+//  1. take its turn, for as long as the fetch's ctx allows;
+//  2. have tryTimeout for request and answer, see wholeAnswers;
+//  3. end its turn, and say for how long IMDS wants to be left alone.
+//
+// azcore's own TryTimeout would count the wait for the turn.
+type perTry struct{}
+
+// Do implements azcore's policy.Policy.
+func (perTry) Do(req *policy.Request) (*http.Response, error) {
+	var f *flight
+	if !req.OperationValue(&f) {
+		return nil, &finalError{errors.New("a request for IMDS without a turn")}
+	}
+	fetch := req.Raw().Context()
+	done, err := f.turn(fetch)
+	if err != nil {
+		return nil, &finalError{err}
+	}
+	var leaveAlone time.Duration
+	defer func() { done(leaveAlone) }()
+
+	ctx, cancel := context.WithTimeout(fetch, tryTimeout)
+	defer cancel()
+	resp, err := req.WithContext(ctx).Next()
+	f.tries++
+	switch {
+	case err != nil:
+		if fetch.Err() == nil {
+			f.last = err
+		}
+		return nil, err
+	case resp.StatusCode != http.StatusOK:
+		answer := asError(resp)
+		f.last = answer
+		if answer.Status == http.StatusTooManyRequests {
+			leaveAlone = answer.Wait()
+		}
+		pace(resp, answer)
+	}
+	return resp, nil
+}
+
+// pace sets when azcore tries again where IMDS did not say: after 410 not before
+// 2 s, and after 5xx not before 1 s, as Microsoft asks ("How to use managed
+// identities on an Azure VM to acquire an access token", Error handling).
+// Otherwise azcore begins at 200 ms.
+func pace(resp *http.Response, answer *Error) {
+	pause := time.Second
+	switch {
+	case answer.RetryAfter > 0, !passes(answer.Status):
+		return
+	case answer.Status == http.StatusGone:
+		pause = maxRetryDelay
+	case answer.Status < 500:
+		return
+	}
+	resp.Header.Set("Retry-After-Ms", strconv.FormatInt(pause.Milliseconds(), 10))
+}
+
+// asError reads an answer other than 200, and leaves its body to be read again.
+func asError(resp *http.Response) *Error {
+	body, _ := io.ReadAll(resp.Body) // from memory, see wholeAnswers
+	resp.Body = io.NopCloser(bytes.NewReader(body))
+	e := newError(resp.StatusCode, resp.Header.Get("Retry-After"), body, time.Now())
+	e.Source = sourceIMDS
+	return e
+}
+
+// finalError ends the tries.
+type finalError struct{ error }
+
+func (e *finalError) Unwrap() error { return e.error }
+
+// NonRetriable tells azcore to leave it at that.
+func (*finalError) NonRetriable() {}
+
+// wholeAnswers is the transport below azcore. It returns once an answer is in, body
+// and all, so that an answer that stalls or is cut is one more failed try.
+type wholeAnswers struct{ client *http.Client }
+
+// Do implements azcore's policy.Transporter.
+func (t wholeAnswers) Do(req *http.Request) (*http.Response, error) {
+	// net/http would send a GET again by itself when a connection that it kept is
+	// closed, past the limiter. It does not when there may be a body that it cannot
+	// have twice, and sends none when it finds that empty.
+	req.Body, req.GetBody = io.NopCloser(bytes.NewReader(nil)), nil
+	resp, err := t.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	switch {
+	case resp.StatusCode != http.StatusOK: // the status counts, with or without words
+		body = body[:min(len(body), maxAnswer)]
+	case err != nil:
+		return nil, fmt.Errorf("reading IMDS's answer: %w", err)
+	case len(body) > maxAnswer:
+		return nil, &finalError{fmt.Errorf("IMDS's answer cannot be used: it is longer than %d bytes", maxAnswer)}
+	}
+	resp.Body = io.NopCloser(bytes.NewReader(body))
+	return resp, nil
+}
