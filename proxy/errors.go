@@ -48,6 +48,7 @@ var (
 	errNotPlain  = badRequest("Requests with a body or for an upgrade are not served")
 	errForwarded = badRequest("Requests with an X-Forwarded-For header are not served")
 	errMethod    = &httpError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", description: "Only GET is served here"}
+	errTooLarge  = &httpError{status: http.StatusRequestEntityTooLarge, code: "invalid_request", description: "The body of a request has at most 64 KiB here"}
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
 )
 
@@ -62,9 +63,12 @@ const retrySoon = time.Second
 func asHTTP(err error) *httpError {
 	var own *httpError
 	var failed *tokencache.Failure
+	var long *http.MaxBytesError
 	switch {
 	case errors.As(err, &own):
 		return own
+	case errors.As(err, &long):
+		return errTooLarge
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity
 	case errors.Is(err, podresolver.ErrSeveral):

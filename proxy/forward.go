@@ -7,6 +7,10 @@ import (
 	"net/http/httputil"
 )
 
+// maxBody bounds the body of a request that is passed on. The largest that IMDS has a
+// use for is an approval of scheduled events: one ID of 36 bytes for each.
+const maxBody = 64 << 10
+
 // newForward returns the proxy for what IMDS answers itself: the open paths, and
 // everything that excepted pods send.
 func (s *Server) newForward() *httputil.ReverseProxy {

@@ -51,6 +51,7 @@ type Upstream struct {
 	transport *http.Transport
 	pipeline  runtime.Pipeline
 	entra     *entra
+	passing   chan struct{} // holds one element for each request that is being passed on
 }
 
 // New returns an Upstream. It opens no connection yet.
@@ -58,11 +59,11 @@ func New(cfg Config) *Upstream {
 	transport := &http.Transport{
 		// No Proxy: IMDS must be reached directly, whatever the environment
 		// says (learn.microsoft.com, "Azure Instance Metadata Service", Proxies).
-		DialContext:           (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		DisableCompression:    true, // what is passed on is passed on as it is
-		MaxIdleConnsPerHost:   16,
-		IdleConnTimeout:       90 * time.Second,
-		ResponseHeaderTimeout: 30 * time.Second,
+		DialContext:            (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		DisableCompression:     true, // what is passed on is passed on as it is
+		MaxIdleConnsPerHost:    16,
+		IdleConnTimeout:        90 * time.Second,
+		MaxResponseHeaderBytes: maxHeader,
 	}
 	return &Upstream{
 		base:      &url.URL{Scheme: cfg.IMDS.Scheme, Host: cfg.IMDS.Host},
@@ -70,16 +71,8 @@ func New(cfg Config) *Upstream {
 		transport: transport,
 		entra:     newEntra(cfg),
 		pipeline:  newPipeline(transport),
+		passing:   make(chan struct{}, maxPassing),
 	}
-}
-
-// RoundTrip sends a request to IMDS as it is, whatever host it names. It makes
-// Upstream an http.RoundTripper for a reverse proxy.
-func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
-	r = r.Clone(r.Context()) // a RoundTripper must not change its request
-	r.URL.Scheme, r.URL.Host = u.base.Scheme, u.base.Host
-	r.Host = u.base.Host
-	return u.transport.RoundTrip(r)
 }
 
 // Close drops the idle connections.

@@ -1,0 +1,206 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/proxy/upstream"
+)
+
+// plainIMDS is a listener in IMDS's place, whose end of each connection a test holds
+// in its hands.
+type plainIMDS struct {
+	*world
+	host  string
+	conns chan net.Conn
+}
+
+func newPlainIMDS(t *testing.T) *plainIMDS {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = ln.Close() })
+	p := &plainIMDS{host: ln.Addr().String(), conns: make(chan net.Conn, 1)}
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			p.conns <- conn
+		}
+	}()
+	up := upstream.New(upstream.Config{IMDS: &url.URL{Scheme: "http", Host: p.host}})
+	t.Cleanup(up.Close)
+	p.world = newWorld(t, func(c *Config) { c.Upstream = up })
+	return p
+}
+
+// pod is a connection of the excepted pod, on which nothing may take long.
+func (p *plainIMDS) pod() *keptAlive {
+	p.t.Helper()
+	c := p.connect(excepted)
+	require.NoError(p.t, c.SetDeadline(time.Now().Add(10*time.Second)))
+	return c
+}
+
+// accept is the connection that carries a request to IMDS.
+func (p *plainIMDS) accept() *keptAlive {
+	p.t.Helper()
+	select {
+	case conn := <-p.conns:
+		p.t.Cleanup(func() { _ = conn.Close() })
+		require.NoError(p.t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+		return &keptAlive{conn, bufio.NewReader(conn)}
+	case <-time.After(10 * time.Second):
+		p.t.Fatal("nothing came")
+		return nil
+	}
+}
+
+func (c *keptAlive) write(t *testing.T, text string) {
+	t.Helper()
+	_, err := io.WriteString(c, text)
+	require.NoError(t, err)
+}
+
+// expect reads as many bytes as want has, and compares them.
+func (c *keptAlive) expect(t *testing.T, want string) {
+	t.Helper()
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(c.r, got)
+	require.NoError(t, err, "after %q", got[:n])
+	require.Equal(t, want, string(got))
+}
+
+// The requests are spelled in the order that net/http uses, which is no matter of
+// meaning (RFC 9110, section 5.3). Everything else must arrive to the byte, and
+// nothing more, and the answer likewise.
+func TestWhatArrivesIsWhatWasSent(t *testing.T) {
+	const answer = "HTTP/1.1 418 I'm a teapot\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\nContent-Type: text/x\r\n" +
+		"Date: Sat, 21 Nov 2026 10:00:30 GMT\r\nServer: IMDS/150.870.65.1\r\nX-Odd: a\r\nX-Odd: b\r\n\r\n\x1f\x8b\x00\x01\x02"
+	for name, raw := range map[string]string{
+		"plain":                  "GET /metadata/instance?api-version=2021-02-01 HTTP/1.1\r\nHost: HOST\r\nMetadata: true\r\n\r\n",
+		"no header at all":       "GET /metadata/versions HTTP/1.1\r\nHost: HOST\r\n\r\n",
+		"of an SDK":              "GET /metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net/ HTTP/1.1\r\nHost: HOST\r\nUser-Agent: azsdk-go\r\nAccept: application/json\r\nAccept-Encoding: gzip, br\r\nMetadata: true\r\nX-Ms-Client-Request-Id: 1\r\n\r\n",
+		"X-Forwarded-For":        "GET /metadata/versions HTTP/1.1\r\nHost: HOST\r\nForwarded: for=1.2.3.4\r\nX-Forwarded-For: 1.2.3.4\r\nX-Forwarded-For: 5.6.7.8\r\nX-Forwarded-Host: h\r\nX-Forwarded-Proto: https\r\n\r\n",
+		"an odd query":           "GET /metadata/versions?a=%zz;b&&c=%2f+%20 HTTP/1.1\r\nHost: HOST\r\n\r\n",
+		"an odd path":            "GET /metadata//x%2fy/%7e/./;z HTTP/1.1\r\nHost: HOST\r\nMetadata: true\r\n\r\n",
+		"a body":                 "POST /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\nHost: HOST\r\nContent-Length: 35\r\nContent-Type: application/json\r\nMetadata: true\r\n\r\n{\"StartRequests\":[{\"EventId\":\"x\"}]}",
+		"an empty body":          "POST /metadata/scheduledevents HTTP/1.1\r\nHost: HOST\r\nContent-Length: 0\r\nMetadata: true\r\n\r\n",
+		"a body in chunks":       "PUT /metadata/x HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\nMetadata: true\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+		"as long as it may be":   "POST /metadata/x HTTP/1.1\r\nHost: HOST\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat("x", maxBody),
+		"a method of its own":    "PROPFIND /metadata/x HTTP/1.1\r\nHost: HOST\r\nDepth: 1\r\n\r\n",
+		"cookies and two values": "GET /metadata/x HTTP/1.1\r\nHost: HOST\r\nAccept: a\r\nAccept: b\r\nCookie: c=d\r\nVia: 1.0 x\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlainIMDS(t)
+			raw := strings.Replace(raw, "HOST", p.host, 1)
+			pod := p.pod()
+			pod.write(t, raw)
+			imds := p.accept()
+			imds.expect(t, raw)
+			assert.Zero(t, imds.r.Buffered(), "and nothing after it")
+			imds.write(t, answer)
+			pod.expect(t, answer)
+			assert.Zero(t, pod.r.Buffered())
+		})
+	}
+}
+
+func TestBodiesAreStreamedBothWays(t *testing.T) {
+	p := newPlainIMDS(t)
+	pod := p.pod()
+	const head = "POST /metadata/x HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n"
+	pod.write(t, fmt.Sprintf(head, "imds")+"5\r\nfirst\r\n")
+	imds := p.accept()
+	imds.expect(t, fmt.Sprintf(head, p.host)+"5\r\nfirst\r\n")
+	const answer = "HTTP/1.1 200 OK\r\nDate: Sat, 21 Nov 2026 10:00:30 GMT\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n"
+	imds.write(t, strings.Replace(answer, "Date", "Content-Type: text/x\r\nDate", 1))
+	resp, err := http.ReadResponse(pod.r, nil)
+	require.NoError(t, err)
+	one := make([]byte, 3)
+	_, err = io.ReadFull(resp.Body, one)
+	require.NoError(t, err)
+	assert.Equal(t, "one", string(one), "the beginning of an answer, before its end and that of the request")
+	imds.write(t, "3\r\ntwo\r\n0\r\n\r\n")
+	two, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	assert.Equal(t, "two", string(two))
+}
+
+func TestAClientThatGoesEndsItsRequestToIMDS(t *testing.T) {
+	p := newPlainIMDS(t)
+	pod := p.pod()
+	const head = "GET /metadata/x HTTP/1.1\r\nHost: %s\r\n\r\n"
+	pod.write(t, fmt.Sprintf(head, "imds"))
+	imds := p.accept()
+	imds.expect(t, fmt.Sprintf(head, p.host))
+	require.NoError(t, pod.Close())
+	_, err := imds.r.ReadByte()
+	require.ErrorIs(t, err, io.EOF)
+}
+
+func TestRequestsThatAreTooLongAreNotPassedOn(t *testing.T) {
+	const refusal = `{"error":"invalid_request","error_description":"The body of a request has at most 64 KiB here"}`
+	p := newPlainIMDS(t)
+	long := strings.Repeat("x", maxBody+1)
+
+	resp, body := p.send(excepted, request("POST", "/metadata/x", "Content-Length: 65537")+long)
+	assert.Equal(t, 413, resp.StatusCode)
+	assert.Equal(t, refusal, body)
+	assert.Equal(t, contentType, resp.Header.Get("Content-Type"))
+	assert.Empty(t, p.conns, "it says so before")
+
+	resp, body = p.send(excepted, request("POST", "/metadata/x", "Transfer-Encoding: chunked")+fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(long), long))
+	assert.Equal(t, 413, resp.StatusCode)
+	assert.Equal(t, refusal, body)
+	arrived, err := io.ReadAll(p.accept().r)
+	require.NoError(t, err)
+	assert.False(t, bytes.HasSuffix(arrived, []byte("0\r\n\r\n")), "what arrived is no whole request")
+}
+
+func TestAnAnswerThatIsTooLongIsCutNotEnded(t *testing.T) {
+	p := newPlainIMDS(t)
+	pod := p.pod()
+	pod.write(t, "GET /metadata/x HTTP/1.1\r\nHost: imds\r\n\r\n")
+	imds := p.accept()
+	_, err := http.ReadRequest(imds.r)
+	require.NoError(t, err)
+	imds.write(t, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+	go func() {
+		chunk := fmt.Sprintf("10000\r\n%s\r\n", strings.Repeat("x", 0x10000))
+		for {
+			if _, err := io.WriteString(imds, chunk); err != nil {
+				return
+			}
+		}
+	}()
+	resp, err := http.ReadResponse(pod.r, nil)
+	require.NoError(t, err)
+	n, err := io.Copy(io.Discard, resp.Body)
+	require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+	assert.LessOrEqual(t, n, int64(4<<20))
+}
+
+func TestIMDSWithoutAnAnswerIs503(t *testing.T) {
+	p := newPlainIMDS(t)
+	pod := p.pod()
+	pod.write(t, "GET /metadata/x HTTP/1.1\r\nHost: imds\r\n\r\n")
+	require.NoError(t, p.accept().Close())
+	resp, err := http.ReadResponse(pod.r, nil)
+	require.NoError(t, err)
+	assert.Equal(t, 503, resp.StatusCode)
+	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
+}
