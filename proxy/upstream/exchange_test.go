@@ -3,9 +3,12 @@ package upstream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -124,4 +127,30 @@ func TestFreshBypassesIMDSsOwnCache(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, i == 2, target.Query().Get("bypass_cache") == "true")
 	}
+}
+
+// A cold node with everything in it: IMDS counts what the limiter let through, each try.
+func TestIMDSIsNotAskedMoreThanItAllows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}, Latency: 100 * time.Millisecond})
+		for range 20 {
+			imds.Inject(imdstest.Fault{Status: 404}, imdstest.Fault{Cut: true}, imdstest.Fault{Reset: true}, imdstest.Fault{Slow: time.Second}, imdstest.Fault{})
+		}
+		u, stop := inMemory(t, imds)
+		defer stop()
+		cache := tokencache.New(u.Token, tokencache.Config{})
+		defer cache.Close()
+		var pods sync.WaitGroup
+		for i := range 100 {
+			pods.Go(func() {
+				_, err := cache.Get(t.Context(), tokencache.Key{ClientID: known.ClientID, Resource: fmt.Sprint(i)}, netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}))
+				assert.NoError(t, err)
+			})
+		}
+		pods.Wait()
+		atOnce, perSecond := imds.Peak()
+		assert.Equal(t, 160, imds.Requests())
+		assert.LessOrEqual(t, atOnce, 5)
+		assert.LessOrEqual(t, perSecond, 20)
+	})
 }
