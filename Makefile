@@ -4,7 +4,7 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test lint unit e2e kube bench bench-scale bench-micro packages root clean
+.PHONY: build demo test lint unit e2e kube bench bench-scale bench-misuse bench-micro packages root clean
 
 build: ## bin/nmi, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi
@@ -46,6 +46,10 @@ bench-scale: root packages build kube ## memory, start and requests/s in a clust
 	@deploy/packages.sh wrk
 	@go build -o .cache/bench-scale ./bench/scale
 	@exec .cache/bench-scale
+
+bench-misuse: root packages build kube ## what a pod that misbehaves costs the others; 4 minutes
+	@go build -o .cache/bench-misuse ./bench/misuse
+	@exec taskset -c 1 .cache/bench-misuse
 
 bench-micro: ## the steps of a request, one by one
 	go test -run '^$$' -bench . -benchmem ./tokencache ./podresolver ./proxy

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bufio"
 	"errors"
 	"io"
 	"net"
@@ -66,7 +67,10 @@ func TestConnectionsInUseAreNotEndedForNewOnes(t *testing.T) {
 	_, err := io.WriteString(busy, "GET /metadata/versions HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
 	require.NoError(t, err)
 	<-imds.asked
-	assert.True(t, w.connect(bound).ended(t), "there is no place")
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(bound)}}
+	if second, err := dialer.DialContext(t.Context(), "tcp", w.addr); err == nil { // or reset before that returns
+		assert.True(t, (&keptAlive{second, bufio.NewReader(second)}).ended(t), "there is no place")
+	}
 	assert.Equal(t, 200, w.connect(alsoBound).ask(t))
 	close(imds.release)
 	resp, err := http.ReadResponse(busy.r, nil)

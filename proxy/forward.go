@@ -5,11 +5,76 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
+	"sync"
+	"time"
 )
 
 // maxBody bounds the body of a request that is passed on. The largest that IMDS has a
 // use for is an approval of scheduled events: one ID of 36 bytes for each.
 const maxBody = 64 << 10
+
+const (
+	// maxPassing is how many requests of one address are passed on at once, of the
+	// few that IMDS gets: a pod that reads slowly holds up itself.
+	maxPassing = 8
+	// bodyTimeout is for reading a request's body, and answerTimeout for its answer:
+	// the first one for scheduled events takes up to two minutes (Microsoft,
+	// "Scheduled Events for Linux VMs", Enabling and disabling).
+	bodyTimeout   = 30 * time.Second
+	answerTimeout = 150 * time.Second
+)
+
+// forwards sends a request to IMDS, within the bounds that hold for what is passed on.
+func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
+	if r.ContentLength > maxBody { // not even its beginning
+		return &http.MaxBytesError{Limit: maxBody}
+	}
+	from, _ := netip.ParseAddrPort(r.RemoteAddr) // the zero one counts too
+	if !s.passing.enter(from.Addr()) {
+		return errPassing
+	}
+	defer s.passing.leave(from.Addr())
+	control := http.NewResponseController(w) // whose calls fail for none but HTTP/1 connections
+	if r.ContentLength != 0 {
+		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
+	}
+	_ = control.SetWriteDeadline(time.Now().Add(answerTimeout))
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	// IMDS may answer before it has all of the body. Without this nothing of that is
+	// written until the body has ended. A client that does not read before it has
+	// sent maxBody is not held up: the kernel's buffers are larger.
+	_ = control.EnableFullDuplex()
+	s.forward.ServeHTTP(w, r)
+	return nil
+}
+
+// passing counts the requests of each address that are being passed on.
+type passing struct {
+	mu     sync.Mutex // guards byAddr
+	byAddr map[netip.Addr]int
+}
+
+func (p *passing) enter(from netip.Addr) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.byAddr[from] >= maxPassing {
+		return false
+	}
+	if p.byAddr == nil {
+		p.byAddr = make(map[netip.Addr]int)
+	}
+	p.byAddr[from]++
+	return true
+}
+
+func (p *passing) leave(from netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.byAddr[from]--; p.byAddr[from] == 0 {
+		delete(p.byAddr, from)
+	}
+}
 
 // newForward returns the proxy for what IMDS answers itself: the open paths, and
 // everything that excepted pods send.

@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -203,4 +205,49 @@ func TestIMDSWithoutAnAnswerIs503(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, 503, resp.StatusCode)
 	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
+}
+
+// heldIMDS answers when it is released, and counts who waits.
+type heldIMDS struct {
+	waiting atomic.Int32
+	release chan struct{}
+}
+
+func (h *heldIMDS) RoundTrip(*http.Request) (*http.Response, error) {
+	h.waiting.Add(1)
+	<-h.release
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}"))}, nil
+}
+
+func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
+	imds := &heldIMDS{release: make(chan struct{})}
+	w := newWorld(t, func(c *Config) { c.Upstream = imds })
+	const target = "/metadata/versions"
+	codes := make(chan int, maxPassing+1)
+	var asking sync.WaitGroup
+	ask := func(from string) {
+		asking.Go(func() {
+			resp, _ := w.get(from, target)
+			codes <- resp.StatusCode
+		})
+	}
+	waiting := func(n int32) {
+		assert.Eventually(t, func() bool { return imds.waiting.Load() == n }, 5*time.Second, time.Millisecond)
+	}
+	for range maxPassing {
+		ask(bound)
+	}
+	waiting(maxPassing)
+	resp, body := w.get(bound, target)
+	assert.Equal(t, http.StatusTooManyRequests, resp.StatusCode)
+	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
+	assert.JSONEq(t, `{"error":"invalid_request","error_description":"Too many requests at once"}`, body)
+	ask(alsoBound)
+	waiting(maxPassing + 1)
+	close(imds.release)
+	asking.Wait()
+	for range maxPassing + 1 {
+		assert.Equal(t, 200, <-codes)
+	}
+	assert.Empty(t, w.server.passing.byAddr)
 }

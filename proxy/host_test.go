@@ -21,15 +21,15 @@ const (
 	nobody  = 65534
 )
 
-func withHost(c *Config) { c.HostTokenUIDs = []uint32{uint32(os.Getuid())} } //nolint:gosec // a user ID is not negative
+func withHost(c *Config) { c.HostTokenUIDs = []uint32{uint32(os.Getuid())} }
 
-func hostRequest(namespace, name, query string) string {
-	return request("GET", "/host/token?resource=https://vault.azure.net/"+query, "podns: "+namespace, "podname: "+name)
+func hostRequest(name, query string) string {
+	return request("GET", "/host/token?resource=https://vault.azure.net/"+query, "podns: shop", "podname: "+name)
 }
 
 func TestHostToken(t *testing.T) {
 	w := newWorld(t, withHost)
-	resp, body := w.send(ownHost, hostRequest("shop", "bound", ""))
+	resp, body := w.send(ownHost, hostRequest("bound", ""))
 	require.Equal(t, 200, resp.StatusCode, body)
 	var answer struct {
 		Token    map[string]string `json:"token"`
@@ -44,20 +44,20 @@ func TestHostToken(t *testing.T) {
 	assert.Equal(t, "https://vault.azure.net/", answer.Token["resource"])
 	assert.Equal(t, one.ClientID, whose(fmt.Sprintf(`{"access_token":%q}`, answer.Token["access_token"])))
 
-	resp, body = w.send(ownHost, hostRequest("shop", "bound", "&client_id="+two.ClientID))
+	resp, body = w.send(ownHost, hostRequest("bound", "&client_id="+two.ClientID))
 	assert.Equal(t, 400, resp.StatusCode)
 	assert.Equal(t, noID, body)
-	resp, _ = w.send(ownHost, hostRequest("shop", "bound", "&mi_res_id="+two.ResourceID))
+	resp, _ = w.send(ownHost, hostRequest("bound", "&mi_res_id="+two.ResourceID))
 	assert.Equal(t, 200, resp.StatusCode)
-	resp, body = w.send(ownHost, hostRequest("shop", "unbound", ""))
+	resp, body = w.send(ownHost, hostRequest("unbound", ""))
 	assert.Equal(t, 400, resp.StatusCode)
 	assert.Equal(t, noID, body)
-	resp, _ = w.send(ownHost, hostRequest("shop", "not-there", ""))
+	resp, _ = w.send(ownHost, hostRequest("not-there", ""))
 	assert.Equal(t, 503, resp.StatusCode, "it may be about to appear")
 	resp, body = w.send(ownHost, request("GET", "/host/token?resource=r", "podns: shop"))
 	assert.Equal(t, 400, resp.StatusCode)
 	assert.Contains(t, body, "podname")
-	resp, _ = w.send(ownHost, strings.Replace(hostRequest("shop", "bound", ""), "GET", "POST", 1))
+	resp, _ = w.send(ownHost, strings.Replace(hostRequest("bound", ""), "GET", "POST", 1))
 	assert.Equal(t, 405, resp.StatusCode)
 }
 
@@ -72,14 +72,14 @@ func TestTheNodeIsServedNothingElse(t *testing.T) {
 
 func TestPodsAreNotServedHostTokens(t *testing.T) {
 	w := newWorld(t, withHost)
-	resp, _ := w.send(bound, hostRequest("shop", "bound", ""))
+	resp, _ := w.send(bound, hostRequest("bound", ""))
 	assert.Equal(t, 404, resp.StatusCode)
 	assert.Zero(t, w.imds.Requests())
 }
 
 func TestHostTokenCanBeTurnedOff(t *testing.T) {
 	w := newWorld(t, nil)
-	resp, _ := w.send(ownHost, hostRequest("shop", "bound", ""))
+	resp, _ := w.send(ownHost, hostRequest("bound", ""))
 	assert.Equal(t, 404, resp.StatusCode)
 }
 
@@ -92,7 +92,7 @@ func TestAsAnotherUser(t *testing.T) {
 	conn, err := net.Dial("tcp", addr)
 	require.NoError(t, err)
 	defer conn.Close()
-	_, err = io.WriteString(conn, hostRequest("shop", "bound", "")+"\r\n\r\n")
+	_, err = io.WriteString(conn, hostRequest("bound", "")+"\r\n\r\n")
 	require.NoError(t, err)
 	answer, err := io.ReadAll(conn)
 	require.NoError(t, err)

@@ -81,6 +81,7 @@ type Server struct {
 	retired  atomic.Bool
 
 	connections *connections
+	passing     passing
 }
 
 const (
@@ -231,16 +232,9 @@ func (s *Server) exceptedOnly(w http.ResponseWriter, r *http.Request, refusal er
 // passOn sends a request to IMDS as it is; why says who or what is passed on.
 func (s *Server) passOn(w http.ResponseWriter, r *http.Request, why ...any) {
 	s.log.DebugContext(r.Context(), "passed on", append(why, "from", r.RemoteAddr, "method", r.Method)...)
-	if r.ContentLength > maxBody { // not even its beginning
-		s.refuse(w, r, &http.MaxBytesError{Limit: maxBody})
-		return
+	if err := s.forwards(w, r); err != nil {
+		s.refuse(w, r, err)
 	}
-	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-	// IMDS may answer before it has all of the body. Without this nothing of that is
-	// written until the body has ended. A client that does not read before it has
-	// sent maxBody is not held up: the kernel's buffers are larger.
-	_ = http.NewResponseController(w).EnableFullDuplex() // which HTTP/1 connections can
-	s.forward.ServeHTTP(w, r)
 }
 
 // resolve finds the pod that sent the request, and makes sure that it is the one.
