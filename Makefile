@@ -4,7 +4,7 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test lint unit e2e kube bench bench-scale bench-misuse bench-micro packages root clean
+.PHONY: build demo test lint unit e2e conformance sdks clients kube bench bench-scale bench-misuse bench-micro packages root clean
 
 build: ## bin/nmi, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi
@@ -24,6 +24,10 @@ unit: root packages
 
 e2e: root packages build kube ## the real binary against a real API server
 	go test -tags e2e -count=1 -timeout 10m ./deploy/e2e
+
+conformance: root packages build kube ## the cases of docs/conformance.md, which it writes
+	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e
+	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestConformance$$' -test.timeout 5m -write
 
 kube: $(KUBE)/kube-apiserver $(KUBE)/etcd
 

@@ -36,6 +36,8 @@ var rooms = map[string][]string{
 	"deploy/testbed":             {"*"},
 	"deploy/e2e":                 {"*"},
 	"deploy/demo":                {"*"},
+	"deploy/conformance":         {"*"},
+	"deploy/conformance/cmd":     {"*"},
 	"bench":                      {"*"},
 	"bench/scale":                {"*"},
 	"bench/misuse":               {"*"},

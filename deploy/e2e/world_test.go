@@ -27,7 +27,7 @@ import (
 
 // Identities that the node's virtual machine carries.
 var (
-	cart   = imdstest.Identity{ClientID: "ca470000-0000-4000-8000-000000000001", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/cart"}
+	cart   = imdstest.Identity{ClientID: "ca470000-0000-4000-8000-000000000001", ObjectID: "ca470000-0b1e-4000-8000-000000000001", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/cart"}
 	report = imdstest.Identity{ClientID: "4e904700-0000-4000-8000-000000000002", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/report"}
 	third  = imdstest.Identity{ClientID: "74b1d000-0000-4000-8000-000000000003", ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/third"}
 )

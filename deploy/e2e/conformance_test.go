@@ -1,0 +1,144 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/deploy/conformance"
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/proxy/imdstest"
+)
+
+var write = flag.Bool("write", false, "print what was measured, and write it to the documents that quote it")
+
+const conformanceDoc = "../../docs/conformance.md"
+
+// The whole table, from pods' namespaces through the redirect.
+func TestConformance(t *testing.T) {
+	s := begin(t)
+	results := conformance.Run(t.Context(), s.target(), conformance.Cases())
+	if *write {
+		require.NoError(t, conformance.WriteText(os.Stdout, results))
+		var doc bytes.Buffer
+		fmt.Fprintf(&doc, conformanceIntro, conformance.Summary(results))
+		require.NoError(t, conformance.WriteMarkdown(&doc, results))
+		require.NoError(t, os.WriteFile(conformanceDoc, doc.Bytes(), 0o644))
+	}
+	for _, r := range results {
+		t.Run(fmt.Sprintf("%d %s", r.Number, r.Name), func(t *testing.T) {
+			assert.Empty(t, r.NotRun)
+			for _, failure := range r.Failures {
+				t.Error(failure)
+			}
+		})
+	}
+	doc, err := os.ReadFile(conformanceDoc)
+	require.NoError(t, err)
+	rows := 0
+	for _, r := range results {
+		if assert.Contains(t, string(doc), "\n"+conformance.MarkdownRow(r.Case), "make conformance writes it") {
+			rows++
+		}
+	}
+	assert.Equal(t, rows, strings.Count(string(doc), "\n| ")-1, "there are rows of other cases")
+}
+
+const conformanceIntro = `# Conformance
+
+What a metadata service must do for the clients that exist, and whether the agent does. Written by
+` + "`sudo make conformance`" + `, which runs each case from a pod's network namespace through the real redirect, the real agent in
+managed mode with ` + "`--strict-identity-selection`" + ` (case 25: in standard mode) and a real API server; in Azure's place is
+` + "`proxy/imdstest`" + `. The same runs in ` + "`make e2e`" + `, which fails if a case does.
+
+R is a valid request: ` + "`GET /metadata/identity/oauth2/token?api-version=2018-02-01&resource=…`" + ` with the header
+` + "`Metadata: true`" + `. How a case is known: **W** captured from the real service, **D** Microsoft's documentation
+(pages of learn.microsoft.com, by the end of their address), **S** read in the source of an SDK, **O** seen when SDKs were run, **P** the agent's own policy, where
+the real service gives more.
+
+Any other service can be tried, such as that of a virtual machine of Azure's; what cannot be arranged there is listed as
+not run: ` + "`go run ./deploy/conformance/cmd --url http://169.254.169.254 --client-id <id> --skip-policy`" + `.
+
+%s.
+
+`
+
+// target is the agent as a pod meets it, and all that can be arranged around it.
+func (s *scenario) target() conformance.Target {
+	s.t.Helper()
+	for i, id := range []imdstest.Identity{cart, report} {
+		name := fmt.Sprintf("pair-%d", i)
+		s.identity("shop", name, id)
+		s.binding("shop", name, name, "pair")
+	}
+	bound := s.caller("cart-0", "10.244.0.71", "cart", cart)
+	neighbour := s.caller("report-0", "10.244.0.72", "report", report)
+	unbound := s.caller("nobody-0", "10.244.0.73", "nothing", imdstest.Identity{})
+	several := s.caller("pair-0", "10.244.0.74", "pair", report)
+	agent := s.agent("--strict-identity-selection")
+	return conformance.Target{
+		Caller: bound, Host: strings.TrimSuffix(testbed.MetadataAddress, ":80"), Resource: vault,
+		UnknownResource: "https://nobody.example", Subject: imdstest.Subject,
+		Stage: conformance.Stage{
+			Neighbour: func(context.Context) (conformance.Caller, error) { return neighbour, nil },
+			Unbound:   func(context.Context) (conformance.Caller, error) { return unbound, nil },
+			Several:   func(context.Context) (conformance.Caller, error) { return several, nil },
+			Pending:   func(context.Context) (conformance.Pending, error) { return s.pending(agent), nil },
+			Upstream:  upstreamTargets,
+			Fault: func(f conformance.Fault) {
+				world.IMDS.Inject(imdstest.Fault{Status: f.Status, Body: f.Body, RetryAfter: f.RetryAfter})
+			},
+		},
+	}
+}
+
+// caller is a pod that may use the identity.
+func (s *scenario) caller(name, addr, binding string, id imdstest.Identity) conformance.Caller {
+	s.t.Helper()
+	p := s.pod(name, addr, testbed.Ptp, binding)
+	return conformance.Caller{
+		Dial:     func(ctx context.Context) (net.Conn, error) { return p.DialContext(ctx, "tcp", testbed.MetadataAddress) },
+		ClientID: id.ClientID, ObjectID: id.ObjectID, ResourceID: id.ResourceID,
+	}
+}
+
+// pending is a pod that MIC has not assigned its identity to. For its sake an agent
+// in standard mode takes over, until it is done.
+func (s *scenario) pending(managed *testbed.Agent) conformance.Pending {
+	s.t.Helper()
+	s.identity("shop", "standard", cart)
+	s.binding("shop", "standard", "standard", "standard")
+	p := s.caller("pending-0", "10.244.0.75", "standard", cart)
+	standard := s.successor("--operation-mode=standard", "--identity-wait=1s")
+	s.stops(managed)
+	return conformance.Pending{
+		Caller: p,
+		Assign: func(context.Context) error {
+			s.assignment("pending", "pending-0", "Assigned", cart)
+			return nil
+		},
+		Done: func() error {
+			s.successor("--strict-identity-selection")
+			s.stops(standard)
+			return nil
+		},
+	}
+}
+
+// upstreamTargets lists what has reached the metadata service.
+func upstreamTargets() (targets []string) {
+	for _, call := range world.IMDS.Calls() {
+		targets = append(targets, call.Target)
+	}
+	return targets
+}
