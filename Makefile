@@ -1,5 +1,6 @@
 # The commands of this project; README.md says which to try first.
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+CLIENTS := .cache/clients
 LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
@@ -22,12 +23,29 @@ lint:
 unit: root packages
 	go test -race ./...
 
-e2e: root packages build kube ## the real binary against a real API server
+e2e: root packages build kube sdks ## the real binary against a real API server
 	go test -tags e2e -count=1 -timeout 10m ./deploy/e2e
 
-conformance: root packages build kube ## the cases of docs/conformance.md, which it writes
+conformance: root packages build kube sdks ## the cases of docs/conformance.md, which it writes
 	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e
 	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestConformance$$' -test.timeout 5m -write
+
+clients: root packages build kube sdks ## Azure's SDKs in pods, and how long they take
+	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e
+	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestClients$$' -test.timeout 5m -write
+
+# Programs that get tokens through Azure's SDKs, with the SDKs.
+sdks: $(CLIENTS)/go $(CLIENTS)/js/clients.mjs
+
+$(CLIENTS)/go: $(wildcard deploy/clients/go/*)
+	cd deploy/clients/go && CGO_ENABLED=0 go build -trimpath -o ../../../$@ .
+	@touch $@
+
+$(CLIENTS)/js/clients.mjs: $(wildcard deploy/clients/js/*)
+	@deploy/packages.sh node=nodejs npm
+	@mkdir -p $(@D) && cp deploy/clients/js/package*.json $(@D)
+	cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@cp deploy/clients/js/clients.mjs $@
 
 kube: $(KUBE)/kube-apiserver $(KUBE)/etcd
 

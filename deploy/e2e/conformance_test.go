@@ -81,20 +81,26 @@ func (s *scenario) target() conformance.Target {
 		s.identity("shop", name, id)
 		s.binding("shop", name, name, "pair")
 	}
-	bound := s.caller("cart-0", "10.244.0.71", "cart", cart)
-	neighbour := s.caller("report-0", "10.244.0.72", "report", report)
-	unbound := s.caller("nobody-0", "10.244.0.73", "nothing", imdstest.Identity{})
-	several := s.caller("pair-0", "10.244.0.74", "pair", report)
+	bound := s.pod("cart-0", "10.244.0.71", testbed.Ptp, "cart")
+	neighbour := s.pod("report-0", "10.244.0.72", testbed.Ptp, "report")
+	unbound := s.pod("nobody-0", "10.244.0.73", testbed.Ptp, "nothing")
+	several := s.pod("pair-0", "10.244.0.74", testbed.Ptp, "pair")
 	agent := s.agent("--strict-identity-selection")
+	// What the API server lists may be a moment old. From here on it is known.
+	bound.hears(vault, cart.ClientID)
+	neighbour.hears(vault, report.ClientID)
+	several.hears(vault+"&client_id="+cart.ClientID, cart.ClientID)
+	several.hears(vault+"&client_id="+report.ClientID, report.ClientID)
 	return conformance.Target{
-		Caller: bound, Host: strings.TrimSuffix(testbed.MetadataAddress, ":80"), Resource: vault,
+		Caller: bound.caller(cart), Host: strings.TrimSuffix(testbed.MetadataAddress, ":80"), Resource: vault,
 		UnknownResource: "https://nobody.example", Subject: imdstest.Subject,
 		Stage: conformance.Stage{
-			Neighbour: func(context.Context) (conformance.Caller, error) { return neighbour, nil },
-			Unbound:   func(context.Context) (conformance.Caller, error) { return unbound, nil },
-			Several:   func(context.Context) (conformance.Caller, error) { return several, nil },
+			Neighbour: func(context.Context) (conformance.Caller, error) { return neighbour.caller(report), nil },
+			Unbound:   func(context.Context) (conformance.Caller, error) { return unbound.caller(imdstest.Identity{}), nil },
+			Several:   func(context.Context) (conformance.Caller, error) { return several.caller(report), nil },
 			Pending:   func(context.Context) (conformance.Pending, error) { return s.pending(agent), nil },
 			Upstream:  upstreamTargets,
+			Clients:   func(context.Context) error { return s.clientsWork() },
 			Fault: func(f conformance.Fault) {
 				world.IMDS.Inject(imdstest.Fault{Status: f.Status, Body: f.Body, RetryAfter: f.RetryAfter})
 			},
@@ -102,10 +108,8 @@ func (s *scenario) target() conformance.Target {
 	}
 }
 
-// caller is a pod that may use the identity.
-func (s *scenario) caller(name, addr, binding string, id imdstest.Identity) conformance.Caller {
-	s.t.Helper()
-	p := s.pod(name, addr, testbed.Ptp, binding)
+// caller is the pod as the suite knows it: somebody who may use the identity.
+func (p *pod) caller(id imdstest.Identity) conformance.Caller {
 	return conformance.Caller{
 		Dial:     func(ctx context.Context) (net.Conn, error) { return p.DialContext(ctx, "tcp", testbed.MetadataAddress) },
 		ClientID: id.ClientID, ObjectID: id.ObjectID, ResourceID: id.ResourceID,
@@ -118,11 +122,12 @@ func (s *scenario) pending(managed *testbed.Agent) conformance.Pending {
 	s.t.Helper()
 	s.identity("shop", "standard", cart)
 	s.binding("shop", "standard", "standard", "standard")
-	p := s.caller("pending-0", "10.244.0.75", "standard", cart)
+	p := s.pod("pending-0", "10.244.0.75", testbed.Ptp, "standard")
 	standard := s.successor("--operation-mode=standard", "--identity-wait=1s")
 	s.stops(managed)
+	p.hearsNotYet()
 	return conformance.Pending{
-		Caller: p,
+		Caller: p.caller(cart),
 		Assign: func(context.Context) error {
 			s.assignment("pending", "pending-0", "Assigned", cart)
 			return nil

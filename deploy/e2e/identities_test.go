@@ -206,9 +206,9 @@ func TestStandardModeGoesByWhatMICAssigned(t *testing.T) {
 
 	s.identity("shop", "standard", cart)
 	s.binding("shop", "standard", "standard", "standard")
-	p.hearsNotYet(vault)
+	p.hearsNotYet()
 	s.assignment("standard", "standard-0", "Created", cart)
-	p.hearsNotYet(vault)
+	p.hearsNotYet()
 
 	heard := make(chan answer, 1)
 	go func() { heard <- p.asks(vault) }()
@@ -224,14 +224,14 @@ func TestStandardModeGoesByWhatMICAssigned(t *testing.T) {
 	remove := s.assignment("standard", "standard-0", "", cart) // as old versions of MIC wrote it
 	p.hears(vault, cart.ClientID)
 	remove()
-	p.hearsNotYet(vault)
+	p.hearsNotYet()
 }
 
 // hearsNotYet waits until the pod is told to come back.
-func (p *pod) hearsNotYet(request string) {
+func (p *pod) hearsNotYet() {
 	p.t.Helper()
 	require.Eventually(p.t, func() bool {
-		got := p.asks(request)
+		got := p.asks(vault)
 		return got.status == 503 && got.retryAfter != ""
 	}, 10*time.Second, 20*time.Millisecond)
 }

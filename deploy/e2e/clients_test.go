@@ -1,0 +1,191 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/proxy/imdstest"
+)
+
+// failFast is the longest that a person should wait to be told that an identity
+// is the wrong one.
+const failFast = time.Second
+
+// lateness is how long after the clients began their identity is assigned.
+const lateness = 3 * time.Second
+
+// Azure's SDKs, in pods, through the redirect.
+func TestClients(t *testing.T) {
+	s := begin(t)
+	results := newClientReport()
+	doc, err := os.ReadFile("../../docs/troubleshooting.md")
+	require.NoError(t, err)
+	agent := s.agent()
+	p := s.pod("cart-0", "10.244.0.81", testbed.Ptp, "cart")
+	nobody := s.pod("nobody-0", "10.244.0.82", testbed.Ptp, "nothing")
+	// What the API server lists may be a moment old. From here on it is known.
+	p.hears(vault, cart.ClientID)
+	for _, c := range clients {
+		t.Run(c.name, func(t *testing.T) {
+			on := clientIn{p, c, t, results}
+			on.getsTokens()
+			told := on.isRefused(columnOther, job{By: "client", ID: report.ClientID})
+			assert.Contains(t, told, c.says)
+			assert.Contains(t, string(doc), c.says)
+			clientIn{nobody, c, t, results}.isRefused(columnNone, job{})
+			on.isThrottledOnce()
+			on.getsATokenThatEndsSoon()
+		})
+	}
+	t.Run("identity assigned later", func(t *testing.T) {
+		s := &scenario{t: t}
+		s.identity("shop", "standard", cart)
+		s.binding("shop", "standard", "standard", "standard")
+		standard := s.successor("--operation-mode=standard")
+		s.stops(agent)
+		p := s.pod("late-0", "10.244.2.1", testbed.Ptp, "standard")
+		require.Eventually(t, func() bool { return p.probes().status == 0 }, 10*time.Second, time.Millisecond,
+			"the binding is known, and the request held")
+		s.areAssignedLater(results, columnWaits, 10)
+		s.successor("--operation-mode=standard", "--identity-wait=1s")
+		s.stops(standard)
+		s.areAssignedLater(results, columnReturns, 20)
+	})
+	if *write {
+		require.NoError(t, results.write())
+	}
+}
+
+// getsTokens is the main job: a token from upstream, one from the SDK's memory,
+// and, for another process, one from the agent's; then by each kind of ID.
+func (c clientIn) getsTokens() {
+	c.t.Helper()
+	resource := c.unused()
+	both := c.run(job{Resource: resource, Times: 2})
+	c.got(both[0], columnFirst, cart)
+	c.got(both[1], columnSecond, cart)
+	c.got(c.run(job{Resource: resource, Times: 1})[0], columnAgain, cart)
+	for _, by := range c.by {
+		r := c.run(job{Resource: resource, Times: 1, By: by, ID: map[string]string{
+			"client": cart.ClientID, "resource": cart.ResourceID, "object": cart.ObjectID,
+		}[by]})[0]
+		c.results.byID(c.client, by, r)
+		if by == "object" && r.Error != "" { // an AzureIdentity does not say its object ID
+			c.endedSoon(r)
+			continue
+		}
+		assert.Equal(c.t, cart.ClientID, r.Subject, "by %s ID: %s", by, r.Error)
+	}
+}
+
+// isRefused asserts that the client is told at once, and why, and returns what it says.
+func (c clientIn) isRefused(what string, j job) string {
+	c.t.Helper()
+	j.Resource, j.Times = vault, 1
+	r := c.run(j)[0]
+	assert.Empty(c.t, r.Subject, what)
+	assert.Contains(c.t, r.Error, "Identity not found", what)
+	c.endedSoon(r)
+	c.results.refused(c.client, what, r)
+	return r.Error
+}
+
+func (c clientIn) endedSoon(r outcome) {
+	c.t.Helper()
+	assert.Less(c.t, r.took(), failFast, r.Error)
+}
+
+func (c clientIn) isThrottledOnce() {
+	c.t.Helper()
+	world.IMDS.Inject(imdstest.Fault{Status: 429, RetryAfter: "1", Body: `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`})
+	r := c.run(job{Resource: c.unused(), Times: 1})[0]
+	c.got(r, columnThrottled, cart)
+	calls := world.IMDS.Calls()
+	require.GreaterOrEqual(c.t, len(calls), 2)
+	assert.Equal(c.t, 429, calls[len(calls)-2].Status, "it was throttled, and asked again")
+}
+
+// getsATokenThatEndsSoon gives the client a token that every SDK takes for one to
+// be replaced: it asks again, and the agent has no other yet.
+func (c clientIn) getsATokenThatEndsSoon() {
+	c.t.Helper()
+	resource := c.unused()
+	world.IMDS.Inject(imdstest.Fault{Status: 200, Body: c.shortLived(cart, resource, 3*time.Minute)})
+	for i, r := range c.run(job{Resource: resource, Times: 2}) {
+		c.got(r, []string{columnEnds, columnEndsAgain}[i], cart)
+		assert.InDelta(c.t, 3, r.Minutes, 0.1)
+	}
+}
+
+// shortLived is IMDS's answer with a token of an unusually short life.
+func (c clientIn) shortLived(id imdstest.Identity, resource string, life time.Duration) string {
+	c.t.Helper()
+	fake := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{id}, Lifetime: life})
+	srv := fake.Start()
+	defer srv.Close()
+	client := srv.Client()
+	got := ask(c.t, client, srv.URL+"/metadata/identity/oauth2/token?api-version=2018-02-01&resource="+resource+"&client_id="+id.ClientID)
+	require.Equal(c.t, 200, got.status, got.body)
+	return got.body
+}
+
+// areAssignedLater has a pod for each client, all of which begin before MIC has
+// assigned their identity.
+func (s *scenario) areAssignedLater(results *clientReport, column string, addresses int) {
+	s.t.Helper()
+	var asking sync.WaitGroup
+	heard := make([][]outcome, len(clients))
+	for i, c := range clients {
+		name := fmt.Sprintf("late-%d", addresses+i)
+		on := clientIn{s.pod(name, "10.244.2."+strconv.Itoa(addresses+i), testbed.Ptp, "standard"), c, s.t, results}
+		resource := on.unused()
+		asking.Go(func() { heard[i] = on.run(job{Resource: resource, Times: 1}) })
+	}
+	time.Sleep(lateness) // what this is about, not a wait for something
+	for i := range clients {
+		name := fmt.Sprintf("late-%d", addresses+i)
+		s.assignment(name, name, "Assigned", cart)
+	}
+	asking.Wait()
+	for i, c := range clients {
+		s.t.Run(column+", "+c.name, func(t *testing.T) {
+			require.Len(t, heard[i], 1)
+			clientIn{nil, c, t, results}.got(heard[i][0], column, cart)
+		})
+	}
+}
+
+// got asserts that the client has a token of the identity, and reports the time.
+func (c clientIn) got(r outcome, column string, id imdstest.Identity) {
+	c.t.Helper()
+	assert.Equal(c.t, id.ClientID, r.Subject, "%s: %s", column, r.Error)
+	c.results.took(c.client, column, r)
+}
+
+// clientsWork is case 48 of the conformance suite: each SDK gets a token.
+func (s *scenario) clientsWork() error {
+	s.t.Helper()
+	p := s.pod("client-0", "10.244.0.83", testbed.Ptp, "cart")
+	for _, c := range clients {
+		results, err := c.run(p.Pod, job{Resource: vault, Times: 1})
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		if len(results) != 1 || results[0].Subject != cart.ClientID {
+			text, _ := json.Marshal(results)
+			return fmt.Errorf("%s: %s, expected a token", c.name, text)
+		}
+	}
+	return nil
+}
