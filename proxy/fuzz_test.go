@@ -26,6 +26,7 @@ func FuzzRoute(f *testing.F) {
 		switch kind := route(target); {
 		case kind == routeToken && leads != "/metadata/identity/oauth2/token",
 			kind == routeOpen && leads != "/metadata/versions" && leads != "/metadata/loadbalancer",
+			kind == routeSensitive && !slices.Contains(Sensitive, leads),
 			kind == routeInstance && leads != "/metadata/instance" && !strings.HasPrefix(leads, "/metadata/instance/"):
 			t.Fatalf("%q is of kind %d, and leads to %q", target, kind, leads)
 		}

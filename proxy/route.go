@@ -1,16 +1,26 @@
 package proxy
 
-import "strings"
+import (
+	"net/http"
+	"slices"
+	"strings"
+)
 
 // kind is what a path is for.
 type kind int
 
 const (
-	routeNone     kind = iota // not on the list: 404
-	routeToken                // decided here
-	routeInstance             // passed on, unless blocked
-	routeOpen                 // passed on: says nothing about identities
+	routeNone      kind = iota // not on the list: 404
+	routeToken                 // decided here
+	routeInstance              // passed on, unless blocked
+	routeOpen                  // passed on: says nothing about identities
+	routeSensitive             // passed on for known pods, where Config.Allow has the path
 )
+
+// Sensitive are the paths that Config.Allow may have: the events of the node's
+// maintenance, which a POST approves; a document that the node signs; and the node's
+// tenant.
+var Sensitive = []string{"/metadata/scheduledevents", "/metadata/attested/document", "/metadata/identity/info"}
 
 // route matches a raw request target against the list of what is served. IMDS
 // forgives spellings: it folds case, and reads "\", "%5c" and "//" as a slash.
@@ -39,6 +49,8 @@ func route(target string) kind {
 		return routeNone
 	case rest == "versions", rest == "loadbalancer":
 		return routeOpen
+	case slices.Contains(Sensitive, path):
+		return routeSensitive
 	case rest == "instance":
 		return routeInstance
 	case strings.HasPrefix(rest, "instance/") && plain(rest):
@@ -46,6 +58,12 @@ func route(target string) kind {
 	default:
 		return routeNone
 	}
+}
+
+// pathOf is the path that route has matched.
+func pathOf(r *http.Request) string {
+	path, _, _ := strings.Cut(originForm(r.RequestURI), "?")
+	return strings.Replace(path, "//", "/", 1)
 }
 
 // originForm strips scheme and host from an absolute-form target (RFC 9112,

@@ -27,6 +27,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,6 +50,8 @@ type Config struct {
 	MetadataHeaderOptional bool
 	// BlockInstanceMetadata answers 403 to /metadata/instance.
 	BlockInstanceMetadata bool
+	// Allow lists those of Sensitive that pods may have; none by default.
+	Allow []string
 	// PodsOnly answers nothing but to pods of this node. Without it what every
 	// pod may have is given to whoever comes, which is for OnlyRedirected alone
 	// to limit to pods.
@@ -211,9 +214,28 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	case kind == routeInstance:
 		return s.exceptedOnly(w, r, errBlocked)
+	case kind == routeSensitive && slices.Contains(s.cfg.Allow, pathOf(r)):
+		return s.sensitive(w, r)
 	default:
 		return s.exceptedOnly(w, r, errNotFound)
 	}
+}
+
+// sensitive passes on what says or does something about the node, for known pods.
+func (s *Server) sensitive(w http.ResponseWriter, r *http.Request) error {
+	plain := r.ContentLength == 0 && r.Header["Upgrade"] == nil
+	switch approves := r.Method == http.MethodPost && pathOf(r) == Sensitive[0]; {
+	case !approves && r.Method != http.MethodGet:
+		return s.exceptedOnly(w, r, errMethod)
+	case !approves && !plain:
+		return s.exceptedOnly(w, r, errNotPlain)
+	}
+	pod, _, err := s.resolve(r)
+	if err != nil {
+		return err
+	}
+	s.passOn(w, r, "pod", pod, "path", r.URL.Path)
+	return nil
 }
 
 // exceptedOnly passes the request on if its pod is excepted, else returns refusal.

@@ -39,14 +39,12 @@ func slowloris(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) s
 	for range 1000 {
 		running.Go(func() {
 			for ctx.Err() == nil {
-				conn, err := pod.DialContext(ctx, "tcp", testbed.MetadataAddress+":80")
-				if err != nil {
-					continue
+				if conn := dial(ctx, pod); conn != nil {
+					opened.Add(1)
+					trickle(ctx, conn)
+					closed.Add(1)
+					_ = conn.Close()
 				}
-				opened.Add(1)
-				trickle(ctx, conn)
-				closed.Add(1)
-				_ = conn.Close()
 			}
 		})
 	}
@@ -54,6 +52,24 @@ func slowloris(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) s
 	close(started)
 	running.Wait()
 	return fmt.Sprintf("%d connections, %d of them closed on it", opened.Load(), closed.Load())
+}
+
+// dialling keeps the threads that are in the pod's namespace few.
+var dialling = make(chan struct{}, 8)
+
+// dial opens a connection, or waits a moment before the next try.
+func dial(ctx context.Context, pod *testbed.Pod) net.Conn {
+	dialling <- struct{}{}
+	conn, err := pod.DialContext(ctx, "tcp", testbed.MetadataAddress)
+	<-dialling
+	if err == nil {
+		return conn
+	}
+	select {
+	case <-time.After(100 * time.Millisecond):
+	case <-ctx.Done():
+	}
+	return nil
 }
 
 // trickle sends a byte a second until the other side has had enough.
@@ -83,12 +99,10 @@ func silence(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) str
 		running.Go(func() {
 			var held []net.Conn
 			for range 10_000 / 16 {
-				conn, err := pod.DialContext(ctx, "tcp", testbed.MetadataAddress+":80")
-				if err != nil {
-					continue
+				if conn := dial(ctx, pod); conn != nil {
+					opened.Add(1)
+					held = append(held, conn)
 				}
-				opened.Add(1)
-				held = append(held, conn)
 			}
 			<-ctx.Done()
 			for _, conn := range held {

@@ -101,6 +101,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
 		PodsOnly: cfg.mode == iptables.None, CheckSource: rules.CheckSource,
 		HostTokenUIDs:  cfg.hostTokenUIDs,
+		Allow:          cfg.allow,
 		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,
 		Logger: log,
 	})

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -50,6 +51,7 @@ type config struct {
 	maxConnections, maxConnectionsPerPod int
 
 	hostTokenUIDs []uint32
+	allow         []string
 
 	resolving podresolver.Config
 }
@@ -111,6 +113,7 @@ type options struct {
 	maxConnections        int
 	maxConnectionsPerPod  int
 	hostTokenUIDs         string
+	allow                 []string
 	authorities           []string
 
 	klog *flag.FlagSet
@@ -167,6 +170,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.IntVar(&o.tokensAtOnce, "imds-token-concurrency", tokencache.DefaultAtOnce, "most requests at once for tokens to IMDS, whose limit is 5 per virtual machine")
 	fs.IntVar(&o.maxConnections, "max-connections", proxy.DefaultMaxConnections, "most connections that pods have open; one more takes the place of an idle one")
 	fs.IntVar(&o.maxConnectionsPerPod, "max-connections-per-pod", proxy.DefaultMaxConnectionsPerPod, "most connections that one pod has open; likewise")
+	fs.StringSliceVar(&o.allow, "allow-path", nil, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.Sensitive, ", "))
 	fs.StringVar(&o.hostTokenUIDs, "host-token-uids", "0", "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does; none turns it off")
 
 	// The old NMI's, for which there is nothing left to do.
@@ -271,6 +275,12 @@ func (o *options) config() (config, error) {
 		if n < 1 || n > maxNumber {
 			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", name, n, maxNumber)
 		}
+	}
+	for _, path := range o.allow {
+		if !slices.Contains(proxy.Sensitive, path) {
+			return config{}, fmt.Errorf("--allow-path=%s is not one that can be allowed: use %s", path, strings.Join(proxy.Sensitive, ", "))
+		}
+		cfg.allow = append(cfg.allow, path)
 	}
 	if cfg.hostTokenUIDs, err = parseUIDs(o.hostTokenUIDs); err != nil {
 		return config{}, err

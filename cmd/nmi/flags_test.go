@@ -86,6 +86,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--handover-dir=run/nmi":             "--handover-dir=run/nmi is not usable: give an absolute path",
 		"--imds-token-rate=0":                "--imds-token-rate=0 is not usable: give a number from 1 to 1000000",
 		"--max-connections=-1":               "--max-connections=-1 is not usable",
+		"--allow-path=/metadata/identity":    "--allow-path=/metadata/identity is not one that can be allowed: use /metadata/scheduledevents",
 		"--host-token-uids=0,root":           "--host-token-uids=0,root is not usable: give user IDs as numbers",
 		"--entra-authority=http://entra":     `--entra-authority: "http://entra" is not https`,
 		"--entra-authority=https://entra/x":  `--entra-authority: "https://entra/x" is more or less than https://<host>`,
