@@ -72,7 +72,7 @@ func newEntry(key Key, token *Token, now time.Time, jitter float64) *entry {
 	spread := func(most time.Duration) time.Duration { return time.Duration(jitter * float64(most)) }
 	switch {
 	case !token.RefreshOn.IsZero(): // not before, for it is the issuer's wish
-		e.refreshAt = token.RefreshOn.Add(spread(life / 20))
+		e.refreshAt = now.Add(token.RefreshOn.Sub(now) + spread(life/20)) // by the monotonic clock
 	case life > longLived:
 		e.refreshAt = now.Add(life/2 - spread(life/20))
 	default:
@@ -88,7 +88,7 @@ func newEntry(key Key, token *Token, now time.Time, jitter float64) *entry {
 
 // left is how long the token is good for: by the clock that says less.
 func (e *entry) left(now time.Time) time.Duration {
-	return min(e.deadline.Sub(now), e.token.ExpiresOn.Sub(now))
+	return min(e.deadline.Sub(now), e.token.ExpiresOn.Round(0).Sub(now)) // Round leaves the wall clock's reading alone
 }
 
 // freshness is a pure function of the entry and the time.

@@ -4,8 +4,10 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 )
 
 func TestFreshness(t *testing.T) {
@@ -45,20 +47,44 @@ func TestFreshness(t *testing.T) {
 	}
 }
 
-// A clock that is set does so for one reading of a time.Time alone. Here the token's end
-// moves instead, which looks the same from where it stands.
+// set is what now reads once the wall clock has been set by so much.
+func set(now time.Time, by time.Duration) time.Time {
+	now = now.Add(by)
+	// Nothing but a clock that is set moves one reading of a time.Time alone.
+	(*struct {
+		wall uint64
+		ext  int64 // the monotonic clock's
+		loc  *time.Location
+	})(unsafe.Pointer(&now)).ext -= int64(by)
+	return now
+}
+
 func TestAJumpOfTheClockNeverServesAnExpiredToken(t *testing.T) {
 	begin := time.Now()
-	for name, jump := range map[string]time.Duration{"back": -48 * time.Hour, "ahead": 48 * time.Hour} {
-		e := newEntry(key, &Token{ExpiresOn: begin.Add(24 * time.Hour).Round(0)}, begin, 0)
-		e.token = &Token{ExpiresOn: e.token.ExpiresOn.Add(-jump)}
-		e.freshUntil.wall = e.freshUntil.wall.Add(-jump)
-		assert.Equal(t, expired, e.freshness(begin.Add(24*time.Hour)), name)
-		want := fresh
-		if jump > 0 {
-			want = expired
+	end := begin.Add(24 * time.Hour)
+	require.Equal(t, time.Hour, set(begin, time.Hour).Round(0).Sub(begin.Round(0)))
+	require.Zero(t, set(begin, time.Hour).Sub(begin))
+	for name, token := range map[string]*Token{
+		"plain":                         {ExpiresOn: end.Round(0)},
+		"with a wish":                   {ExpiresOn: end.Round(0), RefreshOn: begin.Add(12 * time.Hour).Round(0)},
+		"reckoned from its life":        {ExpiresOn: end, ExpiresIn: 24 * time.Hour},
+		"both reckoned from a duration": {ExpiresOn: end, RefreshOn: begin.Add(12 * time.Hour)},
+	} {
+		e := newEntry(key, token, begin, 0)
+		for _, tc := range []struct {
+			at, jump time.Duration
+			want     freshness
+		}{
+			{time.Hour, -48 * time.Hour, fresh},
+			{13 * time.Hour, -48 * time.Hour, due},
+			{24*time.Hour - 1, -48 * time.Hour, urgent},
+			{24 * time.Hour, -48 * time.Hour, expired},
+			{time.Hour, 48 * time.Hour, expired},
+			{time.Hour, 23 * time.Hour, expired},
+			{time.Hour, 23*time.Hour - time.Minute, urgent},
+		} {
+			assert.Equal(t, tc.want, e.freshness(set(begin.Add(tc.at), tc.jump)), "%s, at %s, set by %s", name, tc.at, tc.jump)
 		}
-		assert.Equal(t, want, e.freshness(begin.Add(time.Hour)), name)
 	}
 }
 
