@@ -169,17 +169,21 @@ func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
 	defer cancel(nil)
 	deadline := time.AfterFunc(c.cfg.FetchTimeout, func() { cancel(context.DeadlineExceeded) })
 	defer deadline.Stop()
-	var first sync.Once
+	first := true
+	end := func(time.Duration) {}
+	defer func() { end(0) }() // for a fetch that did not come to it
 	turn := func(waiting context.Context) (done func(time.Duration), err error) {
-		first.Do(func() {
+		if first {
+			first = false
 			deadline.Stop()
-			done, err = c.turns.wait(waiting, w.ticket)
-			deadline.Reset(c.cfg.FetchTimeout)
-		})
-		if done != nil || err != nil {
-			return done, err
+			defer deadline.Reset(c.cfg.FetchTimeout)
 		}
-		return c.turns.wait(waiting, w.ticket)
+		if err := c.turns.wait(waiting, w.ticket); err != nil {
+			return nil, err
+		}
+		var once sync.Once
+		end = func(leaveAlone time.Duration) { once.Do(func() { c.turns.done(leaveAlone) }) }
+		return end, nil
 	}
 	token, err = c.fetch(ctx, Request{Key: f.Key, Fresh: f.fresh, Turn: turn})
 	now := time.Now()

@@ -74,14 +74,13 @@ func (t *turns) hadTurn(k *ticket) bool {
 	return k.called
 }
 
-// wait returns when it is the ticket's turn, with what to call afterwards; see Turn.
-// Where the upstream wants to be left alone for longer than anybody waits, that is an
-// error at once.
-func (t *turns) wait(ctx context.Context, k *ticket) (done func(leaveAlone time.Duration), err error) {
+// wait returns when it is the ticket's turn, which done ends. Where the upstream wants
+// to be left alone for longer than anybody waits, that is an error at once.
+func (t *turns) wait(ctx context.Context, k *ticket) error {
 	t.mu.Lock()
 	if quiet := time.Until(t.quiet); quiet > maxWait {
 		t.mu.Unlock()
-		return nil, throttledError(quiet)
+		return throttledError(quiet)
 	}
 	ready := make(chan struct{})
 	k.ready = ready
@@ -93,7 +92,7 @@ func (t *turns) wait(ctx context.Context, k *ticket) (done func(leaveAlone time.
 
 	select {
 	case <-ready:
-		return t.done, nil
+		return nil
 	case <-ctx.Done():
 	}
 	t.mu.Lock()
@@ -103,10 +102,10 @@ func (t *turns) wait(ctx context.Context, k *ticket) (done func(leaveAlone time.
 	} else {
 		t.leave(k)
 	}
-	return nil, ctx.Err()
+	return ctx.Err()
 }
 
-// done ends a turn.
+// done ends a turn; see Turn.
 func (t *turns) done(leaveAlone time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

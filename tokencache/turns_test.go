@@ -158,8 +158,7 @@ func TestTurnsThatNobodyWaitsForAreNotTaken(t *testing.T) {
 		defer turns.stop()
 		first := new(ticket)
 		turns.wanted(first, alice)
-		done, err := turns.wait(t.Context(), first)
-		require.NoError(t, err)
+		require.NoError(t, turns.wait(t.Context(), first))
 
 		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
@@ -167,21 +166,44 @@ func TestTurnsThatNobodyWaitsForAreNotTaken(t *testing.T) {
 		turns.wanted(second, alice)
 		turns.wanted(second, bob)
 		turns.wanted(third, bob)
-		_, err = turns.wait(impatient, second)
-		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorIs(t, turns.wait(impatient, second), context.DeadlineExceeded)
 		var wg sync.WaitGroup
 		begin := time.Now()
 		wg.Go(func() {
-			done, err := turns.wait(t.Context(), third)
-			assert.NoError(t, err)
+			assert.NoError(t, turns.wait(t.Context(), third))
 			assert.Equal(t, time.Second, time.Since(begin))
-			done(0)
+			turns.done(0)
 		})
 		synctest.Wait()
-		done(0)
+		turns.done(0)
 		wg.Wait()
 		assert.Zero(t, turns.out)
 		assert.Len(t, turns.slots, 1)
+	})
+}
+
+func TestATurnEndsWithItsFetch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true}
+		c := New(func(ctx context.Context, req Request) (*Token, error) {
+			if req.Key == key {
+				_, _ = req.Turn(ctx)
+				panic("boom")
+			}
+			done, err := req.Turn(ctx)
+			if err == nil {
+				done(0)
+				done(0)
+			}
+			return up.fetch(ctx, req)
+		}, Config{AtOnce: 1})
+		defer c.Close()
+		_, err := c.Get(t.Context(), key, alice)
+		require.ErrorContains(t, err, "boom")
+		_, err = c.Get(t.Context(), numbered(1), bob)
+		require.NoError(t, err, "whose turn it is then")
+		assert.Zero(t, c.turns.out)
+		assert.Len(t, c.turns.slots, DefaultPerSecond)
 	})
 }
 
