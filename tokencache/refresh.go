@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// maxRefreshes is how many refreshes the refresher has under way at once: fewer than
-// IMDS allows, so that callers who wait find a place.
+// maxRefreshes is how many refreshes are under way when the refresher begins no more:
+// fewer than IMDS allows, so that callers who wait find a place.
 const maxRefreshes = 4
 
 // refreshAhead refreshes what is due and in use, and removes what has expired, until
@@ -55,7 +55,7 @@ func (c *Cache) refreshDue(now time.Time) (next time.Time) {
 			later(now.Add(e.left(now)))
 			continue
 		}
-		if running == maxRefreshes {
+		if running >= maxRefreshes {
 			break // the next to land reminds of the rest
 		}
 		if c.refresh(e, netip.Addr{}) {

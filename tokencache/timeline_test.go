@@ -317,6 +317,27 @@ func TestAnHourWithoutTheUpstream(t *testing.T) {
 	})
 }
 
+func TestTheRefresherLeavesRoomForCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{life: 6 * time.Minute}
+		c := drawn(New(up.fetch, Config{InUse: (&inUse{}).ask}), 0)
+		defer c.Close()
+		for i := range 20 {
+			_, err := c.Get(t.Context(), numbered(i), pod(i))
+			require.NoError(t, err)
+			time.Sleep(time.Millisecond)
+		}
+		up.slow(9 * time.Second)
+		time.Sleep(time.Minute)
+		for i := 4; i < 10; i++ { // the refresher has begun with the first four
+			go func() { _, _ = c.Get(t.Context(), numbered(i), pod(i)) }()
+		}
+		time.Sleep(time.Minute)
+		assert.Equal(t, 40, up.asked())
+		assert.Equal(t, maxRefreshes+6, up.peak)
+	})
+}
+
 func TestARefreshNeverTakesThePlaceOfANewerToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
