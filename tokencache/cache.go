@@ -236,8 +236,12 @@ func (c *Cache) hurry(ctx context.Context, e *entry, caller netip.Addr) (*Token,
 	if !c.refresh(e, caller) {
 		return e.token, nil
 	}
-	patience, cancel := context.WithTimeout(ctx, urgentWait)
-	defer cancel()
+	patience := ctx
+	if e.left(time.Now()) > urgentWait { // else there is nothing to serve in the end
+		var cancel context.CancelFunc
+		patience, cancel = context.WithTimeout(ctx, urgentWait)
+		defer cancel()
+	}
 	token, err := c.await(patience, flight{Key: e.key}, e, caller)
 	if err != nil && e.freshness(time.Now()) != expired {
 		return e.token, nil

@@ -188,6 +188,21 @@ func TestAnUrgentTokenIsServedWhenItsRefreshIsSlow(t *testing.T) {
 	})
 }
 
+func TestATokenThatExpiresWhileItIsRefreshedIsWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{life: time.Hour}
+		c := drawn(New(up.fetch, Config{}), 0)
+		defer c.Close()
+		get(t, c)
+		time.Sleep(time.Hour - time.Second/2)
+		up.slow(3 * time.Second)
+		begin := time.Now()
+		assert.Equal(t, "token-2", get(t, c))
+		assert.Equal(t, 3*time.Second, time.Since(begin))
+		assert.Equal(t, 2, up.asked())
+	})
+}
+
 // inUse is a node on which all pods live but those named.
 type inUse struct {
 	mu   sync.Mutex // guards gone
