@@ -25,8 +25,8 @@ func (f flight) String() string {
 	return f.Key.String()
 }
 
-// want is the interest in a flight. Callers and refreshes share it; when the last one
-// leaves, the flight ends.
+// want is the interest in a flight that has not landed. Callers and refreshes share it;
+// when the last one leaves, the flight ends.
 type want struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -67,10 +67,17 @@ func (c *Cache) leave(f flight, w *want) {
 		return
 	}
 	w.cancel()
-	c.group.Forget(f.String()) // nobody is to join what is at its end
-	delete(c.wants, f)
+	c.end(f, w)
 	if c.started[w.starter]--; c.started[w.starter] == 0 {
 		delete(c.started, w.starter)
+	}
+}
+
+// end makes who comes now start a flight of its own. mu is held.
+func (c *Cache) end(f flight, w *want) {
+	if c.wants[f] == w {
+		delete(c.wants, f)
+		c.group.Forget(f.String())
 	}
 }
 
@@ -120,6 +127,11 @@ func (c *Cache) turnAway(class Class) error {
 // fly looks again, since another flight may have landed between the caller's look and
 // this one's start, then fetches, and stores what has come.
 func (c *Cache) fly(f flight, w *want) (*entry, error) {
+	defer func() { // while some are still to be told, others would keep it up
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.end(f, w)
+	}()
 	now := time.Now()
 	if e := c.lookup(f.Key); e != nil && e != w.seen && (e.renewed || !f.fresh) && e.freshness(now) != expired {
 		return e, nil

@@ -96,3 +96,26 @@ func TestARenewalThatFailsKeepsTheTokenForOthers(t *testing.T) {
 		assert.Zero(t, c.Stats().Failing)
 	})
 }
+
+func TestRenewalsThatFailAreFiveSecondsApartToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{takes: 10 * time.Millisecond}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		get(t, c)
+		up.fail(errors.New("down"))
+		begin := time.Now()
+		var wg sync.WaitGroup
+		for i := range 100 {
+			wg.Go(func() {
+				for time.Since(begin) < renewPause-time.Second {
+					if _, err := c.Renew(t.Context(), key, pod(i), nil); err == nil {
+						time.Sleep(time.Millisecond)
+					}
+				}
+			})
+		}
+		wg.Wait()
+		assert.Equal(t, 2, up.asked())
+	})
+}
