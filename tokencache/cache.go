@@ -187,14 +187,7 @@ func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace f
 func (c *Cache) mayRenew(e *entry, f flight, now time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.wants[f] != nil {
-		return true
-	}
-	if !e.renewedAt.IsZero() && now.Sub(e.renewedAt) < renewPause {
-		return false
-	}
-	e.renewedAt = now
-	return true
+	return c.wants[f] != nil || now.Sub(e.renewedAt) >= renewPause
 }
 
 func (c *Cache) lookup(key Key) *entry { return (*c.byKey.Load())[key] }

@@ -4,7 +4,8 @@
 //
 //  1. Get looks for the key. A fresh token is returned at once, and no lock taken.
 //  2. On a miss the caller joins the key's flight: however many callers wait, the
-//     upstream is asked once. A flight that nobody waits for any more ends.
+//     upstream is asked once. A flight that nobody waits for any more ends; a renewal
+//     and a refresh do not.
 //  3. The flight looks again (another may just have landed), waits for its turn at
 //     the upstream, fetches under a context and a deadline of its own, and stores
 //     what it got. Turns go round between the callers who wait.

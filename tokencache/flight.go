@@ -51,12 +51,26 @@ func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan si
 		w.ctx, w.cancel = context.WithCancel(c.ctx)
 		c.wants[f] = w
 		c.started[caller]++
+		if f.fresh && seen != nil {
+			// The key has no other for a while: whoever leaves, it is made.
+			seen.renewedAt = time.Now()
+			landed := c.interest(f, w, caller)
+			c.behind.Go(func() {
+				<-landed
+				c.leave(f, w)
+			})
+		}
 	} else {
 		c.stats.joined.Add(1)
 	}
+	return w, c.interest(f, w, caller), nil
+}
+
+// interest adds one who waits. mu is held.
+func (c *Cache) interest(f flight, w *want, caller netip.Addr) <-chan singleflight.Result {
 	w.waiting++
 	c.turns.wanted(w.ticket, caller)
-	return w, c.group.DoChan(f.String(), func() (any, error) { return c.fly(f, w) }), nil
+	return c.group.DoChan(f.String(), func() (any, error) { return c.fly(f, w) })
 }
 
 // leave ends the interest of one, and with the last one's the flight.

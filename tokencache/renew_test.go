@@ -1,6 +1,7 @@
 package tokencache
 
 import (
+	"context"
 	"errors"
 	"sync"
 	"testing"
@@ -117,5 +118,38 @@ func TestRenewalsThatFailAreFiveSecondsApartToo(t *testing.T) {
 		}
 		wg.Wait()
 		assert.Equal(t, 2, up.asked())
+	})
+}
+
+func TestARenewalThatItsCallerLeavesIsMade(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{takes: 100 * time.Millisecond}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		get(t, c)
+		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		_, err := c.Renew(impatient, key, bob, nil)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		time.Sleep(time.Second)
+		assert.Equal(t, "token-2", renew(t, c, nil))
+		assert.Equal(t, 2, up.asked())
+	})
+}
+
+func TestARenewalThatIsTurnedAwayKeepsNobodyFromAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		get(t, c)
+		up.slow(time.Second)
+		for i := range maxFlights {
+			go func() { _, _ = c.Get(t.Context(), numbered(i), bob) }()
+		}
+		synctest.Wait()
+		_, err := c.Renew(t.Context(), key, bob, nil)
+		require.ErrorIs(t, err, ErrBusy)
+		assert.NotEqual(t, "token-1", renew(t, c, nil))
 	})
 }
