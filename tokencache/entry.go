@@ -116,7 +116,14 @@ func (e *entry) postpone(now time.Time, wait time.Duration) {
 	} else {
 		delay = pause
 	}
-	e.askAfter = now.Add(max(delay, wait))
+	e.leaveAlone(now.Add(max(delay, wait)))
+}
+
+// leaveAlone puts refreshes off. Cache.mu is held.
+func (e *entry) leaveAlone(until time.Time) {
+	if until.After(e.askAfter) {
+		e.askAfter = until
+	}
 }
 
 // attention is when the entry next needs some: to be refreshed, or removed. Cache.mu

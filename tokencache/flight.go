@@ -167,7 +167,7 @@ func (c *Cache) fly(f flight, w *want) (*entry, error) {
 	case w.ctx.Err() != nil: // nobody waits for it; it says nothing of the upstream
 		return nil, err
 	default:
-		return nil, c.fail(f.Key, err, time.Now())
+		return nil, c.fail(f, err, time.Now())
 	}
 }
 
@@ -226,16 +226,23 @@ func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
 }
 
 // fail remembers that a fetch has failed. A token that is still valid is not touched.
-func (c *Cache) fail(key Key, err error, now time.Time) *Failure {
+func (c *Cache) fail(f flight, err error, now time.Time) *Failure {
 	class, wait := classOf(err)
 	c.stats.failures[class].Add(1)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if e := c.lookup(key); e != nil && e.freshness(now) != expired {
-		e.postpone(now, wait)
-		return &Failure{Class: class, RetryAfter: e.askAfter.Sub(now), Err: err}
+	e := c.lookup(f.Key)
+	if e == nil || e.freshness(now) == expired {
+		return c.failures.remember(f.Key, err, now)
 	}
-	return c.failures.remember(key, err, now)
+	again := max(renewPause, wait)
+	if f.fresh { // more would let any caller keep the refreshes back
+		e.leaveAlone(now.Add(wait))
+	} else {
+		e.postpone(now, wait)
+		again = e.askAfter.Sub(now)
+	}
+	return &Failure{Class: class, RetryAfter: again, Err: err}
 }
 
 // failedJustNow is the failure of a flight that landed when this one was joined.

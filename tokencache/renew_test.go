@@ -153,3 +153,41 @@ func TestARenewalThatIsTurnedAwayKeepsNobodyFromAnother(t *testing.T) {
 		assert.NotEqual(t, "token-1", renew(t, c, nil))
 	})
 }
+
+func TestRenewalsThatFailDoNotHoldRefreshesBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := drawn(New(func(ctx context.Context, req Request) (*Token, error) {
+			if req.Fresh {
+				return nil, errors.New("no")
+			}
+			return up.fetch(ctx, req)
+		}, Config{InUse: (&inUse{}).ask}), 0)
+		defer c.Close()
+		get(t, c)
+		for range 13 * time.Hour / renewPause {
+			_, _ = c.Renew(t.Context(), key, bob, nil)
+			time.Sleep(renewPause)
+		}
+		assert.Equal(t, 2, up.asked())
+	})
+}
+
+func TestARenewalThatFailsShortensNoRetryAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := drawn(New(up.fetch, Config{InUse: (&inUse{}).ask}), 0)
+		defer c.Close()
+		get(t, c)
+		up.fail(classed{Throttled, 20 * time.Minute})
+		time.Sleep(12*time.Hour + time.Second)
+		assert.Equal(t, 2, up.asked())
+		up.fail(errors.New("down"))
+		_, err := c.Renew(t.Context(), key, alice, nil)
+		require.Error(t, err)
+		time.Sleep(20*time.Minute - 2*time.Second)
+		assert.Equal(t, 3, up.asked())
+		time.Sleep(2 * time.Second)
+		assert.Equal(t, 4, up.asked())
+	})
+}
