@@ -242,6 +242,7 @@ func (c *Cache) fail(f flight, err error, now time.Time) *Failure {
 		e.postpone(now, wait)
 		again = e.askAfter.Sub(now)
 	}
+	c.wakeRefresher() // it may be about to refresh the key, which is in vain now
 	return &Failure{Class: class, RetryAfter: again, Err: err}
 }
 

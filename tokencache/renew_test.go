@@ -3,6 +3,7 @@ package tokencache
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -189,5 +190,26 @@ func TestARenewalThatFailsShortensNoRetryAfter(t *testing.T) {
 		assert.Equal(t, 3, up.asked())
 		time.Sleep(2 * time.Second)
 		assert.Equal(t, 4, up.asked())
+	})
+}
+
+func TestTheRefresherIsToldWhenAKeyIsPostponed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		var c *Cache
+		var once sync.Once
+		c = drawn(New(up.fetch, Config{InUse: func(netip.Addr, Key) bool {
+			once.Do(func() { // between its look at the key and the refresh
+				up.fail(classed{Throttled, time.Minute})
+				_, err := c.Renew(t.Context(), key, alice, nil)
+				assert.Error(t, err)
+				up.fail(nil)
+			})
+			return true
+		}}), 0)
+		defer c.Close()
+		get(t, c)
+		time.Sleep(12*time.Hour + time.Minute + time.Second)
+		assert.Equal(t, 3, up.asked())
 	})
 }
