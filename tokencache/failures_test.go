@@ -64,6 +64,25 @@ func TestASuccessEndsTheMemoryOfFailures(t *testing.T) {
 	})
 }
 
+func TestARetryAfterMayOutlastTheToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{life: time.Hour}
+		c := drawn(New(up.fetch, Config{}), 0)
+		defer c.Close()
+		get(t, c)
+		time.Sleep(56 * time.Minute)
+		up.fail(classed{Throttled, 10 * time.Minute})
+		assert.Equal(t, "token-1", get(t, c))
+		time.Sleep(5 * time.Minute)
+		_, err := c.Get(t.Context(), key, alice)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Equal(t, Throttled, failure.Class)
+		assert.Equal(t, 5*time.Minute, failure.RetryAfter)
+		assert.Equal(t, 2, up.asked())
+	})
+}
+
 func TestCallersWhoShareAFailureAskOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: errors.New("down"), takes: time.Second}

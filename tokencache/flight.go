@@ -235,6 +235,9 @@ func (c *Cache) fail(f flight, err error, now time.Time) *Failure {
 	if e == nil || e.freshness(now) == expired {
 		return c.failures.remember(f.Key, err, now)
 	}
+	if wait >= e.left(now) {
+		_ = c.failures.remember(f.Key, err, now) // for when there is no token any more
+	}
 	again := max(renewPause, wait)
 	if f.fresh { // more would let any caller keep the refreshes back
 		e.leaveAlone(now.Add(wait))
