@@ -109,7 +109,7 @@ func TestARefreshThatFailsIsPostponed(t *testing.T) {
 func TestUsersAreFewAndLeave(t *testing.T) {
 	var u users
 	assert.False(t, u.keep(func(netip.Addr) bool { return true }))
-	for i := range 100 {
+	for i := range 2 * maxUsers {
 		u.add(pod(i))
 		u.add(pod(0))
 	}

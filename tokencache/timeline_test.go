@@ -243,6 +243,24 @@ func TestKeysInUseAreRefreshedWithoutTraffic(t *testing.T) {
 	})
 }
 
+func TestARolloutOfManyPodsKeepsTheirKeyInUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		node := &inUse{gone: make(map[netip.Addr]bool)}
+		c := New(up.fetch, Config{InUse: node.ask})
+		defer c.Close()
+		for i := range 30 {
+			_, err := c.Get(t.Context(), key, pod(i))
+			require.NoError(t, err)
+			if i < 29 {
+				node.leave(pod(i))
+			}
+		}
+		time.Sleep(13 * time.Hour)
+		assert.Equal(t, 2, up.asked(), "the last one is still there")
+	})
+}
+
 // TestADayOfANode is 250 pods with a key each, who ask every ten minutes.
 func TestADayOfANode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
