@@ -293,6 +293,6 @@ func (c *Cache) Close() {
 	c.closed = true
 	c.mu.Unlock()
 	c.cancel()
-	c.turns.stop()
 	c.behind.Wait()
+	c.turns.stop() // each flight that ends may set the alarm
 }

@@ -2,6 +2,7 @@ package tokencache
 
 import (
 	"context"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -179,6 +180,34 @@ func TestCloseEndsFlightsAndKeepsTokens(t *testing.T) {
 		assert.Equal(t, "token-1", get(t, c))
 		_, err := c.Get(t.Context(), other, alice)
 		assert.ErrorIs(t, err, ErrClosed)
+	})
+}
+
+// Whatever is under way: misses, refreshes of both kinds and renewals, in their turns
+// and waiting for them.
+func TestCloseLeavesNothingBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, life: time.Hour}
+		node := &inUse{gone: make(map[netip.Addr]bool)}
+		c := drawn(New(up.fetch, Config{AtOnce: 3, PerSecond: 3, InUse: node.ask}), 0)
+		for i := range 10 {
+			_, err := c.Get(t.Context(), numbered(i), pod(i))
+			require.NoError(t, err)
+		}
+		up.slow(time.Hour)
+		time.Sleep(55*time.Minute + time.Second)
+		for i := range 40 {
+			go func() { _, _ = c.Get(t.Context(), numbered(i), pod(i)) }()
+			go func() { _, _ = c.Renew(t.Context(), numbered(i), pod(i%7), nil) }()
+		}
+		time.Sleep(time.Second / 2)
+		c.Close()
+		assert.Zero(t, up.out, "no fetch is under way")
+		synctest.Wait() // singleflight's own goroutines have told all by then; else the bubble says so
+		assert.False(t, c.turns.alarm.Stop(), "no timer runs")
+		assert.Zero(t, c.turns.out)
+		assert.Empty(t, c.wants)
+		assert.Empty(t, c.started)
 	})
 }
 
