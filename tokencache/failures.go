@@ -48,7 +48,7 @@ func (f failures) recall(key Key, now time.Time) *Failure {
 func (f failures) remember(key Key, err error, now time.Time) *Failure {
 	class, wait := classOf(err)
 	known := failure{err: err, class: class, count: 1}
-	if last, ok := f.byKey.Peek(key); ok && now.Sub(last.until) < forgotten {
+	if last, ok := f.byKey.Peek(key); ok && last.counts(now) {
 		known.count += last.count
 	}
 	delay := min(backoff<<min(known.count-1, 10), maxBackoff)
@@ -60,7 +60,19 @@ func (f failures) remember(key Key, err error, now time.Time) *Failure {
 	return known.told(now)
 }
 
+// standing is how many failures are not forgotten.
+func (f failures) standing(now time.Time) (n int) {
+	for _, known := range f.byKey.Values() {
+		if known.counts(now) {
+			n++
+		}
+	}
+	return n
+}
+
 func (f failures) forget(key Key) { f.byKey.Remove(key) }
+
+func (f failure) counts(now time.Time) bool { return now.Sub(f.until) < forgotten }
 
 func (f failure) told(now time.Time) *Failure {
 	return &Failure{Class: f.class, RetryAfter: f.until.Sub(now), Err: f.err}

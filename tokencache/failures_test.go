@@ -42,6 +42,20 @@ func TestFailuresAreBounded(t *testing.T) {
 	assert.Zero(t, c.Stats().Entries)
 }
 
+func TestAFailureThatNobodyAsksAboutIsForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{err: classed{class: Refused}}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		_, err := c.Get(t.Context(), key, alice)
+		require.Error(t, err)
+		time.Sleep(refusedFor + forgotten - 1)
+		assert.Equal(t, 1, c.Stats().Failing)
+		time.Sleep(time.Nanosecond)
+		assert.Zero(t, c.Stats().Failing)
+	})
+}
+
 func TestASuccessEndsTheMemoryOfFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: errors.New("down"), life: time.Minute}

@@ -3,6 +3,7 @@ package tokencache
 import (
 	"net/netip"
 	"sync/atomic"
+	"time"
 )
 
 // Stats is a snapshot of what the cache has done since it was made.
@@ -24,7 +25,7 @@ type Stats struct {
 	Failures [3]uint64 // fetches that brought no token, by Class
 
 	Entries int // tokens held now
-	Failing int // keys held now that have no token, and why
+	Failing int // keys whose last fetch has failed, of late
 }
 
 type counters struct {
@@ -62,7 +63,7 @@ func (c *Cache) Stats() Stats {
 		Misses: c.stats.misses.Load(), Remembered: c.stats.remembered.Load(), TurnedAway: c.stats.turnedAway.Load(),
 		Flights: c.stats.flights.Load(), Joined: c.stats.joined.Load(),
 		Refreshes: c.stats.refreshes.Load(), Renewals: c.stats.renewals.Load(), Evictions: c.stats.evictions.Load(),
-		Entries: len(*c.byKey.Load()), Failing: c.failures.byKey.Len(),
+		Entries: len(*c.byKey.Load()), Failing: c.failures.standing(time.Now()),
 	}
 	for class := range s.Failures {
 		s.Failures[class] = c.stats.failures[class].Load()
