@@ -56,6 +56,17 @@ func TestAFailureThatNobodyAsksAboutIsForgotten(t *testing.T) {
 	})
 }
 
+// A panic of the cache's own would end the process.
+func TestAClassThatIsNoneIsUnavailable(t *testing.T) {
+	up := &fakeUpstream{err: classed{class: Throttled + 1}}
+	c := New(up.fetch, Config{})
+	defer c.Close()
+	_, err := c.Get(t.Context(), key, alice)
+	var failure *Failure
+	require.ErrorAs(t, err, &failure)
+	assert.Equal(t, Unavailable, failure.Class)
+}
+
 func TestASuccessEndsTheMemoryOfFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: errors.New("down"), life: time.Minute}

@@ -74,7 +74,9 @@ func (f *Failure) Unwrap() error { return f.Err }
 func classOf(err error) (c Class, wait time.Duration) {
 	var classed interface{ Class() Class }
 	if errors.As(err, &classed) {
-		c = classed.Class()
+		if c = classed.Class(); c != Refused && c != Throttled {
+			c = Unavailable
+		}
 	}
 	var patient interface{ Wait() time.Duration }
 	if errors.As(err, &patient) {
