@@ -32,6 +32,9 @@ const (
 	maxWait = 15 * time.Second
 	// maxFlights is how many flights one caller may have started that are under way.
 	maxFlights = 20
+	// maxHolding is how many tokens are held that one caller was the first to want:
+	// the pod chooses the resource, and should not drive out everybody's.
+	maxHolding = 250
 	// urgentWait is how long a caller waits for a refresh while there is a token
 	// that is still good.
 	urgentWait = time.Second
@@ -61,8 +64,9 @@ type Config struct {
 	// FetchTimeout bounds one flight, its retries included but not what it waits
 	// for its turns; 0 means DefaultFetchTimeout.
 	FetchTimeout time.Duration
-	// PerSecond and AtOnce bound the requests to an upstream whose rate is limited;
-	// 0 means DefaultPerSecond and DefaultAtOnce.
+	// PerSecond and AtOnce bound the requests for tokens of managed identities, and,
+	// apart from them, for those of service principals; 0 means DefaultPerSecond and
+	// DefaultAtOnce.
 	PerSecond, AtOnce int
 	// InUse reports whether a caller who was given the key's token is still there,
 	// and may still have it. While it is true of one, the token is refreshed
@@ -76,7 +80,8 @@ type Cache struct {
 	fetch    Fetch
 	cfg      Config
 	failures failures
-	turns    *turns
+	managed  *turns // of managed identities' tokens
+	others   *turns // of service principals': what hangs there holds up nothing here
 	group    singleflight.Group
 	stats    counters
 	began    time.Time
@@ -97,6 +102,7 @@ type Cache struct {
 	closed  bool
 	wants   map[flight]*want
 	started map[netip.Addr]int // flights under way, by who started them
+	holding map[netip.Addr]int // entries, by whose flight first brought them
 }
 
 // New returns an empty cache in front of fetch. Close it when done.
@@ -122,8 +128,9 @@ func New(fetch Fetch, cfg Config) *Cache {
 	}
 	c := &Cache{
 		fetch: fetch, cfg: cfg, entries: entries, failures: newFailures(),
-		turns: newTurns(cfg.PerSecond, cfg.AtOnce), began: time.Now(), jitter: rand.Float64,
-		wake: make(chan struct{}, 1), wants: make(map[flight]*want), started: make(map[netip.Addr]int),
+		managed: newTurns(cfg.PerSecond, cfg.AtOnce), others: newTurns(cfg.PerSecond, cfg.AtOnce),
+		began: time.Now(), jitter: rand.Float64,
+		wake: make(chan struct{}, 1), wants: make(map[flight]*want), started: make(map[netip.Addr]int), holding: make(map[netip.Addr]int),
 	}
 	c.byKey.Store(&map[Key]*entry{})
 	c.ctx, c.cancel = context.WithCancel(context.Background())
@@ -244,7 +251,7 @@ func (c *Cache) hurry(ctx context.Context, e *entry, caller netip.Addr) (*Token,
 
 // store keeps what a flight that began on seen has brought, and returns what is in
 // memory then: another flight may have landed first, and have asked later.
-func (c *Cache) store(f flight, seen *entry, token *Token, now time.Time) *entry {
+func (c *Cache) store(f flight, seen *entry, starter netip.Addr, token *Token, now time.Time) *entry {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	before := c.lookup(f.Key)
@@ -252,25 +259,64 @@ func (c *Cache) store(f flight, seen *entry, token *Token, now time.Time) *entry
 		return before
 	}
 	e := newEntry(f.Key, token, now, c.jitter())
+	e.holder = starter
 	e.touched.Store(int64(now.Sub(c.began)))
 	if before != nil {
-		e.users, e.renewedAt = before.users, before.renewedAt
+		e.users, e.renewedAt, e.holder = before.users, before.renewedAt, before.holder
 	}
 	if f.fresh {
 		e.renewed, e.renewedAt = true, now
 	}
 	var evicted []Key
-	if c.entries.Len() == c.cfg.Size && !c.entries.Contains(f.Key) {
-		if oldest, _, ok := c.entries.RemoveOldest(); ok {
-			evicted = append(evicted, oldest)
-			c.stats.evictions.Add(1)
-		}
+	if before == nil {
+		evicted = c.makeRoom(starter)
+		c.holding[starter]++
 	}
 	c.entries.Add(f.Key, e)
 	c.publish(e, evicted...)
 	c.failures.forget(f.Key)
 	c.wakeRefresher()
 	return e
+}
+
+// makeRoom removes what has to leave for one more entry: the least recently used of the
+// caller's own if it holds too many, else of all if the cache is full. mu is held.
+func (c *Cache) makeRoom(starter netip.Addr) (evicted []Key) {
+	leaves := func(e *entry) {
+		c.remove(e)
+		c.stats.evictions.Add(1)
+		evicted = append(evicted, e.key)
+	}
+	if c.holding[starter] >= maxHolding {
+		for _, e := range c.entries.Values() { // the oldest first
+			if e.holder == starter {
+				leaves(e)
+				break
+			}
+		}
+	}
+	if c.entries.Len() == c.cfg.Size {
+		if _, oldest, ok := c.entries.GetOldest(); ok {
+			leaves(oldest)
+		}
+	}
+	return evicted
+}
+
+// remove forgets an entry; publish is to be told. mu is held.
+func (c *Cache) remove(e *entry) {
+	c.entries.Remove(e.key)
+	if c.holding[e.holder]--; c.holding[e.holder] == 0 {
+		delete(c.holding, e.holder)
+	}
+}
+
+// turnsOf are those that the key's fetch takes.
+func (c *Cache) turnsOf(key Key) *turns {
+	if _, ok := key.ServicePrincipal(); ok {
+		return c.others
+	}
+	return c.managed
 }
 
 // publish tells the readers of an entry that has come, if any, and of those that have
@@ -294,5 +340,6 @@ func (c *Cache) Close() {
 	c.mu.Unlock()
 	c.cancel()
 	c.behind.Wait()
-	c.turns.stop() // each flight that ends may set the alarm
+	c.managed.stop() // each flight that ends may set the alarm
+	c.others.stop()
 }

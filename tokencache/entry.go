@@ -43,7 +43,8 @@ type entry struct {
 	// freshUntil is when the token stops being fresh, by each clock: what most calls
 	// of freshness need to know.
 	freshUntil struct{ monotonic, wall time.Time }
-	renewed    bool // it came of a renewal
+	holder     netip.Addr // whose flight first brought the key's token
+	renewed    bool       // it came of a renewal
 
 	touched atomic.Int64 // when it last moved up in the LRU, as time since Cache.began
 	asked   atomic.Bool  // somebody was given it when it was due

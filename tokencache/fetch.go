@@ -18,7 +18,7 @@ type Request struct {
 	// Fresh asks for a token that no cache on the way has had already.
 	Fresh bool
 	// Turn is called before each request to an upstream whose rate is limited, the
-	// repeated ones included.
+	// repeated ones included; by one goroutine at a time.
 	Turn Turn
 }
 

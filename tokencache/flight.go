@@ -33,6 +33,7 @@ type want struct {
 	waiting int        // guarded by Cache.mu
 	starter netip.Addr // who counts for it
 	seen    *entry     // what is to be replaced; nil for a miss
+	turns   *turns
 	ticket  *ticket
 }
 
@@ -45,9 +46,9 @@ func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan si
 	w := c.wants[f]
 	if w == nil {
 		if caller.IsValid() && c.started[caller] >= maxFlights {
-			return nil, nil, c.turnAway(Throttled)
+			return nil, nil, c.turnAway(Throttled, c.turnsOf(f.Key))
 		}
-		w = &want{starter: caller, seen: seen, ticket: new(ticket)}
+		w = &want{starter: caller, seen: seen, turns: c.turnsOf(f.Key), ticket: new(ticket)}
 		w.ctx, w.cancel = context.WithCancel(c.ctx)
 		c.wants[f] = w
 		c.started[caller]++
@@ -69,7 +70,7 @@ func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan si
 // interest adds one who waits. mu is held.
 func (c *Cache) interest(f flight, w *want, caller netip.Addr) <-chan singleflight.Result {
 	w.waiting++
-	c.turns.wanted(w.ticket, caller)
+	w.turns.wanted(w.ticket, caller)
 	return c.group.DoChan(f.String(), func() (any, error) { return c.fly(f, w) })
 }
 
@@ -125,17 +126,17 @@ func (c *Cache) await(ctx context.Context, f flight, seen *entry, caller netip.A
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		case <-patience.C:
-			if !c.turns.hadTurn(w.ticket) {
-				return nil, c.turnAway(tooLong)
+			if !w.turns.hadTurn(w.ticket) {
+				return nil, c.turnAway(tooLong, w.turns)
 			}
 		}
 	}
 }
 
 // turnAway is the failure of a caller who is not served because of how much is asked.
-func (c *Cache) turnAway(class Class) error {
+func (c *Cache) turnAway(class Class, of *turns) error {
 	c.stats.turnedAway.Add(1)
-	return &Failure{Class: class, RetryAfter: max(c.turns.backlog(), time.Second), Err: ErrBusy}
+	return &Failure{Class: class, RetryAfter: max(of.backlog(), time.Second), Err: ErrBusy}
 }
 
 // fly looks again, since another flight may have landed between the caller's look and
@@ -161,7 +162,7 @@ func (c *Cache) fly(f flight, w *want) (*entry, error) {
 	token, err := c.ask(f, w)
 	switch {
 	case err == nil:
-		return c.store(f, w.seen, token, time.Now()), nil
+		return c.store(f, w.seen, w.starter, token, time.Now()), nil
 	case c.ctx.Err() != nil:
 		return nil, ErrClosed
 	case w.ctx.Err() != nil: // nobody waits for it; it says nothing of the upstream
@@ -204,11 +205,11 @@ func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
 			deadline.Stop()
 			defer deadline.Reset(c.cfg.FetchTimeout)
 		}
-		if err := c.turns.wait(waiting, w.ticket); err != nil {
+		if err := w.turns.wait(waiting, w.ticket); err != nil {
 			return nil, err
 		}
 		var once sync.Once
-		end = func(leaveAlone time.Duration) { once.Do(func() { c.turns.done(leaveAlone) }) }
+		end = func(leaveAlone time.Duration) { once.Do(func() { w.turns.done(leaveAlone) }) }
 		return end, nil
 	}
 	token, err = c.fetch(ctx, Request{Key: f.Key, Fresh: f.fresh, Turn: turn})

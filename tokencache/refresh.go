@@ -77,7 +77,7 @@ func (c *Cache) survey(now time.Time, later func(time.Time)) (ready []*entry, ru
 			running++
 		case state == expired:
 			gone = append(gone, key)
-			c.entries.Remove(key)
+			c.remove(e)
 		case state == fresh || now.Before(e.askAfter):
 			later(e.attention(now))
 		default:

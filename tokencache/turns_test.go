@@ -3,10 +3,12 @@ package tokencache
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unique"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -202,8 +204,8 @@ func TestATurnEndsWithItsFetch(t *testing.T) {
 		require.ErrorContains(t, err, "boom")
 		_, err = c.Get(t.Context(), numbered(1), bob)
 		require.NoError(t, err, "whose turn it is then")
-		assert.Zero(t, c.turns.out)
-		assert.Len(t, c.turns.slots, DefaultPerSecond)
+		assert.Zero(t, c.managed.out)
+		assert.Len(t, c.managed.slots, DefaultPerSecond)
 	})
 }
 
@@ -229,10 +231,55 @@ func TestTurnsUnderStress(t *testing.T) {
 		synctest.Wait()
 		assert.LessOrEqual(t, up.peak, DefaultAtOnce)
 		assert.LessOrEqual(t, up.mostInASecond(), DefaultPerSecond)
-		assert.Zero(t, c.turns.out)
-		assert.Len(t, c.turns.slots, DefaultPerSecond)
+		assert.Zero(t, c.managed.out)
+		assert.Len(t, c.managed.slots, DefaultPerSecond)
 		assert.Empty(t, c.wants)
 		assert.Empty(t, c.started)
-		assert.Zero(t, c.turns.backlog())
+		assert.Zero(t, c.managed.backlog())
+	})
+}
+
+func TestServicePrincipalsHaveTurnsOfTheirOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: time.Hour}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		for i := range 10 {
+			k := numbered(i)
+			k.Principal = unique.Make(Principal{TenantID: "t"})
+			wg.Go(func() { _, _ = c.Get(t.Context(), k, pod(i)) })
+		}
+		synctest.Wait()
+		assert.Equal(t, DefaultAtOnce, up.asked(), "they have a limit too")
+		up.slow(0)
+		begin := time.Now()
+		get(t, c)
+		assert.Zero(t, time.Since(begin), "and what hangs there holds up nobody else")
+	})
+}
+
+// A pod chooses its resources, and so could drive everybody's tokens out.
+func TestACallerWhoWantsTooManyTokensDrivesOutItsOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := New(up.fetch, Config{Size: 300})
+		defer c.Close()
+		get(t, c)
+		for i := range 2 * maxHolding {
+			time.Sleep(2 * touchEvery)
+			_, err := c.Get(t.Context(), numbered(i), bob)
+			require.NoError(t, err)
+		}
+		assert.Equal(t, maxHolding+1, c.Stats().Entries)
+		assert.Equal(t, map[netip.Addr]int{alice: 1, bob: maxHolding}, c.holding)
+		assert.Equal(t, "token-1", get(t, c))
+		_, err := c.Get(t.Context(), numbered(maxHolding), bob)
+		require.NoError(t, err)
+		assert.Equal(t, 2*maxHolding+1, up.asked(), "the oldest of bob's left")
+		time.Sleep(25 * time.Hour)
+		synctest.Wait()
+		assert.Empty(t, c.holding)
 	})
 }

@@ -62,7 +62,14 @@ func newEntra(cfg Config) *entra {
 // fetch gets one token: is its authority allowed, what does the secret hold, what
 // says Entra. The error is an *Error (Entra refused), a *CredentialError (it could
 // not even be asked), or wraps ErrEntra.
-func (e *entra) fetch(ctx context.Context, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
+func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
+	// One turn for the few requests of a fetch: Entra has no limit for a node, and yet
+	// no pod is to make the node flood it.
+	done, err := turn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done(0) // a throttle is for one tenant or application, not for all
 	host, err := e.allowed(p.Authority)
 	if err != nil {
 		return nil, refusedCredential(p, err)

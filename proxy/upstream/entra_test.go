@@ -119,12 +119,17 @@ func classOf(err error) tokencache.Class {
 func TestATokenByClientSecret(t *testing.T) {
 	p := newPrincipals(t, nil)
 	ask := asking(p.key(nil))
+	taken, ended := 0, 0
 	ask.Turn = func(context.Context) (func(time.Duration), error) {
-		t.Error("the limit is that of IMDS")
-		return nil, errors.New("no turn")
+		taken++
+		return func(leaveAlone time.Duration) {
+			assert.Zero(t, leaveAlone)
+			ended++
+		}, nil
 	}
 	token, err := p.Token(t.Context(), ask)
 	require.NoError(t, err)
+	assert.Equal(t, [2]int{1, 1}, [2]int{taken, ended}, "one turn for all requests of a fetch")
 	assert.Equal(t, clientID, imdstest.Subject(token.AccessToken))
 	assert.Equal(t, tenant, entratest.Tenant(token.AccessToken))
 	assert.Equal(t, clientID, token.ClientID)

@@ -48,12 +48,12 @@ func newPipeline(transport http.RoundTripper) runtime.Pipeline {
 }
 
 // Token fetches one token; the signature is tokencache.Fetch. ctx bounds the
-// call and all its tries, each of which takes a turn. An answer other than a token, by
+// call and all its tries, each of which takes a turn (Entra: all of them one). An answer other than a token, by
 // IMDS or Entra, is an *Error, wrapped where ctx ended the tries after it.
 func (u *Upstream) Token(ctx context.Context, ask tokencache.Request) (*tokencache.Token, error) {
 	key := ask.Key
 	if principal, ok := key.ServicePrincipal(); ok {
-		return u.entra.fetch(ctx, key, principal)
+		return u.entra.fetch(ctx, ask.Turn, key, principal)
 	}
 	req, err := runtime.NewRequest(ctx, http.MethodGet, u.base.JoinPath(tokenPath).String())
 	if err != nil {
