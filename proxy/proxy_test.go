@@ -121,6 +121,7 @@ func TestTokenRequests(t *testing.T) {
 		"excepted pod, odd spelling":           {request("GET", strings.Replace(tokenURL, "/identity", "//identity", 1), "Metadata: true"), excepted, 200, "", imdstest.Node},
 		"excepted pod, X-Forwarded-For":        {request("GET", "/metadata//identity/oauth2/token?api-version=2018-02-01&resource=r", "Metadata: true", "X-Forwarded-For: 1.2.3.4"), excepted, 400, `{"error":"invalid_request","error_description":"X-Forwarded-For header is not allowed"}`, ""},
 		"excepted pod, POST of its own":        {request("POST", "/metadata/scheduledevents?api-version=2020-07-01", "Metadata: true", "Content-Length: 0"), excepted, 200, "", ""},
+		"a resource that is not UTF-8":         {request("GET", base+"?api-version=2018-02-01&resource=%ff", "Metadata: true"), "", 400, `{"error":"invalid_request","error_description":"Query variable 'resource' is not UTF-8"}`, ""},
 		"a resource that must not be unquoted": {request("GET", base+"?api-version=2018-02-01&resource=%22%2c%22access_token%22%3a%22x", "Metadata: true"), "", 200, "", one.ClientID},
 	} {
 		t.Run(name, func(t *testing.T) {

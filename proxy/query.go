@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/podidentity/nmi/podresolver"
 )
@@ -79,6 +80,9 @@ func parseQuery(r *http.Request, versioned bool) (tokenRequest, error) {
 		return tokenRequest{}, badRequest("Required query variable 'api-version' is missing")
 	case value[resource] == "":
 		return tokenRequest{}, badRequest("Required query variable 'resource' is missing")
+	case !utf8.ValidString(value[resource]):
+		// JSON cannot echo it (RFC 8259, 8.1), so that no answer of IMDS's would match.
+		return tokenRequest{}, badRequest("Query variable 'resource' is not UTF-8")
 	case named > 1:
 		return tokenRequest{}, badRequest("client_id, object_id, msi_res_id and mi_res_id exclude each other: name the identity by one of them")
 	}
