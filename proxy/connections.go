@@ -43,6 +43,9 @@ type conn struct {
 	from   netip.Addr
 	place  *list.Element // among the idle ones; guarded by connections.mu
 	closed bool          // guarded by connections.mu
+
+	handled atomic.Bool // the request under way is a handler's; see handling
+	refused bool        // http.Server has refused a request by itself
 }
 
 func newConnections(perPod, total int) *connections {
@@ -170,6 +173,9 @@ func (c *connections) changed(nc net.Conn, state http.ConnState) {
 	one, ok := nc.(*conn)
 	if !ok {
 		return
+	}
+	if state == http.StateIdle {
+		one.handled.Store(false)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

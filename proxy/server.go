@@ -114,6 +114,7 @@ func New(cfg Config) *Server {
 	s.forward = s.newForward()
 	s.http = &http.Server{
 		Handler:                      s,
+		ConnContext:                  withConn,
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" takes the same road
 		ReadHeaderTimeout:            readHeaderTimeout,
 		WriteTimeout:                 writeTimeout,
@@ -184,6 +185,7 @@ func (s *Server) finish(answer http.Header) {
 // ServeHTTP takes a request down its road, and writes the error if one comes
 // back. It is exported because http.Server asks for it.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	handling(r)
 	if err := s.handle(w, r); err != nil {
 		s.refuse(w, r, err)
 	}
