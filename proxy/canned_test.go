@@ -32,3 +32,8 @@ func TestWhatCannotBeParsedIsAnsweredInJSON(t *testing.T) {
 		assert.True(t, resp.Close)
 	}
 }
+
+func TestACannedAnswerAfterOurOwn(t *testing.T) {
+	w := newWorld(t, nil)
+	assert.Equal(t, []string{"200", "404", "400"}, w.answers(t, bound, get(versions)+get(nowhere)+"nonsense\r\n\r\n", "closed"))
+}

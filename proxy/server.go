@@ -93,9 +93,10 @@ const (
 	// pod, an identity, a turn and IMDS takes 38 s at most. Who reads slower is cut.
 	// There is no ReadTimeout beside it, since that cancels requests that wait; see
 	// passOn for bodies.
-	writeTimeout   = time.Minute
-	idleTimeout    = 2 * time.Minute
-	maxHeaderBytes = 8 << 10
+	writeTimeout = time.Minute
+	idleTimeout  = 2 * time.Minute
+	// maxHeaderBytes makes it 8 KiB: http.Server adds another 4 (initialReadLimitSize).
+	maxHeaderBytes = 8<<10 - 4096
 	// lingerTimeout is how long Serve waits for clients to use their connections
 	// once more.
 	lingerTimeout = time.Second
@@ -186,12 +187,23 @@ func (s *Server) finish(answer http.Header) {
 // back. It is exported because http.Server asks for it.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	handling(r)
+	// Where a request ends may be in doubt: Content-Length beside Transfer-Encoding, and
+	// Transfer-Encoding in HTTP/1.0, must end the connection (RFC 9112, 6.1), and
+	// http.Server hides both. So whatever has a body ends it, and all of HTTP/1.0.
+	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) {
+		w.Header().Set("Connection", "close")
+	}
 	if err := s.handle(w, r); err != nil {
 		s.refuse(w, r, err)
 	}
 }
 
 func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
+	if r.Method == http.MethodConnect || r.ProtoMajor != 1 {
+		// For nobody: an IMDS that understood a tunnel (RFC 9110, 9.3.6) or a preface of
+		// HTTP/2 would take what other pods send on that connection for what is in it.
+		return errMethod
+	}
 	if local, own := ownRequest(r); own {
 		return s.host(w, r, local)
 	}
