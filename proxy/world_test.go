@@ -104,6 +104,11 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 
 func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
 	tb.Helper()
+	return newResolverThatWaits(tb, log, 50*time.Millisecond)
+}
+
+func newResolverThatWaits(tb testing.TB, log *slog.Logger, podWait time.Duration) *podresolver.Resolver {
+	tb.Helper()
 	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "shop", Name: name} }
 	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
 		return &corev1.Pod{
@@ -135,7 +140,7 @@ func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
 			Spec:       aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{"app": "addon"}},
 		},
 	)
-	r, err := podresolver.New(cluster.Sources(), podresolver.Config{Node: "node1", PodWait: 50 * time.Millisecond, Logger: log})
+	r, err := podresolver.New(cluster.Sources(), podresolver.Config{Node: "node1", PodWait: podWait, Logger: log})
 	require.NoError(tb, err)
 	return r
 }
