@@ -49,6 +49,7 @@ var (
 	errForwarded = badRequest("Requests with an X-Forwarded-For header are not served")
 	errMethod    = &httpError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", description: "Only GET is served here"}
 	errTooLarge  = &httpError{status: http.StatusRequestEntityTooLarge, code: "invalid_request", description: "The body of a request has at most 64 KiB here"}
+	errBody      = badRequest("The body of the request cannot be read")
 	errPassing   = &httpError{status: http.StatusTooManyRequests, code: "invalid_request", description: "Too many requests at once", retryAfter: retrySoon}
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
 )

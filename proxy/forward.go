@@ -1,11 +1,14 @@
 package proxy
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 )
@@ -40,13 +43,37 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
 	}
 	_ = control.SetWriteDeadline(time.Now().Add(answerTimeout))
-	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
 	// IMDS may answer before it has all of the body. Without this nothing of that is
 	// written until the body has ended. A client that does not read before it has
 	// sent maxBody is not held up: the kernel's buffers are larger.
 	_ = control.EnableFullDuplex()
 	s.forward.ServeHTTP(w, r)
 	return nil
+}
+
+// clientBody tells what is wrong with a request's body from what is wrong with IMDS.
+type clientBody struct{ io.ReadCloser }
+
+func (b clientBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	var long *http.MaxBytesError
+	if err != nil && !errors.Is(err, io.EOF) && !errors.As(err, &long) {
+		err = fmt.Errorf("%w: %w", errBody, err)
+	}
+	return n, err
+}
+
+// dropOddHeaders removes headers whose names a server might read as another's, such as
+// Transfer_Encoding: what the open paths need has letters, digits and dashes.
+func dropOddHeaders(h http.Header) {
+	for name := range h {
+		if strings.ContainsFunc(name, func(r rune) bool {
+			return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-'
+		}) {
+			delete(h, name)
+		}
+	}
 }
 
 // passing counts the requests of each address that are being passed on.
@@ -84,6 +111,9 @@ func (s *Server) newForward() *httputil.ReverseProxy {
 		Rewrite: func(p *httputil.ProxyRequest) {
 			// The upstream sets the real one; the proxy wants some host there.
 			p.Out.URL.Scheme, p.Out.URL.Host = "http", "imds"
+			// What follows a body must not be read as its end or its beginning, whatever
+			// IMDS thinks of where bodies end: nothing follows it on its connection.
+			p.Out.Close = p.In.ContentLength != 0
 			// ReverseProxy drops what it cannot parse, and the headers below. IMDS
 			// refuses requests that carry X-Forwarded-For, and must go on doing
 			// so: dropping it would take that protection from the pod.

@@ -88,7 +88,8 @@ func (c *keptAlive) expect(t *testing.T, want string) {
 
 // The requests are spelled in the order that net/http uses, which is no matter of
 // meaning (RFC 9110, section 5.3). Everything else must arrive to the byte, and
-// nothing more, and the answer likewise.
+// nothing more, and the answer likewise; but for what is said of the connection itself,
+// on which nothing follows a body.
 func TestWhatArrivesIsWhatWasSent(t *testing.T) {
 	const answer = "HTTP/1.1 418 I'm a teapot\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\nContent-Type: text/x\r\n" +
 		"Date: Sat, 21 Nov 2026 10:00:30 GMT\r\nServer: IMDS/150.870.65.1\r\nX-Odd: a\r\nX-Odd: b\r\n\r\n\x1f\x8b\x00\x01\x02"
@@ -112,9 +113,21 @@ func TestWhatArrivesIsWhatWasSent(t *testing.T) {
 			pod := p.pod()
 			pod.write(t, raw)
 			imds := p.accept()
+			const last = "Connection: close\r\n"
+			ends := !strings.HasSuffix(raw, "\r\n\r\n") || strings.Contains(raw, "chunked")
+			if ends {
+				host := "Host: " + p.host + "\r\n"
+				raw = strings.Replace(raw, host, host+last, 1)
+			}
 			imds.expect(t, raw)
 			assert.Zero(t, imds.r.Buffered(), "and nothing after it")
 			imds.write(t, answer)
+			if ends {
+				got, err := io.ReadAll(pod.r)
+				require.NoError(t, err)
+				assert.Equal(t, answer, strings.Replace(string(got), last, "", 1))
+				return
+			}
 			pod.expect(t, answer)
 			assert.Zero(t, pod.r.Buffered())
 		})
@@ -127,7 +140,7 @@ func TestBodiesAreStreamedBothWays(t *testing.T) {
 	const head = "POST /metadata/x HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n"
 	pod.write(t, fmt.Sprintf(head, "imds")+"5\r\nfirst\r\n")
 	imds := p.accept()
-	imds.expect(t, fmt.Sprintf(head, p.host)+"5\r\nfirst\r\n")
+	imds.expect(t, strings.Replace(fmt.Sprintf(head, p.host), "\r\nTransfer", "\r\nConnection: close\r\nTransfer", 1)+"5\r\nfirst\r\n")
 	const answer = "HTTP/1.1 200 OK\r\nDate: Sat, 21 Nov 2026 10:00:30 GMT\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n"
 	imds.write(t, strings.Replace(answer, "Date", "Content-Type: text/x\r\nDate", 1))
 	resp, err := http.ReadResponse(pod.r, nil)
@@ -250,4 +263,25 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 		assert.Equal(t, 200, <-codes)
 	}
 	assert.Empty(t, w.server.passing.byAddr)
+}
+
+// A header that some server might read as another's name decides nothing here, and must
+// not decide anything there.
+func TestOddHeadersAreNotPassedOnForEverybody(t *testing.T) {
+	p := newPlainIMDS(t)
+	c := p.connect(bound)
+	require.NoError(t, c.SetDeadline(time.Now().Add(10*time.Second)))
+	c.write(t, "GET /metadata/versions HTTP/1.1\r\nHost: h\r\nTransfer_Encoding: chunked\r\nContent.Length: 5\r\nMetadata: true\r\nX-1: y\r\n\r\n")
+	p.accept().expect(t, "GET /metadata/versions HTTP/1.1\r\nHost: "+p.host+"\r\nMetadata: true\r\nX-1: y\r\n\r\n")
+}
+
+func TestABodyThatCannotBeReadIsTheClientsFault(t *testing.T) {
+	p := newPlainIMDS(t)
+	c := p.pod()
+	c.write(t, "POST /metadata/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+	resp, err := http.ReadResponse(c.r, nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	assert.Equal(t, http.StatusBadRequest, resp.StatusCode)
+	assert.True(t, resp.Close)
 }

@@ -341,3 +341,13 @@ func TestPodsOnly(t *testing.T) {
 	}
 	assert.Equal(t, asked, w.imds.Requests())
 }
+
+// A name in capitals that were ignored would mean the default identity.
+func TestParametersHaveNoCase(t *testing.T) {
+	w := newWorld(t, nil)
+	resp, body := w.get(bound, tokenURL+"&CLIENT_ID=not-bound")
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Equal(t, noID, body)
+	resp, _ = w.get(bound, tokenURL+"&client_id="+one.ClientID+"&Client_Id="+one.ClientID)
+	assert.Equal(t, 400, resp.StatusCode, "twice")
+}

@@ -59,7 +59,7 @@ func parseQuery(r *http.Request, versioned bool) (tokenRequest, error) {
 			return tokenRequest{}, badRequest("The query cannot be parsed: encode the parameters")
 		}
 		for i, known := range parameterNames {
-			if name != known {
+			if !strings.EqualFold(name, known) { // ignored, client_id in capitals would mean the default
 				continue
 			}
 			if given[i] {

@@ -224,6 +224,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 				return err
 			}
 		}
+		dropOddHeaders(r.Header)
 		s.passOn(w, r, "path", r.URL.Path)
 		return nil
 	case kind == routeInstance:
@@ -248,6 +249,7 @@ func (s *Server) sensitive(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	dropOddHeaders(r.Header)
 	s.passOn(w, r, "pod", pod, "path", r.URL.Path)
 	return nil
 }

@@ -56,7 +56,7 @@ func TestARequestHiddenInAnotherIsNeverAnswered(t *testing.T) {
 	twice := told{"200 404 open", "GET " + versions}
 	both := told{"200 200 open", "GET " + versions + ", GET " + info}
 	passed := told{"200 closed", "GET " + versions}
-	broken := told{"503 closed", "perhaps GET " + versions}
+	broken := told{"400 closed", "perhaps GET " + versions}
 	tryAll(t, map[string]odd{
 		"CL.TE":                          {get(versions, length+"6", chunked) + "0\r\n\r\n" + hidden, refused, passed},
 		"CL.TE on the token path":        {get(tokenURL, length+"6", chunked) + "0\r\n\r\n" + hidden, told{answers: "200 closed"}, told{"200 closed", "GET " + tokenURL}},
