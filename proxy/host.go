@@ -85,7 +85,9 @@ func (s *Server) checkUser(r *http.Request, local net.Addr) error {
 		return fmt.Errorf("%w: finding out which user it is: %w", errNotRoot, err)
 	}
 	if !slices.Contains(s.cfg.HostTokenUIDs, uid) {
-		s.log.WarnContext(r.Context(), "refused a token of a pod to a process of this node; --host-token-uids says who may", "uid", uid)
+		if s.refusals.allow(r.RemoteAddr) {
+			s.log.WarnContext(r.Context(), "refused a token of a pod to a process of this node; --host-token-uids says who may", "uid", uid)
+		}
 		return errNotRoot
 	}
 	return nil

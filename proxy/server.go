@@ -32,8 +32,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
-
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/tokencache"
 )
@@ -78,11 +76,9 @@ type Server struct {
 	http    *http.Server
 	forward *httputil.ReverseProxy
 	log     *slog.Logger
-	// refusals keeps pods that ask in a loop from filling the log: 20 lines at
-	// once, 5 a second.
-	refusals *rate.Limiter
-	retired  atomic.Bool
+	retired atomic.Bool
 
+	refusals    refusals
 	connections *connections
 	passing     passing
 }
@@ -107,7 +103,7 @@ const (
 
 // New returns a server that is not listening yet.
 func New(cfg Config) *Server {
-	s := &Server{cfg: cfg, log: cfg.Logger, refusals: rate.NewLimiter(5, 20)}
+	s := &Server{cfg: cfg, log: cfg.Logger, refusals: newRefusals()}
 	s.connections = newConnections(cfg.MaxConnectionsPerPod, cfg.MaxConnections)
 	if s.log == nil {
 		s.log = slog.Default()
