@@ -11,8 +11,8 @@ import (
 
 // What a Config that leaves them out has.
 const (
-	// DefaultMaxConnections takes 40 MB when all are open, of which 250 pods have
-	// eight each.
+	// DefaultMaxConnections is eight for each of 250 pods. When all are open they take
+	// 20 MB if they are silent, and 50 MB if all of them send.
 	DefaultMaxConnections       = 2048
 	DefaultMaxConnectionsPerPod = 512
 )
