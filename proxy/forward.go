@@ -21,10 +21,8 @@ const (
 	// maxPassing is how many requests of one address are passed on at once, of the
 	// few that IMDS gets: a pod that reads slowly holds up itself.
 	maxPassing = 8
-	// bodyTimeout is for reading a request's body, and answerTimeout for its answer:
-	// the first one for scheduled events takes up to two minutes (Microsoft,
-	// "Scheduled Events for Linux VMs", Enabling and disabling).
-	bodyTimeout   = 30 * time.Second
+	// answerTimeout is for an answer: the first one for scheduled events takes up to two
+	// minutes (Microsoft, "Scheduled Events for Linux VMs", Enabling and disabling).
 	answerTimeout = 150 * time.Second
 )
 
@@ -39,9 +37,6 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 	}
 	defer s.passing.leave(from.Addr())
 	control := http.NewResponseController(w) // whose calls fail for none but HTTP/1 connections
-	if r.ContentLength != 0 {
-		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
-	}
 	_ = control.SetWriteDeadline(time.Now().Add(answerTimeout))
 	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
 	// IMDS may answer before it has all of the body. Without this nothing of that is

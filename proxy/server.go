@@ -85,10 +85,12 @@ type Server struct {
 
 const (
 	readHeaderTimeout = 5 * time.Second
-	// writeTimeout bounds an answer, from when its request has been read: waiting for a
-	// pod, an identity, a turn and IMDS takes 38 s at most. Who reads slower is cut.
-	// There is no ReadTimeout beside it, since that cancels requests that wait; see
-	// passOn for bodies.
+	// readTimeout bounds a request with its body, whether anybody wants that or not:
+	// http.Server looks for its end even after the answer. What waits for its answer
+	// after that is not bounded by it.
+	readTimeout = 30 * time.Second
+	// writeTimeout bounds an answer, from when its request's header has been read: waiting
+	// for a pod, an identity, a turn and IMDS takes 38 s at most. Who reads slower is cut.
 	writeTimeout = time.Minute
 	idleTimeout  = 2 * time.Minute
 	// maxHeaderBytes makes it 8 KiB: http.Server adds another 4 (initialReadLimitSize).
@@ -114,6 +116,7 @@ func New(cfg Config) *Server {
 		ConnContext:                  withConn,
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" takes the same road
 		ReadHeaderTimeout:            readHeaderTimeout,
+		ReadTimeout:                  readTimeout,
 		WriteTimeout:                 writeTimeout,
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes,

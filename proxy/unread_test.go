@@ -1,0 +1,88 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// A connection on which a request's body never comes is in use, so that no other may take
+// its place: it has to end by itself, whoever answers, and whether anybody wants the body.
+func TestABodyThatNeverComesEndsItsConnection(t *testing.T) {
+	for name, raw := range map[string]string{
+		"answered by a handler":   "POST " + tokenURL + " HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n",
+		"in chunks":               "POST " + tokenURL + " HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe",
+		"answered by http.Server": "POST " + tokenURL + " HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\nExpect: the worst\r\n\r\n",
+		"to come after a 100":     "POST " + tokenURL + " HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\nExpect: 100-continue\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				pod, end := serveOne(t, Config{})
+				defer end()
+				began := time.Now()
+				go func() { _, _ = io.WriteString(pod, raw) }()
+				answer := make(chan string, 1)
+				go func() {
+					all, _ := io.ReadAll(pod)
+					answer <- string(all)
+				}()
+				select {
+				case all := <-answer:
+					assert.Contains(t, all, "HTTP/1.1 4")
+					assert.LessOrEqual(t, time.Since(began), readTimeout)
+				case <-time.After(time.Hour):
+					t.Error("it is open after an hour")
+				}
+			})
+		})
+	}
+}
+
+// slowIMDS answers after a while, unless the request has ended by then.
+type slowIMDS time.Duration
+
+func (d slowIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
+	select {
+	case <-time.After(time.Duration(d)):
+		return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}"))}, nil
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	}
+}
+
+func TestAnAnswerMayTakeLongerThanItsRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pod, end := serveOne(t, Config{Upstream: slowIMDS(2 * readTimeout)})
+		defer end()
+		go func() { _, _ = io.WriteString(pod, "GET /metadata/versions HTTP/1.1\r\nHost: h\r\n\r\n") }()
+		resp, err := http.ReadResponse(bufio.NewReader(pod), nil)
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		assert.Equal(t, 200, resp.StatusCode)
+	})
+}
+
+// serveOne serves one connection, of a bound pod, until end is called.
+func serveOne(t *testing.T, cfg Config) (pod *pipe, end func()) {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	cfg.Logger = slog.New(slog.DiscardHandler)
+	s, ln, served := New(cfg), newPipes(), make(chan error, 1)
+	go func() { served <- s.Serve(ctx, ln) }()
+	pod = ln.dial(bound)
+	return pod, func() {
+		assert.NoError(t, pod.Close())
+		stop()
+		assert.NoError(t, <-served)
+		assert.Zero(t, s.Connections().Open)
+	}
+}
