@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -9,8 +8,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/vishvananda/netlink"
 
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/tokencache"
@@ -91,39 +88,6 @@ func (s *Server) checkUser(r *http.Request, local net.Addr) error {
 		return errNotRoot
 	}
 	return nil
-}
-
-// established is TCP_ESTABLISHED (include/net/tcp_states.h).
-const established = 1
-
-// ownerOf returns the user whose process has the socket at the other end of a connection
-// within this network namespace (sock_diag(7)). Only an open, established one will do:
-// what the kernel keeps of a closed socket says that user 0 has it (inet_diag.c,
-// inet_twsk_diag_fill).
-func ownerOf(its, ours net.Addr) (uint32, error) {
-	socket, err := netlink.SocketGet(its, ours)
-	if err != nil {
-		return 0, err
-	}
-	id := socket.ID
-	found := [2]netip.AddrPort{addrPort(id.Source, id.SourcePort), addrPort(id.Destination, id.DestinationPort)}
-	wanted := [2]netip.AddrPort{tcpAddr(its), tcpAddr(ours)}
-	if socket.State != established || socket.INode == 0 || found != wanted {
-		return 0, errors.New("its socket is not open any more")
-	}
-	return socket.UID, nil
-}
-
-func addrPort(ip net.IP, port uint16) netip.AddrPort {
-	addr, _ := netip.AddrFromSlice(ip) // an invalid one is equal to none
-	return netip.AddrPortFrom(addr.Unmap(), port)
-}
-
-func tcpAddr(a net.Addr) netip.AddrPort {
-	if tcp, ok := a.(*net.TCPAddr); ok {
-		return netip.AddrPortFrom(tcp.AddrPort().Addr().Unmap(), tcp.AddrPort().Port())
-	}
-	return netip.AddrPort{}
 }
 
 // writeHostToken writes the old NMI's answer: the token's fields, all of them strings, and

@@ -1,0 +1,59 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"os"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// Any process of the node can have connections from other loopback addresses, and the same
+// ports. They must not hide whose this one is.
+func TestTheOwnerOfOneOfSeveralConnectionsWithTheSamePorts(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	reuse := func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+	}
+	port := 0
+	var all []net.Conn
+	for _, from := range []string{"127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"} {
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from), Port: port}, Control: reuse}
+		conn, err := dialer.DialContext(context.Background(), "tcp", ln.Addr().String())
+		require.NoError(t, err)
+		defer conn.Close()
+		port = conn.LocalAddr().(*net.TCPAddr).Port
+		all = append(all, conn)
+	}
+	for _, conn := range all {
+		uid, err := ownerOf(conn.LocalAddr(), conn.RemoteAddr())
+		require.NoError(t, err, "%s", conn.LocalAddr())
+		assert.Equal(t, uint32(os.Getuid()), uid) //nolint:gosec // a user ID is not negative
+	}
+}
+
+// Some programs have sockets of IPv6 only, and use them for IPv4 too (RFC 3493, 3.7).
+func TestTheOwnerOfAnIPv6Socket(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM, 0)
+	if err != nil {
+		t.Skip("no IPv6 here: ", err)
+	}
+	defer unix.Close(fd)
+	to := &unix.SockaddrInet6{Port: ln.Addr().(*net.TCPAddr).Port, Addr: [16]byte(net.IPv4(127, 0, 0, 1).To16())}
+	require.NoError(t, unix.Connect(fd, to))
+	ours, err := ln.Accept()
+	require.NoError(t, err)
+	defer ours.Close()
+	uid, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
+	require.NoError(t, err)
+	assert.Equal(t, uint32(os.Getuid()), uid) //nolint:gosec // a user ID is not negative
+}
