@@ -36,3 +36,10 @@ func TestEachSensitivePathIsAllowedByItself(t *testing.T) {
 		assert.Equal(t, want, resp.StatusCode, path)
 	}
 }
+
+func TestAnApprovalIsNoUpgrade(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Allow = Sensitive })
+	resp, _ := w.send(bound, request("POST", "/metadata/scheduledevents?api-version=2020-07-01", "Metadata: true", "Connection: Upgrade", "Upgrade: websocket", "Content-Length: 2")+"{}")
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Zero(t, w.imds.Requests())
+}

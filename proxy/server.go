@@ -237,11 +237,10 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 
 // sensitive passes on what says or does something about the node, for known pods.
 func (s *Server) sensitive(w http.ResponseWriter, r *http.Request) error {
-	plain := r.ContentLength == 0 && r.Header["Upgrade"] == nil
 	switch approves := r.Method == http.MethodPost && pathOf(r) == Sensitive[0]; {
 	case !approves && r.Method != http.MethodGet:
 		return s.exceptedOnly(w, r, errMethod)
-	case !approves && !plain:
+	case !approves && r.ContentLength != 0 || r.Header["Upgrade"] != nil:
 		return s.exceptedOnly(w, r, errNotPlain)
 	}
 	pod, _, err := s.resolve(r)
