@@ -150,3 +150,15 @@ func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
 	_, err = ownerOf(ours.RemoteAddr(), ours.LocalAddr())
 	require.Error(t, err)
 }
+
+// What a process may not do it may try in a loop, and must not fill the log by it.
+func TestRefusedProcessesDoNotFillTheLog(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.HostTokenUIDs = []uint32{uint32(os.Getuid()) + 1} })
+	for range 200 {
+		resp, _ := w.send(ownHost, hostRequest("bound", ""))
+		require.Equal(t, 403, resp.StatusCode)
+	}
+	lines := strings.Count(w.log.String(), "level=WARN")
+	assert.Positive(t, lines)
+	assert.Less(t, lines, 100)
+}
