@@ -48,6 +48,9 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 	if err := s.checkUser(r, local); err != nil {
 		return err
 	}
+	if r.Header["X-Forwarded-For"] != nil { // it has the right to ask, and asks for somebody else
+		return errForwarded
+	}
 	namespace, name := r.Header.Get("podns"), r.Header.Get("podname")
 	if namespace == "" || name == "" {
 		return badRequest("The headers 'podns' and 'podname' must name the pod")

@@ -162,3 +162,13 @@ func TestRefusedProcessesDoNotFillTheLog(t *testing.T) {
 	assert.Positive(t, lines)
 	assert.Less(t, lines, 100)
 }
+
+// A proxy of root's on the host network, such as an ingress controller, that somebody
+// has told to forward to 127.0.0.1.
+func TestHostTokensAreNotForProxies(t *testing.T) {
+	w := newWorld(t, withHost)
+	resp, body := w.send(ownHost, strings.Replace(hostRequest("bound", ""), "podns:", "X-Forwarded-For: 1.2.3.4\r\npodns:", 1))
+	assert.Equal(t, 400, resp.StatusCode)
+	assert.Contains(t, body, "X-Forwarded-For")
+	assert.Zero(t, w.imds.Requests())
+}
