@@ -43,9 +43,25 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 	// written until the body has ended. A client that does not read before it has
 	// sent maxBody is not held up: the kernel's buffers are larger.
 	_ = control.EnableFullDuplex()
+	if w.Header().Get("Connection") != "" {
+		w = lastAnswer{w}
+	}
 	s.forward.ServeHTTP(w, r)
 	return nil
 }
+
+// lastAnswer is what ends a connection, whatever becomes of its header: ReverseProxy clears
+// that when IMDS sends an informational answer first.
+type lastAnswer struct{ http.ResponseWriter }
+
+// WriteHeader implements http.ResponseWriter.
+func (w lastAnswer) WriteHeader(status int) {
+	w.Header().Set("Connection", "close")
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap is for http.ResponseController.
+func (w lastAnswer) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // clientBody tells what is wrong with a request's body from what is wrong with IMDS.
 type clientBody struct{ io.ReadCloser }

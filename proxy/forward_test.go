@@ -285,3 +285,24 @@ func TestABodyThatCannotBeReadIsTheClientsFault(t *testing.T) {
 	assert.Equal(t, http.StatusBadRequest, resp.StatusCode)
 	assert.True(t, resp.Close)
 }
+
+// See ServeHTTP for why these end their connections.
+func TestAnInformationalAnswerKeepsNoConnectionOpen(t *testing.T) {
+	for _, raw := range []string{
+		"POST /metadata/x HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
+		"GET /metadata/x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+	} {
+		for _, first := range []string{"100 Continue", "103 Early Hints"} {
+			p := newPlainIMDS(t)
+			c := p.pod()
+			c.write(t, raw)
+			imds := p.accept()
+			_, err := http.ReadRequest(imds.r)
+			require.NoError(t, err)
+			imds.write(t, "HTTP/1.1 "+first+"\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+			all, err := io.ReadAll(c.r)
+			require.NoError(t, err, "it stays open")
+			assert.Contains(t, string(all), " 200 OK\r\n")
+		}
+	}
+}
