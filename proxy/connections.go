@@ -168,7 +168,9 @@ func (one *conn) CloseWrite() error {
 }
 
 // changed is called by http.Server when the state of a connection changes: only one that
-// is between two requests, or has not sent a byte, may be ended for another.
+// has no request with a whole header under way may be ended for another. One whose header
+// is coming may be: it is active for http.Server when that is in, and who sends it slowly
+// keeps no place.
 func (c *connections) changed(nc net.Conn, state http.ConnState) {
 	one, ok := nc.(*conn)
 	if !ok {
