@@ -63,7 +63,8 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
 	}
-	token, err := s.cfg.Tokens.Get(r.Context(), keyOf(identity, want.resource), loopback)
+	// The node's own: it asks for all pods that start, and may do so at once.
+	token, err := s.cfg.Tokens.Get(r.Context(), keyOf(identity, want.resource), netip.Addr{})
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}

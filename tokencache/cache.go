@@ -287,7 +287,7 @@ func (c *Cache) makeRoom(starter netip.Addr) (evicted []Key) {
 		c.stats.evictions.Add(1)
 		evicted = append(evicted, e.key)
 	}
-	if c.holding[starter] >= maxHolding {
+	if starter.IsValid() && c.holding[starter] >= maxHolding {
 		for _, e := range c.entries.Values() { // the oldest first
 			if e.holder == starter {
 				leaves(e)

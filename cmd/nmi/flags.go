@@ -128,7 +128,8 @@ func newOptions() *options {
 const (
 	maxIntervalSeconds = 24 * 60 * 60
 	maxWait            = time.Minute
-	maxNumber          = 1_000_000 // of requests or connections
+	maxTokenRate       = 1000
+	maxConnections     = 1_000_000
 	// The API server sends something about once a minute.
 	minStaleness = 2 * time.Minute
 )
@@ -268,12 +269,15 @@ func (o *options) config() (config, error) {
 	if cfg.probeSocket != "" && !filepath.IsAbs(cfg.probeSocket) {
 		return config{}, fmt.Errorf("--%s=%s is not usable: give an absolute path, or nothing to turn it off", flagProbeSocket, cfg.probeSocket)
 	}
-	for name, n := range map[string]int{
-		"imds-token-rate": o.tokensPerSecond, "imds-token-concurrency": o.tokensAtOnce,
-		"max-connections": o.maxConnections, "max-connections-per-pod": o.maxConnectionsPerPod,
+	for _, flag := range []struct {
+		name    string
+		n, most int
+	}{
+		{"imds-token-rate", o.tokensPerSecond, maxTokenRate}, {"imds-token-concurrency", o.tokensAtOnce, maxTokenRate},
+		{"max-connections", o.maxConnections, maxConnections}, {"max-connections-per-pod", o.maxConnectionsPerPod, maxConnections},
 	} {
-		if n < 1 || n > maxNumber {
-			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", name, n, maxNumber)
+		if flag.n < 1 || flag.n > flag.most {
+			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", flag.name, flag.n, flag.most)
 		}
 	}
 	for _, path := range o.allow {

@@ -84,7 +84,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--redirect-mode=magic":              `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
 		"--prometheus-port=2579":             "--nmi-port and --prometheus-port are both 2579",
 		"--handover-dir=run/nmi":             "--handover-dir=run/nmi is not usable: give an absolute path",
-		"--imds-token-rate=0":                "--imds-token-rate=0 is not usable: give a number from 1 to 1000000",
+		"--imds-token-rate=0":                "--imds-token-rate=0 is not usable: give a number from 1 to 1000",
 		"--max-connections=-1":               "--max-connections=-1 is not usable",
 		"--allow-path=/metadata/identity":    "--allow-path=/metadata/identity is not one that can be allowed: use /metadata/scheduledevents",
 		"--host-token-uids=0,root":           "--host-token-uids=0,root is not usable: give user IDs as numbers",
