@@ -15,7 +15,8 @@ import (
 
 // hostTokenPath is where a program of the node asks for a token of a pod that it names:
 // the provider of the Secrets Store CSI driver, which mounts secrets before the pod has an
-// address. The path, headers and answer are the old NMI's.
+// address. The path, headers and answer are the old NMI's. The provider
+// ends the path with a slash (its pkg/auth/auth.go), and others do not.
 const hostTokenPath = "/host/token"
 
 // loopback is the one address that both ends of the node's own requests have. No pod's
@@ -42,7 +43,7 @@ func isHost(local, remote net.Addr) bool {
 
 // host takes a request of the node's own down its road: as a pod's, but for who asks.
 func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) error {
-	if path, _, _ := strings.Cut(r.RequestURI, "?"); path != hostTokenPath || len(s.cfg.HostTokenUIDs) == 0 {
+	if path, _, _ := strings.Cut(r.RequestURI, "?"); strings.TrimSuffix(path, "/") != hostTokenPath || len(s.cfg.HostTokenUIDs) == 0 {
 		return errNotFound
 	}
 	if err := s.checkUser(r, local); err != nil {

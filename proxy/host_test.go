@@ -23,8 +23,9 @@ const (
 
 func withHost(c *Config) { c.HostTokenUIDs = []uint32{uint32(os.Getuid())} }
 
+// hostRequest is what the provider of the Secrets Store CSI driver sends.
 func hostRequest(name, query string) string {
-	return request("GET", "/host/token?resource=https://vault.azure.net/"+query, "podns: shop", "podname: "+name)
+	return request("GET", "/host/token/?resource=https://vault.azure.net/"+query, "podns: shop", "podname: "+name)
 }
 
 func TestHostToken(t *testing.T) {
@@ -52,6 +53,8 @@ func TestHostToken(t *testing.T) {
 	resp, body = w.send(ownHost, hostRequest("unbound", ""))
 	assert.Equal(t, 400, resp.StatusCode)
 	assert.Equal(t, noID, body)
+	resp, _ = w.send(ownHost, strings.Replace(hostRequest("bound", ""), "/?", "?", 1))
+	assert.Equal(t, 200, resp.StatusCode, "without the slash too")
 	resp, _ = w.send(ownHost, hostRequest("not-there", ""))
 	assert.Equal(t, 503, resp.StatusCode, "it may be about to appear")
 	resp, body = w.send(ownHost, request("GET", "/host/token?resource=r", "podns: shop"))
@@ -63,7 +66,7 @@ func TestHostToken(t *testing.T) {
 
 func TestTheNodeIsServedNothingElse(t *testing.T) {
 	w := newWorld(t, withHost)
-	for _, target := range []string{tokenURL, "/metadata/instance?api-version=2021-02-01", "/metadata/versions", "/host/token/", "/host/tokens", "/Host/token", "//host/token"} {
+	for _, target := range []string{tokenURL, "/metadata/instance?api-version=2021-02-01", "/metadata/versions", "/host/token//", "/host/token/x", "/host/tokens", "/Host/token", "//host/token"} {
 		resp, _ := w.send(ownHost, request("GET", target, "Metadata: true", "podns: shop", "podname: bound"))
 		assert.Equal(t, 404, resp.StatusCode, target)
 	}

@@ -19,7 +19,7 @@ import (
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
-const hostToken = "/host/token?resource=" + vault
+const hostToken = "/host/token/?resource=" + vault
 
 // asHost asks as the Secrets Store CSI driver's provider does: a root process of the node,
 // on behalf of a pod that has no address yet.
