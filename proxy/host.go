@@ -15,8 +15,8 @@ import (
 
 // hostTokenPath is where a program of the node asks for a token of a pod that it names:
 // the provider of the Secrets Store CSI driver, which mounts secrets before the pod has an
-// address. The path, headers and answer are the old NMI's. The provider
-// ends the path with a slash (its pkg/auth/auth.go), and others do not.
+// address. The path, headers and answer are the old NMI's. The provider ends the path with
+// a slash (its pkg/auth/auth.go).
 const hostTokenPath = "/host/token"
 
 // loopback is the one address that both ends of the node's own requests have. No pod's

@@ -172,7 +172,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.IntVar(&o.maxConnections, "max-connections", proxy.DefaultMaxConnections, "most connections that pods have open; one more takes the place of an idle one")
 	fs.IntVar(&o.maxConnectionsPerPod, "max-connections-per-pod", proxy.DefaultMaxConnectionsPerPod, "most connections that one pod has open; likewise")
 	fs.StringSliceVar(&o.allow, "allow-path", nil, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.Sensitive, ", "))
-	fs.StringVar(&o.hostTokenUIDs, "host-token-uids", "0", "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does; none turns it off")
+	fs.StringVar(&o.hostTokenUIDs, "host-token-uids", "0", "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does; \"\" turns it off")
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "

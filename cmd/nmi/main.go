@@ -41,7 +41,7 @@ func command() *cobra.Command {
 		Short: "Serve managed identity tokens to the pods of a node",
 		Long: `nmi redirects what the pods of this node send to Azure's instance metadata
 service (169.254.169.254:80) to itself, finds out which pod is calling, and serves
-tokens of the managed identities that AzureIdentityBindings give to that pod.
+tokens of the identities that AzureIdentityBindings give to that pod.
 
 It takes the flags of the NMI of aad-pod-identity. The API server is found through
 the environment variable KUBECONFIG, or else as a pod finds it.`,
