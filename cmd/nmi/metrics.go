@@ -46,7 +46,7 @@ func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver, tokens 
 // observeRules tells of the iptables rules.
 func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 	var all error
-	gauge := func(name, description string, observe func(iptables.Status, metric.Int64Observer)) {
+	status := func(name, description string, observe func(iptables.Status, metric.Int64Observer)) {
 		_, err := meter.Int64ObservableGauge(name, metric.WithDescription(description),
 			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 				observe(rules.Status(), o)
@@ -54,15 +54,15 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 			}))
 		all = errors.Join(all, err)
 	}
-	gauge("redirect.mode", "1 for the redirect mode in force", func(s iptables.Status, o metric.Int64Observer) {
+	status("redirect.mode", "1 for the redirect mode in force", func(s iptables.Status, o metric.Int64Observer) {
 		if s.Mode != "" {
 			o.Observe(1, metric.WithAttributes(attribute.String("mode", string(s.Mode))))
 		}
 	})
-	gauge("iptables.in_place", "1 if the rules were in place at the last check, else 0", func(s iptables.Status, o metric.Int64Observer) {
+	status("iptables.in_place", "1 if the rules were in place at the last check, else 0", func(s iptables.Status, o metric.Int64Observer) {
 		o.Observe(oneIf(s.Err == nil))
 	})
-	gauge("source.unguarded", "1 if tokens are withheld because pods on a bridge can take each other's addresses, else 0", func(s iptables.Status, o metric.Int64Observer) {
+	status("source.unguarded", "1 if tokens are withheld because pods on a bridge can take each other's addresses, else 0", func(s iptables.Status, o metric.Int64Observer) {
 		o.Observe(oneIf(s.Unguarded != nil))
 	})
 	counter := func(name, description string, value func(iptables.Stats) uint64) {
@@ -87,12 +87,7 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 			return nil
 		}))
 	all = errors.Join(all, err)
-	_, err = meter.Int64ObservableGauge("addresses", metric.WithDescription("Addresses that pods of this node hold"),
-		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-			o.Observe(int64(resolver.Stats().Addresses))
-			return nil
-		}))
-	all = errors.Join(all, err)
+	all = errors.Join(all, err, gauge(meter, "addresses", "Addresses that pods of this node hold", func() int { return resolver.Stats().Addresses }))
 	counter := func(name, description string, value func(podresolver.Stats) uint64) {
 		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(resolver.Stats()) }))
 	}
@@ -104,12 +99,8 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 
 // observeServer tells of the pods' connections.
 func observeServer(meter metric.Meter, server *proxy.Server) error {
-	_, err := meter.Int64ObservableGauge("connections", metric.WithDescription("Connections that pods have open"),
-		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-			o.Observe(int64(server.Connections().Open))
-			return nil
-		}))
-	return errors.Join(err,
+	return errors.Join(
+		gauge(meter, "connections", "Connections that pods have open", func() int { return server.Connections().Open }),
 		count(meter, "connections.refused", "Connections that were closed on arrival, since there were too many", func() uint64 { return server.Connections().Refused }),
 		count(meter, "connections.ended", "Idle connections that were closed to make place for others", func() uint64 { return server.Connections().Ended }))
 }
@@ -148,12 +139,9 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 		}
 		return byClass
 	})
-	_, err := meter.Int64ObservableGauge("tokens", metric.WithDescription("Tokens in memory"),
-		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-			o.Observe(int64(tokens.Stats().Entries))
-			return nil
-		}))
-	return errors.Join(all, err)
+	return errors.Join(all,
+		gauge(meter, "tokens", "Tokens in memory", func() int { return tokens.Stats().Entries }),
+		gauge(meter, "tokens.failing", "Tokens that could not be had of late", func() int { return tokens.Stats().Failing }))
 }
 
 // count adds a counter of what is counted elsewhere.
@@ -161,6 +149,16 @@ func count(meter metric.Meter, name, description string, value func() uint64) er
 	_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 			o.Observe(int64(value())) //nolint:gosec // what is counted happens some times a second at most
+			return nil
+		}))
+	return err
+}
+
+// gauge adds a gauge of what is counted elsewhere.
+func gauge(meter metric.Meter, name, description string, value func() int) error {
+	_, err := meter.Int64ObservableGauge(name, metric.WithDescription(description),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(value()))
 			return nil
 		}))
 	return err
