@@ -19,9 +19,11 @@ test: root packages lint unit e2e ## everything
 lint:
 	$(LINT) run ./...
 
-# The tests of iptables run in namespaces of their own, hence root.
+# The tests of iptables run in namespaces of their own, hence root. The model test
+# tries fewer seeds with -race, hence again.
 unit: root packages
 	go test -race ./...
+	go test -run '^TestModel$$' ./tokencache
 
 e2e: root packages build kube sdks ## the real binary against a real API server
 	go test -tags e2e -count=1 -timeout 10m ./deploy/e2e

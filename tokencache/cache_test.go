@@ -36,7 +36,7 @@ func TestManyCallersOfAColdKeyMakeOneCall(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 10_000 {
 			wg.Go(func() {
-				token, err := c.Get(t.Context(), key, pod(i))
+				token, err := c.Get(t.Context(), key, pod(i%250))
 				assert.NoError(t, err)
 				assert.Equal(t, "token-1", token.AccessToken)
 			})

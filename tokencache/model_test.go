@@ -218,8 +218,9 @@ func (m *model) wanted(token *modelToken) bool {
 // TestModel does to a Cache and to its model whatever comes to mind. A seed that fails
 // is a test of its own: -run 'TestModel/seed=7$'.
 func TestModel(t *testing.T) {
-	for seed := range uint64(300) {
+	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) { testModel(t, rand.New(rand.NewPCG(seed, 0))) })
 		})
 	}

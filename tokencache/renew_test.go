@@ -112,7 +112,7 @@ func TestRenewalsThatFailAreFiveSecondsApartToo(t *testing.T) {
 			wg.Go(func() {
 				for time.Since(begin) < renewPause-time.Second {
 					if _, err := c.Renew(t.Context(), key, pod(i), nil); err == nil {
-						time.Sleep(time.Millisecond)
+						time.Sleep(10 * time.Millisecond)
 					}
 				}
 			})

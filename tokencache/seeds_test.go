@@ -1,0 +1,6 @@
+//go:build !race
+
+package tokencache
+
+// seeds is how many the model test tries.
+const seeds = 300
