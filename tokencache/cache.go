@@ -3,7 +3,6 @@ package tokencache
 import (
 	"context"
 	"errors"
-	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
@@ -80,20 +79,21 @@ type Cache struct {
 	fetch    Fetch
 	cfg      Config
 	failures failures
-	managed  *turns // of managed identities' tokens
-	others   *turns // of service principals': what hangs there holds up nothing here
 	group    singleflight.Group
 	stats    counters
 	began    time.Time
 	jitter   func() float64 // in [0, 1)
 
+	// Apart, so that what hangs at Entra holds up nothing at IMDS.
+	managedTurns, principalTurns *turns
+
 	// byKey is what entries holds, for readers who take no lock.
 	byKey atomic.Pointer[map[Key]*entry]
 
-	ctx    context.Context // of all flights; ended by Close
-	cancel context.CancelFunc
-	wake   chan struct{} // the refresher's
-	behind sync.WaitGroup
+	ctx        context.Context // of all flights; ended by Close
+	cancel     context.CancelFunc
+	wake       chan struct{}  // the refresher's
+	background sync.WaitGroup // flights, the refresher, and who waits on its behalf
 
 	// mu guards all below, each write to entries and byKey, and the parts of an
 	// entry that say so.
@@ -128,13 +128,14 @@ func New(fetch Fetch, cfg Config) *Cache {
 	}
 	c := &Cache{
 		fetch: fetch, cfg: cfg, entries: entries, failures: newFailures(),
-		managed: newTurns(cfg.PerSecond, cfg.AtOnce), others: newTurns(cfg.PerSecond, cfg.AtOnce),
+		managedTurns: newTurns(cfg.PerSecond, cfg.AtOnce), principalTurns: newTurns(cfg.PerSecond, cfg.AtOnce),
 		began: time.Now(), jitter: rand.Float64,
-		wake: make(chan struct{}, 1), wants: make(map[flight]*want), started: make(map[netip.Addr]int), holding: make(map[netip.Addr]int),
+		wake: make(chan struct{}, 1), wants: make(map[flight]*want),
+		started: make(map[netip.Addr]int), holding: make(map[netip.Addr]int),
 	}
 	c.byKey.Store(&map[Key]*entry{})
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.behind.Go(c.refreshAhead)
+	c.background.Go(c.refreshAhead)
 	return c
 }
 
@@ -174,7 +175,7 @@ func (c *Cache) Get(ctx context.Context, key Key, caller netip.Addr) (*Token, er
 // in between the caller gets what there is.
 func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace func(*Token) bool) (*Token, error) {
 	now := time.Now()
-	f := flight{Key: key, fresh: true}
+	f := flight{Key: key, renewal: true}
 	if e := c.lookup(key); e != nil && e.freshness(now) != expired {
 		if replace != nil && !replace(e.token) || !c.mayRenew(e, f, now) {
 			return c.Get(ctx, key, caller)
@@ -249,97 +250,13 @@ func (c *Cache) hurry(ctx context.Context, e *entry, caller netip.Addr) (*Token,
 	return token, err
 }
 
-// store keeps what a flight that began on seen has brought, and returns what is in
-// memory then: another flight may have landed first, and have asked later.
-func (c *Cache) store(f flight, seen *entry, starter netip.Addr, token *Token, now time.Time) *entry {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	before := c.lookup(f.Key)
-	if before != nil && before != seen && !f.fresh && before.freshness(now) != expired {
-		return before
-	}
-	e := newEntry(f.Key, token, now, c.jitter())
-	e.holder = starter
-	e.touched.Store(int64(now.Sub(c.began)))
-	if before != nil {
-		e.users, e.renewedAt, e.holder = before.users, before.renewedAt, before.holder
-	}
-	if f.fresh {
-		e.renewed, e.renewedAt = true, now
-	}
-	var evicted []Key
-	if before == nil {
-		evicted = c.makeRoom(starter)
-		c.holding[starter]++
-	}
-	c.entries.Add(f.Key, e)
-	c.publish(e, evicted...)
-	c.failures.forget(f.Key)
-	c.wakeRefresher()
-	return e
-}
-
-// makeRoom removes what has to leave for one more entry: the least recently used of the
-// caller's own if it holds too many, else of all if the cache is full. mu is held.
-func (c *Cache) makeRoom(starter netip.Addr) (evicted []Key) {
-	leaves := func(e *entry) {
-		c.remove(e)
-		c.stats.evictions.Add(1)
-		evicted = append(evicted, e.key)
-	}
-	if starter.IsValid() && c.holding[starter] >= maxHolding {
-		for _, e := range c.entries.Values() { // the oldest first
-			if e.holder == starter {
-				leaves(e)
-				break
-			}
-		}
-	}
-	if c.entries.Len() == c.cfg.Size {
-		if _, oldest, ok := c.entries.GetOldest(); ok {
-			leaves(oldest)
-		}
-	}
-	return evicted
-}
-
-// remove forgets an entry; publish is to be told. mu is held.
-func (c *Cache) remove(e *entry) {
-	c.entries.Remove(e.key)
-	if c.holding[e.holder]--; c.holding[e.holder] == 0 {
-		delete(c.holding, e.holder)
-	}
-}
-
-// turnsOf are those that the key's fetch takes.
-func (c *Cache) turnsOf(key Key) *turns {
-	if _, ok := key.ServicePrincipal(); ok {
-		return c.others
-	}
-	return c.managed
-}
-
-// publish tells the readers of an entry that has come, if any, and of those that have
-// gone. mu is held. Copying 2,000 entries takes 0.1 ms, and happens as often as the
-// upstream may be asked.
-func (c *Cache) publish(e *entry, gone ...Key) {
-	next := maps.Clone(*c.byKey.Load())
-	for _, key := range gone {
-		delete(next, key)
-	}
-	if e != nil {
-		next[e.key] = e
-	}
-	c.byKey.Store(&next)
-}
-
 // Close ends all flights and waits for them. Tokens in memory can still be had.
 func (c *Cache) Close() {
 	c.mu.Lock()
 	c.closed = true
 	c.mu.Unlock()
 	c.cancel()
-	c.behind.Wait()
-	c.managed.stop() // each flight that ends may set the alarm
-	c.others.stop()
+	c.background.Wait()
+	c.managedTurns.stop() // each flight that ends may set the alarm
+	c.principalTurns.stop()
 }

@@ -204,8 +204,8 @@ func TestCloseLeavesNothingBehind(t *testing.T) {
 		c.Close()
 		assert.Zero(t, up.out, "no fetch is under way")
 		synctest.Wait() // singleflight's own goroutines have told all by then; else the bubble says so
-		assert.False(t, c.managed.alarm.Stop(), "no timer runs")
-		assert.Zero(t, c.managed.out)
+		assert.False(t, c.managedTurns.alarm.Stop(), "no timer runs")
+		assert.Zero(t, c.managedTurns.out)
 		assert.Empty(t, c.wants)
 		assert.Empty(t, c.started)
 	})

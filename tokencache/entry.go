@@ -131,15 +131,15 @@ func (e *entry) leaveAlone(until time.Time) {
 // is held.
 func (e *entry) attention(now time.Time) time.Time {
 	end := now.Add(e.left(now))
-	turns := end.Add(-lastMinutes) // urgent
-	if e.refreshAt.Before(turns) {
-		turns = e.refreshAt
+	next := end.Add(-lastMinutes) // urgent
+	if e.refreshAt.Before(next) {
+		next = e.refreshAt
 	}
-	if turns.Before(e.askAfter) {
-		turns = e.askAfter
+	if next.Before(e.askAfter) {
+		next = e.askAfter
 	}
-	if turns.Before(end) && turns.After(now) {
-		return turns
+	if next.Before(end) && next.After(now) {
+		return next
 	}
 	return end
 }

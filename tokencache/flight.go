@@ -11,16 +11,16 @@ import (
 	"golang.org/x/sync/singleflight"
 )
 
-// flight is what singleflight makes one of: a fetch for a key. One for a fresh token
-// is apart from one that a cache on the way may answer.
+// flight is what singleflight makes one of: a fetch for a key. A renewal, for which no
+// cache on the way may answer, is apart from the others.
 type flight struct {
 	Key
-	fresh bool
+	renewal bool
 }
 
 func (f flight) String() string {
-	if f.fresh {
-		return "fresh " + f.Key.String()
+	if f.renewal {
+		return "renewal of " + f.Key.String()
 	}
 	return f.Key.String()
 }
@@ -52,11 +52,11 @@ func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan si
 		w.ctx, w.cancel = context.WithCancel(c.ctx)
 		c.wants[f] = w
 		c.started[caller]++
-		if f.fresh && seen != nil {
+		if f.renewal && seen != nil {
 			// The key has no other for a while: whoever leaves, it is made.
 			seen.renewedAt = time.Now()
 			landed := c.interest(f, w, caller)
-			c.behind.Go(func() {
+			c.background.Go(func() {
 				<-landed
 				c.leave(f, w)
 			})
@@ -65,6 +65,14 @@ func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan si
 		c.stats.joined.Add(1)
 	}
 	return w, c.interest(f, w, caller), nil
+}
+
+// turnsOf are those that the key's fetch takes.
+func (c *Cache) turnsOf(key Key) *turns {
+	if _, ok := key.ServicePrincipal(); ok {
+		return c.principalTurns
+	}
+	return c.managedTurns
 }
 
 // interest adds one who waits. mu is held.
@@ -148,7 +156,7 @@ func (c *Cache) fly(f flight, w *want) (*entry, error) {
 		c.end(f, w)
 	}()
 	now := time.Now()
-	if e := c.lookup(f.Key); e != nil && e != w.seen && (e.renewed || !f.fresh) && e.freshness(now) != expired {
+	if e := c.lookup(f.Key); e != nil && e != w.seen && (e.renewed || !f.renewal) && e.freshness(now) != expired {
 		return e, nil
 	}
 	if failure := c.failedJustNow(f, w, now); failure != nil {
@@ -157,7 +165,7 @@ func (c *Cache) fly(f flight, w *want) (*entry, error) {
 	if !c.takeOff() {
 		return nil, ErrClosed
 	}
-	defer c.behind.Done()
+	defer c.background.Done()
 	c.stats.flights.Add(1)
 	token, err := c.ask(f, w)
 	switch {
@@ -179,7 +187,7 @@ func (c *Cache) takeOff() bool {
 	if c.closed {
 		return false
 	}
-	c.behind.Add(1)
+	c.background.Add(1)
 	return true
 }
 
@@ -212,7 +220,7 @@ func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
 		end = func(leaveAlone time.Duration) { once.Do(func() { w.turns.done(leaveAlone) }) }
 		return end, nil
 	}
-	token, err = c.fetch(ctx, Request{Key: f.Key, Fresh: f.fresh, Turn: turn})
+	token, err = c.fetch(ctx, Request{Key: f.Key, Fresh: f.renewal, Turn: turn})
 	now := time.Now()
 	switch {
 	case err != nil && errors.Is(context.Cause(ctx), context.DeadlineExceeded):
@@ -240,7 +248,7 @@ func (c *Cache) fail(f flight, err error, now time.Time) *Failure {
 		_ = c.failures.remember(f.Key, err, now) // for when there is no token any more
 	}
 	again := max(renewPause, wait)
-	if f.fresh { // more would let any caller keep the refreshes back
+	if f.renewal { // more would let any caller keep the refreshes back
 		e.leaveAlone(now.Add(wait))
 	} else {
 		e.postpone(now, wait)
@@ -257,7 +265,7 @@ func (c *Cache) failedJustNow(f flight, w *want, now time.Time) *Failure {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if again := w.seen.askAfter.Sub(now); again > 0 && !f.fresh {
+	if again := w.seen.askAfter.Sub(now); again > 0 && !f.renewal {
 		return &Failure{RetryAfter: again, Err: errors.New("a refresh has just failed")}
 	}
 	return nil

@@ -109,7 +109,7 @@ func (c *Cache) refresh(e *entry, caller netip.Addr) bool {
 	}
 	c.stats.refreshes.Add(1)
 	e.refreshing = true
-	c.behind.Go(func() {
+	c.background.Go(func() {
 		<-landed
 		c.leave(f, w)
 		c.mu.Lock()

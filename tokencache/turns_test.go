@@ -204,8 +204,8 @@ func TestATurnEndsWithItsFetch(t *testing.T) {
 		require.ErrorContains(t, err, "boom")
 		_, err = c.Get(t.Context(), numbered(1), bob)
 		require.NoError(t, err, "whose turn it is then")
-		assert.Zero(t, c.managed.out)
-		assert.Len(t, c.managed.slots, DefaultPerSecond)
+		assert.Zero(t, c.managedTurns.out)
+		assert.Len(t, c.managedTurns.slots, DefaultPerSecond)
 	})
 }
 
@@ -231,11 +231,11 @@ func TestTurnsUnderStress(t *testing.T) {
 		synctest.Wait()
 		assert.LessOrEqual(t, up.peak, DefaultAtOnce)
 		assert.LessOrEqual(t, up.mostInASecond(), DefaultPerSecond)
-		assert.Zero(t, c.managed.out)
-		assert.Len(t, c.managed.slots, DefaultPerSecond)
+		assert.Zero(t, c.managedTurns.out)
+		assert.Len(t, c.managedTurns.slots, DefaultPerSecond)
 		assert.Empty(t, c.wants)
 		assert.Empty(t, c.started)
-		assert.Zero(t, c.managed.backlog())
+		assert.Zero(t, c.managedTurns.backlog())
 	})
 }
 
