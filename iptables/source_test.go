@@ -208,7 +208,7 @@ func announce(link netlink.Link, addr netip.Addr) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd) //nolint:errcheck // nothing is lost
+	defer unix.Close(fd)
 	own := link.Attrs().HardwareAddr
 	packet := []byte{0, 1, 8, 0, 6, 4, 0, 2} // Ethernet, IPv4, a reply
 	for range 2 {                            // sender and target

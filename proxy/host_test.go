@@ -111,11 +111,11 @@ func TestHostTokenIsForItsUsersAlone(t *testing.T) {
 	dir, err := os.MkdirTemp("", "nmi")
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	require.NoError(t, os.Chmod(dir, 0o755)) //nolint:gosec // for another user to run it
+	require.NoError(t, os.Chmod(dir, 0o755)) // for another user to run it
 	program := dir + "/test"
 	content, err := os.ReadFile(exe)
 	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(program, content, 0o755)) //nolint:gosec // likewise
+	require.NoError(t, os.WriteFile(program, content, 0o755)) // likewise
 	for uid, want := range map[uint32]string{0: "HTTP/1.1 200 ", nobody: "HTTP/1.1 403 "} {
 		cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestAsAnotherUser$", "-test.v")
 		cmd.Dir = "/"
@@ -139,7 +139,7 @@ func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
 	require.NoError(t, err)
 	uid, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
 	require.NoError(t, err)
-	assert.Equal(t, uint32(os.Getuid()), uid) //nolint:gosec // a user ID is not negative
+	assert.Equal(t, uint32(os.Getuid()), uid) // a user ID is not negative
 
 	// Closed by the client first: the kernel now has a time-wait entry, of user 0.
 	require.NoError(t, client.Close())

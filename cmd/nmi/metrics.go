@@ -115,7 +115,7 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 		_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
 			metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 				for of, n := range values(tokens.Stats()) {
-					o.Observe(int64(n), metric.WithAttributes(attribute.String(label, of))) //nolint:gosec // 10,000 a second fill it in 29 million years
+					o.Observe(int64(n), metric.WithAttributes(attribute.String(label, of))) // 10,000 a second fill it in 29 million years
 				}
 				return nil
 			}))
@@ -148,7 +148,7 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 func count(meter metric.Meter, name, description string, value func() uint64) error {
 	_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-			o.Observe(int64(value())) //nolint:gosec // what is counted happens some times a second at most
+			o.Observe(int64(value())) // what is counted happens some times a second at most
 			return nil
 		}))
 	return err

@@ -142,7 +142,7 @@ func (p *predecessor) ownership(ctx context.Context, dir string) (*os.File, erro
 	case p != nil:
 		return p.lock, nil
 	case dir == "":
-		return nil, nil //nolint:nilnil // documented: there is no handover
+		return nil, nil // documented: there is no handover
 	}
 	f, err := lock(ctx, dir)
 	if errors.Is(err, errOwned) {
