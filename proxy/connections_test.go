@@ -16,6 +16,12 @@ import (
 // ask sends a token request over an open connection, and returns the answer's status.
 func (c *keptAlive) ask(t *testing.T) int {
 	t.Helper()
+	return c.answer(t).StatusCode
+}
+
+// answer is ask's, whose body has been read.
+func (c *keptAlive) answer(t *testing.T) *http.Response {
+	t.Helper()
 	_, err := io.WriteString(c, "GET "+tokenURL+" HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
 	require.NoError(t, err)
 	resp, err := http.ReadResponse(c.r, nil)
@@ -23,7 +29,7 @@ func (c *keptAlive) ask(t *testing.T) int {
 	defer resp.Body.Close()
 	_, err = io.Copy(io.Discard, resp.Body)
 	require.NoError(t, err)
-	return resp.StatusCode
+	return resp
 }
 
 // ended waits until the other side has closed the connection.

@@ -15,15 +15,9 @@ import (
 
 func TestARetiredServerClosesEachConnectionWithItsNextAnswer(t *testing.T) {
 	w := newWorld(t, nil)
-	ask := func(c *keptAlive) bool {
+	ask := func(c *keptAlive) (last bool) {
 		t.Helper()
-		_, err := io.WriteString(c, "GET "+tokenURL+" HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
-		require.NoError(t, err)
-		resp, err := http.ReadResponse(c.r, nil)
-		require.NoError(t, err)
-		defer resp.Body.Close()
-		_, err = io.Copy(io.Discard, resp.Body)
-		require.NoError(t, err)
+		resp := c.answer(t)
 		assert.Equal(t, 200, resp.StatusCode)
 		return resp.Close
 	}

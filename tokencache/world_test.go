@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -84,6 +85,13 @@ func (u *fakeUpstream) slow(takes time.Duration) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.takes = takes
+}
+
+// keptItsLimits asserts that it was not asked more than IMDS may be.
+func (u *fakeUpstream) keptItsLimits(t *testing.T) {
+	t.Helper()
+	assert.LessOrEqual(t, u.peak, DefaultAtOnce)
+	assert.LessOrEqual(t, u.mostInASecond(), DefaultPerSecond)
 }
 
 // mostInASecond is how many calls began within the worst second.
