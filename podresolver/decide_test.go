@@ -130,7 +130,7 @@ func TestADecisionIsAllThatARequestNeeds(t *testing.T) {
 	assert.Equal(t, Identity{
 		Namespace: "shop", Name: "sp", Type: aadpodidentity.ServicePrincipal,
 		ClientID: "c1", ResourceID: "/r/1", Binding: "b",
-		Principal: &Principal{TenantID: "t", Authority: DefaultAuthority, SecretNamespace: "shop", SecretName: "s"},
+		Principal: &Principal{TenantID: "t", Authority: defaultAuthority, SecretNamespace: "shop", SecretName: "s"},
 	}, id)
 	assert.False(t, id.Managed())
 }

@@ -2,7 +2,6 @@ package podresolver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -78,17 +77,15 @@ func (id Identity) String() string {
 	return text + ")"
 }
 
-// ErrNoSuchPod means that the pod is not one of this node's.
-var ErrNoSuchPod = errors.New("there is no such pod on this node")
-
-// Explain decides anew for a pod of the node, and says why. It needs Synced, and is
-// not for the road of requests: it looks at every binding.
+// Explain decides anew for a pod of the node, and says why. Its error means that there
+// is no such pod. It needs Synced, and is not for the road of requests: it looks at
+// every binding.
 func (r *Resolver) Explain(namespace, podName string) (Decision, error) {
 	r.tables.mu.Lock()
 	defer r.tables.mu.Unlock()
 	row := r.tables.pods[ref{namespace, podName}]
 	if row == nil {
-		return Decision{}, fmt.Errorf("%s/%s: %w", namespace, podName, ErrNoSuchPod)
+		return Decision{}, fmt.Errorf("%s/%s: there is no such pod on this node", namespace, podName)
 	}
 	p := r.decide(row)
 	d := Decision{

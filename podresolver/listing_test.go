@@ -46,7 +46,7 @@ func TestAStreamedListIsTheSame(t *testing.T) {
 	}
 	assert.Equal(t, &identityRow{
 		ref: ref{"shop", "c"}, kind: aadpodidentity.ServicePrincipal,
-		principal: &Principal{Authority: DefaultAuthority, SecretNamespace: "shop"},
+		principal: &Principal{Authority: defaultAuthority, SecretNamespace: "shop"},
 	}, rows[2].row)
 
 	// In any order, and with nothing in it.

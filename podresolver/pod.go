@@ -63,9 +63,9 @@ type Principal struct {
 	Certificate                 bool
 }
 
-// DefaultAuthority is the Authority of an AzureIdentity without adEndpoint:
+// defaultAuthority is the Authority of an AzureIdentity without adEndpoint:
 // Entra's of the public cloud.
-const DefaultAuthority = "https://login.microsoftonline.com"
+const defaultAuthority = "https://login.microsoftonline.com"
 
 // Managed reports whether it is a user-assigned managed identity, whose tokens
 // come from the metadata service.

@@ -79,7 +79,7 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 	}
 	p := &Principal{
 		TenantID:        in.Spec.TenantID,
-		Authority:       strings.TrimRight(cmp.Or(in.Spec.ADEndpoint, DefaultAuthority), "/"),
+		Authority:       strings.TrimRight(cmp.Or(in.Spec.ADEndpoint, defaultAuthority), "/"),
 		SecretNamespace: cmp.Or(in.Spec.ClientPassword.Namespace, in.Namespace),
 		SecretName:      in.Spec.ClientPassword.Name,
 		Certificate:     in.Spec.Type == aadpodidentity.ServicePrincipalCertificate,

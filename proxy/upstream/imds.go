@@ -47,9 +47,10 @@ func newPipeline(transport http.RoundTripper) runtime.Pipeline {
 	})
 }
 
-// Token fetches one token; the signature is tokencache.Fetch. ctx bounds the
-// call and all its tries, each of which takes a turn (Entra: all of them one). An answer other than a token, by
-// IMDS or Entra, is an *Error, wrapped where ctx ended the tries after it.
+// Token fetches one token; the signature is tokencache.Fetch. ctx bounds the call and
+// all its tries, each of which takes a turn (at Entra they share one). An answer other
+// than a token, by IMDS or Entra, is an *Error, wrapped where ctx ended the tries after
+// it.
 func (u *Upstream) Token(ctx context.Context, ask tokencache.Request) (*tokencache.Token, error) {
 	key := ask.Key
 	if principal, ok := key.ServicePrincipal(); ok {
