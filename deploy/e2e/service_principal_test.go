@@ -133,7 +133,7 @@ func TestAServicePrincipalsSecret(t *testing.T) {
 	}
 	got := p.comesTo("refused without the role", refused)
 	assert.NotContains(t, got.body, "credentials")
-	assert.Contains(t, a.Log(), "secret shop/credentials: it cannot be read: the agent's service account may not get it; apply deploy/service-principals/rbac.yaml to namespace shop")
+	s.says(a, "secret shop/credentials: it cannot be read: the agent's service account may not get it; apply deploy/service-principals/rbac.yaml to namespace shop")
 
 	s.allow("credentials")
 	p.comesTo("refused without the secret", func(answer) bool { return strings.Contains(a.Log(), "there is no such secret") })
@@ -181,12 +181,12 @@ func TestASecretIsNotBorrowedOrSentAway(t *testing.T) {
 	a := s.agent("--entra-authority=" + authority)
 
 	p.comesTo("no identity", func(a answer) bool { return a.status == 400 && strings.Contains(a.body, "Identity not found") })
-	assert.Contains(t, a.Log(), `names a secret of namespace \"kube-system\"`)
+	s.says(a, `names a secret of namespace \"kube-system\"`)
 	code, output, err := testbed.RunAgent([]string{"KUBECONFIG=" + world.Kubeconfig}, "explain", "--operation-mode=managed", "shop/borrower-0")
 	require.NoError(t, err)
 	assert.Zero(t, code)
 	assert.Contains(t, output, `AzureIdentity "borrower", which names a secret of namespace "kube-system"`)
 
 	away.comesTo("refused", func(a answer) bool { return a.status == 400 && strings.Contains(a.body, "invalid_client") })
-	assert.Contains(t, a.Log(), "is neither one of Microsoft's nor named by --entra-authority")
+	s.says(a, "is neither one of Microsoft's nor named by --entra-authority")
 }
