@@ -273,8 +273,10 @@ func (o *options) config() (config, error) {
 		name    string
 		n, most int
 	}{
-		{"imds-token-rate", o.tokensPerSecond, maxTokenRate}, {"imds-token-concurrency", o.tokensAtOnce, maxTokenRate},
-		{"max-connections", o.maxConnections, maxConnections}, {"max-connections-per-pod", o.maxConnectionsPerPod, maxConnections},
+		{"imds-token-rate", o.tokensPerSecond, maxTokenRate},
+		{"imds-token-concurrency", o.tokensAtOnce, maxTokenRate},
+		{"max-connections", o.maxConnections, maxConnections},
+		{"max-connections-per-pod", o.maxConnectionsPerPod, maxConnections},
 	} {
 		if flag.n < 1 || flag.n > flag.most {
 			return config{}, fmt.Errorf("--%s=%d is not usable: give a number from 1 to %d", flag.name, flag.n, flag.most)
