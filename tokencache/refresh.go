@@ -11,6 +11,10 @@ import (
 // fewer than IMDS allows, so that callers who wait find a place.
 const maxRefreshes = 4
 
+// refresher stands for the refresher among the callers who wait for turns. It is an
+// address that nobody has.
+var refresher = netip.IPv6Unspecified()
+
 // refreshAhead refreshes what is due and in use, and removes what has expired, until
 // the cache is closed. It sleeps in between: a node's tokens are due twice a day.
 func (c *Cache) refreshAhead() {
@@ -58,7 +62,7 @@ func (c *Cache) refreshDue(now time.Time) (next time.Time) {
 		if running >= maxRefreshes {
 			break // the next to land reminds of the rest
 		}
-		if c.refresh(e, netip.Addr{}) {
+		if c.refresh(e, refresher) {
 			running++
 		}
 	}
