@@ -17,10 +17,12 @@ const (
 	routeSensitive             // passed on for known pods, where Config.Allow has the path
 )
 
+const scheduledEvents = "/metadata/scheduledevents"
+
 // Sensitive are the paths that Config.Allow may have: the events of the node's
 // maintenance, which a POST approves; a document that the node signs; and the node's
 // tenant.
-var Sensitive = []string{"/metadata/scheduledevents", "/metadata/attested/document", "/metadata/identity/info"}
+var Sensitive = []string{scheduledEvents, "/metadata/attested/document", "/metadata/identity/info"}
 
 // route matches a raw request target against the list of what is served. IMDS
 // forgives spellings: it folds case, and reads "\", "%5c" and "//" as a slash.

@@ -237,7 +237,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 
 // sensitive passes on what says or does something about the node, for known pods.
 func (s *Server) sensitive(w http.ResponseWriter, r *http.Request) error {
-	switch approves := r.Method == http.MethodPost && pathOf(r) == Sensitive[0]; {
+	switch approves := r.Method == http.MethodPost && pathOf(r) == scheduledEvents; {
 	case !approves && r.Method != http.MethodGet:
 		return s.exceptedOnly(w, r, errMethod)
 	case !approves && r.ContentLength != 0 || r.Header["Upgrade"] != nil:
