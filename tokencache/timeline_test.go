@@ -199,4 +199,3 @@ func TestATokenThatExpiresWhileItIsRefreshedIsWaitedFor(t *testing.T) {
 		assert.Equal(t, 2, up.asked())
 	})
 }
-
