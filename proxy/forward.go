@@ -18,9 +18,9 @@ import (
 const maxBody = 64 << 10
 
 const (
-	// maxPassing is how many requests of one address are passed on at once, of the
+	// maxPassingEach is how many requests of one address are passed on at once, of the
 	// few that IMDS gets: a pod that reads slowly holds up itself.
-	maxPassing = 8
+	maxPassingEach = 8
 	// answerTimeout is for an answer: the first one for scheduled events takes up to two
 	// minutes (Microsoft, "Scheduled Events for Linux VMs", Enabling and disabling).
 	answerTimeout = 150 * time.Second
@@ -96,7 +96,7 @@ type passing struct {
 func (p *passing) enter(from netip.Addr) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.byAddr[from] >= maxPassing {
+	if p.byAddr[from] >= maxPassingEach {
 		return false
 	}
 	if p.byAddr == nil {

@@ -236,7 +236,7 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 	imds := &heldIMDS{release: make(chan struct{})}
 	w := newWorld(t, func(c *Config) { c.Upstream = imds })
 	const target = "/metadata/versions"
-	codes := make(chan int, maxPassing+1)
+	codes := make(chan int, maxPassingEach+1)
 	var asking sync.WaitGroup
 	ask := func(from string) {
 		asking.Go(func() {
@@ -247,19 +247,19 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 	waiting := func(n int32) {
 		assert.Eventually(t, func() bool { return imds.waiting.Load() == n }, 5*time.Second, time.Millisecond)
 	}
-	for range maxPassing {
+	for range maxPassingEach {
 		ask(bound)
 	}
-	waiting(maxPassing)
+	waiting(maxPassingEach)
 	resp, body := w.get(bound, target)
 	assert.Equal(t, http.StatusTooManyRequests, resp.StatusCode)
 	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
 	assert.JSONEq(t, `{"error":"invalid_request","error_description":"Too many requests at once"}`, body)
 	ask(alsoBound)
-	waiting(maxPassing + 1)
+	waiting(maxPassingEach + 1)
 	close(imds.release)
 	asking.Wait()
-	for range maxPassing + 1 {
+	for range maxPassingEach + 1 {
 		assert.Equal(t, 200, <-codes)
 	}
 	assert.Empty(t, w.server.passing.byAddr)

@@ -27,9 +27,9 @@ var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 // errNotRoot means that /host/token was asked by a process that may not.
 var errNotRoot = &httpError{status: http.StatusForbidden, code: "forbidden", description: "This user may not ask for tokens of pods"}
 
-// ownRequest reports whether a request is the node's own, and where it came in.
+// ownRequest is isHost for the connection of a request; local is where it came in.
 func ownRequest(r *http.Request) (local net.Addr, own bool) {
-	if !strings.HasPrefix(r.RemoteAddr, "127.0.0.1:") {
+	if !strings.HasPrefix(r.RemoteAddr, "127.0.0.1:") { // loopback, without parsing each request's
 		return nil, false
 	}
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)

@@ -210,45 +210,35 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 	case kind == routeToken:
 		return s.token(w, r)
 	case kind == routeOpen, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
-		switch {
-		case r.Method != http.MethodGet:
-			return s.exceptedOnly(w, r, errMethod)
-		case r.ContentLength != 0 || r.Header["Upgrade"] != nil:
-			// Nothing that is served here needs either, and both are ways to
-			// say more to IMDS than the path does.
-			return s.exceptedOnly(w, r, errNotPlain)
-		}
-		if s.cfg.PodsOnly {
-			if _, _, err := s.resolve(r); err != nil {
-				return err
-			}
-		}
-		dropOddHeaders(r.Header)
-		s.passOn(w, r, "path", r.URL.Path)
-		return nil
+		return s.open(w, r, s.cfg.PodsOnly)
 	case kind == routeInstance:
 		return s.exceptedOnly(w, r, errBlocked)
 	case kind == routeSensitive && slices.Contains(s.cfg.Allow, pathOf(r)):
-		return s.sensitive(w, r)
+		return s.open(w, r, true)
 	default:
 		return s.exceptedOnly(w, r, errNotFound)
 	}
 }
 
-// sensitive passes on what says or does something about the node, for known pods.
-func (s *Server) sensitive(w http.ResponseWriter, r *http.Request) error {
-	switch approves := r.Method == http.MethodPost && pathOf(r) == scheduledEvents; {
-	case !approves && r.Method != http.MethodGet:
+// open passes on what is served to pods that are not excepted, if podsOnly to none but
+// known pods: a plain GET, or the POST that approves events.
+func (s *Server) open(w http.ResponseWriter, r *http.Request, podsOnly bool) error {
+	approves := r.Method == http.MethodPost && pathOf(r) == scheduledEvents
+	switch {
+	case r.Method != http.MethodGet && !approves:
 		return s.exceptedOnly(w, r, errMethod)
-	case !approves && r.ContentLength != 0 || r.Header["Upgrade"] != nil:
+	case r.ContentLength != 0 && !approves, r.Header["Upgrade"] != nil:
+		// Nothing that is served here needs either, and both are ways to say more to
+		// IMDS than the path does.
 		return s.exceptedOnly(w, r, errNotPlain)
 	}
-	pod, _, err := s.resolve(r)
-	if err != nil {
-		return err
+	if podsOnly {
+		if _, _, err := s.resolve(r); err != nil {
+			return err
+		}
 	}
 	dropOddHeaders(r.Header)
-	s.passOn(w, r, "pod", pod, "path", r.URL.Path)
+	s.passOn(w, r, "path", r.URL.Path)
 	return nil
 }
 
