@@ -210,6 +210,13 @@ func (m *model) pass(now, until time.Time) {
 	}
 }
 
+// due reports whether the first of several callers would have the token refreshed
+// behind their backs, so that it is open which token the others get.
+func (m *model) due(key Key, now time.Time) bool {
+	token := m.tokens[key]
+	return token != nil && !now.Before(token.refresh) && now.Before(token.expires.Add(-5*time.Minute))
+}
+
 func (m *model) wanted(token *modelToken) bool {
 	maps.DeleteFunc(token.users, func(user netip.Addr, _ bool) bool { return m.gone[user] })
 	return token.asked || len(token.users) > 0
@@ -276,8 +283,8 @@ func testModel(t *testing.T, draw *rand.Rand) {
 			up.life = m.upstream.life
 		default:
 			got := make([]string, 1)
-			if m.upstream.refreshIn == 0 && m.upstream.life >= time.Hour {
-				got = make([]string, 1+what%3) // none of them finds a token that is due already
+			if !m.due(key, now) && m.upstream.refreshIn == 0 && m.upstream.life >= time.Hour {
+				got = make([]string, 1+what%3)
 			}
 			var all sync.WaitGroup
 			for n := range got {
