@@ -51,11 +51,16 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 }
 
 // lastAnswer is what ends a connection, whatever becomes of its header: ReverseProxy clears
-// that when IMDS sends an informational answer first.
+// that when IMDS sends an informational answer first. Such answers are not passed on here.
+// HTTP/1.0 clients must not get any (RFC 9110, 15.2), and for the others net/http writes
+// "100 Continue" itself, when the body is read, which may be at the same moment.
 type lastAnswer struct{ http.ResponseWriter }
 
 // WriteHeader implements http.ResponseWriter.
 func (w lastAnswer) WriteHeader(status int) {
+	if status < http.StatusOK {
+		return
+	}
 	w.Header().Set("Connection", "close")
 	w.ResponseWriter.WriteHeader(status)
 }
