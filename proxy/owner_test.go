@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"syscall"
@@ -21,16 +22,27 @@ func TestTheOwnerOfOneOfSeveralConnectionsWithTheSamePorts(t *testing.T) {
 	reuse := func(_, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
 	}
-	port := 0
+	// Another program may have the port of the first address, at another one.
 	var all []net.Conn
-	for _, from := range []string{"127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"} {
-		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from), Port: port}, Control: reuse}
-		conn, err := dialer.DialContext(context.Background(), "tcp", ln.Addr().String())
-		require.NoError(t, err)
-		defer conn.Close()
-		port = conn.LocalAddr().(*net.TCPAddr).Port
-		all = append(all, conn)
+	for range 20 {
+		port := 0
+		for _, from := range []string{"127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"} {
+			dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from), Port: port}, Control: reuse}
+			conn, err := dialer.DialContext(context.Background(), "tcp", ln.Addr().String())
+			if errors.Is(err, syscall.EADDRINUSE) {
+				all = nil
+				break
+			}
+			require.NoError(t, err)
+			defer conn.Close()
+			port = conn.LocalAddr().(*net.TCPAddr).Port
+			all = append(all, conn)
+		}
+		if all != nil {
+			break
+		}
 	}
+	require.Len(t, all, 4)
 	for _, conn := range all {
 		uid, err := ownerOf(conn.LocalAddr(), conn.RemoteAddr())
 		require.NoError(t, err, "%s", conn.LocalAddr())
