@@ -17,32 +17,34 @@ const (
 	DefaultMaxConnectionsPerPod = 512
 )
 
-// connections bounds how many are open, from each address and in all. One too many
-// takes the place of an idle one: of the same address if that has too many, else of the
-// address that has the most. Where none is idle the new one is closed.
+// connections bounds how many are open, from each address and in all. One too many from
+// an address takes the place of an idle one of the same address; where none is idle it is
+// closed. One too many in all takes a place of the address that has the most: an idle
+// one's, or from an address that has fewer even one in use, lest a few that keep all
+// of theirs in use lock the others out.
 type connections struct {
 	perPod, total int
 
 	mu     sync.Mutex // guards all below
 	open   int
-	byAddr map[netip.Addr]*crowd
+	byAddr map[netip.Addr]*crowd // none of them empty
 
 	refused, ended atomic.Uint64
 }
 
-// crowd is the connections from one address.
-type crowd struct {
-	open int
-	idle list.List // of *conn, the one that has been idle longest in front
-}
+// crowd is the connections from one address: of *conn, and in front the one that has had
+// nothing new to do for longest.
+type crowd struct{ list.List }
 
 // conn is a connection that is counted until it is closed.
 type conn struct {
 	net.Conn
-	all    *connections
-	from   netip.Addr
-	place  *list.Element // among the idle ones; guarded by connections.mu
-	closed bool          // guarded by connections.mu
+	all  *connections
+	from netip.Addr
+
+	// Guarded by connections.mu.
+	place *list.Element // in its crowd; nil once it is closed
+	busy  bool
 
 	handled atomic.Bool // the request under way is a handler's; see handling
 	refused bool        // http.Server has refused a request by itself
@@ -87,45 +89,59 @@ func (c *connections) admit(accepted net.Conn) net.Conn {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	own := c.byAddr[from]
+	if own == nil {
+		own = new(crowd)
+	}
 	switch {
-	case own != nil && own.open >= c.perPod:
-		if !c.endIdle(own) {
+	case own.Len() >= c.perPod:
+		if !c.end(own.idle()) {
 			return nil
 		}
 	case c.open >= c.total:
-		if !c.endIdle(c.largest()) {
+		most := c.largest()
+		victim := most.idle()
+		if victim == nil && own.Len()+1 < most.Len() {
+			victim = most.Front()
+		}
+		if !c.end(victim) {
 			return nil
 		}
 	}
-	if own = c.byAddr[from]; own == nil { // endIdle may have ended its last
-		own = new(crowd)
-		c.byAddr[from] = own
-	}
-	own.open++
-	c.open++
 	admitted := &conn{Conn: accepted, all: c, from: from}
-	admitted.place = own.idle.PushBack(admitted)
+	admitted.place = own.PushBack(admitted)
+	c.byAddr[from] = own // again, if it has just lost its last
+	c.open++
 	return admitted
 }
 
 // largest is the crowd with the most connections. mu is held.
 func (c *connections) largest() (most *crowd) {
 	for _, one := range c.byAddr {
-		if most == nil || one.open > most.open {
+		if most == nil || one.Len() > most.Len() {
 			most = one
 		}
 	}
 	return most
 }
 
-// endIdle closes the connection of a crowd that has been idle longest, and reports
-// whether there was one. mu is held.
-func (c *connections) endIdle(of *crowd) bool {
-	first := of.idle.Front()
-	if first == nil {
+// idle is the place of the connection that has been idle longest; nil if none is.
+func (own *crowd) idle() *list.Element {
+	for place := own.Front(); place != nil; place = place.Next() {
+		if !at(place).busy {
+			return place
+		}
+	}
+	return nil
+}
+
+func at(place *list.Element) *conn { return place.Value.(*conn) } //nolint:errcheck // nothing else is in a crowd
+
+// end closes the connection at a place, and reports whether there was one. mu is held.
+func (c *connections) end(place *list.Element) bool {
+	if place == nil {
 		return false
 	}
-	victim := first.Value.(*conn) //nolint:errcheck // nothing else is in that list
+	victim := at(place)
 	c.ended.Add(1)
 	c.forget(victim)
 	cut(victim.Conn)
@@ -134,18 +150,14 @@ func (c *connections) endIdle(of *crowd) bool {
 
 // forget counts a connection out. mu is held.
 func (c *connections) forget(one *conn) {
-	if one.closed {
+	if one.place == nil {
 		return
 	}
-	one.closed = true
-	c.open--
 	own := c.byAddr[one.from]
-	own.open--
-	if one.place != nil {
-		own.idle.Remove(one.place)
-		one.place = nil
-	}
-	if own.open == 0 {
+	own.Remove(one.place)
+	one.place = nil
+	c.open--
+	if own.Len() == 0 {
 		delete(c.byAddr, one.from)
 	}
 }
@@ -167,10 +179,9 @@ func (one *conn) CloseWrite() error {
 	return nil
 }
 
-// changed is called by http.Server when the state of a connection changes: only one that
-// has no request with a whole header under way may be ended for another. One whose header
-// is coming may be: it is active for http.Server when that is in, and who sends it slowly
-// keeps no place.
+// changed is called by http.Server when the state of a connection changes. One whose header
+// is still coming is idle: it is active for http.Server when that is in, and who sends it
+// slowly keeps no place.
 func (c *connections) changed(nc net.Conn, state http.ConnState) {
 	one, ok := nc.(*conn)
 	if !ok {
@@ -181,16 +192,15 @@ func (c *connections) changed(nc net.Conn, state http.ConnState) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if one.closed {
+	if one.place == nil {
 		return
 	}
-	own := c.byAddr[one.from]
-	switch {
-	case state == http.StateActive && one.place != nil:
-		own.idle.Remove(one.place)
-		one.place = nil
-	case state == http.StateIdle && one.place == nil:
-		one.place = own.idle.PushBack(one)
+	switch state {
+	case http.StateActive:
+		one.busy = true
+	case http.StateIdle:
+		one.busy = false
+		c.byAddr[one.from].MoveToBack(one.place)
 	}
 }
 
@@ -214,7 +224,7 @@ func sourceOf(addr net.Addr) netip.Addr {
 type ConnectionStats struct {
 	Open    int
 	Refused uint64 // closed on arrival
-	Ended   uint64 // closed while idle, to make place
+	Ended   uint64 // closed to make place
 }
 
 // Connections returns what has been counted so far.

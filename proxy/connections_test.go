@@ -102,6 +102,43 @@ func TestWhenAllPlacesAreTakenTheGreediestPodGivesWay(t *testing.T) {
 	assert.Equal(t, ConnectionStats{Open: 6, Ended: 1}, w.server.Connections())
 }
 
+// patientIMDS answers nothing, until the request's context ends.
+type patientIMDS struct{ asked, left chan struct{} }
+
+func (h patientIMDS) RoundTrip(req *http.Request) (*http.Response, error) {
+	h.asked <- struct{}{}
+	<-req.Context().Done()
+	h.left <- struct{}{}
+	return nil, req.Context().Err()
+}
+
+func TestPodsThatKeepAllPlacesInUseDoNotLockOthersOut(t *testing.T) {
+	imds := patientIMDS{asked: make(chan struct{}, 10), left: make(chan struct{}, 10)}
+	w := newWorld(t, func(c *Config) { c.Upstream = imds; c.MaxConnectionsPerPod, c.MaxConnections = 10, 5 })
+	hold := func(from string) *keptAlive {
+		c := w.connect(from)
+		_, err := io.WriteString(c, "GET /metadata/versions HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
+		require.NoError(t, err)
+		<-imds.asked
+		return c
+	}
+	greedy := []*keptAlive{hold(unbound), hold(unbound), hold(unbound)}
+	hold(bound)
+	hold(bound)
+	late := w.connect(alsoBound)
+	assert.Equal(t, 200, late.ask(t))
+	assert.True(t, greedy[0].ended(t), "the one that has been in use longest")
+	<-imds.left
+	assert.Equal(t, ConnectionStats{Open: 5, Ended: 1}, w.server.Connections())
+
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(bound)}}
+	if third, err := dialer.DialContext(t.Context(), "tcp", w.addr); err == nil { // or reset before that returns
+		assert.True(t, (&keptAlive{third, bufio.NewReader(third)}).ended(t), "it would have more than any")
+	}
+	assert.Equal(t, ConnectionStats{Open: 5, Ended: 1, Refused: 1}, w.server.Connections())
+	assert.Equal(t, 200, late.ask(t))
+}
+
 func TestClosedConnectionsAreForgotten(t *testing.T) {
 	w := newWorld(t, nil)
 	for range 50 {

@@ -102,7 +102,7 @@ func observeServer(meter metric.Meter, server *proxy.Server) error {
 	return errors.Join(
 		gauge(meter, "connections", "Connections that pods have open", func() int { return server.Connections().Open }),
 		count(meter, "connections.refused", "Connections that were closed on arrival, since there were too many", func() uint64 { return server.Connections().Refused }),
-		count(meter, "connections.ended", "Idle connections that were closed to make place for others", func() uint64 { return server.Connections().Ended }))
+		count(meter, "connections.ended", "Connections that were closed to make place for others", func() uint64 { return server.Connections().Ended }))
 }
 
 // observeTokens tells of the cache and of what it asks the upstream.
