@@ -22,7 +22,7 @@ func explainCommand(opts *options) *cobra.Command {
 		Short: "Say which identities a pod may use, and why",
 		Long: `explain reads the cluster as the agent does, and says what is decided for a pod
 and why: which exception applies by which label, which bindings match and which
-nearly do. Give it the flags that the agent runs with.`,
+nearly do. Of the flags below, give it those that the agent runs with.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 || strings.Count(args[0], "/") != 1 {
 				return errors.New("explain takes one argument: <namespace>/<pod>")

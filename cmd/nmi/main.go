@@ -61,8 +61,8 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 	}
 	opts.addTo(root.Flags())
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
-		return fmt.Errorf("%w (nmi --help lists the flags and what they take)", err)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w (%s --help lists the flags and what they take)", err, cmd.CommandPath())
 	})
 
 	cleanup := &cobra.Command{
