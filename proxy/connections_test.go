@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -35,7 +36,7 @@ func (c *keptAlive) answer(t *testing.T) *http.Response {
 // ended waits until the other side has closed the connection.
 func (c *keptAlive) ended(t *testing.T) bool {
 	t.Helper()
-	require.NoError(t, c.SetReadDeadline(time.Now().Add(5*time.Second)))
+	require.NoError(t, c.SetReadDeadline(time.Now().Add(patience)))
 	_, err := c.r.ReadByte()
 	var timeout net.Error
 	return err != nil && (!errors.As(err, &timeout) || !timeout.Timeout())
@@ -43,7 +44,20 @@ func (c *keptAlive) ended(t *testing.T) bool {
 
 func (w *world) eventually(open int) {
 	w.t.Helper()
-	assert.Eventually(w.t, func() bool { return w.server.Connections().Open == open }, 5*time.Second, time.Millisecond, "%d connections", open)
+	w.within(func() bool { return w.server.Connections().Open == open }, "%d connections", open)
+}
+
+// idles waits until the server takes so many connections of a pod for idle, which it does
+// some time after it has answered on them.
+func (w *world) idles(from string, n int) {
+	w.t.Helper()
+	w.within(func() bool {
+		c := w.server.connections
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		own := c.byAddr[netip.MustParseAddr(from)]
+		return own != nil && own.idle.Len() == n
+	}, "%d idle connections", n)
 }
 
 func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
@@ -51,13 +65,15 @@ func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
 	others := w.connect(alsoBound)
 	require.Equal(t, 200, others.ask(t))
 	var own []*keptAlive
-	for range 3 {
+	for i := range 3 {
 		c := w.connect(bound)
 		require.Equal(t, 200, c.ask(t))
+		w.idles(bound, i+1)
 		own = append(own, c)
 	}
 	w.eventually(4)
 	require.Equal(t, 200, own[0].ask(t)) // now the second has been idle longest
+	w.idles(bound, 3)
 	fourth := w.connect(bound)
 	assert.True(t, own[1].ended(t))
 	for _, c := range []*keptAlive{own[0], own[2], fourth, others} {

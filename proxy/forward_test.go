@@ -65,7 +65,7 @@ func (p *plainIMDS) accept() *keptAlive {
 		p.t.Cleanup(func() { _ = conn.Close() })
 		require.NoError(p.t, conn.SetDeadline(time.Now().Add(10*time.Second)))
 		return &keptAlive{conn, bufio.NewReader(conn)}
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		p.t.Fatal("nothing came")
 		return nil
 	}
@@ -245,7 +245,7 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 		})
 	}
 	waiting := func(n int32) {
-		assert.Eventually(t, func() bool { return imds.waiting.Load() == n }, 5*time.Second, time.Millisecond)
+		w.within(func() bool { return imds.waiting.Load() == n }, "%d requests at IMDS", n)
 	}
 	for range maxPassingEach {
 		ask(bound)

@@ -149,7 +149,7 @@ func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
 	assert.Eventually(t, func() bool {
 		_, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
 		return err != nil
-	}, time.Second, time.Millisecond)
+	}, patience, time.Millisecond)
 	_, err = ownerOf(ours.RemoteAddr(), ours.LocalAddr())
 	require.Error(t, err)
 }

@@ -2,11 +2,14 @@ package proxy
 
 import (
 	"bufio"
+	"context"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -31,16 +34,35 @@ func TestARetiredServerClosesEachConnectionWithItsNextAnswer(t *testing.T) {
 
 	w.server.Retire(false)
 	assert.False(t, ask(second))
+}
 
-	w.stop() // which retires it
-	assert.True(t, ask(second), "a connection that was idle when the server was told to stop is of use once more")
-	ended := make(chan struct{})
-	go func() { w.running.Wait(); close(ended) }()
-	select {
-	case <-ended:
-	case <-time.After(2 * time.Second):
-		t.Fatal("waits, although all connections are closed")
-	}
+func TestAConnectionThatIsIdleWhenTheServerStopsIsOfUseOnceMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, stop := context.WithCancel(t.Context())
+		s, ln, served := New(Config{Logger: slog.New(slog.DiscardHandler)}), newPipes(), make(chan error, 1)
+		go func() { served <- s.Serve(ctx, ln) }()
+		pod := ln.dial(bound)
+		defer pod.Close()
+		c := &keptAlive{pod, bufio.NewReader(pod)}
+		ask := func() (last bool) {
+			t.Helper()
+			c.write(t, "GET "+tokenURL+" HTTP/1.1\r\nHost: imds\r\n\r\n") // without Metadata, which is refused
+			resp, err := http.ReadResponse(c.r, nil)
+			require.NoError(t, err)
+			defer resp.Body.Close()
+			_, err = io.Copy(io.Discard, resp.Body)
+			require.NoError(t, err)
+			assert.Equal(t, 400, resp.StatusCode)
+			return resp.Close
+		}
+		assert.False(t, ask())
+		stop()
+		stopped := time.Now()
+		time.Sleep(lingerTimeout - time.Millisecond)
+		assert.True(t, ask())
+		require.NoError(t, <-served)
+		assert.Less(t, time.Since(stopped), lingerTimeout, "it waits, although all connections are closed")
+	})
 }
 
 func TestAnAnswerThatTookLongEndsItsConnectionToo(t *testing.T) {
@@ -82,13 +104,13 @@ func TestServeFinishesWhatItBeganAndTakesNoMore(t *testing.T) {
 	}()
 	<-imds.asked
 	w.stop()
-	assert.Eventually(t, func() bool {
+	w.within(func() bool {
 		conn, err := net.Dial("tcp", w.addr)
 		if err == nil {
 			conn.Close()
 		}
 		return err != nil
-	}, 5*time.Second, time.Millisecond, "the listener is closed")
+	}, "the listener is closed")
 	assert.Empty(t, answered)
 	close(imds.release)
 	assert.Equal(t, 200, <-answered)

@@ -28,7 +28,7 @@ type told struct {
 	// or "cut" if the pod has to finish sending to learn that nothing follows.
 	answers string
 	// What it is asked, with commas; after "perhaps" when it may have seen the head of a
-	// request whose body then proved to be none.
+	// request whose body then proved to be none, and may have answered that before.
 	imds string
 }
 
@@ -137,7 +137,10 @@ func tryAll(t *testing.T, all map[string]odd) {
 					}
 				}
 				got.imds = strings.TrimPrefix(got.imds, ", ")
-				if perhaps, ok := strings.CutPrefix(want.imds, "perhaps "); ok && (got.imds == "" || got.imds == perhaps) {
+				switch perhaps, ok := strings.CutPrefix(want.imds, "perhaps "); {
+				case ok && got.imds == perhaps && got.answers == "200 "+end: // it was faster than what follows the head
+					got = want
+				case ok && (got.imds == "" || got.imds == perhaps):
 					got.imds = want.imds
 				}
 				assert.Equal(t, want, got)
@@ -152,7 +155,7 @@ func (w *world) answers(t *testing.T, from, raw, end string) (statuses []string)
 	t.Helper()
 	conn := w.connect(from)
 	defer conn.Close()
-	require.NoError(t, conn.SetDeadline(time.Now().Add(5*time.Second)))
+	require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
 	if end == "open" {
 		raw += get(last, "Connection: close")
 	}

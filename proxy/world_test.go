@@ -48,6 +48,15 @@ type world struct {
 	running sync.WaitGroup
 }
 
+// patience is for what must happen, on a machine that is busy with other things, too.
+const patience = 30 * time.Second
+
+// within waits until something is so, for as long as patience lasts.
+func (w *world) within(is func() bool, what string, args ...any) {
+	w.t.Helper()
+	assert.Eventually(w.t, is, patience, time.Millisecond, append([]any{what}, args...)...)
+}
+
 type lockedBuffer struct {
 	mu sync.Mutex // guards b
 	b  strings.Builder
@@ -86,7 +95,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	w.running.Go(func() { resolver.Run(ctx) })
 	select {
 	case <-resolver.Synced():
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("not synced: ", resolver.Ready())
 	}
 
