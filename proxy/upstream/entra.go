@@ -93,7 +93,7 @@ func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{Scopes: []string{scopeOf(key.Resource)}})
 	now := time.Now()
 	if err != nil {
-		return nil, x.explain(err, now)
+		return nil, x.explain(ctx, err, now)
 	}
 	return x.read(got, key, now)
 }
@@ -146,7 +146,7 @@ func optionsFor(host string, x *exchange) azcore.ClientOptions {
 }
 
 // explain says why no token came.
-func (x *exchange) explain(err error, now time.Time) error {
+func (x *exchange) explain(ctx context.Context, err error, now time.Time) error {
 	switch {
 	case x.err != nil:
 		return fmt.Errorf("%w: %w", ErrEntra, x.err)
@@ -154,6 +154,8 @@ func (x *exchange) explain(err error, now time.Time) error {
 		return x.refusal(now)
 	case x.token: // its text may quote the token
 		return fmt.Errorf("%w: its answer is not the JSON of a token", ErrEntra)
+	case ctx.Err() != nil: // before or between the requests, which the credential's text alone tells
+		return fmt.Errorf("%w: %w", ErrEntra, ctx.Err())
 	default:
 		return fmt.Errorf("%w: where it gives tokens is not known: %.300s", ErrEntra, err.Error())
 	}

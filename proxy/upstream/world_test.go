@@ -21,6 +21,10 @@ var (
 	key   = tokencache.Key{ClientID: known.ClientID, Resource: "https://vault.azure.net/"}
 )
 
+// nobody is an address that nobody listens at, where a port that was let go of may be
+// somebody else's soon.
+const nobody = "127.0.0.1:1"
+
 // asking is a request that never has to wait for its turn.
 func asking(k tokencache.Key) tokencache.Request {
 	return tokencache.Request{Key: k, Turn: new(turns).take}
