@@ -34,7 +34,7 @@ func connect(t *testing.T, dial func(context.Context, string, string) (net.Conn,
 
 // ask sends a request over the connection and returns the answer.
 func (c *connection) ask() (string, error) {
-	require.NoError(c.t, c.SetDeadline(time.Now().Add(time.Second)))
+	require.NoError(c.t, c.SetDeadline(time.Now().Add(patience)))
 	if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: imds\r\n\r\n"); err != nil {
 		return "", err
 	}

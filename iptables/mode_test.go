@@ -55,20 +55,8 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 		}, why)
 		assert.Equal(t, "agent", n.ask())
 	}
-	// A pod that asks all the time, while the mode changes under it.
-	var asking sync.WaitGroup
-	done := make(chan struct{})
 	becomes(iptables.DNAT, "no pod's interface is known yet")
-	asking.Go(func() {
-		for {
-			select {
-			case <-done:
-				return
-			default:
-				assert.Equal(t, "agent", n.ask())
-			}
-		}
-	})
+	stopAsking := n.askAllTheTime() // while the mode changes
 
 	pods.set(n.pod.Addr)
 	becomes(iptables.Redirect, "every interface that leads to a pod has an IPv4 address")
@@ -91,8 +79,7 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
 	require.NoError(t, err)
 	require.Len(t, addrs, 1)
-	close(done)
-	asking.Wait() // without the address the pod has no gateway to ask through
+	stopAsking() // without the address the pod has no gateway to ask through
 	require.NoError(t, netlink.AddrDel(link, &addrs[0]))
 	n.eventually(func() bool { return r.Status().Mode == iptables.DNAT }, "noticed that the address is gone")
 	assert.Zero(t, n.leaks.Load())

@@ -7,7 +7,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -118,12 +120,18 @@ func (n *node) agent(mode iptables.Mode) (stop func()) {
 	return n.serve(ln, func() string { return "agent" })
 }
 
+// patience is for what must happen, on a machine that is busy with other things, too.
+const patience = 30 * time.Second
+
 // ask is what the pod hears when it calls the metadata service over a new
-// connection; "" when it hears nothing.
+// connection; "" when that is refused.
 func (n *node) ask() string { return ask(n.pod) }
 
-func ask(pod *testbed.Pod) string {
-	client := pod.Client(500 * time.Millisecond)
+func ask(pod *testbed.Pod) string { return askFor(pod, patience) }
+
+// askFor is ask for a pod that gives up; "" when it has heard nothing by then.
+func askFor(pod *testbed.Pod, patience time.Duration) string {
+	client := pod.Client(patience)
 	defer client.CloseIdleConnections()
 	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
 	if err != nil {
@@ -135,9 +143,12 @@ func ask(pod *testbed.Pod) string {
 }
 
 // askAllTheTime lets the pod ask until the test ends or the returned function is
-// called. Whatever changes meanwhile, it must hear the agent and nothing else.
+// called. Whatever changes meanwhile, it must hear the agent and nothing else, and
+// must not have to call twice: the kernel does so after a second, which is all that
+// an SDK's probe waits.
 func (n *node) askAllTheTime() (stop func()) {
 	done := make(chan struct{})
+	before := calledTwice(n.t, n.pod)
 	var asking sync.WaitGroup
 	asking.Go(func() {
 		for asked := 0; assert.Equal(n.t, "agent", n.ask(), "request %d", asked); asked++ {
@@ -148,9 +159,34 @@ func (n *node) askAllTheTime() (stop func()) {
 			}
 		}
 	})
-	stop = sync.OnceFunc(func() { close(done); asking.Wait() })
+	stop = sync.OnceFunc(func() {
+		close(done)
+		asking.Wait()
+		assert.Equal(n.t, before, calledTwice(n.t, n.pod), "connections whose first packet was lost")
+	})
 	n.t.Cleanup(stop)
 	return stop
+}
+
+// calledTwice is how often the pod has had to send the first packet of a connection
+// again.
+func calledTwice(tb testing.TB, pod *testbed.Pod) (times string) {
+	tb.Helper()
+	require.NoError(tb, pod.Do(func() error {
+		text, err := os.ReadFile("/proc/thread-self/net/netstat")
+		var names []string
+		for line := range strings.Lines(string(text)) { // of names, and then of values
+			fields := strings.Fields(line)
+			if i := slices.Index(names, "TCPSynRetrans"); i > 0 {
+				times = fields[i]
+				break
+			}
+			names = fields
+		}
+		return err
+	}))
+	require.NotEmpty(tb, times)
+	return times
 }
 
 // iptables runs a command on the nat table, as somebody else on the node would.
@@ -173,7 +209,7 @@ func (n *node) iptablesOn(backend iptables.Backend, table string, args ...string
 
 func (n *node) eventually(is func() bool, what string) {
 	n.t.Helper()
-	require.Eventually(n.t, is, 10*time.Second, 5*time.Millisecond, what)
+	require.Eventually(n.t, is, patience, 5*time.Millisecond, what)
 }
 
 // inPlace reports whether the jump is the first rule of PREROUTING and the only

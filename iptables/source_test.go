@@ -55,21 +55,22 @@ func TestWhereAPodCanTakeAnothersAddressNoSourceIsTrusted(t *testing.T) {
 
 			tc.guard(n)
 			steal(t, thief, n.pod.Addr)
-			conn, err := dialFrom(thief, n.pod.Addr)
 			if tc.stolen {
+				conn, err := dialFrom(thief, n.pod.Addr, patience)
 				require.NoError(t, err, "the thief is taken for the other pod")
 				require.NoError(t, conn.Close())
 				require.ErrorIs(t, r.CheckSource(n.pod.Addr), iptables.ErrUnguarded)
 				assert.ErrorContains(t, r.CheckSource(n.pod.Addr), "cbr0")
 				return
 			}
+			_, err = dialFrom(thief, n.pod.Addr, aMoment)
 			require.Error(t, err)
 			assert.NoError(t, r.CheckSource(n.pod.Addr))
 			assert.ErrorIs(t, r.CheckSource(thief.Addr), iptables.ErrUnguarded, "each address for itself")
 
 			// The limit of this guard, which Status.Notes tells of.
 			stealHardwareAddr(t, thief, hardwareAddr(t, n.pod))
-			conn, err = dialFrom(thief, n.pod.Addr)
+			conn, err := dialFrom(thief, n.pod.Addr, patience)
 			require.NoError(t, err)
 			require.NoError(t, conn.Close())
 		})
@@ -88,7 +89,7 @@ func TestWithALinkOfItsOwnAPodCannotTakeAnothersAddress(t *testing.T) {
 			n.redirect(iptables.DNAT)
 			n.agent(iptables.DNAT)
 			steal(t, thief, n.pod.Addr)
-			_, err = dialFrom(thief, n.pod.Addr)
+			_, err = dialFrom(thief, n.pod.Addr, aMoment)
 			require.Error(t, err, "although rp_filter is off")
 			assert.NoError(t, r.CheckSource(n.pod.Addr))
 			assert.Equal(t, "agent", n.ask())
@@ -218,9 +219,12 @@ func announce(link netlink.Link, addr netip.Addr) error {
 	return unix.Sendto(fd, packet, 0, to)
 }
 
+// aMoment is for what must not happen.
+const aMoment = 700 * time.Millisecond
+
 // dialFrom connects to the metadata service from an address of the pod's.
-func dialFrom(pod *testbed.Pod, addr netip.Addr) (conn net.Conn, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 700*time.Millisecond)
+func dialFrom(pod *testbed.Pod, addr netip.Addr, patience time.Duration) (conn net.Conn, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	err = pod.Do(func() error {
 		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr, 0))}

@@ -36,7 +36,7 @@ func TestTheWireserverIsClosedToPodsWhenAskedFor(t *testing.T) {
 				t.Cleanup(func() { _ = ln.Close() })
 			}
 			dial := func(from func(network, address string, timeout time.Duration) (net.Conn, error), port string) error {
-				conn, err := from("tcp4", "168.63.129.16:"+port, 2*time.Second)
+				conn, err := from("tcp4", "168.63.129.16:"+port, patience)
 				if err == nil {
 					_ = conn.Close()
 				}
