@@ -127,7 +127,7 @@ var identityCases = []Case{
 func (c *conversation) refusesIdentity(from Caller, r request) {
 	a := c.askFrom(from, r)
 	c.says(a, 400, notFound)
-	c.soon(a)
+	c.soon(from, a)
 }
 
 func pending(c *conversation) {

@@ -26,9 +26,9 @@ var limitCases = []Case{
 }
 
 const (
-	greed      = 32              // connections at once of the caller that asks too much
-	floodTime  = 5 * time.Second // at most
-	fairShares = 5               // tokens that its neighbour asks for meanwhile
+	greed      = 32               // connections at once of the caller that asks too much
+	floodTime  = 20 * time.Second // at most: until it is refused, and its neighbour has its tokens
+	fairShares = 5                // tokens that its neighbour asks for meanwhile
 )
 
 func overTheLimits(c *conversation) {
@@ -61,15 +61,24 @@ func overTheLimits(c *conversation) {
 	for range fairShares {
 		c.tokenOf(c.askFrom(neighbour, c.forNew()), neighbour.ClientID)
 	}
+	var first answer
 	select {
-	case a := <-refused:
-		c.errors = append(c.errors, a)
-		c.refusal(a, 429)
-		c.comesBack(a)
+	case first = <-refused:
 	case <-ctx.Done():
-		c.wrong("R without end for %s: no 429", floodTime)
 	}
 	stop()
 	asking.Wait()
+	if first.status == 0 {
+		select {
+		case first = <-refused: // just then
+		default:
+			c.wrong("R without end for %s: no 429", floodTime)
+		}
+	}
+	if first.status != 0 {
+		c.errors = append(c.errors, first)
+		c.refusal(first, 429)
+		c.comesBack(first)
+	}
 	c.own(c.insisting(c.Caller, c.R()))
 }

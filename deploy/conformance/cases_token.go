@@ -194,5 +194,5 @@ var requestCases = []Case{
 func (c *conversation) refusesProbe(r request) {
 	a := c.ask(r)
 	c.says(a, 400, noHeader)
-	c.soon(a)
+	c.soon(c.Caller, a)
 }
