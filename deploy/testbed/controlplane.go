@@ -97,7 +97,7 @@ func (c *ControlPlane) StartAPIServer(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	err = poll(ctx, time.Minute, "the API server", func() error {
+	err = poll(ctx, 2*time.Minute, "the API server", func() error {
 		select {
 		case <-c.api.Done():
 			return errors.New("it has ended")

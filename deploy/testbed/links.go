@@ -30,7 +30,7 @@ func link(name, peer string, to *Namespace) (netlink.Link, error) {
 // up: it says so up to a second later (net/core/link_watch.c), and drops packets
 // until then.
 func awaitUp(name string) error {
-	return poll(context.Background(), 5*time.Second, name+" to carry packets", func() error {
+	return poll(context.Background(), 30*time.Second, name+" to carry packets", func() error {
 		l, err := netlink.LinkByName(name)
 		if err != nil {
 			return err

@@ -97,7 +97,7 @@ func Apply(ctx context.Context, client dynamic.Interface, objects []*unstructure
 }
 
 func awaitEstablished(ctx context.Context, definitions dynamic.ResourceInterface, name string) error {
-	return poll(ctx, 10*time.Second, "definition of "+name+" to be served", func() error {
+	return poll(ctx, 30*time.Second, "definition of "+name+" to be served", func() error {
 		got, err := definitions.Get(ctx, name, metav1.GetOptions{})
 		if err != nil {
 			return err
