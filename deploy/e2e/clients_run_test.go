@@ -40,12 +40,13 @@ var clients = []client{
 	{"@azure/msal-node", "js", []string{"client", "resource", "object"}, "ServerError: invalid_request:"},
 }
 
-// clientIn is a client in a pod, and where it reports to.
+// clientIn is a client in a pod, where it reports to, and the agent that it meets.
 type clientIn struct {
 	pod *pod
 	client
 	t       *testing.T
 	results *clientReport
+	agent   *testbed.Agent
 }
 
 // job and outcome are what the programs take and print, see deploy/clients/go.

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"sync"
@@ -30,7 +31,7 @@ func (s *scenario) successor(flags ...string) *testbed.Agent {
 
 func (s *scenario) says(a *testbed.Agent, what string) {
 	s.t.Helper()
-	require.Eventually(s.t, func() bool { return strings.Contains(a.Log(), what) }, 30*time.Second, 2*time.Millisecond, what)
+	require.Eventually(s.t, func() bool { return strings.Contains(a.Log(), what) }, patience, 2*time.Millisecond, what)
 }
 
 // stops ends an agent as the kubelet does.
@@ -71,11 +72,13 @@ func TestAGoodSuccessorThatIsStoppedLosesNoRequest(t *testing.T) {
 	old := s.agent()
 	require.Equal(t, 200, p.asks(vault).status)
 	l := startLoad(p, 4, 4)
-	for range 10 {
+	for i := range 10 {
 		next := s.successor()
 		s.stops(next)
 		status, text := old.Ready(t.Context())
 		assert.Equal(t, http.StatusOK, status, text)
+		goesOn := func() bool { return strings.Count(old.Log(), "this one goes on") == i+1 }
+		require.Eventually(t, goesOn, patience, 2*time.Millisecond, "it has taken everything back")
 	}
 	l.losesNothing(t)
 	assert.Equal(t, 10, strings.Count(old.Log(), "level=WARN"), "one line each")
@@ -98,26 +101,44 @@ func TestRequestsThatWaitForTheirTokensAreNotLost(t *testing.T) {
 	l.losesNothing(t)
 
 	// With nobody to take over, what was begun is finished.
+	world.IMDS.SetLatency(3 * time.Second)
+	const last = 10 // five at a time
+	before := s.metric("nmi_token_misses_total")
 	var asking sync.WaitGroup
-	for range 20 {
+	for range last {
 		asking.Go(func() {
 			got := p.asks(fmt.Sprintf("https://last-%d.example", n.Add(1)))
 			assert.Equal(t, 200, got.status, got.body)
 		})
 	}
-	time.Sleep(300 * time.Millisecond) // they wait for 700
+	require.Eventually(t, func() bool { return s.metric("nmi_token_misses_total") == before+last }, patience, 10*time.Millisecond, "all wait")
 	require.NoError(t, a.Signal(syscall.SIGTERM))
-	time.Sleep(50 * time.Millisecond)
-	client := &http.Client{Timeout: time.Second}
+	require.Eventually(t, func() bool {
+		status, text := a.Ready(t.Context())
+		return status == 503 && strings.Contains(text, "the agent is stopping")
+	}, patience, 10*time.Millisecond)
+	client := &http.Client{Timeout: patience}
 	resp, err := client.Get("http://127.0.0.1:8085/readyz")
 	require.NoError(t, err, "it says how it is until it ends, also after it has taken everything back")
 	defer resp.Body.Close()
 	assert.Equal(t, 503, resp.StatusCode)
-	status, text := a.Ready(t.Context())
-	assert.Equal(t, 503, status)
-	assert.Contains(t, text, "the agent is stopping")
 	s.stops(a)
 	asking.Wait()
+}
+
+// metric is the value of a metric without labels.
+func (s *scenario) metric(name string) (value int) {
+	s.t.Helper()
+	resp, err := http.Get("http://127.0.0.1:9090/metrics")
+	require.NoError(s.t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(s.t, err)
+	_, rest, found := strings.Cut(string(body), "\n"+name+" ")
+	require.True(s.t, found, name)
+	_, err = fmt.Sscan(rest, &value)
+	require.NoError(s.t, err)
+	return value
 }
 
 func TestNewFlagsAreInForceAsSoonAsTheSuccessorIsReady(t *testing.T) {
@@ -125,7 +146,7 @@ func TestNewFlagsAreInForceAsSoonAsTheSuccessorIsReady(t *testing.T) {
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	s.agent()
 	instance := "http://" + testbed.MetadataAddress + "/metadata/instance?api-version=2021-02-01"
-	ask := func() int { return p.get(instance, 5*time.Second).status }
+	ask := func() int { return p.get(instance, patience).status }
 	for range 3 {
 		require.Equal(t, 200, ask())
 		hardened := s.successor("--block-instance-metadata")

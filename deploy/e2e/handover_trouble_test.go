@@ -43,7 +43,7 @@ func (s *scenario) repairs() {
 	s.t.Helper()
 	flush, err := exec.CommandContext(s.t.Context(), "iptables", "-t", "nat", "-F", "aad-metadata").CombinedOutput()
 	require.NoError(s.t, err, string(flush))
-	require.Eventually(s.t, func() bool { return strings.Contains(s.nat(), "-A aad-metadata") }, 5*time.Second, 10*time.Millisecond, "repaired")
+	require.Eventually(s.t, func() bool { return strings.Contains(s.nat(), "-A aad-metadata") }, patience, 10*time.Millisecond, "repaired")
 	world.IMDS.Reset() // what reached it meanwhile was the flush's doing
 }
 
@@ -193,7 +193,7 @@ func TestWhateverIsInThePlaceOfTheHandoverTheAgentStarts(t *testing.T) {
 			a := s.agent("--handover-dir=" + dir)
 			assert.Equal(t, 200, p.asks(vault).status)
 			if tc.says != "" {
-				assert.Contains(t, a.Log(), tc.says)
+				s.says(a, tc.says)
 				assert.Equal(t, 1, strings.Count(a.Log(), "level=WARN"))
 			}
 			next := s.successor("--handover-dir=" + dir)
@@ -216,7 +216,7 @@ func TestADirectoryThatCannotBeUsedIsTriedAgain(t *testing.T) {
 	require.Eventually(t, func() bool {
 		_, text := a.Ready(t.Context())
 		return !strings.Contains(text, "no agent can take over")
-	}, 10*time.Second, 20*time.Millisecond)
+	}, 2*patience, 20*time.Millisecond) // the pauses grow
 	assert.Equal(t, 1, strings.Count(a.Log(), "level=WARN"))
 	next := s.successor("--handover-dir=" + dir)
 	s.says(next, "taking over from it")

@@ -29,7 +29,7 @@ func asHost(t *testing.T, pod string) (status int, body []byte) {
 	require.NoError(t, err)
 	req.Header.Set("podns", "shop")
 	req.Header.Set("podname", pod)
-	client := &http.Client{Timeout: 10 * time.Second}
+	client := &http.Client{Timeout: patience}
 	defer client.CloseIdleConnections()
 	resp, err := client.Do(req)
 	require.NoError(t, err)
@@ -69,6 +69,6 @@ func TestARootProcessGetsTheTokenOfAPodWithoutAnAddress(t *testing.T) {
 
 	// A pod does not get there: neither by the metadata service's address nor by the node's.
 	p := s.pod("curious", "10.244.0.51", testbed.Ptp, "cart")
-	assert.Equal(t, http.StatusNotFound, p.get("http://"+testbed.MetadataAddress+hostToken, 5*time.Second).status)
+	assert.Equal(t, http.StatusNotFound, p.get("http://"+testbed.MetadataAddress+hostToken, patience).status)
 	assert.Zero(t, p.get("http://10.244.0.1:2579"+hostToken, 5*time.Second).status)
 }

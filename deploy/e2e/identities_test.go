@@ -68,7 +68,7 @@ func (p *pod) hears(request, subject string) {
 	require.Eventually(p.t, func() bool {
 		got = p.asks(request)
 		return got.subject == subject && (subject != "" || got.status == 400)
-	}, 10*time.Second, 20*time.Millisecond, "%q, and not %+v", subject, &got)
+	}, patience, 20*time.Millisecond, "%q, and not %+v", subject, &got)
 }
 
 func TestAnIdentityIsValidThenWrongThenUpdatedThenRemoved(t *testing.T) {
@@ -120,7 +120,7 @@ func TestOfSeveralIdentitiesThoseThatRemainGoOn(t *testing.T) {
 
 func TestFortyPodsAtOnce(t *testing.T) {
 	s := begin(t)
-	s.agent()
+	s.agent("--pod-wait=20s")
 	var asking sync.WaitGroup
 	for i := range 40 {
 		binding, want := "cart", cart.ClientID
@@ -200,31 +200,28 @@ func (s *scenario) assignment(name, pod, state string, id imdstest.Identity) (re
 
 func TestStandardModeGoesByWhatMICAssigned(t *testing.T) {
 	s := begin(t)
-	s.agent("--operation-mode=standard", "--identity-wait=2s")
+	hasty := s.agent("--operation-mode=standard", "--identity-wait=1s")
 	p := s.pod("standard-0", "10.244.0.47", testbed.Ptp, "standard")
 	p.hears(vault, "") // at once: no binding could give it anything
 
 	s.identity("shop", "standard", cart)
 	s.binding("shop", "standard", "standard", "standard")
 	p.hearsNotYet()
-	s.assignment("standard", "standard-0", "Created", cart)
+	remove := s.assignment("standard", "standard-0", "Created", cart)
 	p.hearsNotYet()
-
-	heard := make(chan answer, 1)
-	go func() { heard <- p.asks(vault) }()
-	s.assignment("standard", "standard-0", "Assigned", cart)
-	select {
-	case got := <-heard: // it waited for the assignment, or came after it
-		assert.Equal(t, cart.ClientID, got.subject, got.body)
-	case <-time.After(10 * time.Second):
-		t.Fatal("no answer")
-	}
-	assert.Equal(t, 400, p.asks(vault+"&client_id="+report.ClientID).status, "no binding gives it that one")
-
-	remove := s.assignment("standard", "standard-0", "", cart) // as old versions of MIC wrote it
+	s.assignment("standard", "standard-0", "", cart) // as old versions of MIC wrote it
 	p.hears(vault, cart.ClientID)
 	remove()
 	p.hearsNotYet()
+
+	s.successor("--operation-mode=standard", "--identity-wait=20s")
+	s.stops(hasty)
+	heard := make(chan answer, 1)
+	go func() { heard <- p.asks(vault) }()
+	s.assignment("standard", "standard-0", "Assigned", cart)
+	got := <-heard // it waited for the assignment, or came after it
+	assert.Equal(t, cart.ClientID, got.subject, got.body)
+	assert.Equal(t, 400, p.asks(vault+"&client_id="+report.ClientID).status, "no binding gives it that one")
 }
 
 // hearsNotYet waits until the pod is told to come back.
@@ -233,7 +230,7 @@ func (p *pod) hearsNotYet() {
 	require.Eventually(p.t, func() bool {
 		got := p.asks(vault)
 		return got.status == 503 && got.retryAfter != ""
-	}, 10*time.Second, 20*time.Millisecond)
+	}, patience, 20*time.Millisecond)
 }
 
 func TestExplainSaysWhoMayUseWhatAndWhy(t *testing.T) {

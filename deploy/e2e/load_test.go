@@ -84,7 +84,7 @@ func (l *load) ask(p *pod, keepAlive bool) {
 				}
 				r = bufio.NewReader(conn)
 			}
-			_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+			_ = conn.SetDeadline(time.Now().Add(patience))
 			request := strings.Replace(l.url(), "http://"+testbed.MetadataAddress, "", 1)
 			if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n", request); err != nil {
 				return err

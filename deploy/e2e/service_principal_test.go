@@ -71,7 +71,7 @@ func (p *servicePrincipal) comesTo(what string, as func(answer) bool) answer {
 		p.asked++
 		got = p.asks(resource(p.asked))
 		return as(got)
-	}, 10*time.Second, 50*time.Millisecond, "%s, and not %+v", what, &got)
+	}, patience, 50*time.Millisecond, "%s, and not %+v", what, &got)
 	return got
 }
 
