@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -75,8 +76,15 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 
 	before := findPredecessor(cfg.handoverDir, log)
-	defer before.close()
-	if after.lock, err = before.ownership(ctx, cfg.handoverDir); err != nil {
+	defer func() { before.close() }()
+	after.lock, err = before.ownership(ctx, cfg.handoverDir)
+	if errors.Is(err, errOwned) {
+		// Its owner may have been between two successors, or just have lost its own
+		// predecessor, and not have listened yet.
+		before = findPredecessor(cfg.handoverDir, log)
+		after.lock, err = before.ownership(ctx, cfg.handoverDir)
+	}
+	if err != nil {
 		return err
 	}
 	defer func() { _ = after.lock.Close() }()
