@@ -31,7 +31,13 @@ func (s *scenario) successor(flags ...string) *testbed.Agent {
 
 func (s *scenario) says(a *testbed.Agent, what string) {
 	s.t.Helper()
-	require.Eventually(s.t, func() bool { return strings.Contains(a.Log(), what) }, patience, 2*time.Millisecond, what)
+	s.saysTimes(a, what, 1)
+}
+
+// saysTimes waits until the agent has logged something so often.
+func (s *scenario) saysTimes(a *testbed.Agent, what string, times int) {
+	s.t.Helper()
+	require.Eventually(s.t, func() bool { return strings.Count(a.Log(), what) >= times }, patience, 2*time.Millisecond, what)
 }
 
 // stops ends an agent as the kubelet does.
@@ -77,8 +83,7 @@ func TestAGoodSuccessorThatIsStoppedLosesNoRequest(t *testing.T) {
 		s.stops(next)
 		status, text := old.Ready(t.Context())
 		assert.Equal(t, http.StatusOK, status, text)
-		goesOn := func() bool { return strings.Count(old.Log(), "this one goes on") == i+1 }
-		require.Eventually(t, goesOn, patience, 2*time.Millisecond, "it has taken everything back")
+		s.saysTimes(old, "this one goes on", i+1)
 	}
 	l.losesNothing(t)
 	assert.Equal(t, 10, strings.Count(old.Log(), "level=WARN"), "one line each")

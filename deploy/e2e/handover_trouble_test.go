@@ -137,6 +137,7 @@ func TestAThirdAgentIsKeptOut(t *testing.T) {
 	b := s.successor()
 	third("while the predecessor waits")
 	require.NoError(t, b.Kill())
+	s.saysTimes(a, "this one goes on", 2)
 	b = s.successor()
 	s.stops(a)
 	stuck = s.stuck()
@@ -144,6 +145,22 @@ func TestAThirdAgentIsKeptOut(t *testing.T) {
 	require.NoError(t, b.Kill())
 	s.says(stuck, "listening")
 	assert.Equal(t, 503, p.asks(vault).status, "the last one serves, and knows nothing yet")
+}
+
+func TestASuccessorThatComesBeforeAnybodyListensTriesAgain(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent()
+	b := s.successor()
+	require.NoError(t, a.Signal(syscall.SIGSTOP)) // slow to hear that it is on its own again
+	require.NoError(t, b.Kill())
+	next := s.agentNotReady()
+	s.says(next, "starting")
+	time.Sleep(200 * time.Millisecond)
+	require.NoError(t, a.Signal(syscall.SIGCONT))
+	s.says(next, "listening")
+	s.stops(a)
+	assert.Equal(t, cart.ClientID, p.asks(vault).subject)
 }
 
 func TestWithoutTheDirectoryASecondAgentSaysThatThePortIsTaken(t *testing.T) {
