@@ -5,6 +5,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -29,12 +30,15 @@ func TestClients(t *testing.T) {
 	doc, err := os.ReadFile("../../docs/troubleshooting.md")
 	require.NoError(t, err)
 	agent := s.agent()
-	p := s.pod("cart-0", "10.244.0.81", testbed.Ptp, "cart")
-	nobody := s.pod("nobody-0", "10.244.0.82", testbed.Ptp, "nothing")
-	// What the API server lists may be a moment old. From here on it is known.
-	p.hears(vault, cart.ClientID)
-	for _, c := range clients {
+	for i, c := range clients {
 		t.Run(c.name, func(t *testing.T) {
+			// Pods of its own: of each the agent logs no more than some refusals, and when
+			// they are gone it does not refresh their tokens while the next client is at it.
+			s := &scenario{t: t}
+			p := s.pod(fmt.Sprint("cart-", i), fmt.Sprint("10.244.0.", 100+2*i), testbed.Ptp, "cart")
+			nobody := s.pod(fmt.Sprint("nobody-", i), fmt.Sprint("10.244.0.", 101+2*i), testbed.Ptp, "nothing")
+			// What the API server lists may be a moment old. From here on it is known.
+			p.hears(vault, cart.ClientID)
 			on := clientIn{p, c, t, results, agent}
 			on.getsTokens()
 			told := on.isRefused(columnOther, job{By: "client", ID: report.ClientID})
@@ -117,11 +121,16 @@ func (c clientIn) gaveUp(r outcome, before int) {
 func (c clientIn) isThrottledOnce() {
 	c.t.Helper()
 	world.IMDS.Inject(imdstest.Fault{Status: 429, RetryAfter: "1", Body: `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`})
-	r := c.run(job{Resource: c.unused(), Times: 1})[0]
+	resource := c.unused()
+	r := c.run(job{Resource: resource, Times: 1})[0]
 	c.got(r, columnThrottled, cart)
-	calls := world.IMDS.Calls()
-	require.GreaterOrEqual(c.t, len(calls), 2)
-	assert.Equal(c.t, 429, calls[len(calls)-2].Status, "it was throttled, and asked again")
+	var statuses []int
+	for _, call := range world.IMDS.Calls() {
+		if strings.Contains(call.Target, url.QueryEscape(resource)) {
+			statuses = append(statuses, call.Status)
+		}
+	}
+	assert.Equal(c.t, []int{429, 200}, statuses, "it was throttled, and asked again")
 }
 
 // getsATokenThatEndsSoon gives the client a token that every SDK takes for one to
