@@ -55,8 +55,15 @@ func (w *world) idles(from string, n int) {
 		c := w.server.connections
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		own := c.byAddr[netip.MustParseAddr(from)]
-		return own != nil && own.idle.Len() == n
+		idle := 0
+		if own := c.byAddr[netip.MustParseAddr(from)]; own != nil {
+			for place := own.Front(); place != nil; place = place.Next() {
+				if !at(place).busy {
+					idle++
+				}
+			}
+		}
+		return idle == n
 	}, "%d idle connections", n)
 }
 
