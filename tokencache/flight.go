@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -48,6 +49,7 @@ func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan si
 		if caller.IsValid() && c.started[caller] >= maxFlights {
 			return nil, nil, c.turnAway(Throttled, c.turnsOf(f.Key))
 		}
+		f.Resource = strings.Clone(f.Resource) // what keeps it must not keep the request that it is part of
 		w = &want{starter: caller, seen: seen, turns: c.turnsOf(f.Key), ticket: new(ticket)}
 		w.ctx, w.cancel = context.WithCancel(c.ctx)
 		c.wants[f] = w
@@ -111,7 +113,11 @@ func (c *Cache) await(ctx context.Context, f flight, seen *entry, caller netip.A
 	// Waiting too long is the doing of a caller who wants other tokens as well; one who
 	// wants a single one waits for others.
 	tooLong := Unavailable
-	if c.started[caller] > 0 {
+	started := c.started[caller]
+	if w := c.wants[f]; w != nil && w.starter == caller {
+		started-- // this one
+	}
+	if started > 0 {
 		tooLong = Throttled
 	}
 	w, landed, err := c.join(f, seen, caller)

@@ -152,6 +152,38 @@ func TestNobodyIsBlamedForAnUpstreamThatHangs(t *testing.T) {
 	})
 }
 
+// Neither many requests for one token are too much, nor the one in whose place it is
+// refreshed in its last second.
+func TestWhoWantsOneTokenIsNotBlamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, life: time.Hour}
+		c := drawn(New(up.fetch, Config{}), 0)
+		defer c.Close()
+		get(t, c)
+		time.Sleep(time.Hour - time.Second/2)
+		up.slow(time.Hour)
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		for i := range 50 {
+			wg.Go(func() { _, _ = c.Get(t.Context(), numbered(i), pod(i)) })
+		}
+		synctest.Wait()
+		for _, wanted := range []Key{key, numbered(100), numbered(100), numbered(100)} {
+			caller := alice
+			if wanted != key {
+				caller = bob
+			}
+			wg.Go(func() {
+				_, err := c.Get(t.Context(), wanted, caller)
+				var failure *Failure
+				if assert.ErrorAs(t, err, &failure) {
+					assert.Equal(t, Unavailable, failure.Class, "%s", caller)
+				}
+			})
+		}
+	})
+}
+
 func TestTurnsThatNobodyWaitsForAreNotTaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		turns := newTurns(1, 1)
