@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 	"unique"
+	"unsafe"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -219,6 +220,26 @@ func TestAKeyThatNoUpstreamWouldKnowIsRefused(t *testing.T) {
 	require.ErrorIs(t, err, ErrKeyTooLong)
 	assert.Zero(t, up.asked())
 	assert.Zero(t, c.Stats().Failing)
+}
+
+// A resource is part of a request line of some kilobytes.
+func TestWhatIsKeptKeepsNoRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{life: time.Hour}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		line := "resource=" + strings.Repeat("r", 20) + strings.Repeat("x", 8<<10)
+		wanted := Key{Resource: line[9:29]}
+		own := func(kept Key) bool { return unsafe.StringData(kept.Resource) != unsafe.StringData(wanted.Resource) }
+		_, err := c.Get(t.Context(), wanted, alice)
+		require.NoError(t, err)
+		assert.True(t, own(c.lookup(wanted).key))
+		time.Sleep(time.Hour)
+		up.fail(classed{class: Refused})
+		_, err = c.Get(t.Context(), wanted, alice)
+		require.Error(t, err)
+		assert.True(t, own(c.failures.byKey.Keys()[0]))
+	})
 }
 
 func TestServicePrincipalsHaveKeysOfTheirOwn(t *testing.T) {

@@ -199,3 +199,18 @@ func TestATokenThatExpiresWhileItIsRefreshedIsWaitedFor(t *testing.T) {
 		assert.Equal(t, 2, up.asked())
 	})
 }
+
+func TestATokenThatExpiresWhileItsRefreshFailsIsNotServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{life: time.Hour}
+		c := drawn(New(up.fetch, Config{}), 0)
+		defer c.Close()
+		get(t, c)
+		time.Sleep(time.Hour - time.Second/2)
+		up.slow(3 * time.Second)
+		up.fail(errors.New("down"))
+		token, err := c.Get(t.Context(), key, alice)
+		require.ErrorContains(t, err, "down")
+		assert.Nil(t, token)
+	})
+}
