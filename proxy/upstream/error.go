@@ -104,7 +104,7 @@ func newError(status int, retryAfter string, body []byte, now time.Time) *Error 
 func parseRetryAfter(value string, now time.Time) time.Duration {
 	var d time.Duration
 	if n, err := strconv.Atoi(value); err == nil {
-		d = time.Duration(min(n, 3600)) * time.Second
+		d = time.Duration(min(max(n, 0), 3600)) * time.Second
 	} else if at, err := http.ParseTime(value); err == nil {
 		d = at.Sub(now)
 	}

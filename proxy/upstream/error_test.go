@@ -43,13 +43,14 @@ func TestWhatAnAnswerMeans(t *testing.T) {
 	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 403}).Class(), "of a proxy on the way to it")
 	assert.Equal(t, tokencache.Refused, (&Error{Source: sourceEntra, Status: 401, Code: "invalid_client"}).Class())
 	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 400, Code: "temporarily_unavailable"}).Class())
+	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 400, Code: "server_error"}).Class())
 }
 
 func TestParseRetryAfter(t *testing.T) {
 	now := time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC)
 	for value, want := range map[string]time.Duration{
-		"": 0, "5": 5 * time.Second, "-5": 0, "99999999": time.Hour, "soon": 0,
-		"Sat, 21 Nov 2026 10:00:30 GMT": 30 * time.Second, "Sat, 21 Nov 2026 09:00:00 GMT": 0,
+		"": 0, "5": 5 * time.Second, "-5": 0, "99999999": time.Hour, "9223372036854775807": time.Hour, "-9223372037": 0, "soon": 0,
+		"Sat, 21 Nov 2026 10:00:30 GMT": 30 * time.Second, "Sat, 21 Nov 2026 12:00:00 GMT": time.Hour, "Sat, 21 Nov 2026 09:00:00 GMT": 0,
 	} {
 		assert.Equal(t, want, parseRetryAfter(value, now), value)
 	}

@@ -36,6 +36,18 @@ func TestAKeyWithoutIdentityIsNeverSent(t *testing.T) {
 	assert.Zero(t, imds.Requests(), "IMDS would have answered with the node's identity")
 }
 
+// As an SDK would, but for the name.
+func TestATokenRequestHasTheHeadersItNeeds(t *testing.T) {
+	var got http.Header
+	u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		got = r.Header
+		w.WriteHeader(http.StatusBadRequest)
+	})))
+	_, err := u.Token(t.Context(), asking(key))
+	require.Error(t, err)
+	assert.Equal(t, http.Header{"Metadata": {"true"}, "User-Agent": {"nmi/test"}}, got)
+}
+
 func TestRefusalsKeepTheServicesWords(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{})
 	u := upstreamOf(t, imds.Start())
@@ -58,6 +70,7 @@ func TestEnvironmentProxyAndRedirectsAreNotFollowed(t *testing.T) {
 	var refused *Error
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, http.StatusFound, refused.Status)
+	assert.Nil(t, u.transport.Proxy, "net/http asks no proxy for a loopback address, so that the above does not tell")
 }
 
 func TestAnAnswerWithoutEndIsNotReadToItsEnd(t *testing.T) {
