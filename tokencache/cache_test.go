@@ -191,22 +191,31 @@ func TestCloseLeavesNothingBehind(t *testing.T) {
 		up := &fakeUpstream{turns: true, life: time.Hour}
 		node := &inUse{gone: make(map[netip.Addr]bool)}
 		c := drawn(New(up.fetch, Config{AtOnce: 3, PerSecond: 3, InUse: node.ask}), 0)
+		of := func(i int) Key {
+			k := numbered(i)
+			if i%2 == 1 {
+				k.Principal = unique.Make(Principal{TenantID: "t"})
+			}
+			return k
+		}
 		for i := range 10 {
-			_, err := c.Get(t.Context(), numbered(i), pod(i))
+			_, err := c.Get(t.Context(), of(i), pod(i))
 			require.NoError(t, err)
 		}
 		up.slow(time.Hour)
 		time.Sleep(55*time.Minute + time.Second)
 		for i := range 40 {
-			go func() { _, _ = c.Get(t.Context(), numbered(i), pod(i)) }()
-			go func() { _, _ = c.Renew(t.Context(), numbered(i), pod(i%7), nil) }()
+			go func() { _, _ = c.Get(t.Context(), of(i), pod(i)) }()
+			go func() { _, _ = c.Renew(t.Context(), of(i), pod(i%7), nil) }()
 		}
 		time.Sleep(time.Second / 2)
 		c.Close()
 		assert.Zero(t, up.out, "no fetch is under way")
 		synctest.Wait() // singleflight's own goroutines have told all by then; else the bubble says so
-		assert.False(t, c.managedTurns.alarm.Stop(), "no timer runs")
-		assert.Zero(t, c.managedTurns.out)
+		for _, turns := range []*turns{c.managedTurns, c.principalTurns} {
+			assert.False(t, turns.alarm.Stop(), "no timer runs")
+			assert.Zero(t, turns.out)
+		}
 		assert.Empty(t, c.wants)
 		assert.Empty(t, c.started)
 	})

@@ -180,8 +180,10 @@ func TestAnUrgentTokenIsServedWhenItsRefreshIsSlow(t *testing.T) {
 		}
 		wg.Wait()
 		time.Sleep(2 * time.Second) // nobody waits, and yet it lands
+		synctest.Wait()
 		assert.Equal(t, 2, up.asked())
 		assert.Equal(t, "token-2", get(t, c))
+		assert.Equal(t, Stats{Fresh: 1, Urgent: 100, Misses: 1, Joined: 100, Flights: 2, Refreshes: 1, Entries: 1}, c.Stats())
 	})
 }
 

@@ -110,6 +110,7 @@ func TestExpiry(t *testing.T) {
 		"slow by an hour, the token has 1 min left": {61 * m, 1 * m, 1 * m, 1 * m},
 		"slow by an hour, the token has expired":    {59 * m, -1 * m, 0, 0},
 		"slow by ten years":                         {87600 * h, 24 * h, 0, 0},
+		"a token for more than a week":              {169 * h, 169 * h, 0, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var expiresOn, expiresIn seconds
