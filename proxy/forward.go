@@ -36,13 +36,8 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 		return errPassing
 	}
 	defer s.passing.leave(from.Addr())
-	control := http.NewResponseController(w) // whose calls fail for none but HTTP/1 connections
-	_ = control.SetWriteDeadline(time.Now().Add(answerTimeout))
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout)) // fails for none but HTTP/1 connections
 	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
-	// IMDS may answer before it has all of the body. Without this nothing of that is
-	// written until the body has ended. A client that does not read before it has
-	// sent maxBody is not held up: the kernel's buffers are larger.
-	_ = control.EnableFullDuplex()
 	if w.Header().Get("Connection") != "" {
 		w = lastAnswer{w}
 	}

@@ -155,6 +155,21 @@ func TestBodiesAreStreamedBothWays(t *testing.T) {
 	assert.Equal(t, "two", string(two))
 }
 
+// However long it is, and whether IMDS says so or not.
+func TestAnAnswerIsStreamed(t *testing.T) {
+	p := newPlainIMDS(t)
+	pod := p.pod()
+	pod.write(t, "GET /metadata/x HTTP/1.1\r\nHost: imds\r\n\r\n")
+	imds := p.accept()
+	_, err := http.ReadRequest(imds.r)
+	require.NoError(t, err)
+	const head = "HTTP/1.1 200 OK\r\nContent-Length: 6\r\nContent-Type: text/x\r\nDate: Sat, 21 Nov 2026 10:00:30 GMT\r\n\r\n"
+	imds.write(t, head+"one")
+	pod.expect(t, head+"one")
+	imds.write(t, "two")
+	pod.expect(t, "two")
+}
+
 func TestAClientThatGoesEndsItsRequestToIMDS(t *testing.T) {
 	p := newPlainIMDS(t)
 	pod := p.pod()

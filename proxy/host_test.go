@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"strings"
@@ -152,6 +153,14 @@ func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
 	}, patience, time.Millisecond)
 	_, err = ownerOf(ours.RemoteAddr(), ours.LocalAddr())
 	require.Error(t, err)
+}
+
+// Whoever the kernel does not know may be anybody.
+func TestWhoIsNotFoundMayNotAsk(t *testing.T) {
+	w := newWorld(t, withHost)
+	at := func(port int) *net.TCPAddr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port} }
+	err := w.server.checkUser(&http.Request{RemoteAddr: at(1).String()}, at(2))
+	require.ErrorIs(t, err, errNotRoot)
 }
 
 // What a process may not do it may try in a loop, and must not fill the log by it.

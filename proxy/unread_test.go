@@ -3,10 +3,13 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -45,6 +48,74 @@ func TestABodyThatNeverComesEndsItsConnection(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Whoever sends or reads nothing, or next to nothing, is cut.
+func TestConnectionsThatDoNotMoveEnd(t *testing.T) {
+	const head, refused = "GET /metadata/versions HTTP/1.1\r\n", "GET " + tokenURL + " HTTP/1.1\r\nHost: h\r\n\r\n"
+	for name, tc := range map[string]struct {
+		raw    string
+		drip   string // sent again each second
+		reads  bool
+		lasts  time.Duration
+		status string // of the answer
+	}{
+		"nothing comes":                 {"", "", true, readHeaderTimeout, ""},
+		"half a header":                 {head, "", true, readHeaderTimeout, ""},
+		"a header bit by bit":           {head, "X: y\r\n", true, readHeaderTimeout, ""},
+		"half a header after an answer": {refused + head, "", true, readHeaderTimeout, "400"},
+		"nothing after an answer":       {refused, "", true, idleTimeout, "400"},
+		"the answer is not read":        {refused, "", false, writeTimeout, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				pod, end := serveOne(t, Config{})
+				began := time.Now()
+				var sending sync.WaitGroup
+				defer sending.Wait()
+				defer end()
+				sending.Go(func() {
+					_, err := io.WriteString(pod, tc.raw)
+					for err == nil && tc.drip != "" {
+						time.Sleep(time.Second)
+						_, err = io.WriteString(pod, tc.drip)
+					}
+				})
+				if tc.reads {
+					answer, _ := io.ReadAll(pod)
+					assert.Contains(t, string(answer), tc.status)
+				} else {
+					sending.Wait()
+				}
+				for open := true; open; { // nobody takes it until it is closed
+					_ = pod.SetWriteDeadline(time.Now().Add(time.Second))
+					_, err := io.WriteString(pod, "x")
+					open = !errors.Is(err, io.ErrClosedPipe)
+				}
+				took := time.Since(began)
+				assert.GreaterOrEqual(t, took, tc.lasts)
+				assert.LessOrEqual(t, took, tc.lasts+2*time.Second)
+			})
+		})
+	}
+}
+
+type deadlined struct {
+	http.ResponseWriter
+	at time.Time
+}
+
+func (d *deadlined) SetWriteDeadline(at time.Time) error {
+	d.at = at
+	return nil
+}
+
+// IMDS may take its time, and yet who does not read its answer is cut.
+func TestWhatIsPassedOnHasADeadlineOfItsOwn(t *testing.T) {
+	w := &deadlined{ResponseWriter: httptest.NewRecorder()}
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metadata/versions", nil)
+	require.NoError(t, New(Config{Upstream: slowIMDS(0)}).forwards(w, r))
+	assert.WithinDuration(t, time.Now().Add(answerTimeout), w.at, 10*time.Second)
 }
 
 // slowIMDS answers after a while, unless the request has ended by then.

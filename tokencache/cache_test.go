@@ -99,7 +99,7 @@ func TestWhoComesAsTheLastOneLeavesGetsAFlightOfItsOwn(t *testing.T) {
 		c := New(func(ctx context.Context, req Request) (*Token, error) {
 			token, err := up.fetch(ctx, req)
 			if ctx.Err() != nil {
-				time.Sleep(time.Minute) // slow to notice that it is not wanted
+				time.Sleep(time.Second / 2) // slow to notice that it is not wanted
 			}
 			return token, err
 		}, Config{})
@@ -108,23 +108,35 @@ func TestWhoComesAsTheLastOneLeavesGetsAFlightOfItsOwn(t *testing.T) {
 		defer cancel()
 		_, err := c.Get(impatient, key, alice)
 		require.Error(t, err)
-		assert.Equal(t, "token-2", get(t, c))
+		for _, later := range []time.Duration{0, 3 * time.Second / 4} { // before the first has noticed, and after
+			go func() {
+				time.Sleep(later)
+				assert.Equal(t, "token-2", get(t, c))
+			}()
+		}
+		time.Sleep(2 * time.Second)
+		assert.Equal(t, 2, up.asked())
 	})
 }
 
 func TestAFlightHasItsOwnDeadline(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{takes: time.Hour, turns: true}
-		c := New(up.fetch, Config{FetchTimeout: 3 * time.Second})
-		defer c.Close()
-		begin := time.Now()
-		_, err := c.Get(t.Context(), key, alice)
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		var failure *Failure
-		require.ErrorAs(t, err, &failure)
-		assert.Equal(t, Unavailable, failure.Class)
-		assert.Equal(t, 3*time.Second, time.Since(begin))
-	})
+	for _, turns := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) { flightHasItsOwnDeadline(t, turns) })
+	}
+}
+
+func flightHasItsOwnDeadline(t *testing.T, turns bool) {
+	t.Helper()
+	up := &fakeUpstream{takes: time.Hour, turns: turns}
+	c := New(up.fetch, Config{FetchTimeout: 3 * time.Second})
+	defer c.Close()
+	begin := time.Now()
+	_, err := c.Get(t.Context(), key, alice)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	var failure *Failure
+	require.ErrorAs(t, err, &failure)
+	assert.Equal(t, Unavailable, failure.Class)
+	assert.Equal(t, 3*time.Second, time.Since(begin))
 }
 
 func TestAPanicIsAnErrorOfThatFlight(t *testing.T) {

@@ -36,7 +36,7 @@ func TestFreshness(t *testing.T) {
 		"an hour, drawn early": {of(time.Hour, 1), map[time.Duration]freshness{
 			50*time.Minute - 1: fresh, 50 * time.Minute: due, 55 * time.Minute: urgent,
 		}},
-		"two hours are not long": {of(2*time.Hour, 0), map[time.Duration]freshness{115*time.Minute - 1: fresh, 115 * time.Minute: urgent}},
+		"two hours are not long":          {of(2*time.Hour, 0), map[time.Duration]freshness{115*time.Minute - 1: fresh, 115 * time.Minute: urgent}},
 		"three minutes":                   {of(3*time.Minute, 0), map[time.Duration]freshness{0: urgent, 3 * time.Minute: expired}},
 		"as the issuer wishes, or later":  {wished, map[time.Duration]freshness{time.Hour + 36*time.Minute - 1: fresh, time.Hour + 36*time.Minute: due}},
 		"the node's clock an hour behind": {asIssued(25*time.Hour, 24*time.Hour), map[time.Duration]freshness{24*time.Hour - 1: urgent, 24 * time.Hour: expired}},

@@ -152,6 +152,20 @@ func TestNobodyIsBlamedForAnUpstreamThatHangs(t *testing.T) {
 	})
 }
 
+// Patience is for the turn. Whose turn has come waits for the answer.
+func TestWhoHasHadATurnIsNotTurnedAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: DefaultFetchTimeout - time.Second}
+		c := New(up.fetch, Config{AtOnce: 1})
+		defer c.Close()
+		go func() { _, _ = c.Get(t.Context(), numbered(1), bob) }()
+		synctest.Wait()
+		begin := time.Now()
+		get(t, c)
+		assert.Greater(t, time.Since(begin), maxWait)
+	})
+}
+
 // Neither many requests for one token are too much, nor the one in whose place it is
 // refreshed in its last second.
 func TestWhoWantsOneTokenIsNotBlamed(t *testing.T) {

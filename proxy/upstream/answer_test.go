@@ -149,6 +149,15 @@ func TestRefreshIn(t *testing.T) {
 	}
 }
 
+// What clients are told beside, where IMDS says it.
+func TestWhatElseATokenSays(t *testing.T) {
+	now := time.Unix(1_700_000_000, 0)
+	token, err := parseToken([]byte(answerWith(map[string]any{"not_before": `"1699999700"`, "ext_expires_in": `"172800"`})), key, now)
+	require.NoError(t, err)
+	assert.Equal(t, now.Add(-5*time.Minute), token.NotBefore)
+	assert.Equal(t, now.Add(48*time.Hour), token.ExtExpiresOn)
+}
+
 func FuzzParseToken(f *testing.F) {
 	f.Add([]byte(answerWith(nil)))
 	f.Add([]byte(answerWith(map[string]any{"refresh_in": "3600", "expires_on": 1_700_000_100})))

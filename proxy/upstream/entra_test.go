@@ -251,6 +251,8 @@ func TestWhatPassesAtEntra(t *testing.T) {
 	require.ErrorAs(t, err, &refused)
 	assert.Equal(t, 17*time.Second, refused.Wait())
 	assert.Equal(t, 2, len(p.entra.Calls())-before, "a throttled service is left alone")
+	p.entra.Inject(entratest.Fault{Status: 429, RetryAfter: "1"}) // so soon that azcore would wait for it
+	assert.Equal(t, tokencache.Throttled, classOf(p.fails(t, p.key(nil))))
 
 	for _, fault := range []entratest.Fault{
 		{Status: 400, Body: `{"error":"temporarily_unavailable","error_description":"AADSTS90033: A transient error has occurred."}`},
