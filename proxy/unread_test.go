@@ -87,7 +87,7 @@ func TestConnectionsThatDoNotMoveEnd(t *testing.T) {
 				} else {
 					sending.Wait()
 				}
-				for open := true; open; { // nobody takes it until it is closed
+				for open := true; open && time.Since(began) < time.Hour; { // nobody takes it until it is closed
 					_ = pod.SetWriteDeadline(time.Now().Add(time.Second))
 					_, err := io.WriteString(pod, "x")
 					open = !errors.Is(err, io.ErrClosedPipe)

@@ -213,3 +213,26 @@ func TestTheRefresherIsToldWhenAKeyIsPostponed(t *testing.T) {
 		assert.Equal(t, 3, up.asked())
 	})
 }
+
+// The renewal that failed counts, although the token that it was about has been replaced.
+func TestARefreshBringsNoRenewalForward(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := drawn(New(func(ctx context.Context, req Request) (*Token, error) {
+			if req.Fresh && up.asked() == 1 {
+				_, _ = up.fetch(ctx, req)
+				return nil, errors.New("no")
+			}
+			return up.fetch(ctx, req)
+		}, Config{}), 0)
+		defer c.Close()
+		get(t, c)
+		time.Sleep(12 * time.Hour)
+		_, err := c.Renew(t.Context(), key, alice, nil)
+		require.Error(t, err)
+		get(t, c) // sends off the refresh
+		synctest.Wait()
+		assert.Equal(t, "token-3", renew(t, c, nil))
+		assert.Equal(t, 3, up.asked())
+	})
+}

@@ -59,8 +59,8 @@ func TestAPodThatWantsOneKeyWaitsARoundAtMost(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		for _, wanted := range []Key{numbered(5000), numbered(999)} { // its own, and the last in another's line
-			begin := time.Now()
+		for _, wanted := range []func() Key{func() Key { return numbered(5000) }, func() Key { return lastInLine(c, pod(99)) }} {
+			begin, wanted := time.Now(), wanted()
 			_, err := c.Get(t.Context(), wanted, alice)
 			require.NoError(t, err)
 			assert.LessOrEqual(t, time.Since(begin), 100*time.Second/20+time.Second, "%s", wanted.Resource)
@@ -70,6 +70,21 @@ func TestAPodThatWantsOneKeyWaitsARoundAtMost(t *testing.T) {
 		assert.Empty(t, c.wants)
 		assert.Empty(t, c.started)
 	})
+}
+
+// lastInLine is the key that a caller asked for last of those it waits for.
+func lastInLine(c *Cache, caller netip.Addr) (last Key) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.managedTurns.mu.Lock()
+	defer c.managedTurns.mu.Unlock()
+	line := c.managedTurns.lines[caller]
+	for f, w := range c.wants {
+		if w.ticket == line[len(line)-1] {
+			last = f.Key
+		}
+	}
+	return last
 }
 
 func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
@@ -225,6 +240,82 @@ func TestTurnsThatNobodyWaitsForAreNotTaken(t *testing.T) {
 		wg.Wait()
 		assert.Zero(t, turns.out)
 		assert.Len(t, turns.slots, 1)
+	})
+}
+
+// A flight that tries again has waited once already.
+func TestWhoTriesAgainComesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurns(10, 1)
+		defer turns.stop()
+		older, newer := new(ticket), new(ticket)
+		turns.wanted(older, alice)
+		turns.wanted(newer, alice)
+		require.NoError(t, turns.wait(t.Context(), older))
+		var order []*ticket
+		for _, k := range []*ticket{newer, older} {
+			go func() {
+				if assert.NoError(t, turns.wait(t.Context(), k)) {
+					order = append(order, k)
+					turns.done(0)
+				}
+			}()
+			synctest.Wait()
+		}
+		turns.done(0)
+		synctest.Wait()
+		assert.Equal(t, []*ticket{older, newer}, order)
+	})
+}
+
+// A turn that comes as its caller leaves is nobody's.
+func TestATurnOfWhoLeavesInThatMomentEnds(t *testing.T) {
+	turns := newTurns(1000, 1000)
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 100 {
+		k := new(ticket)
+		turns.wanted(k, alice)
+		if turns.wait(gone, k) == nil {
+			turns.done(0)
+		}
+	}
+	assert.Zero(t, turns.out)
+}
+
+func TestALaterThrottleShortensNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurns(3, 3)
+		defer turns.stop()
+		tickets := []*ticket{{}, {}, {}}
+		for i, k := range tickets {
+			turns.wanted(k, pod(i))
+		}
+		require.NoError(t, turns.wait(t.Context(), tickets[0]))
+		require.NoError(t, turns.wait(t.Context(), tickets[1]))
+		turns.done(10 * time.Second)
+		turns.done(time.Second)
+		assert.Equal(t, 10*time.Second, turns.backlog())
+		begin := time.Now()
+		require.NoError(t, turns.wait(t.Context(), tickets[2]))
+		assert.Equal(t, 10*time.Second, time.Since(begin))
+	})
+}
+
+// Who is turned away is told to come back when the lines have ended.
+func TestTheBacklogIsWhatWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: time.Second}
+		c := New(up.fetch, Config{PerSecond: 2, AtOnce: 1})
+		defer c.Close()
+		for i := range maxFlights {
+			go func() { _, _ = c.Get(t.Context(), numbered(i), alice) }()
+		}
+		synctest.Wait()
+		_, err := c.Get(t.Context(), numbered(maxFlights), alice)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Equal(t, (maxFlights-1)*time.Second/2, failure.RetryAfter)
 	})
 }
 
