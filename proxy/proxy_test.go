@@ -106,6 +106,7 @@ func TestTokenRequests(t *testing.T) {
 		"both resource IDs":                    {request("GET", tokenURL+"&mi_res_id=a&msi_res_id=b", "Metadata: true"), "", 400, "", ""},
 		"resource twice":                       {request("GET", tokenURL+"&resource=x", "Metadata: true"), "", 400, "", ""},
 		"client_id twice":                      {request("GET", tokenURL+"&client_id=a&client_id=b", "Metadata: true"), "", 400, "", ""},
+		"client_id twice, once empty":          {request("GET", tokenURL+"&client_id=&client_id="+one.ClientID, "Metadata: true"), "", 400, "", ""},
 		"query that cannot be parsed":          {request("GET", tokenURL+"&x=%zz", "Metadata: true"), "", 400, "", ""},
 		"semicolon for ampersand":              {request("GET", tokenURL+";client_id=a", "Metadata: true"), "", 400, "", ""},
 		"unknown parameters and SDK headers":   {request("GET", tokenURL+"&xms_cc=cp1&foo=bar", "Metadata: true", "x-client-SKU: MSAL.x", "Content-Type: application/x-www-form-urlencoded"), "", 200, "", one.ClientID},
