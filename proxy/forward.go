@@ -10,21 +10,15 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
-	"time"
 )
 
 // maxBody bounds the body of a request that is passed on. The largest that IMDS has a
 // use for is an approval of scheduled events: one ID of 36 bytes for each.
 const maxBody = 64 << 10
 
-const (
-	// maxPassingEach is how many requests of one address are passed on at once, of the
-	// few that IMDS gets: a pod that reads slowly holds up itself.
-	maxPassingEach = 8
-	// answerTimeout is for an answer: the first one for scheduled events takes up to two
-	// minutes (Microsoft, "Scheduled Events for Linux VMs", Enabling and disabling).
-	answerTimeout = 150 * time.Second
-)
+// maxPassingEach is how many requests of one address are passed on at once, of the few
+// that IMDS gets: a pod that reads slowly holds up itself.
+const maxPassingEach = 8
 
 // forwards sends a request to IMDS, within the bounds that hold for what is passed on.
 func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
@@ -36,7 +30,6 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 		return errPassing
 	}
 	defer s.passing.leave(from.Addr())
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout)) // fails for none but HTTP/1 connections
 	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
 	if w.Header().Get("Connection") != "" {
 		w = lastAnswer{w}

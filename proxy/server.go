@@ -89,9 +89,13 @@ const (
 	// http.Server looks for its end even after the answer. What waits for its answer
 	// after that is not bounded by it.
 	readTimeout = 30 * time.Second
-	// writeTimeout bounds an answer, from when its request's header has been read: waiting
-	// for a pod, an identity, a turn and IMDS takes 38 s at most. Who reads slower is cut.
-	writeTimeout = time.Minute
+	// writeTimeout bounds an answer, from when its request's header has been read. With the
+	// flags at their most it may wait for 172 s: a minute each for its pod and its identity,
+	// 2 s for the API server, and for a turn and the answer 25 s, once more where there are
+	// auxiliary tenants. IMDS takes up to two minutes for its first answer about scheduled
+	// events (Microsoft, "Scheduled Events for Linux VMs", Enabling and disabling). Who
+	// reads slower is cut.
+	writeTimeout = 3 * time.Minute
 	idleTimeout  = 2 * time.Minute
 	// maxHeaderBytes makes it 8 KiB: http.Server adds another 4 (initialReadLimitSize).
 	maxHeaderBytes = 8<<10 - 4096
