@@ -4,12 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/upstream"
+	"github.com/podidentity/nmi/tokencache"
 )
 
 // What SDKs do next follows from the status: they give up on 400, and come back on
@@ -37,4 +42,38 @@ func TestHowErrorsAreTold(t *testing.T) {
 			assert.NotContains(t, got.Error(), "cart-0", "pods are told nothing of pods")
 		})
 	}
+}
+
+// What the cache says of a token that cannot be had.
+func TestHowFailuresAreTold(t *testing.T) {
+	for name, tc := range map[string]struct {
+		class  tokencache.Class
+		err    error
+		status int
+		text   string
+	}{
+		"IMDS's own words":      {tokencache.Refused, &upstream.Error{Source: "IMDS", Status: 400, Code: "invalid_request", Description: "Identity not found"}, 400, "invalid_request: Identity not found"},
+		"IMDS without words":    {tokencache.Refused, &upstream.Error{Source: "IMDS", Status: 403}, 400, "invalid_request: The metadata service refused the request"},
+		"IMDS fails":            {tokencache.Unavailable, &upstream.Error{Source: "IMDS", Status: 500, Code: "x", Description: "10.0.0.1"}, 503, "temporarily_unavailable: The metadata service is not available"},
+		"Entra fails":           {tokencache.Unavailable, &upstream.Error{Source: "Entra", Status: 500}, 503, "temporarily_unavailable: Entra is not available"},
+		"a fetch takes long":    {tokencache.Unavailable, context.DeadlineExceeded, 503, "temporarily_unavailable: The metadata service did not answer in time"},
+		"a panic":               {tokencache.Unavailable, errors.New("fetching a token panicked: secret"), 503, "temporarily_unavailable: The metadata service is not available"},
+		"more than there is":    {tokencache.Throttled, tokencache.ErrBusy, 429, "invalid_request: Temporarily throttled, too many requests"},
+		"others ask for it all": {tokencache.Unavailable, tokencache.ErrBusy, 503, "temporarily_unavailable: The metadata service is not available"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := httptest.NewRecorder()
+			r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, tokenURL, nil)
+			err := fmt.Errorf("pod shop/cart-0: %w", &tokencache.Failure{Class: tc.class, RetryAfter: 1200 * time.Millisecond, Err: tc.err})
+			New(Config{Logger: slog.New(slog.DiscardHandler)}).refuse(w, r, err)
+			assert.Equal(t, tc.status, w.Code)
+			assert.Equal(t, tc.text, asHTTP(err).Error())
+			after := "2" // not before the upstream is asked again
+			if tc.status == 400 {
+				after = ""
+			}
+			assert.Equal(t, after, w.Header().Get("Retry-After"))
+		})
+	}
+	assert.Equal(t, time.Second, noToken(&tokencache.Failure{Class: tokencache.Throttled, Err: tokencache.ErrBusy}).retryAfter, "never at once")
 }

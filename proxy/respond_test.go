@@ -1,0 +1,26 @@
+package proxy
+
+import (
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+
+	"github.com/podidentity/nmi/tokencache"
+)
+
+// expires_in is what is left when the answer is given, not when the token was made.
+func TestExpiresInIsComputedAnew(t *testing.T) {
+	made := time.Unix(1_800_000_000, 0)
+	token := &tokencache.Token{
+		AccessToken: "a.b", ClientID: `"quoted"`, Resource: "r\\\n\x7f\u00e9", TokenType: "Bearer", NotBefore: made,
+		ExpiresOn: made.Add(time.Hour), ExpiresIn: time.Hour, ExtExpiresOn: made.Add(2 * time.Hour),
+	}
+	for later, left := range map[time.Duration][2]string{
+		0: {"3600", "7200"}, 10 * time.Minute: {"3000", "6600"}, 90 * time.Minute: {"0", "1800"}, 3 * time.Hour: {"0", "0"},
+	} {
+		want := `{"access_token":"a.b","client_id":"\"quoted\"","expires_in":"` + left[0] + `","expires_on":"1800003600","ext_expires_in":"` + left[1] +
+			`","not_before":"1800000000","resource":"r\\\n` + "\x7f\u00e9" + `","token_type":"Bearer"}`
+		assert.Equal(t, want, string(appendToken(nil, token, made.Add(later))), "%s later", later)
+	}
+}
