@@ -158,7 +158,7 @@ func TestAnAddressNotKnownYetIsToldToComeBack(t *testing.T) {
 }
 
 // TestNoSpellingIsPassedOn sends every spelling that the real service would
-// forgive. A pod that may have no token must get none, and IMDS not be asked.
+// forgive, and some more. Nobody gets a token by one, and IMDS is not asked.
 func TestNoSpellingIsPassedOn(t *testing.T) {
 	w := newWorld(t, nil)
 	targets := []string{
@@ -188,9 +188,11 @@ func TestNoSpellingIsPassedOn(t *testing.T) {
 			if sep != "" {
 				query = "?api-version=2018-02-01&resource=https://vault.azure.net/"
 			}
-			resp, body := w.send(unbound, request(method, target+query, "Metadata: true", "Content-Length: 0"))
-			assert.GreaterOrEqual(t, resp.StatusCode, 400, "%s %s: %s", method, target, body)
-			assert.Empty(t, whose(body), "%s %s", method, target)
+			for _, from := range []string{unbound, bound} {
+				resp, body := w.send(from, request(method, target+query, "Metadata: true", "Content-Length: 0"))
+				assert.GreaterOrEqual(t, resp.StatusCode, 400, "%s %s: %s", method, target, body)
+				assert.Empty(t, whose(body), "%s %s", method, target)
+			}
 		}
 	}
 	assert.Empty(t, w.imds.Calls(), "nothing was passed on")

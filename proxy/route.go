@@ -70,12 +70,12 @@ func pathOf(r *http.Request) string {
 
 // originForm strips scheme and host from an absolute-form target (RFC 9112,
 // section 3.2.2: servers must accept it). Whatever host it names, the
-// connection was to the metadata service.
+// connection was to the metadata service; but it must name one (RFC 9110, 4.2.1).
 func originForm(target string) string {
 	for _, scheme := range []string{"http://", "https://"} {
 		if len(target) >= len(scheme) && strings.EqualFold(target[:len(scheme)], scheme) {
 			rest := target[len(scheme):]
-			if slash := strings.IndexAny(rest, "/?"); slash >= 0 {
+			if slash := strings.IndexAny(rest, "/?"); slash > 0 {
 				return rest[slash:]
 			}
 			return "/"
