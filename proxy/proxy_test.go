@@ -176,7 +176,7 @@ func TestNoSpellingIsPassedOn(t *testing.T) {
 		"http://169.254.169.254//metadata//identity/oauth2/token", "http:///metadata/identity/oauth2/token",
 		"/metadata/identity", "/metadata/identity/", "/metadata/identity/info", "/metadata/identity/issuecredential",
 		"/metadata/identity/getplatformmetadata", "/metadata/attested/document", "/metadata/scheduledevents", "/metadata", "/", "*",
-		"/host/token", "/metadata/Instance", "///metadata/versions", "/METADATA/versions", "/metadata/versions/", "/metadata/instance/a//b",
+		"/host/token", "/metadata/Instance", "///metadata/versions", "/METADATA/versions", "/metadata/versions/", "/metadata/instance/a//b", "/metadata/instance/a;b", "/metadata/instance/a.b", "/metadata/instance/a%2fb",
 	}
 	for _, target := range targets {
 		for _, method := range []string{"GET", "POST", "HEAD", "OPTIONS"} {

@@ -112,6 +112,23 @@ func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
 	})
 }
 
+// It asks on behalf of all pods that start.
+func TestTheNodeMayAskForManyAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{turns: true, takes: time.Second}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		var wg sync.WaitGroup
+		for i := range 2 * maxFlights {
+			wg.Go(func() {
+				_, err := c.Get(t.Context(), numbered(i), netip.Addr{})
+				assert.NoError(t, err)
+			})
+		}
+		wg.Wait()
+	})
+}
+
 func TestAThrottleIsHonouredForAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{turns: true, err: classed{Throttled, 7 * time.Second}}
