@@ -31,14 +31,14 @@ func accessToken(t *testing.T, body string) string {
 func TestBypassCacheAsksIMDSForANewOne(t *testing.T) {
 	w := newWorld(t, nil)
 	_, first := w.get(bound, tokenURL)
-	_, second := w.get(bound, tokenURL+"&bypass_cache=true")
+	_, second := w.get(bound, tokenURL+"&bypass_cache=True")
 	assert.NotEqual(t, accessToken(t, first), accessToken(t, second))
 	require.Equal(t, 2, w.imds.Requests())
 	calls := w.imds.Calls()
 	assert.NotContains(t, calls[0].Target, "bypass_cache")
 	assert.Contains(t, calls[1].Target, "bypass_cache=true", "IMDS has a cache too")
 
-	_, third := w.get(bound, tokenURL+"&bypass_cache=True")
+	_, third := w.get(bound, tokenURL+"&bypass_cache=true")
 	assert.Equal(t, accessToken(t, second), accessToken(t, third), "not again so soon")
 	_, fourth := w.get(bound, tokenURL+"&bypass_cache=false")
 	assert.Equal(t, accessToken(t, second), accessToken(t, fourth))
