@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// maxRefreshes is how many refreshes are under way when the refresher begins no more:
-// fewer than IMDS allows, so that callers who wait find a place.
+// maxRefreshes is how many refreshes that take the same turns are under way when the
+// refresher begins no more: fewer than IMDS allows, so that callers who wait find a place.
 const maxRefreshes = 4
 
 // refresher stands for the refresher among the callers who wait for turns. It is an
@@ -59,11 +59,12 @@ func (c *Cache) refreshDue(now time.Time) (next time.Time) {
 			later(now.Add(e.left(now)))
 			continue
 		}
-		if running >= maxRefreshes {
-			break // the next to land reminds of the rest
+		from := c.turnsOf(e.key)
+		if running[from] >= maxRefreshes {
+			continue // the next to land reminds of it
 		}
 		if c.refresh(e, refresher) {
-			running++
+			running[from]++
 		}
 	}
 	return next
@@ -71,14 +72,15 @@ func (c *Cache) refreshDue(now time.Time) (next time.Time) {
 
 // survey removes what has expired, and returns what could be refreshed, the most
 // urgent first. It calls later for the rest.
-func (c *Cache) survey(now time.Time, later func(time.Time)) (ready []*entry, running int) {
+func (c *Cache) survey(now time.Time, later func(time.Time)) (ready []*entry, running map[*turns]int) {
+	running = make(map[*turns]int)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var gone []Key
 	for key, e := range *c.byKey.Load() {
 		switch state := e.freshness(now); {
 		case e.refreshing:
-			running++
+			running[c.turnsOf(e.key)]++
 		case state == expired:
 			gone = append(gone, key)
 			c.remove(e)

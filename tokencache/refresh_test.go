@@ -9,6 +9,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unique"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -181,6 +182,32 @@ func TestTheRefresherLeavesRoomForCallers(t *testing.T) {
 		assert.Equal(t, maxRefreshes+6, up.peak)
 		last := up.made()[38:]
 		assert.ElementsMatch(t, []string{"r18", "r19"}, []string{last[0].Resource, last[1].Resource}, "who ends first comes first")
+	})
+}
+
+func TestRefreshesThatHangAtEntraHoldUpNoneAtIMDS(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		entra, imds := &fakeUpstream{life: 6 * time.Minute}, &fakeUpstream{life: 6 * time.Minute}
+		c := drawn(New(func(ctx context.Context, req Request) (*Token, error) {
+			if _, ok := req.Key.ServicePrincipal(); ok {
+				return entra.fetch(ctx, req)
+			}
+			return imds.fetch(ctx, req)
+		}, Config{InUse: (&inUse{}).ask}), 0)
+		defer c.Close()
+		for i := range 2 * maxRefreshes {
+			k := numbered(i)
+			k.Principal = unique.Make(Principal{TenantID: "t"})
+			_, err := c.Get(t.Context(), k, pod(i))
+			require.NoError(t, err)
+		}
+		time.Sleep(time.Second)
+		get(t, c)
+		entra.slow(time.Hour)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		assert.Equal(t, 3*maxRefreshes, entra.asked())
+		assert.Equal(t, 2, imds.asked())
 	})
 }
 
