@@ -118,11 +118,13 @@ func noToken(f *tokencache.Failure) *httpError {
 		}
 	case f.Class == tokencache.Refused:
 		return badRequest("The metadata service refused the request")
+	case errors.Is(f, tokencache.ErrBusy):
+		return notYet("Other pods of this node ask for more tokens than Azure gives at once", again)
 	case errors.As(f, &credential):
 		return notYet("The credential of this identity cannot be read now", again)
 	case errors.Is(f, upstream.ErrEntra), errors.As(f, &said) && said.Source == "Entra":
 		return notYet("Entra is not available", again)
-	case errors.Is(f, context.DeadlineExceeded):
+	case !errors.As(f, &said) && errors.Is(f, context.DeadlineExceeded):
 		return notYet("The metadata service did not answer in time", again)
 	default:
 		return notYet("The metadata service is not available", again)
