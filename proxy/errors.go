@@ -139,7 +139,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case r.Context().Err() != nil: // the client has gone, or at least finished sending
 	case errors.As(err, &own): // the client's own mistake, and it is told all there is to say
 		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
-	case s.refusals.allow(r.RemoteAddr):
+	case s.refusals.allow(callerOf(r)):
 		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", err)
 	}
 	if e.retryAfter > 0 {

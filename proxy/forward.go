@@ -25,11 +25,11 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 	if r.ContentLength > maxBody { // not even its beginning
 		return &http.MaxBytesError{Limit: maxBody}
 	}
-	from, _ := netip.ParseAddrPort(r.RemoteAddr) // the zero one counts too
-	if !s.passing.enter(from.Addr()) {
+	from := callerOf(r) // the zero one counts too
+	if !s.passing.enter(from) {
 		return errPassing
 	}
-	defer s.passing.leave(from.Addr())
+	defer s.passing.leave(from)
 	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
 	if w.Header().Get("Connection") != "" {
 		w = lastAnswer{w}

@@ -87,7 +87,7 @@ func (s *Server) checkUser(r *http.Request, local net.Addr) error {
 		return fmt.Errorf("%w: finding out which user it is: %w", errNotRoot, err)
 	}
 	if !slices.Contains(s.cfg.HostTokenUIDs, uid) {
-		if s.refusals.allow(r.RemoteAddr) {
+		if s.refusals.allow(callerOf(r)) {
 			s.log.WarnContext(r.Context(), "refused a token of a pod to a process of this node; --host-token-uids says who may", "uid", uid)
 		}
 		return errNotRoot

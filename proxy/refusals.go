@@ -23,14 +23,13 @@ func newRefusals() refusals {
 	return refusals{all: rate.NewLimiter(20, 100), each: each}
 }
 
-// allow reports whether one more line may be written of what came from a remote address.
-func (r refusals) allow(remote string) bool {
-	from, _ := netip.ParseAddrPort(remote) // the zero one counts too
-	addr := from.Addr().Unmap()
-	own, ok := r.each.Get(addr)
+// allow reports whether one more line may be written of what came from an address; the
+// zero one counts too.
+func (r refusals) allow(from netip.Addr) bool {
+	own, ok := r.each.Get(from)
 	if !ok {
 		own = rate.NewLimiter(1, 5)
-		if first, there, _ := r.each.PeekOrAdd(addr, own); there {
+		if first, there, _ := r.each.PeekOrAdd(from, own); there {
 			own = first
 		}
 	}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"fmt"
+	"net/netip"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,7 +15,7 @@ func TestAPodThatAsksInALoopHidesNoOthersLines(t *testing.T) {
 		r := newRefusals()
 		lines := func(from string) (n int) {
 			for range 1000 {
-				if r.allow(from + ":1") {
+				if r.allow(netip.MustParseAddr(from)) {
 					n++
 				}
 			}

@@ -21,6 +21,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -267,13 +268,19 @@ func (s *Server) passOn(w http.ResponseWriter, r *http.Request, why ...any) {
 	}
 }
 
+// callerOf is the address that a request came from; the zero one if its connection is not
+// TCP.
+func callerOf(r *http.Request) netip.Addr {
+	from, _ := netip.ParseAddrPort(r.RemoteAddr)
+	return from.Addr().Unmap()
+}
+
 // resolve finds the pod that sent the request, and makes sure that it is the one.
 func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) {
-	from, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		return nil, netip.Addr{}, err // not a TCP connection: nobody is resolved
+	addr := callerOf(r)
+	if !addr.IsValid() {
+		return nil, netip.Addr{}, errors.New("not a TCP connection: nobody is resolved")
 	}
-	addr := from.Addr().Unmap()
 	pod, err := s.cfg.Pods.Resolve(r.Context(), addr)
 	if err != nil {
 		return nil, netip.Addr{}, err

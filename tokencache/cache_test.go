@@ -175,6 +175,30 @@ func TestTheLeastRecentlyUsedLeaves(t *testing.T) {
 	})
 }
 
+// A pod chooses its resources, and so could drive everybody's tokens out.
+func TestACallerWhoWantsTooManyTokensDrivesOutItsOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{}
+		c := New(up.fetch, Config{Size: 300})
+		defer c.Close()
+		get(t, c)
+		for i := range 2 * maxHolding {
+			time.Sleep(2 * touchEvery)
+			_, err := c.Get(t.Context(), numbered(i), bob)
+			require.NoError(t, err)
+		}
+		assert.Equal(t, maxHolding+1, c.Stats().Entries)
+		assert.Equal(t, map[netip.Addr]int{alice: 1, bob: maxHolding}, c.holding)
+		assert.Equal(t, "token-1", get(t, c))
+		_, err := c.Get(t.Context(), numbered(maxHolding), bob)
+		require.NoError(t, err)
+		assert.Equal(t, 2*maxHolding+1, up.asked(), "the oldest of bob's left")
+		time.Sleep(25 * time.Hour)
+		synctest.Wait()
+		assert.Empty(t, c.holding)
+	})
+}
+
 func TestCloseEndsFlightsAndKeepsTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}

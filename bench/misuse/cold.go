@@ -58,8 +58,11 @@ func measureCold(ctx context.Context, w *testbed.World, good *testbed.Pod) error
 		asked := time.Now()
 		status, err := get(ctx, good.Client(time.Minute), tokenURL)
 		waited := time.Since(asked)
-		if err != nil || status != 200 {
-			return fmt.Errorf("the good pod got %d, %w", status, err)
+		if err != nil {
+			return fmt.Errorf("the good pod asks: %w", err)
+		}
+		if status != 200 {
+			return fmt.Errorf("the good pod got %d instead of a token", status)
 		}
 		asking.Wait()
 		atOnce, perSecond := w.IMDS.Peak()

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -75,18 +74,12 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		defer own.end()
 	}
 
-	before := findPredecessor(cfg.handoverDir, log)
-	defer func() { before.close() }()
-	after.lock, err = before.ownership(ctx, cfg.handoverDir)
-	if errors.Is(err, errOwned) {
-		// Its owner may have been between two successors, or just have lost its own
-		// predecessor, and not have listened yet.
-		before = findPredecessor(cfg.handoverDir, log)
-		after.lock, err = before.ownership(ctx, cfg.handoverDir)
-	}
+	before, owned, err := succeed(ctx, cfg.handoverDir, log)
 	if err != nil {
 		return err
 	}
+	defer before.close()
+	after.lock = owned
 	defer func() { _ = after.lock.Close() }()
 	open, err := before.listen(ctx, cfg.ports())
 	if err != nil {

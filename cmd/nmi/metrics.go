@@ -86,7 +86,6 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 			}
 			return nil
 		}))
-	all = errors.Join(all, err)
 	all = errors.Join(all, err, gauge(meter, "addresses", "Addresses that pods of this node hold", func() int { return resolver.Stats().Addresses }))
 	counter := func(name, description string, value func(podresolver.Stats) uint64) {
 		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(resolver.Stats()) }))

@@ -31,6 +31,21 @@ type predecessor struct {
 	gone      chan struct{} // closed when it has ended
 }
 
+// succeed finds the agent that runs on this node, nil for none, and what makes this one
+// the owner of the node's rules. It returns errOwned where another is, and does not hand
+// over.
+func succeed(ctx context.Context, dir string, log *slog.Logger) (p *predecessor, owned *os.File, err error) {
+	p = findPredecessor(dir, log)
+	owned, err = p.ownership(ctx, dir)
+	if errors.Is(err, errOwned) {
+		// It may have been between two successors, or just have lost its own
+		// predecessor, and not have listened yet.
+		p = findPredecessor(dir, log)
+		owned, err = p.ownership(ctx, dir)
+	}
+	return p, owned, err
+}
+
 // findPredecessor asks the agent that runs on this node for its sockets. It
 // returns nil when there is none that hands over, whatever else is there: if that
 // one has the ports, this agent will find out.

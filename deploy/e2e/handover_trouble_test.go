@@ -156,7 +156,7 @@ func TestASuccessorThatComesBeforeAnybodyListensTriesAgain(t *testing.T) {
 	require.NoError(t, b.Kill())
 	next := s.agentNotReady()
 	s.says(next, "starting")
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(200 * time.Millisecond) // in which it finds the owner's lock taken, and waits for it
 	require.NoError(t, a.Signal(syscall.SIGCONT))
 	s.says(next, "listening")
 	s.stops(a)

@@ -184,13 +184,9 @@ func (x *exchange) read(got azcore.AccessToken, key tokencache.Key, now time.Tim
 		AccessToken: got.Token, ClientID: key.ClientID, Resource: key.Resource, TokenType: "Bearer",
 		NotBefore: now, ExpiresOn: got.ExpiresOn, ExtExpiresOn: got.ExpiresOn, RefreshOn: got.RefreshOn,
 	}
-	if in.ExpiresIn.n > 0 && in.ExpiresIn.n <= int64(longestLife/time.Second) {
-		token.ExpiresIn = time.Duration(in.ExpiresIn.n) * time.Second
-	}
-	if ext := in.ExtExpiresIn.n; ext > 0 && ext < int64(longestLife/time.Second) {
-		if on := now.Add(time.Duration(ext) * time.Second); on.After(token.ExpiresOn) {
-			token.ExtExpiresOn = on
-		}
+	token.ExpiresIn, _ = in.ExpiresIn.within(longestLife)
+	if ext, ok := in.ExtExpiresIn.within(longestLife); ok && now.Add(ext).After(token.ExpiresOn) {
+		token.ExtExpiresOn = now.Add(ext)
 	}
 	return token, nil
 }
