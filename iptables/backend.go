@@ -122,7 +122,7 @@ func survey(b Backend) (chains []string, rules int) {
 			line = strings.TrimSpace(line)
 			if chain, ok := strings.CutPrefix(line, "-N "); ok {
 				chains = append(chains, chain)
-			} else if strings.HasPrefix(line, "-A ") && !strings.Contains(line, Chain) && !strings.Contains(line, wireserverChain) {
+			} else if strings.HasPrefix(line, "-A ") && !mentionsOurs(line) {
 				rules++
 			}
 		}

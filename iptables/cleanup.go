@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
+	"sync/atomic"
 )
 
 // settle deals with what was there before our rules: it comes after they are in
@@ -24,13 +26,13 @@ func (r *Reconciler) settle(ctx context.Context) {
 	// left that behind.
 	elsewhere := ours
 	if r.cfg.Mode == None {
-		elsewhere = ours[1:]
+		elsewhere = []chain{wireserverChain, guardChain}
 	}
-	removed, removeErr := removeFrom(ctx, r.cfg.Backend.other(), elsewhere)
+	removed, removeErr := removeFrom(ctx, r.backend().other(), elsewhere)
 	var stale bool
 	var staleErr error
 	if !r.cfg.BlockWireserver {
-		stale, staleErr = removeFrom(ctx, r.cfg.Backend, ours[1:])
+		stale, staleErr = removeFrom(ctx, r.backend(), []chain{wireserverChain})
 	}
 	if removed || stale {
 		r.cfg.Logger.Info("removed chains of another agent")
@@ -51,7 +53,7 @@ func removeFrom(ctx context.Context, backend Backend, chains []chain) (removed b
 	if _, err := backend.path(); err != nil || len(chains) == 0 {
 		return false, nil //nolint:nilerr // what cannot be reached from here was not put there from here
 	}
-	k, err := openKernel(backend)
+	k, err := openKernel(backend, new(atomic.Uint64))
 	if err != nil {
 		return false, err
 	}
@@ -74,20 +76,27 @@ func removeFrom(ctx context.Context, backend Backend, chains []chain) (removed b
 	return removed, all
 }
 
-// Cleanup removes our chains and the jumps to them, from both backends, and the
-// address from lo. Finding nothing is success.
+// Cleanup removes our chains and the jumps to them, from both backends, the routing
+// rules, and the address from lo. Finding nothing is success. Of the configuration it
+// needs Address and Logger alone.
+//
+// The redirect goes first and the fences last: until the end, pods are refused. Then
+// they reach the metadata service, and with it the node's identity.
 func Cleanup(ctx context.Context, cfg Config) error {
-	cfg.Mode = DNAT    // any for which there are rules
-	r, err := New(cfg) // says what is missing, if anything is
-	if err != nil {
-		return err
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
 	}
+	if missing := missingCapabilities(); len(missing) > 0 {
+		return permissionAdvice(missing)
+	}
+	_, _, missing := detect()
 	nft, nftErr := removeFrom(ctx, NFT, ours)
 	legacy, legacyErr := removeFrom(ctx, Legacy, ours)
-	address, err := removeAddress(cfg.Address)
-	if err := errors.Join(nftErr, legacyErr, err); err != nil {
+	address, addressErr := removeAddress(cfg.Address)
+	routing, routingErr := removeRoutingFence()
+	if err := errors.Join(missing, nftErr, legacyErr, addressErr, routingErr); err != nil {
 		return err
 	}
-	r.cfg.Logger.Info("cleaned up", "rules_removed", nft || legacy, "address_removed", address)
+	cfg.Logger.Info("cleaned up", "iptables_rules_removed", nft || legacy, "routing_rules_removed", routing, "address_removed", address)
 	return nil
 }

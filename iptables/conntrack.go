@@ -18,25 +18,37 @@ type tuple struct {
 	src, dst netip.AddrPort
 }
 
-// bypassing picks out, of all the connections that the kernel tracks, those to
-// the metadata service that lead to it. The nat table is asked for
-// a connection's first packet alone, so one that was open before the rules came
-// would go on to the metadata service for as long as both ends like. Without its
-// entry the next packet counts as a first one, is redirected, and is answered
-// with a reset, since the agent knows of no such connection
-// (nf_conntrack_tcp_loose).
+// bypassing picks out, of all the connections that the kernel tracks, those with the
+// metadata service that the agent is not at the other end of. The nat table is asked
+// for a connection's first packet alone, and so never for these. Without its entry
+// the next packet counts as a first one, is redirected, and is answered with a reset,
+// since the agent knows of no such connection (nf_conntrack_tcp_loose).
+//
+// There are two kinds: connections that a pod opened before the rules came, and those
+// that seem to come from the metadata service. It opens none, so somebody forged a
+// packet in order to have what is sent to it taken for an answer.
 type bypassing struct {
 	metadata netip.AddrPort
 	local    map[netip.Addr]bool // the node's own addresses: its own connections are to bypass
 }
 
 func (b bypassing) match(orig, reply tuple) bool {
-	if orig.protocol != unix.IPPROTO_TCP || orig.dst != b.metadata {
+	if orig.protocol != unix.IPPROTO_TCP {
 		return false
 	}
 	// Answers come from where the packets were sent to. One that leads to the
-	// node itself leads to an agent, be it one that is handing over to this one.
-	return !b.local[reply.src.Addr()] && !b.local[orig.src.Addr()]
+	// node itself leads to an agent, be it one that is handing over to this one; or
+	// it is the node's own connection, of which an answer was seen first.
+	if b.local[reply.src.Addr()] {
+		return false
+	}
+	switch {
+	case orig.dst == b.metadata:
+		return !b.local[orig.src.Addr()]
+	case orig.src == b.metadata, reply.dst == b.metadata:
+		return true
+	}
+	return false
 }
 
 // cutBypassing deletes the entries that bypass the agent, and says how many.

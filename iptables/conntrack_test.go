@@ -38,6 +38,32 @@ func TestWhichConnectionsBypassTheAgent(t *testing.T) {
 		})
 	}
 	assert.False(t, b.match(tuple{}, tuple{}))
+
+	// Of these the first packet came, or seemed to come, from the metadata service.
+	for name, tc := range map[string]struct {
+		to    string // as the packet says
+		leads string // where its packets go
+		back  string // where the answers go
+		want  bool
+	}{
+		"forged, to a pod":                          {"10.244.0.7:40000", "10.244.0.7:40000", "169.254.169.254:80", true},
+		"forged, to a pod's hostPort":               {"10.0.0.4:8080", "10.244.0.7:40000", "169.254.169.254:80", true},
+		"forged, to a hostPort, and masqueraded":    {"10.0.0.4:8080", "10.244.0.7:40000", "10.0.0.4:50000", true},
+		"an answer to the node that came first":     {"10.0.0.4:40000", "10.0.0.4:40000", "169.254.169.254:80", false},
+		"an answer to the agent, by its address":    {"169.254.169.252:40000", "169.254.169.252:40000", "169.254.169.254:80", false},
+		"forged, to the agent (it is not for it)":   {"10.244.0.1:2579", "10.244.0.1:2579", "169.254.169.254:80", false},
+		"forged, to another machine of the cluster": {"10.0.0.9:40000", "10.0.0.9:40000", "169.254.169.254:80", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			orig := tuple{protocol: unix.IPPROTO_TCP, src: metadata, dst: netip.MustParseAddrPort(tc.to)}
+			reply := tuple{protocol: unix.IPPROTO_TCP, src: netip.MustParseAddrPort(tc.leads), dst: netip.MustParseAddrPort(tc.back)}
+			assert.Equal(t, tc.want, b.match(orig, reply))
+		})
+	}
+	// Rewritten on the way here, as a translation of somebody else's may do.
+	assert.True(t, b.match(
+		tuple{unix.IPPROTO_TCP, netip.MustParseAddrPort("10.244.0.8:1"), netip.MustParseAddrPort("10.0.0.4:8080")},
+		tuple{unix.IPPROTO_TCP, netip.MustParseAddrPort("10.244.0.7:40000"), metadata}))
 }
 
 // FuzzParseEntry: the kernel is trusted to be kind, not to be understood.

@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	goiptables "github.com/coreos/go-iptables/iptables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -28,16 +27,14 @@ const applyTimeout = 30 * time.Second
 // of iptables). The nft backend has no such lock.
 const lockFile = "/run/xtables.lock"
 
-// kernel reads and writes tables through the iptables commands of one path, and
-// the address on lo through netlink.
+// kernel reads and writes the tables of one backend through its commands.
 type kernel struct {
 	backend   Backend
-	path      string // of iptables; iptables-restore stands beside it
-	tables    *goiptables.IPTables
-	contended atomic.Uint64 // commands before which another program held the lock
+	path      string         // of iptables; iptables-restore stands beside it
+	contended *atomic.Uint64 // commands before which another program held the lock
 }
 
-func openKernel(backend Backend) (*kernel, error) {
+func openKernel(backend Backend, contended *atomic.Uint64) (*kernel, error) {
 	path, err := backend.path()
 	if err != nil {
 		return nil, err
@@ -45,42 +42,62 @@ func openKernel(backend Backend) (*kernel, error) {
 	if _, err = exec.LookPath(path + "-restore"); err != nil {
 		return nil, fmt.Errorf("%s-restore is not on this machine: install the iptables package: %w", path, err)
 	}
-	tables, err := goiptables.New(goiptables.Path(path), goiptables.Timeout(lockWait))
-	if err != nil {
-		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
-	}
-	return &kernel{backend: backend, path: path, tables: tables}, nil
+	return &kernel{backend: backend, path: path, contended: contended}, nil
 }
 
 // errLocked means that another program holds the xtables lock.
 var errLocked = errors.New("another program holds the xtables lock")
 
+// noSuchChain is the exit status of iptables for a chain that is not there. The texts
+// differ: iptables-nft 1.8.9 calls such a chain "incompatible". Other troubles have
+// other numbers.
+const noSuchChain = 1
+
 // read returns the state of one of our chains, whatever its rules.
 func (k *kernel) read(c chain) (state, error) {
-	k.countContention()
 	s := state{chain: c}
 	s.rules = nil
-	var err error
-	if s.hookRules, err = k.tables.List(c.table, c.hook); err != nil {
-		return state{}, toolError("reading the "+c.table+" table", err.Error())
-	}
-	lines, err := k.tables.List(c.table, c.name)
-	var failure *goiptables.Error
-	switch {
-	case errors.As(err, &failure) && failure.ExitStatus() == 1:
-		// No such chain. The texts differ: iptables-nft 1.8.9 calls a chain that
-		// is not there "incompatible". Other troubles have other numbers.
+	if k.backend == NFT && c.table != "mangle" {
+		// Two commands that read little beat one that reads the thousands of rules
+		// that kube-proxy keeps in these tables. The legacy backend copies the
+		// whole table either way.
+		if _, err := k.list(&s, c.hook); err != nil {
+			return state{}, err
+		}
+		if status, err := k.list(&s, c.name); err != nil && status != noSuchChain {
+			return state{}, err
+		}
 		return s, nil
-	case err != nil:
-		return state{}, toolError("reading chain "+c.name, err.Error())
 	}
-	s.exists = true
-	for _, line := range lines {
-		if !strings.HasPrefix(line, "-N ") {
+	_, err := k.list(&s)
+	return s, err
+}
+
+// list adds to the state what iptables -S prints, of one chain or of the whole table.
+// status is that of the command.
+func (k *kernel) list(s *state, chain ...string) (status int, err error) {
+	k.countContention()
+	args := append([]string{"-t", s.table, fmt.Sprintf("--wait=%d", lockWait), "-S"}, chain...)
+	out, err := exec.Command(k.path, args...).Output()
+	var failure *exec.ExitError
+	switch {
+	case errors.As(err, &failure):
+		return failure.ExitCode(), toolError("reading the "+s.table+" table", string(failure.Stderr))
+	case err != nil:
+		return 0, fmt.Errorf("reading the %s table: %w", s.table, err)
+	}
+	for line := range strings.Lines(string(out)) {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "-N "+s.name:
+			s.exists = true
+		case strings.HasPrefix(line, "-A "+s.name+" "):
 			s.rules = append(s.rules, line)
+		case strings.HasPrefix(line, "-A "+s.hook+" "):
+			s.hookRules = append(s.hookRules, line)
 		}
 	}
-	return s, nil
+	return 0, nil
 }
 
 // countContention finds out whether the command that comes next has to wait for the
@@ -118,16 +135,15 @@ func (k *kernel) apply(ctx context.Context, input string) error {
 // do about it. It is the one place that knows these texts.
 func toolError(doing, text string) error {
 	text = strings.Join(strings.Fields(text), " ")
-	advice := ""
 	switch {
 	case strings.Contains(text, "Permission denied"), strings.Contains(text, "Operation not permitted"):
-		advice = "run as root with the capabilities NET_ADMIN and NET_RAW: "
+		return fmt.Errorf("%s: %w: %s", doing, permissionAdvice(missingCapabilities()), text)
 	case strings.Contains(text, "xtables lock"):
 		return fmt.Errorf("%s: %w: %s", doing, errLocked, text)
 	case strings.Contains(text, "Table does not exist"), strings.Contains(text, "do you need to insmod"):
-		advice = "the kernel lacks the table: load iptable_nat, iptable_filter or nf_tables: "
+		return fmt.Errorf("%s: the kernel lacks the table: load iptable_nat, iptable_mangle, iptable_filter or nf_tables: %s", doing, text)
 	}
-	return fmt.Errorf("%s: %s%s", doing, advice, text)
+	return fmt.Errorf("%s: %s", doing, text)
 }
 
 // loAddress is the address as it stands on lo: one host, known to nobody else.

@@ -116,6 +116,6 @@ func TestAProgramThatKeepsChangingTheRulesIsNamed(t *testing.T) {
 		n.eventually(n.inPlace, "first again")
 	}
 	n.eventually(func() bool { return len(r.Status().Notes) > 0 }, "noted")
-	assert.Contains(t, r.Status().Notes[0], "another program keeps changing the iptables rules")
+	assert.Contains(t, r.Status().Notes[0], "another program keeps changing the rules: they were put back")
 	assert.NoError(t, r.Status().Err)
 }

@@ -53,6 +53,7 @@ func newNode(tb testing.TB, backend iptables.Backend, shape testbed.Shape) *node
 	tb.Cleanup(func() {
 		assert.NoError(tb, iptables.Cleanup(context.Background(), n.config(iptables.DNAT)))
 		n.iptables("-F")
+		n.iptablesOn(backend, "mangle", "-F")
 	})
 	return n
 }
@@ -99,13 +100,19 @@ func (n *node) reconcile(cfg iptables.Config) (r *iptables.Reconciler, stop func
 	r, err := iptables.New(cfg)
 	require.NoError(n.t, err)
 	require.ErrorIs(n.t, r.Status().Err, iptables.ErrNotYet)
+	stop = n.start(r)
+	n.eventually(func() bool { return r.Status().Err == nil }, "rules in place")
+	return r, stop
+}
+
+// start lets r run until the test ends or the returned function is called.
+func (n *node) start(r *iptables.Reconciler) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { r.Run(ctx) })
 	stop = func() { cancel(); running.Wait() }
 	n.t.Cleanup(stop)
-	n.eventually(func() bool { return r.Status().Err == nil }, "rules in place")
-	return r, stop
+	return stop
 }
 
 // agent answers "agent" where the mode leads to.
@@ -133,6 +140,19 @@ func ask(pod *testbed.Pod) string { return askFor(pod, patience) }
 func askFor(pod *testbed.Pod, patience time.Duration) string {
 	client := pod.Client(patience)
 	defer client.CloseIdleConnections()
+	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
+	if err != nil {
+		return ""
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	return string(body)
+}
+
+// askFromNode is what the node itself hears from the metadata service.
+func (n *node) askFromNode() string {
+	n.t.Helper()
+	client := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
 	if err != nil {
 		return ""

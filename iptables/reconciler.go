@@ -1,18 +1,25 @@
 // Package iptables keeps the rules that hand pods' calls to the metadata service
-// to the agent.
+// to the agent, and two fences that keep everything else of pods' away from it.
+//
+// The redirect serves, the fences protect. The redirect is a rule of the nat table,
+// which sees the first packet of a connection alone, in its original direction: a
+// forged packet, a NOTRACK rule or a flush is a way around it. No packet to or from
+// the metadata service is ever forwarded with good reason, and so each fence refuses
+// all of them: a guard chain, first in FORWARD of the mangle table, and policy routing
+// rules, which have nothing in common with iptables. Either is enough.
 //
 // The life of the rules:
 //
-//  1. The desired rules follow from the configuration and the mode alone, as text.
-//  2. Run reads what the kernel has. If that is not the desired state, one
-//     iptables-restore makes it so, in one transaction: there is no moment with
-//     half of the rules.
-//  3. What was there before is dealt with: the chain of an old agent in the other
+//  1. The desired rules follow from the configuration and the mode alone.
+//  2. Run reads what the kernel has. What is not as desired is written, the fences
+//     first. One iptables-restore writes a chain in one transaction: there is no
+//     moment with half of the rules. A part that fails hinders no other.
+//  3. What was there before is dealt with: the chains of an old agent in the other
 //     backend, connections from before the rules.
-//  4. It checks them again when the kernel announces a change of links, addresses
-//     or tables, when pods come and go, and every interval. Each time it looks at
-//     the interfaces that lead to pods: they decide the mode, and whether a source
-//     address says for certain which pod is calling.
+//  4. It checks them again as soon as the kernel announces a change of links,
+//     addresses, routing rules or tables, when pods come and go, and every interval.
+//     Each time it looks at the interfaces that lead to pods: they decide the mode,
+//     and whether a source address says for certain which pod is calling.
 //  5. The rules stay when Run ends, however it ends. With no agent behind them a
 //     pod's connection is refused; it never reaches the node's own identity.
 //  6. Cleanup removes what is ours, and nothing else.
@@ -21,7 +28,6 @@ package iptables
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -54,18 +60,23 @@ type Config struct {
 // Reconciler keeps the rules in place.
 type Reconciler struct {
 	cfg    Config
-	kernel *kernel // nil when no rules of ours are wanted
 	status atomic.Pointer[Status]
 
 	verdicts verdicts
 
 	checks, repairs, cut atomic.Uint64
+	contended            atomic.Uint64
+	lost                 map[string]*atomic.Uint64 // by part; all of Parts are there
 
-	// For Run alone.
-	settled bool        // what others left has been dealt with
-	warned  []string    // links that were warned of
-	written []time.Time // when rules were put in place, in the last minute
-	blamed  time.Time   // when it was last said that somebody else keeps changing them
+	// For New and Run alone.
+	kernel   *kernel             // nil as long as there are no iptables commands
+	settled  bool                // what others left has been dealt with
+	fenced   bool                // the last check left the routing fence in place
+	last     map[string][]string // by part, the rules of the chain that a check left in place
+	optional string              // error of a fence that mode None goes on without, as last logged
+	warned   []string            // links that were warned of
+	written  []time.Time         // when rules were put in place, in the last minute
+	blamed   time.Time           // when it was last said that somebody else keeps changing them
 }
 
 // Status is what Run found or did at its last check.
@@ -74,9 +85,11 @@ type Status struct {
 	Unguarded error  // why no source address can be trusted on some bridge, and what to do; wraps ErrUnguarded
 	Mode      Mode   // other than AutoMode, once there was a check
 	Why       string // this mode
-	// Notes are what else somebody may want to know of the links to pods, a
-	// sentence each.
+	// Notes are what else somebody may want to know of the rules and of the links
+	// to pods, a sentence each.
 	Notes []string
+
+	rules []string // those of the Notes that the last check of the rules gave
 }
 
 // ErrNotYet is the error of the Status before the first check.
@@ -84,14 +97,16 @@ var ErrNotYet = errors.New("the iptables rules are not in place yet")
 
 // Stats are counts since New.
 type Stats struct {
-	Checks        uint64 // of the rules
-	Repairs       uint64 // checks that found them wanting and wrote them, the first included
-	LockContended uint64 // commands before which another program held the xtables lock
-	Cut           uint64 // connections past the agent that were ended
+	Checks        uint64            // of the rules
+	Repairs       uint64            // checks that found them wanting and wrote them, the first included
+	Lost          map[string]uint64 // by part, times that it had been in place and was gone
+	LockContended uint64            // commands before which another program held the xtables lock
+	Cut           uint64            // connections past the agent that were ended
 }
 
-// New checks that rules can be read here, and changes nothing. Its errors say
-// what is missing: the iptables commands, privileges, or the kernel's nat table.
+// New changes nothing. Its errors say which privileges are missing; mode None needs
+// none. Whatever else hinders the rules is in the Status, and tried again by Run: an
+// agent that ended for it would leave the node without the rest of them.
 func New(cfg Config) (*Reconciler, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
@@ -99,27 +114,38 @@ func New(cfg Config) (*Reconciler, error) {
 	if cfg.Mode == AutoMode && cfg.Pods == nil {
 		return nil, errors.New("mode auto needs to know the pods' addresses")
 	}
-	r := &Reconciler{}
 	if cfg.Mode != None || cfg.BlockWireserver {
-		why := "it was asked for"
-		var err error
-		if cfg.Backend == Auto || cfg.Backend == "" {
-			if cfg.Backend, why, err = detect(); err != nil {
-				return nil, err
-			}
+		if missing := missingCapabilities(); len(missing) > 0 {
+			return nil, permissionAdvice(missing)
 		}
-		if r.kernel, err = openKernel(cfg.Backend); err != nil {
-			return nil, err
-		}
-		// A lock that is held now is free later; anything else is not.
-		if _, err = r.kernel.read(ours[0]); err != nil && !errors.Is(err, errLocked) {
-			return nil, err
-		}
-		cfg.Logger.Info("iptables backend", "backend", cfg.Backend, "why", why)
 	}
-	r.cfg = cfg
+	r := &Reconciler{cfg: cfg, last: make(map[string][]string), lost: make(map[string]*atomic.Uint64)}
+	for _, part := range Parts {
+		r.lost[part] = new(atomic.Uint64)
+	}
+	if err := r.open(); err != nil {
+		cfg.Logger.Warn("no iptables rules can be written", "error", err)
+	}
 	r.status.Store(&Status{Err: ErrNotYet})
 	return r, nil
+}
+
+// open finds the backend and its commands, if that has not been done yet.
+func (r *Reconciler) open() (err error) {
+	if r.kernel != nil {
+		return nil
+	}
+	backend, why := r.cfg.Backend, "it was asked for"
+	if backend == Auto || backend == "" {
+		if backend, why, err = detect(); err != nil {
+			return err
+		}
+	}
+	if r.kernel, err = openKernel(backend, &r.contended); err != nil {
+		return err
+	}
+	r.cfg.Logger.Info("iptables backend", "backend", backend, "why", why)
+	return nil
 }
 
 // Status returns what the last check came to.
@@ -127,9 +153,12 @@ func (r *Reconciler) Status() Status { return *r.status.Load() }
 
 // Stats returns what has been counted so far.
 func (r *Reconciler) Stats() Stats {
-	s := Stats{Checks: r.checks.Load(), Repairs: r.repairs.Load(), Cut: r.cut.Load()}
-	if r.kernel != nil {
-		s.LockContended = r.kernel.contended.Load()
+	s := Stats{
+		Checks: r.checks.Load(), Repairs: r.repairs.Load(), Cut: r.cut.Load(), LockContended: r.contended.Load(),
+		Lost: make(map[string]uint64, len(r.lost)),
+	}
+	for part, n := range r.lost {
+		s.Lost[part] = n.Load()
 	}
 	return s
 }
@@ -137,9 +166,10 @@ func (r *Reconciler) Stats() Stats {
 const (
 	// firstRetry is the pause after a failure; it doubles up to the interval.
 	firstRetry = time.Second
-	// calm is the least time between checks that changes give rise to: on a node
-	// where kube-proxy writes rules all the time, one check answers for many.
-	calm = 500 * time.Millisecond
+	// debounce is the least time from one check to the next that a change gives
+	// rise to: on a node where kube-proxy writes rules all the time, one check
+	// answers for many. The first of several changes is not kept waiting.
+	debounce = 500 * time.Millisecond
 )
 
 // Run keeps the rules in place until ctx ends: it checks them when the kernel
@@ -147,7 +177,7 @@ const (
 // there.
 func (r *Reconciler) Run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
-	w, err := newWatcher(ctx, r.cfg.Backend, r.tables())
+	w, err := newWatcher(ctx, r.backend(), r.tables())
 	if err != nil {
 		r.cfg.Logger.Warn("changes will be noticed late", "error", err, "every", r.cfg.Interval)
 	}
@@ -178,22 +208,23 @@ func (r *Reconciler) Run(ctx context.Context) {
 			if status.Err != nil {
 				next = retry
 				retry = min(2*retry, r.cfg.Interval)
-				r.cfg.Logger.Error("the iptables rules are not in place; trying again", "error", status.Err, "in", next)
+				r.cfg.Logger.Error("not all rules are in place; trying again", "error", status.Err, "in", next)
 			} else {
 				retry = min(firstRetry, r.cfg.Interval)
 			}
 			due.Reset(next)
 		}
 		published := status
-		published.Notes = append(r.contest(), status.Notes...)
+		published.Notes = slices.Concat(r.contest(), status.rules, status.Notes)
 		r.status.Store(&published)
+		checked := time.Now()
 		select {
 		case <-due.C:
 			look, check = true, true
 			continue
 		case <-w.links: // the address on lo is one of them
 			look, check = true, true
-		case <-w.tables:
+		case <-w.rules:
 			look, check = false, true
 		case <-podsChanged:
 			look, check = true, false
@@ -201,11 +232,19 @@ func (r *Reconciler) Run(ctx context.Context) {
 			return
 		}
 		select {
-		case <-time.After(calm):
+		case <-time.After(time.Until(checked.Add(debounce))):
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// backend is the one whose tables are used; "" if that is not known yet.
+func (r *Reconciler) backend() Backend {
+	if r.kernel == nil {
+		return ""
+	}
+	return r.kernel.backend
 }
 
 // tables names the tables that rules of ours are wanted in.
@@ -223,7 +262,7 @@ func (r *Reconciler) tables() (names []string) {
 // survey looks at the pods' interfaces: which mode to use now and why, and which
 // addresses can be trusted. The channel says when to look again.
 func (r *Reconciler) survey(last Status) (Status, <-chan struct{}) {
-	s := Status{Err: last.Err, Mode: r.cfg.Mode, Why: "it was asked for"}
+	s := Status{Err: last.Err, Mode: r.cfg.Mode, Why: "it was asked for", rules: last.rules}
 	if r.cfg.Pods == nil {
 		return s, nil
 	}
@@ -246,80 +285,4 @@ func (r *Reconciler) survey(last Status) (Status, <-chan struct{}) {
 	}
 	r.warned = open
 	return s, changed
-}
-
-// reconcile makes the kernel's state the desired one, and reports whether it had
-// to change the tables for that. Where the mode cannot be told yet, it settles on
-// the one whose rules are there, so that a restart changes nothing; else on DNAT.
-func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
-	if r.kernel == nil {
-		return false, nil
-	}
-	if status.Mode == AutoMode {
-		status.Mode = DNAT
-		before := desired(r.cfg, Redirect)[0]
-		if s, err := r.kernel.read(before); err == nil && s.install(before.rules) == "" {
-			status.Mode = Redirect
-		}
-	}
-	if status.Mode == DNAT {
-		if err := ensureAddress(r.cfg.Address); err != nil {
-			return false, err
-		}
-	}
-	want := desired(r.cfg, status.Mode)
-	failed := make([]error, len(want))
-	for i, c := range want { // the redirect is the first, and does not depend on the other
-		var wrote bool
-		wrote, failed[i] = r.ensure(ctx, c, status)
-		changed = changed || wrote
-	}
-	if changed {
-		r.repairs.Add(1)
-		r.settled = false
-		r.written = append(r.written, time.Now())
-	}
-	if !r.settled && failed[0] == nil {
-		r.settle(ctx)
-	}
-	return changed, errors.Join(failed...)
-}
-
-func (r *Reconciler) ensure(ctx context.Context, want chain, status *Status) (changed bool, err error) {
-	s, err := r.kernel.read(want)
-	if err != nil {
-		return false, err
-	}
-	change := s.install(want.rules)
-	if change == "" {
-		return false, nil
-	}
-	if err := r.kernel.apply(ctx, change); err != nil {
-		return false, err
-	}
-	level := slog.LevelInfo
-	if len(r.written) > contested {
-		level = slog.LevelDebug // it is said once a minute, see contest
-	}
-	r.cfg.Logger.Log(ctx, level, "iptables rules put in place", "chain", want.name, "mode", status.Mode, "why", status.Why, "taken_over", s.exists)
-	return true, nil
-}
-
-// contested is how often in a minute rules are written for ordinary reasons.
-const contested = 5
-
-// contest says so when somebody else keeps changing the rules. They are put back
-// at the same pace all the same: each moment without them is one in which a pod
-// reaches the node's identity.
-func (r *Reconciler) contest() []string {
-	now := time.Now()
-	r.written = slices.DeleteFunc(r.written, func(at time.Time) bool { return now.Sub(at) > time.Minute })
-	if len(r.written) <= contested {
-		return nil
-	}
-	if now.Sub(r.blamed) > time.Minute {
-		r.blamed = now
-		r.cfg.Logger.Warn("another program keeps changing the rules in the place of ours", "repairs_in_last_minute", len(r.written))
-	}
-	return []string{fmt.Sprintf("another program keeps changing the iptables rules: they were put back %d times in the last minute", len(r.written))}
 }

@@ -11,8 +11,11 @@ import (
 // so that its chain is taken over, and tools that look for it go on working.
 const Chain = "aad-metadata"
 
-// wireserverChain holds the rule of BlockWireserver.
-const wireserverChain = "nmi-wireserver"
+// guardName and wireserverName are those of the chains that drop and reject.
+const (
+	guardName      = "nmi-guard"
+	wireserverName = "nmi-wireserver"
+)
 
 // wireserver is the other service that Azure gives every virtual machine: the
 // host's agent. To whoever asks on these ports it gives the machine's
@@ -30,17 +33,38 @@ type chain struct {
 	rules             []string
 }
 
-// ours are the chains that may be of our making, without their rules.
-var ours = []chain{
-	{table: "nat", hook: "PREROUTING", name: Chain},
-	{table: "filter", hook: "FORWARD", name: wireserverChain},
+// The chains that may be of our making, without their rules.
+var (
+	guardChain      = chain{table: "mangle", hook: "FORWARD", name: guardName}
+	redirectChain   = chain{table: "nat", hook: "PREROUTING", name: Chain}
+	wireserverChain = chain{table: "filter", hook: "FORWARD", name: wireserverName}
+
+	// ours are all of them, in the order to remove them in: as long as a fence
+	// stands, pods are refused.
+	ours = []chain{redirectChain, wireserverChain, guardChain}
+)
+
+// mentionsOurs reports whether a line of iptables -S is of or about a chain of ours.
+func mentionsOurs(line string) bool {
+	return slices.ContainsFunc(ours, func(c chain) bool { return strings.Contains(line, c.name) })
 }
 
 // desired are the chains that the configuration asks for in a mode other than
-// AutoMode, the redirect first.
+// AutoMode, in the order to write them in: the guard is there before anything is
+// redirected.
 func desired(cfg Config, mode Mode) []chain {
-	var want []chain
-	redirect, guard := ours[0], ours[1]
+	// No packet to or from the metadata service is forwarded with good reason: the
+	// agent serves excepted pods too. The nat table sees the first packet of a
+	// connection alone, and not that of one that conntrack takes for an answer
+	// (a forged packet from the metadata service is enough) or does not track. In
+	// mangle an ACCEPT of the filter table, whoever wrote it, comes too late.
+	guard := guardChain
+	guard.rules = []string{
+		fmt.Sprintf("-A %s -d %s/32 -j DROP", guard.name, cfg.Metadata.Addr()),
+		fmt.Sprintf("-A %s -s %s/32 -j DROP", guard.name, cfg.Metadata.Addr()),
+	}
+	want := []chain{guard}
+	redirect, wire := redirectChain, wireserverChain
 	match := fmt.Sprintf("-A %s -d %s/32 -p tcp -m tcp --dport %d ", redirect.name, cfg.Metadata.Addr(), cfg.Metadata.Port())
 	switch mode {
 	case Redirect:
@@ -51,8 +75,8 @@ func desired(cfg Config, mode Mode) []chain {
 		want = append(want, redirect)
 	}
 	if cfg.BlockWireserver {
-		guard.rules = []string{fmt.Sprintf("-A %s -d %s/32 -p tcp -m multiport --dports %s -j REJECT --reject-with tcp-reset", guard.name, wireserver, wireserverPorts)}
-		want = append(want, guard)
+		wire.rules = []string{fmt.Sprintf("-A %s -d %s/32 -p tcp -m multiport --dports %s -j REJECT --reject-with tcp-reset", wire.name, wireserver, wireserverPorts)}
+		want = append(want, wire)
 	}
 	return want
 }
@@ -61,8 +85,8 @@ func desired(cfg Config, mode Mode) []chain {
 // from.
 type state struct {
 	chain
-	hookRules []string // policy line included
-	exists    bool     // there is a chain of our name; rules are what is in it
+	hookRules []string
+	exists    bool // there is a chain of our name; rules are what is in it
 }
 
 // jump is the only rule that may lead into the chain, and must be the first of
@@ -70,15 +94,27 @@ type state struct {
 func (c chain) jump() string { return "-A " + c.hook + " -j " + c.name }
 
 // jumps lists the rules of the hook that lead into our chain, however they are
-// written, and whether the hook starts with ours and has no other.
+// written, and whether ours is the only one and comes first. Rules before it that
+// can only drop take nothing from it, and stay: AKS's IMDS restriction inserts such
+// a one in the first place each time that the kubelet starts (AgentBaker's
+// ensure_imds_restriction.sh), in FORWARD of mangle or of filter.
 func (s state) jumps() (found []string, inPlace bool) {
-	rules := slices.DeleteFunc(slices.Clone(s.hookRules), func(line string) bool { return !strings.HasPrefix(line, "-A ") })
-	for _, rule := range rules {
+	first := ""
+	for _, rule := range s.hookRules {
 		if strings.HasSuffix(rule, " -j "+s.name) || strings.Contains(rule, " -j "+s.name+" ") {
 			found = append(found, rule)
 		}
+		if first == "" && !strings.HasSuffix(rule, " -j DROP") {
+			first = rule
+		}
 	}
-	return found, len(found) == 1 && rules[0] == s.jump()
+	return found, len(found) == 1 && first == s.jump()
+}
+
+// holds reports whether the chain has these rules, and packets get there if no rule
+// before the jump stops them.
+func (s state) holds(rules []string) bool {
+	return s.exists && slices.Equal(s.rules, rules) && slices.Contains(s.hookRules, s.jump())
 }
 
 // install returns the input of iptables-restore --noflush that gives the chain

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -14,22 +15,23 @@ var (
 )
 
 func TestDesired(t *testing.T) {
-	const guard = "-A nmi-wireserver -d 168.63.129.16/32 -p tcp -m multiport --dports 80,32526 -j REJECT --reject-with tcp-reset"
-	for mode, want := range map[Mode][]string{
+	const wire = "-A nmi-wireserver -d 168.63.129.16/32 -p tcp -m multiport --dports 80,32526 -j REJECT --reject-with tcp-reset"
+	guard := []string{"-A nmi-guard -d 169.254.169.254/32 -j DROP", "-A nmi-guard -s 169.254.169.254/32 -j DROP"}
+	for mode, redirect := range map[Mode][]string{
 		Redirect: {"-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 2579"},
 		DNAT:     {"-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 169.254.169.252:2579"},
 		None:     nil,
 	} {
-		assert.Equal(t, want, rulesOf(desired(config, mode)), mode)
-		guarded := config
-		guarded.BlockWireserver = true
-		assert.Equal(t, append(want, guard), rulesOf(desired(guarded, mode)), mode)
+		want := slices.Concat(guard, redirect)
+		assert.Equal(t, want, rulesOf(desired(config, mode)), "%s: the fence before the redirect", mode)
+		blocking := config
+		blocking.BlockWireserver = true
+		assert.Equal(t, append(want, wire), rulesOf(desired(blocking, mode)), mode)
 	}
-	guarded := config
-	guarded.BlockWireserver = true
-	last := desired(guarded, DNAT)[1]
-	assert.Equal(t, "-A FORWARD -j nmi-wireserver", last.jump())
-	assert.Equal(t, "filter", last.table)
+	assert.Equal(t, "-A FORWARD -j nmi-guard", guardChain.jump())
+	assert.Equal(t, "mangle", guardChain.table)
+	assert.Equal(t, "-A FORWARD -j nmi-wireserver", wireserverChain.jump())
+	assert.Equal(t, "filter", wireserverChain.table)
 }
 
 func rulesOf(chains []chain) (rules []string) {
@@ -41,21 +43,21 @@ func rulesOf(chains []chain) (rules []string) {
 
 // have is a state of the chain of the redirect.
 func have(hookRules, rules []string, exists bool) state {
-	c := ours[0]
+	c := redirectChain
 	c.rules = rules
 	return state{chain: c, hookRules: hookRules, exists: exists}
 }
 
 func TestInstall(t *testing.T) {
 	const (
-		policy = "-P PREROUTING ACCEPT"
-		kube   = "-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES"
-		ours   = "-A PREROUTING -j aad-metadata"
-		twin   = "-A PREROUTING -i eth0 -j aad-metadata"
-		head   = "*nat\n:aad-metadata - [0:0]\n-F aad-metadata\n-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 2579\n"
-		tail   = "-I PREROUTING 1 -j aad-metadata\nCOMMIT\n"
+		kube = "-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES"
+		ours = "-A PREROUTING -j aad-metadata"
+		drop = "-A PREROUTING ! -s 10.0.0.4/32 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -m comment --comment \"AKS managed: added by AgentBaker ensureIMDSRestriction for IMDS restriction feature\" -j DROP"
+		twin = "-A PREROUTING -i eth0 -j aad-metadata"
+		head = "*nat\n:aad-metadata - [0:0]\n-F aad-metadata\n-A aad-metadata -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 2579\n"
+		tail = "-I PREROUTING 1 -j aad-metadata\nCOMMIT\n"
 	)
-	redirect := desired(config, Redirect)[0].rules
+	redirect := desired(config, Redirect)[1].rules
 	old := []string{
 		"-A aad-metadata ! -s 127.0.0.1/32 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination 127.0.0.1:2579",
 		"-A aad-metadata -j RETURN",
@@ -64,27 +66,29 @@ func TestInstall(t *testing.T) {
 		have state
 		want string
 	}{
-		"nothing there":       {have([]string{policy}, nil, false), head + tail},
-		"all in place":        {have([]string{policy, ours, kube}, redirect, true), ""},
-		"below another's":     {have([]string{policy, kube, ours}, redirect, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
-		"doubled":             {have([]string{policy, ours, ours}, redirect, true), head + "-D PREROUTING -j aad-metadata\n-D PREROUTING -j aad-metadata\n" + tail},
-		"a narrower jump":     {have([]string{policy, twin}, redirect, true), head + "-D PREROUTING -i eth0 -j aad-metadata\n" + tail},
-		"jump gone":           {have([]string{policy, kube}, redirect, true), head + tail},
-		"chain empty":         {have([]string{policy, ours}, nil, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
-		"old NMI's":           {have([]string{policy, ours}, old, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
-		"a chain of our mode": {have([]string{policy, ours}, desired(config, DNAT)[0].rules, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
+		"nothing there":                  {have(nil, nil, false), head + tail},
+		"all in place":                   {have([]string{ours, kube}, redirect, true), ""},
+		"below another's DROP":           {have([]string{drop, ours, kube}, redirect, true), ""},
+		"below one's DROP and another's": {have([]string{drop, kube, ours}, redirect, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
+		"below another's":                {have([]string{kube, ours}, redirect, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
+		"doubled":                        {have([]string{ours, ours}, redirect, true), head + "-D PREROUTING -j aad-metadata\n-D PREROUTING -j aad-metadata\n" + tail},
+		"a narrower jump":                {have([]string{twin}, redirect, true), head + "-D PREROUTING -i eth0 -j aad-metadata\n" + tail},
+		"jump gone":                      {have([]string{kube}, redirect, true), head + tail},
+		"chain empty":                    {have([]string{ours}, nil, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
+		"old NMI's":                      {have([]string{ours}, old, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
+		"a chain of our mode":            {have([]string{ours}, desired(config, DNAT)[1].rules, true), head + "-D PREROUTING -j aad-metadata\n" + tail},
 	} {
 		t.Run(name, func(t *testing.T) { assert.Equal(t, tc.want, tc.have.install(redirect)) })
 	}
 }
 
 func TestRemove(t *testing.T) {
-	policy, jump := "-P PREROUTING ACCEPT", "-A PREROUTING -j aad-metadata"
-	assert.Empty(t, have([]string{policy, "-A PREROUTING -j KUBE-SERVICES"}, nil, false).remove())
+	const jump = "-A PREROUTING -j aad-metadata"
+	assert.Empty(t, have([]string{"-A PREROUTING -j KUBE-SERVICES"}, nil, false).remove())
 	gone := "*nat\n-X aad-metadata\nCOMMIT\n"
-	assert.Equal(t, []string{"*nat\n-F aad-metadata\nCOMMIT\n", gone}, have([]string{policy}, nil, true).remove())
+	assert.Equal(t, []string{"*nat\n-F aad-metadata\nCOMMIT\n", gone}, have(nil, nil, true).remove())
 	assert.Equal(t, []string{"*nat\n-D PREROUTING -j aad-metadata\n-D PREROUTING -j aad-metadata\n-F aad-metadata\nCOMMIT\n", gone},
-		have([]string{policy, jump, jump}, nil, true).remove())
+		have([]string{jump, jump}, nil, true).remove())
 }
 
 func TestParseMode(t *testing.T) {
@@ -99,12 +103,32 @@ func TestParseMode(t *testing.T) {
 
 func TestToolErrorsSayWhatToDo(t *testing.T) {
 	for text, want := range map[string]string{
-		"iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)\n": "run as root",
+		"iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)\n": "the node may forbid iptables rules, as AKS nodes with eBPF host routing do (label kubernetes.azure.com/ebpf-host-routing=true)",
+		"iptables-nft-restore v1.8.9: line 4: RULE_APPEND failed (Operation not permitted): rule in chain nmi-guard":  "the node may forbid iptables rules",
 		"Another app is currently holding the xtables lock. Stopped waiting after 10s.":                               "another program holds the xtables lock",
 		"can't initialize iptables table `nat': Table does not exist (do you need to insmod?)":                        "the kernel lacks the table",
 	} {
 		err := toolError("reading the nat table", text)
 		assert.ErrorContains(t, err, want)
 		assert.NotContains(t, err.Error(), "\n")
+	}
+	err := permissionAdvice([]string{"NET_RAW"})
+	assert.EqualError(t, err, "run as root with the capabilities NET_ADMIN and NET_RAW (missing: NET_RAW)")
+}
+
+func TestMeanwhile(t *testing.T) {
+	for name, tc := range map[string]struct {
+		gone, down []string
+		want       string
+	}{
+		"the redirect":           {[]string{partRedirect}, nil, "refused or dropped; a fence stood"},
+		"the redirect, a fence":  {[]string{partRouting, partRedirect}, []string{partRouting}, "refused or dropped; a fence stood"},
+		"a fence":                {[]string{partGuard}, []string{partGuard}, "were served; the other fence stood"},
+		"both fences":            {[]string{partRouting, partGuard}, []string{partRouting, partGuard}, "tokens of the node's identities"},
+		"all":                    {[]string{partRouting, partGuard, partRedirect}, []string{partRouting, partGuard}, "tokens of the node's identities"},
+		"one, the other refused": {[]string{partRouting}, []string{partRouting, partGuard}, "tokens of the node's identities"},
+		"the wireserver's":       {[]string{partWireserver}, nil, "may have reached the wireserver"},
+	} {
+		assert.Contains(t, meanwhile(tc.gone, tc.down), tc.want, name)
 	}
 }

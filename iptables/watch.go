@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -16,15 +17,16 @@ const (
 	// nftablesGroup is NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h: every
 	// change of a ruleset is announced to it.
 	nftablesGroup = 7
-	// legacyPoll is how often the legacy table is looked at. It announces nothing.
-	legacyPoll = time.Second
+	// legacyPoll is how often the legacy tables are looked at, by one system call
+	// each. They announce nothing.
+	legacyPoll = 250 * time.Millisecond
 )
 
 // watcher notices that the kernel's state may have changed, whoever changed it:
-// links and addresses, and the tables of one backend.
+// links and addresses, routing rules, and the tables of one backend.
 type watcher struct {
-	links   chan struct{} // of capacity 1, like tables
-	tables  chan struct{}
+	links   chan struct{}           // of capacity 1, like rules
+	rules   chan struct{}           // of the routing rules and of the tables
 	good    atomic.Pointer[layouts] // the legacy tables when a check last found them well; nil is unknown
 	legacy  []string                // names of the legacy tables to poll
 	sockets []*nl.NetlinkSocket
@@ -34,12 +36,14 @@ type watcher struct {
 // newWatcher returns a watcher of what can be watched, and an error for the rest.
 // The tables are those of the backend that matter.
 func newWatcher(ctx context.Context, backend Backend, tables []string) (*watcher, error) {
-	w := &watcher{links: make(chan struct{}, 1), tables: make(chan struct{}, 1)}
-	err := w.subscribe(ctx, w.links, unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR)
-	if err == nil && backend == NFT {
-		err = w.subscribe(ctx, w.tables, unix.NETLINK_NETFILTER, nftablesGroup)
-	}
-	if backend == Legacy && len(tables) > 0 {
+	w := &watcher{links: make(chan struct{}, 1), rules: make(chan struct{}, 1)}
+	err := errors.Join(
+		w.subscribe(ctx, w.links, unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR),
+		w.subscribe(ctx, w.rules, unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_RULE),
+	)
+	if backend != Legacy {
+		err = errors.Join(err, w.subscribe(ctx, w.rules, unix.NETLINK_NETFILTER, nftablesGroup))
+	} else {
 		w.legacy = tables
 		w.running.Go(func() { w.pollLegacy(ctx) })
 	}
@@ -96,7 +100,7 @@ func (w *watcher) subscribe(ctx context.Context, changed chan<- struct{}, protoc
 				continue
 			}
 			select { // an error that comes at once, and again, must not spin
-			case <-time.After(calm):
+			case <-time.After(debounce):
 			case <-ctx.Done():
 				return
 			}
@@ -112,7 +116,7 @@ func (w *watcher) pollLegacy(ctx context.Context) {
 		select {
 		case <-tick.C:
 			if good := w.good.Load(); good == nil || w.layouts() != *good {
-				notify(w.tables)
+				notify(w.rules)
 			}
 		case <-ctx.Done():
 			return
@@ -131,7 +135,7 @@ type getInfo struct {
 }
 
 // layouts are those of the legacy tables that matter.
-type layouts [2]getInfo
+type layouts [3]getInfo
 
 func (w *watcher) layouts() (all layouts) {
 	for i, table := range w.legacy {

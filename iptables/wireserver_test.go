@@ -76,30 +76,13 @@ func TestTheWireserverIsClosedToPodsWhenAskedFor(t *testing.T) {
 
 			// So does cleanup.
 			stop()
-			cfg.Mode = iptables.None // the guard does not depend on the redirect
+			cfg.Mode = iptables.None // it does not depend on the redirect
 			_, stop = n.reconcile(cfg)
 			assert.True(t, refused())
 			stop()
 			require.NoError(t, iptables.Cleanup(t.Context(), cfg))
 			assert.NoError(t, dial(pod, "80"))
 			assert.NotContains(t, n.iptablesOn(backend, "filter", "-S"), "nmi-wireserver")
-		})
-	}
-}
-
-func TestModeNoneTouchesNothing(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.redirect(iptables.DNAT)()
-			before := n.iptables("-S")
-			n.redirect(iptables.None)()
-			assert.Equal(t, before, n.iptables("-S"), "rules from before stay")
-			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
-			before = n.iptables("-S")
-			n.redirect(iptables.None)
-			assert.Equal(t, before, n.iptables("-S"))
-			assert.Equal(t, "imds", n.ask())
 		})
 	}
 }

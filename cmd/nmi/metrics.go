@@ -59,7 +59,7 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 			o.Observe(1, metric.WithAttributes(attribute.String("mode", string(s.Mode))))
 		}
 	})
-	status("iptables.in_place", "1 if the rules were in place at the last check, else 0", func(s iptables.Status, o metric.Int64Observer) {
+	status("iptables.in_place", "1 if all required rules, iptables' and policy routing's, were in place at the last check, else 0", func(s iptables.Status, o metric.Int64Observer) {
 		o.Observe(oneIf(s.Err == nil))
 	})
 	status("source.unguarded", "1 if tokens are withheld because pods on a bridge can take each other's addresses, else 0", func(s iptables.Status, o metric.Int64Observer) {
@@ -70,6 +70,14 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 	}
 	counter("iptables.checks", "Checks of the rules", func(s iptables.Stats) uint64 { return s.Checks })
 	counter("iptables.repairs", "Checks that found the rules wanting and wrote them, the first included", func(s iptables.Stats) uint64 { return s.Repairs })
+	_, err := meter.Int64ObservableCounter("rules.lost", metric.WithDescription("Times that rules which had been in place were found gone or changed"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			for part, n := range rules.Stats().Lost {
+				o.Observe(int64(n), metric.WithAttributes(attribute.String("part", part))) //nolint:gosec // never that many
+			}
+			return nil
+		}))
+	all = errors.Join(all, err)
 	counter("iptables.lock_contended", "Commands before which another program held the xtables lock", func(s iptables.Stats) uint64 { return s.LockContended })
 	counter("connections.cut", "Connections past the agent that were ended", func(s iptables.Stats) uint64 { return s.Cut })
 	return all

@@ -1,0 +1,233 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+)
+
+// What Run keeps in place, by the names that logs and metrics have for it.
+const (
+	partRouting    = "routing"    // the routing fence
+	partGuard      = "guard"      // the guard chain
+	partRedirect   = "redirect"   // the redirect
+	partWireserver = "wireserver" // the rule of BlockWireserver
+)
+
+// Parts lists what Run keeps in place, in the order in which it is written.
+var Parts = []string{partRouting, partGuard, partRedirect, partWireserver}
+
+func (c chain) part() string {
+	switch c.name {
+	case guardName:
+		return partGuard
+	case wireserverName:
+		return partWireserver
+	default:
+		return partRedirect
+	}
+}
+
+// check is one check of everything that Run keeps in place.
+type check struct {
+	written  []string // parts that had to be written
+	gone     []string // parts that an earlier check left in place, and that were not there
+	down     []string // fences that did not stand when the check began
+	notes    []string
+	err      error // of parts that are required
+	optional error // of parts that are not
+}
+
+// reconcile makes the kernel's state the desired one, and reports whether it had
+// to change it for that. The fences come first. A part that fails hinders no other.
+//
+// Where the mode cannot be told yet, it decides for the one whose rules are there, so
+// that a restart changes nothing; else for DNAT.
+func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
+	var c check
+	r.checkRoutingFence(&c)
+	r.checkChains(ctx, &c, status)
+	r.logGone(ctx, &c)
+	if len(c.written) > 0 {
+		r.repairs.Add(1)
+		r.written = append(r.written, time.Now())
+		level := slog.LevelInfo
+		if len(r.written) > contested {
+			level = slog.LevelDebug // it is said once a minute, see contest
+		}
+		r.cfg.Logger.Log(ctx, level, "routing and iptables rules put in place", "rules", c.written, "mode", status.Mode, "why", status.Why)
+	}
+	status.rules = c.notes
+	if c.optional != nil {
+		if text := c.optional.Error(); text != r.optional {
+			r.cfg.Logger.Warn("mode none goes on without a fence", "error", c.optional)
+		}
+		status.rules = append(status.rules, "not all is in place that keeps pods from the metadata service where the redirect of others fails: "+
+			strings.ReplaceAll(c.optional.Error(), "\n", "; "))
+	}
+	r.optional = errorText(c.optional)
+	return len(c.written) > 0, c.err
+}
+
+// failed records the error of a part. In mode None nothing is required but what was
+// asked for.
+func (r *Reconciler) failed(c *check, part string, err error) {
+	if r.cfg.Mode == None && part != partWireserver {
+		c.optional = errors.Join(c.optional, err)
+	} else {
+		c.err = errors.Join(c.err, err)
+	}
+}
+
+func (r *Reconciler) checkRoutingFence(c *check) {
+	standing, written, notes, err := ensureRoutingFence(r.cfg.Metadata.Addr())
+	if !standing {
+		c.down = append(c.down, partRouting)
+		if r.fenced {
+			c.gone = append(c.gone, partRouting)
+		}
+	}
+	if r.fenced = err == nil; !r.fenced {
+		r.failed(c, partRouting, fmt.Errorf("the policy routing rules that refuse what is forwarded to the metadata service are not in place: %w", err))
+	} else if written {
+		c.written = append(c.written, partRouting)
+	}
+	c.notes = append(c.notes, notes...)
+}
+
+func (r *Reconciler) checkChains(ctx context.Context, c *check, status *Status) {
+	err := r.open()
+	if status.Mode == AutoMode {
+		status.Mode = DNAT
+		if err == nil && r.inPlace(desired(r.cfg, Redirect)[1]) {
+			status.Mode = Redirect
+		}
+	}
+	if err != nil {
+		c.down = append(c.down, partGuard)
+		part := partGuard
+		if r.cfg.BlockWireserver {
+			part = partWireserver
+		}
+		r.failed(c, part, fmt.Errorf("no iptables rules can be written: %w", err))
+		return
+	}
+	redirected := true
+	for _, want := range desired(r.cfg, status.Mode) {
+		part := want.part()
+		standing, err := r.checkChain(ctx, c, want)
+		if part == partGuard && !standing {
+			c.down = append(c.down, part)
+		}
+		if err != nil {
+			redirected = redirected && part != partRedirect
+			r.failed(c, part, fmt.Errorf("%s (chain %s, first in %s of the table %s) is not in place: %w", described[part], want.name, want.hook, want.table, err))
+		}
+	}
+	r.settled = r.settled && len(c.written) == 0
+	if !r.settled && redirected {
+		r.settle(ctx)
+	}
+}
+
+// inPlace reports whether a chain and its jump are as they should be.
+func (r *Reconciler) inPlace(want chain) bool {
+	s, err := r.kernel.read(want)
+	return err == nil && s.install(want.rules) == ""
+}
+
+var described = map[string]string{
+	partGuard:      "the guard that drops what is forwarded to or from the metadata service",
+	partRedirect:   "the redirect of pods' requests to the agent",
+	partWireserver: "the rule that rejects what pods send to the wireserver",
+}
+
+// checkChain makes a chain and its jump as they should be, and reports whether they
+// were.
+func (r *Reconciler) checkChain(ctx context.Context, c *check, want chain) (standing bool, err error) {
+	part := want.part()
+	if part == partRedirect && strings.Contains(want.rules[0], "-j DNAT") {
+		if err := ensureAddress(r.cfg.Address); err != nil {
+			return false, err
+		}
+	}
+	s, err := r.kernel.read(want)
+	if err != nil {
+		return false, err
+	}
+	if last, ok := r.last[part]; ok && !s.holds(last) {
+		c.gone = append(c.gone, part)
+		delete(r.last, part)
+	}
+	change := s.install(want.rules)
+	if change != "" {
+		if err := r.kernel.apply(ctx, change); err != nil {
+			return false, err
+		}
+		c.written = append(c.written, part)
+	}
+	r.last[part] = want.rules
+	return change == "", nil
+}
+
+// logGone says that rules were there and are gone, and what that meant for pods.
+func (r *Reconciler) logGone(ctx context.Context, c *check) {
+	if len(c.gone) == 0 {
+		return
+	}
+	for _, part := range c.gone {
+		r.lost[part].Add(1)
+	}
+	level := slog.LevelWarn
+	if len(r.written) > contested {
+		level = slog.LevelDebug
+	}
+	r.cfg.Logger.Log(ctx, level, "rules were removed or changed by another program", "rules", c.gone, "meanwhile", meanwhile(c.gone, c.down))
+}
+
+// meanwhile says what pods may have had while parts were gone and fences down.
+func meanwhile(gone, down []string) string {
+	var said []string
+	switch {
+	case slices.Contains(down, partRouting) && slices.Contains(down, partGuard):
+		said = append(said, "no fence stood: pods may have reached the metadata service, and been given tokens of the node's identities")
+	case slices.Contains(gone, partRedirect):
+		said = append(said, "pods' requests for tokens were refused or dropped; a fence stood, and none reached the metadata service")
+	case slices.Contains(gone, partRouting) || slices.Contains(gone, partGuard):
+		said = append(said, "pods' requests for tokens were served; the other fence stood, and none reached the metadata service")
+	}
+	if slices.Contains(gone, partWireserver) {
+		said = append(said, "pods may have reached the wireserver")
+	}
+	return strings.Join(said, "; ")
+}
+
+// contested is how often in a minute rules are written for ordinary reasons.
+const contested = 5
+
+// contest says so when somebody else keeps changing the rules. They are put back
+// at the same pace all the same: each moment without them is one in which pods are
+// refused.
+func (r *Reconciler) contest() []string {
+	now := time.Now()
+	r.written = slices.DeleteFunc(r.written, func(at time.Time) bool { return now.Sub(at) > time.Minute })
+	if len(r.written) <= contested {
+		return nil
+	}
+	if now.Sub(r.blamed) > time.Minute {
+		r.blamed = now
+		r.cfg.Logger.Warn("another program keeps changing the rules in the place of ours", "repairs_in_last_minute", len(r.written))
+	}
+	return []string{fmt.Sprintf("another program keeps changing the rules: they were put back %d times in the last minute", len(r.written))}
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}

@@ -1,0 +1,267 @@
+package iptables
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// The routing fence is three policy routing rules (ip-rule(8)), written through
+// netlink, so that it works where iptables is refused:
+//
+//	10: from all to METADATA iif lo goto 12
+//	11: from all to METADATA prohibit
+//	12: from all nop
+//
+// The kernel looks up the packets that the node itself sends with the input
+// interface lo (flowi4_iif, LOOPBACK_IFINDEX): they go on through the node's
+// ordinary rules. It uses the same lookup for the source address of a packet that
+// is delivered here (__fib_validate_source), so that answers of the metadata service
+// to the node pass rp_filter. Everything else to the metadata service is being
+// forwarded, and is answered with "administratively prohibited".
+//
+// The preferences are those that CNI plugins leave free: Cilium uses 9, 10 and 100,
+// AWS 512 and above. Sharing one with others does no harm.
+const (
+	prefNode   = 10
+	prefOthers = 11
+	prefEnd    = 12
+)
+
+// routingRule is what matters here of a policy routing rule (struct fib_rule_hdr
+// and the FRA_ attributes of linux/fib_rules.h). It is a value, to be compared.
+type routingRule struct {
+	pref   uint32
+	action uint8        // nl.FR_ACT_*
+	dst    netip.Prefix // zero for all
+	iif    string
+	target uint32 // of nl.FR_ACT_GOTO
+
+	// Of rules of others; all zero in ours.
+	src      netip.Prefix
+	table    uint32
+	selected bool // by a mark, an output interface, a port and so on
+}
+
+// routingRules returns the fence's rules in the order to write them in: a goto
+// whose target is not there yet is skipped, and the node's own packets would be
+// refused.
+func routingRules(metadata netip.Addr) []routingRule {
+	dst := netip.PrefixFrom(metadata, metadata.BitLen())
+	return []routingRule{
+		{pref: prefEnd, action: nl.FR_ACT_NOP},
+		{pref: prefNode, action: nl.FR_ACT_GOTO, dst: dst, iif: "lo", target: prefEnd},
+		{pref: prefOthers, action: nl.FR_ACT_PROHIBIT, dst: dst},
+	}
+}
+
+// ours reports whether a rule is of our making, for whatever metadata address.
+func (r routingRule) ours() bool {
+	return slices.Contains(routingRules(r.dst.Addr()), r) || r == routingRules(netip.IPv4Unspecified())[0]
+}
+
+// ensureRoutingFence writes the rules that are missing and removes those for
+// another metadata address. standing is whether the fence held before that. notes
+// tell of rules of others that come first and may lead pods' packets past it.
+func ensureRoutingFence(metadata netip.Addr) (standing, changed bool, notes []string, err error) {
+	rules, err := listRoutingRules()
+	if err != nil {
+		return false, false, nil, err
+	}
+	desired := routingRules(metadata)
+	standing = true
+	for _, rule := range desired {
+		if slices.Contains(rules, rule) {
+			continue
+		}
+		standing, changed = false, true
+		if err := rule.add(); err != nil {
+			return false, true, nil, err
+		}
+	}
+	stale := slices.DeleteFunc(slices.Clone(rules), func(r routingRule) bool {
+		return !r.ours() || slices.Contains(desired, r)
+	})
+	if err := deleteRoutingRules(stale); err != nil {
+		return standing, true, nil, err
+	}
+	if before := shadowing(rules, metadata); len(before) > 0 {
+		notes = []string{"policy routing rules of another program come before the fence's: they may lead what pods send to the metadata service past it, to where only the guard chain drops it: " + strings.Join(before, "; ")}
+	}
+	return standing, changed || len(stale) > 0, notes, nil
+}
+
+// removeRoutingFence removes the rules, for whatever metadata address, and reports
+// whether there were any.
+func removeRoutingFence() (removed bool, err error) {
+	rules, err := listRoutingRules()
+	if err != nil {
+		return false, err
+	}
+	rules = slices.DeleteFunc(rules, func(r routingRule) bool { return !r.ours() })
+	return len(rules) > 0, deleteRoutingRules(rules)
+}
+
+// deleteRoutingRules deletes rules of ours, what refuses first: without its goto it
+// would refuse the node's own packets.
+func deleteRoutingRules(rules []routingRule) error {
+	for _, action := range []uint8{nl.FR_ACT_PROHIBIT, nl.FR_ACT_GOTO, nl.FR_ACT_NOP} {
+		for _, rule := range rules {
+			if rule.action != action {
+				continue
+			}
+			if err := netlink.RuleDel(rule.message()); err != nil && !errors.Is(err, unix.ENOENT) {
+				return fmt.Errorf("deleting the routing rule %q: %w", rule, explainErrno(err))
+			}
+		}
+	}
+	return nil
+}
+
+func (r routingRule) add() error {
+	if err := netlink.RuleAdd(r.message()); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("adding the routing rule %q: %w", r, explainErrno(err))
+	}
+	return nil
+}
+
+// message is a rule of ours for netlink. Its protocol says that the kernel made it:
+// systemd-networkd removes all others when it starts (ManageForeignRoutingPolicyRules
+// of networkd.conf(5)).
+func (r routingRule) message() *netlink.Rule {
+	m := netlink.NewRule()
+	m.Family, m.Priority, m.Type, m.IifName, m.Protocol = unix.AF_INET, int(r.pref), r.action, r.iif, unix.RTPROT_KERNEL
+	if r.dst.IsValid() {
+		m.Dst = &net.IPNet{IP: r.dst.Addr().AsSlice(), Mask: net.CIDRMask(r.dst.Bits(), r.dst.Addr().BitLen())}
+	}
+	if r.action == nl.FR_ACT_GOTO {
+		m.Goto = int(r.target)
+	}
+	return m
+}
+
+// String is the rule much as ip-rule(8) shows it.
+func (r routingRule) String() string {
+	text := fmt.Sprintf("%d:", r.pref)
+	if r.src.IsValid() {
+		text += " from " + r.src.String()
+	}
+	if r.dst.IsValid() {
+		text += " to " + r.dst.String()
+	}
+	if r.iif != "" {
+		text += " iif " + r.iif
+	}
+	switch r.action {
+	case nl.FR_ACT_TO_TBL:
+		return fmt.Sprintf("%s lookup %d", text, r.table)
+	case nl.FR_ACT_GOTO:
+		return fmt.Sprintf("%s goto %d", text, r.target)
+	case nl.FR_ACT_NOP:
+		return text + " nop"
+	case nl.FR_ACT_PROHIBIT:
+		return text + " prohibit"
+	default:
+		return fmt.Sprintf("%s action %d", text, r.action)
+	}
+}
+
+// shadowing lists the rules of others before the fence that pods' packets to the
+// metadata service can take. Rules that a packet must be marked for are left out:
+// whether it will be cannot be told.
+func shadowing(rules []routingRule, metadata netip.Addr) (found []string) {
+	for _, r := range rules {
+		switch {
+		case r.pref > prefOthers:
+			return found
+		case r.ours(), r.selected, r.iif == "lo", r.table == unix.RT_TABLE_LOCAL:
+		case r.dst.IsValid() && !r.dst.Contains(metadata):
+		case r.action == nl.FR_ACT_TO_TBL, r.action == nl.FR_ACT_GOTO && r.target > prefOthers:
+			found = append(found, r.String())
+		}
+	}
+	return found
+}
+
+// listRoutingRules returns the node's IPv4 rules in the order in which the kernel
+// asks them. (netlink.RuleList does not tell what a rule does.)
+func listRoutingRules() ([]routingRule, error) {
+	const attempts = 5
+	for range attempts {
+		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
+		req.AddData(nl.NewIfInfomsg(unix.AF_INET))
+		messages, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
+		if errors.Is(err, netlink.ErrDumpInterrupted) {
+			continue // they changed meanwhile
+		}
+		if err != nil {
+			return nil, fmt.Errorf("listing the routing rules: %w", explainErrno(err))
+		}
+		rules := make([]routingRule, 0, len(messages))
+		for _, m := range messages {
+			if rule, ok := parseRoutingRule(m); ok {
+				rules = append(rules, rule)
+			}
+		}
+		return rules, nil
+	}
+	return nil, errors.New("listing the routing rules: they keep changing")
+}
+
+// Attributes of linux/fib_rules.h that select no packets.
+var neutral = []uint16{nl.FRA_TABLE, nl.FRA_SUPPRESS_PREFIXLEN, nl.FRA_SUPPRESS_IFGROUP, nl.FRA_FLOW, nl.FRA_PROTOCOL, fraPad}
+
+const (
+	fraPad     = 18  // FRA_PAD
+	ruleInvert = 0x2 // FIB_RULE_INVERT
+)
+
+func parseRoutingRule(m []byte) (rule routingRule, ok bool) {
+	if len(m) < unix.SizeofRtMsg {
+		return routingRule{}, false
+	}
+	hdr := nl.DeserializeRtMsg(m)
+	rule = routingRule{action: hdr.Type, table: uint32(hdr.Table), selected: hdr.Tos != 0 || hdr.Flags&ruleInvert != 0}
+	attrs, err := nl.ParseRouteAttr(m[unix.SizeofRtMsg:])
+	if err != nil {
+		return routingRule{}, false
+	}
+	for _, a := range attrs {
+		number := func() (n uint32) {
+			if len(a.Value) >= 4 {
+				n = binary.NativeEndian.Uint32(a.Value)
+			}
+			return n
+		}
+		switch kind := a.Attr.Type; {
+		case kind == nl.FRA_PRIORITY:
+			rule.pref = number()
+		case kind == nl.FRA_GOTO:
+			rule.target = number()
+		case kind == nl.FRA_DST:
+			rule.dst = prefix(a.Value, hdr.Dst_len)
+		case kind == nl.FRA_SRC:
+			rule.src = prefix(a.Value, hdr.Src_len)
+		case kind == nl.FRA_IIFNAME:
+			rule.iif = strings.TrimRight(string(a.Value), "\x00")
+		case kind == nl.FRA_TABLE:
+			rule.table = number()
+		case !slices.Contains(neutral, kind):
+			rule.selected = true
+		}
+	}
+	return rule, true
+}
+
+func prefix(addr []byte, bits uint8) netip.Prefix {
+	a, _ := netip.AddrFromSlice(addr)
+	return netip.PrefixFrom(a, int(bits))
+}

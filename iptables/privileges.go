@@ -1,0 +1,60 @@
+package iptables
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// errPrivileges means that this process lacks capabilities that it needs, which
+// only who starts it can change.
+var errPrivileges = errors.New("run as root with the capabilities NET_ADMIN and NET_RAW")
+
+// forbidden is the advice for EPERM in spite of all capabilities. On AKS nodes with
+// eBPF host routing an LSM program refuses every rule that is written in the node's
+// network namespace (azure-block-iptables of Azure/azure-container-networking).
+const forbidden = "the node may forbid iptables rules, as AKS nodes with eBPF host routing do (label kubernetes.azure.com/ebpf-host-routing=true): " +
+	"there, use --redirect-mode=none with a local redirect policy of Cilium"
+
+// missingCapabilities names those that are not effective in this process. Policy
+// routing, iptables-nft and conntrack need NET_ADMIN; iptables-legacy also NET_RAW.
+func missingCapabilities() (missing []string) {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData // version 3 has two, for 64 capabilities
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return nil // what is refused will say so
+	}
+	for _, c := range []struct {
+		bit  int
+		name string
+	}{{unix.CAP_NET_ADMIN, "NET_ADMIN"}, {unix.CAP_NET_RAW, "NET_RAW"}} {
+		if data[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
+			missing = append(missing, c.name)
+		}
+	}
+	return missing
+}
+
+// permissionAdvice is what to do about EPERM, given the capabilities that are
+// missing.
+func permissionAdvice(missing []string) error {
+	if len(missing) == 0 {
+		return errors.New(forbidden)
+	}
+	return fmt.Errorf("%w (missing: %s)", errPrivileges, strings.Join(missing, ", "))
+}
+
+// explainErrno adds what to do to the error of a system call, where that is known.
+func explainErrno(err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		if missing := missingCapabilities(); len(missing) > 0 {
+			return fmt.Errorf("%w: %w", permissionAdvice(missing), err)
+		}
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT):
+		return fmt.Errorf("the kernel has no policy routing (CONFIG_IP_MULTIPLE_TABLES): %w", err)
+	}
+	return err
+}
