@@ -34,6 +34,7 @@ type node struct {
 	network *testbed.Network
 	pod     *testbed.Pod
 	leaks   atomic.Int32 // requests that reached the metadata service
+	caller  atomic.Value // address of the last of them
 }
 
 func newNode(tb testing.TB, backend iptables.Backend, shape testbed.Shape) *node {
@@ -49,13 +50,23 @@ func newNode(tb testing.TB, backend iptables.Backend, shape testbed.Shape) *node
 
 	imds, err := n.network.Metadata.Listen(testbed.MetadataAddress)
 	require.NoError(tb, err)
-	n.serve(imds, func() string { n.leaks.Add(1); return "imds" })
+	n.serve(imds, func(from string) string {
+		n.leaks.Add(1)
+		n.caller.Store(from)
+		return "imds"
+	})
 	tb.Cleanup(func() {
 		assert.NoError(tb, iptables.Cleanup(context.Background(), n.config(iptables.DNAT)))
 		n.iptables("-F")
 		n.iptablesOn(backend, "mangle", "-F")
 	})
 	return n
+}
+
+// lastCaller is the address that the metadata service was last called from.
+func (n *node) lastCaller() string {
+	caller, _ := n.caller.Load().(string)
+	return caller
 }
 
 // addPod adds one more pod until the test ends or the returned function is called.
@@ -70,9 +81,10 @@ func (n *node) addPod(addr string, shape testbed.Shape) (pod *testbed.Pod, remov
 
 // serve answers every request with what says returns, until the test ends or the
 // returned function is called.
-func (n *node) serve(ln net.Listener, says func() string) (stop func()) {
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = io.WriteString(w, says())
+func (n *node) serve(ln net.Listener, says func(caller string) string) (stop func()) {
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		caller, _, _ := net.SplitHostPort(r.RemoteAddr)
+		_, _ = io.WriteString(w, says(caller))
 	})}
 	go func() { _ = srv.Serve(ln) }()
 	n.t.Cleanup(func() { _ = srv.Close() })
@@ -124,7 +136,7 @@ func (n *node) agent(mode iptables.Mode) (stop func()) {
 	}
 	ln, err := net.Listen("tcp4", addr)
 	require.NoError(n.t, err)
-	return n.serve(ln, func() string { return "agent" })
+	return n.serve(ln, func(string) string { return "agent" })
 }
 
 // patience is for what must happen, on a machine that is busy with other things, too.

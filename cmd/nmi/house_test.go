@@ -34,6 +34,7 @@ var rooms = map[string][]string{
 	"tokencache":                 {},
 	"iptables":                   {},
 	"deploy/testbed":             {"*"},
+	"deploy/testbed/attack":      {},
 	"deploy/e2e":                 {"*"},
 	"deploy/demo":                {"*"},
 	"deploy/conformance":         {"*"},

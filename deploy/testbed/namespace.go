@@ -26,6 +26,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/deploy/testbed/attack"
 )
 
 // ErrNotRoot means that namespaces cannot be made.
@@ -39,7 +41,11 @@ const nodeEnv = "NMI_TESTBED_NODE"
 // when that has happened already, and otherwise starts the program anew in
 // place, with the same process ID, arguments and open files. Call it first in
 // main or TestMain.
+//
+// It is also where a copy of the program that Pod.Attack starts does its work, and
+// ends.
 func EnterNode() error {
+	attack.Main()
 	if os.Geteuid() != 0 {
 		return ErrNotRoot
 	}

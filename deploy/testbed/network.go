@@ -3,6 +3,7 @@ package testbed
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 )
@@ -14,6 +15,8 @@ const (
 
 	podNetwork = "10.244.0.0/16"
 )
+
+var metadataAddrPort = netip.MustParseAddrPort(MetadataAddress)
 
 // Network is the node's network: its uplinks, and the machine behind them that
 // the metadata service runs on. Pods are added to it.

@@ -1,0 +1,351 @@
+package iptables_test
+
+import (
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/deploy/testbed/attack"
+	"github.com/podidentity/nmi/iptables"
+)
+
+// fences are those that stand beside the redirect in a test, which must hold alone.
+type fences struct{ routing, guard bool }
+
+func (f fences) String() string {
+	switch f {
+	case fences{routing: true}:
+		return "routing fence alone"
+	case fences{guard: true}:
+		return "guard alone"
+	case fences{true, true}:
+		return "both fences"
+	default:
+		return "no fence"
+	}
+}
+
+// noFence is what shows that an attack works.
+var noFence fences
+
+// fenced writes the rules of a mode, and takes away the fences that are not to stand.
+// Nobody watches them.
+func (n *node) fenced(mode iptables.Mode, f fences) {
+	n.t.Helper()
+	n.redirect(mode)()
+	if !f.routing {
+		for _, pref := range []string{"11", "10", "12"} {
+			n.run("", "ip", "rule", "del", "pref", pref)
+		}
+	}
+	if !f.guard {
+		n.iptablesOn(n.backend, "mangle", "-F")
+	}
+	require.NoError(n.t, netlink.ConntrackTableFlush(netlink.ConntrackTable))
+}
+
+// attacker is a pod that attacks.
+type attacker struct {
+	*testbed.Pod
+	what  string
+	opens bool // without a fence the kernel lets its forged packets in
+	ports uint16
+}
+
+// nextPorts are ports of the pod that have not been used yet.
+func (a *attacker) nextPorts(n int) (ports []uint16) {
+	for range n {
+		a.ports++
+		ports = append(ports, 20000+a.ports)
+	}
+	return ports
+}
+
+// attackers are pods of all shapes, with rp_filter as it is and loose.
+func (n *node) attackers() []*attacker {
+	n.t.Helper()
+	var all []*attacker
+	add := func(pod *testbed.Pod, shape testbed.Shape, setting string) {
+		link := pod.Link
+		if shape == testbed.Bridge {
+			link = testbed.BridgeName
+		}
+		n.rpFilter(link, setting)
+		all = append(all, &attacker{
+			Pod: pod, what: fmt.Sprintf("%s pod, rp_filter %s", shape, setting),
+			// With rp_filter 2 the kernel lets in no address that it cannot check
+			// for want of one of its own (__fib_validate_source, no_addr).
+			opens: shape != testbed.Routed || setting == "0",
+		})
+	}
+	add(n.pod, testbed.Ptp, "0")
+	for i, setting := range []string{"0", "2"} {
+		pod, _ := n.addPod(fmt.Sprintf("10.244.1.%d", i+1), testbed.Routed)
+		add(pod, testbed.Routed, setting)
+	}
+	pod, _ := n.addPod("10.244.1.3", testbed.Ptp)
+	add(pod, testbed.Ptp, "2")
+	pod, _ = n.addPod("10.244.0.20", testbed.Bridge)
+	add(pod, testbed.Bridge, "2")
+	return all
+}
+
+func TestForgedPacketsAreNoWayAroundTheRedirect(t *testing.T) {
+	const attempts = 4
+	for _, backend := range backends {
+		// The routing fence is the same whatever the backend.
+		standing := []fences{noFence, {guard: true}}
+		if backend == iptables.NFT {
+			standing = append(standing, fences{routing: true}, fences{true, true})
+		}
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			pods := n.attackers()
+			n.agent(iptables.Redirect) // on all addresses
+			for _, invalidDropped := range []bool{false, true} {
+				patience := 500 * time.Millisecond
+				if invalidDropped {
+					patience = 1400 * time.Millisecond // the metadata service's second SYN/ACK included
+					n.iptablesOn(backend, "filter", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+				}
+				for _, standing := range standing {
+					n.fenced(iptables.DNAT, standing)
+					n.leaks.Store(0)
+					missing := make(map[string]bool) // attacks that are to succeed where no fence stands
+					var mu sync.Mutex                // guards missing
+					round := func() {
+						var attacking sync.WaitGroup
+						for _, pod := range pods {
+							for _, first := range []attack.FirstPacket{attack.ACK, attack.SYN} {
+								ports := pod.nextPorts(attempts)
+								attacking.Go(func() {
+									results, err := pod.Attack(t.Context(), attack.Config{First: first, Ports: ports, Patience: patience, Path: "/"})
+									assert.NoError(t, err)
+									mu.Lock()
+									defer mu.Unlock()
+									what := fmt.Sprintf("%s, %s, INVALID dropped: %t", pod.what, first, invalidDropped)
+									if _, ok := missing[what]; !ok && pod.opens && (first == attack.SYN || !invalidDropped) {
+										missing[what] = true
+									}
+									for _, result := range results {
+										if result.Answer == "imds" {
+											missing[what] = false
+											assert.Equal(t, noFence, standing, what)
+										}
+									}
+								})
+							}
+						}
+						attacking.Wait()
+					}
+					round()
+					if standing == noFence {
+						// Attempts succeed by chance: see attack.SYN.
+						for range 10 {
+							if !anyTrue(missing) {
+								break
+							}
+							round()
+						}
+						for what, isMissing := range missing {
+							assert.False(t, isMissing, "the attack did not work where it should: %s", what)
+						}
+						continue
+					}
+					assert.Zero(t, n.leaks.Load(), "%s, INVALID dropped: %t", standing, invalidDropped)
+					for _, pod := range pods {
+						assert.Equal(t, "agent", ask(pod.Pod), "%s: served as before, with %s", pod.what, standing)
+					}
+				}
+			}
+			n.iptablesOn(backend, "filter", "-F", "FORWARD")
+		})
+	}
+}
+
+func anyTrue(m map[string]bool) bool {
+	for _, b := range m {
+		if b {
+			return true
+		}
+	}
+	return false
+}
+
+// Through a port of the node that leads to the pod, the request even has the node's
+// address. The metadata service's first answer is to be late, as over a real network,
+// or it would meet the entry before the second forged packet.
+func TestForgedPacketsThroughAHostPortAreNoWayAroundTheRedirect(t *testing.T) {
+	const attempts = 8
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	n.agent(iptables.Redirect) // on all addresses
+	pod := &attacker{Pod: n.pod}
+	for _, standing := range []fences{noFence, {routing: true}, {guard: true}, {true, true}} {
+		n.fenced(iptables.DNAT, standing)
+		n.leaks.Store(0)
+		for range 4 { // each has a chance of 255 in 256
+			ports := pod.nextPorts(attempts)
+			for i, port := range ports {
+				n.iptables("-A", "PREROUTING", "-d", testbed.NodeAddress, "-p", "tcp", "--dport", fmt.Sprint(8080+i),
+					"-j", "DNAT", "--to-destination", netip.AddrPortFrom(pod.Addr, port).String())
+			}
+			n.answersLost("add")
+			var attacking sync.WaitGroup
+			attacking.Go(func() {
+				_, err := pod.Attack(t.Context(), attack.Config{
+					First: attack.SYN, Ports: ports, Host: netip.MustParseAddr(testbed.NodeAddress), HostPort: 8080,
+					Patience: 1800 * time.Millisecond, Path: "/",
+				})
+				assert.NoError(t, err)
+			})
+			time.Sleep(400 * time.Millisecond) // how late the answer is
+			n.answersLost("del")
+			attacking.Wait()
+			for i, port := range ports {
+				n.iptables("-D", "PREROUTING", "-d", testbed.NodeAddress, "-p", "tcp", "--dport", fmt.Sprint(8080+i),
+					"-j", "DNAT", "--to-destination", netip.AddrPortFrom(pod.Addr, port).String())
+			}
+			if standing != noFence || n.leaks.Load() > 0 {
+				break
+			}
+		}
+		if standing == noFence {
+			assert.NotZero(t, n.leaks.Load(), "the attack works")
+			assert.Equal(t, testbed.NodeAddress, n.lastCaller(), "in the node's name")
+			continue
+		}
+		assert.Zero(t, n.leaks.Load(), standing)
+		assert.Equal(t, "agent", n.ask(), standing)
+	}
+}
+
+// answersLost adds or deletes a route that loses the metadata service's answers to
+// the node.
+func (n *node) answersLost(do string) {
+	n.t.Helper()
+	require.NoError(n.t, n.network.Metadata.Do(func() error {
+		return exec.Command("ip", "route", do, "blackhole", testbed.NodeAddress+"/32").Run()
+	}))
+}
+
+// What a program of the node does to connections before our rule sees them, or
+// instead of it, leads pods to nowhere.
+func TestOtherProgramsOpenNoWayAroundTheRedirect(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect) // on all addresses
+			for _, tc := range []struct {
+				what     string
+				do, undo func()
+			}{
+				{
+					"NOTRACK for pods, as Cilium and Calico can be told to",
+					func() {
+						n.iptablesOn(backend, "raw", "-A", "PREROUTING", "-s", "10.244.0.0/16", "-j", "NOTRACK")
+					},
+					func() { n.iptablesOn(backend, "raw", "-F") },
+				},
+				{
+					"a translation of somebody else's first",
+					func() {
+						n.run("table ip other {\nchain prerouting {\ntype nat hook prerouting priority -110;\nip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.254:80\n}\n}\n", "nft", "-f", "-")
+					},
+					func() { n.run("", "nft", "delete", "table", "ip", "other") },
+				},
+				{
+					"an ACCEPT before our jump",
+					func() { n.iptables("-I", "PREROUTING", "1", "-j", "ACCEPT") },
+					func() { n.iptables("-D", "PREROUTING", "1") },
+				},
+				{
+					"nat flushed, FORWARD accepted",
+					func() {
+						n.iptables("-F")
+						n.iptablesOn(backend, "filter", "-I", "FORWARD", "1", "-j", "ACCEPT")
+					},
+					func() { n.iptablesOn(backend, "filter", "-F", "FORWARD") },
+				},
+			} {
+				for _, standing := range []fences{noFence, {routing: true}, {guard: true}, {true, true}} {
+					n.fenced(iptables.DNAT, standing)
+					tc.do()
+					n.leaks.Store(0)
+					answer := askFor(n.pod, aMoment)
+					if standing == noFence {
+						assert.Equal(t, "imds", answer, "%s is a way around the redirect", tc.what)
+					} else {
+						assert.Empty(t, answer, "%s: %s", standing, tc.what)
+						assert.Zero(t, n.leaks.Load(), "%s: %s", standing, tc.what)
+					}
+					tc.undo()
+				}
+			}
+		})
+	}
+}
+
+// A program flushes one kind of rules again and again, while pods ask all the time.
+func TestFlushesLeakNothing(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			second, _ := n.addPod("10.244.0.8", testbed.Ptp)
+			n.agent(iptables.Redirect)
+			r, _ := n.reconcile(n.config(iptables.Redirect))
+			for _, tc := range []struct {
+				what   string
+				times  int
+				flush  func()
+				served bool // all the same
+			}{
+				{"nat", 200, func() { n.iptables("-F") }, false},
+				{"mangle", 50, func() { n.iptablesOn(backend, "mangle", "-F") }, true},
+				{"routing rules", 50, func() {
+					n.run("", "sh", "-c", "ip rule del pref 11; ip rule del pref 10; ip rule del pref 12; true")
+				}, true},
+			} {
+				done := make(chan struct{})
+				var asking sync.WaitGroup
+				for _, pod := range []*testbed.Pod{n.pod, second} {
+					asking.Go(func() {
+						for {
+							answer := askFor(pod, 100*time.Millisecond)
+							if tc.served {
+								answer = ask(pod)
+							}
+							assert.NotEqual(t, "imds", answer)
+							if tc.served {
+								assert.Equal(t, "agent", answer, tc.what)
+							}
+							select {
+							case <-done:
+								return
+							default:
+							}
+						}
+					})
+				}
+				for range tc.times {
+					tc.flush()
+				}
+				close(done)
+				asking.Wait()
+				assert.Zero(t, n.leaks.Load(), tc.what)
+				n.eventually(func() bool { return n.inPlace() && len(n.forward("mangle")) == 1 }, tc.what+" back")
+				assert.Equal(t, "agent", n.ask())
+			}
+			for part, lost := range r.Stats().Lost {
+				assert.Equal(t, part != "wireserver", lost > 0, part)
+			}
+		})
+	}
+}
