@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"github.com/podidentity/nmi/iptables/links"
 )
 
 // Mode is how the kernel hands a pod's connection to the agent.
@@ -39,20 +41,20 @@ func ParseMode(name string) (Mode, error) {
 // DNAT works everywhere, so it is the answer to every doubt. A pod whose address
 // leads to no interface is none as long as others do: its link is about to come, or
 // has gone. Where none does, the answer is AutoMode: it cannot be told yet.
-func choose(pods []netip.Addr, links *podLinks) (Mode, string) {
+func choose(pods []netip.Addr, finder *links.Finder) (Mode, string) {
 	known := 0
 	var doubt string
 	for _, pod := range pods {
 		if !pod.Is4() {
 			continue
 		}
-		link, err := links.of(pod)
+		link, err := finder.Find(pod)
 		if err != nil {
 			doubt = fmt.Sprintf("pod address %s %s", pod, err)
 			continue
 		}
-		if !links.addressed(link.index) {
-			return DNAT, fmt.Sprintf("interface %s, which leads to pod address %s, has no IPv4 address", link.name, pod)
+		if !finder.HasAddress(link.Index) {
+			return DNAT, fmt.Sprintf("interface %s, which leads to pod address %s, has no IPv4 address", link.Name, pod)
 		}
 		known++
 	}

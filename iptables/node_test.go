@@ -265,3 +265,6 @@ func (n *node) inPlace() bool {
 	}
 	return jumps == 1 && first == 1 && rules == 1
 }
+
+// aMoment is for what must not happen.
+const aMoment = 700 * time.Millisecond

@@ -28,11 +28,14 @@ package iptables
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"github.com/podidentity/nmi/iptables/links"
 )
 
 // DefaultAddress is the address on lo that mode DNAT leads to, unless told
@@ -62,8 +65,6 @@ type Reconciler struct {
 	cfg    Config
 	status atomic.Pointer[Status]
 
-	verdicts verdicts
-
 	checks, repairs, cut atomic.Uint64
 	contended            atomic.Uint64
 	lost                 map[string]*atomic.Uint64 // by part; all of Parts are there
@@ -81,10 +82,13 @@ type Reconciler struct {
 
 // Status is what Run found or did at its last check.
 type Status struct {
-	Err       error  // why the rules are not in place; nil when they are
-	Unguarded error  // why no source address can be trusted on some bridge, and what to do; wraps ErrUnguarded
-	Mode      Mode   // other than AutoMode, once there was a check
-	Why       string // this mode
+	Err       error // why the rules are not in place; nil when they are
+	Unguarded error // why no source address can be trusted on some bridge, and what to do; wraps links.ErrUnguarded
+	// Bypass is why rules may be in vain, and what to do; wraps links.ErrBypass. It is
+	// for AutoMode alone: somebody who chose a mode is told by a note.
+	Bypass error
+	Mode   Mode   // other than AutoMode, once there was a check
+	Why    string // this mode
 	// Notes are what else somebody may want to know of the rules and of the links
 	// to pods, a sentence each.
 	Notes []string
@@ -267,22 +271,30 @@ func (r *Reconciler) survey(last Status) (Status, <-chan struct{}) {
 		return s, nil
 	}
 	pods, changed := r.cfg.Pods()
-	links := newPodLinks()
+	finder := links.NewFinder()
 	if r.cfg.Mode == AutoMode {
-		s.Mode, s.Why = choose(pods, links)
+		s.Mode, s.Why = choose(pods, finder)
 		if s.Mode == AutoMode && last.Mode != "" { // not known any more: as before
 			s.Mode, s.Why = last.Mode, last.Why
 		}
 	}
 	var open []string
-	open, s.Notes = surveySources(pods, links)
+	open, s.Notes = links.Survey(pods, finder)
 	if !r.cfg.AllowUnguarded {
-		s.Unguarded = unguardedError(open)
+		s.Unguarded = links.UnguardedError(open)
 	}
 	if len(open) > 0 && !slices.Equal(open, r.warned) {
 		r.cfg.Logger.Warn("pods can take each other's addresses, and with them identities (CVE-2021-1677)",
 			"links", open, "tokens", map[bool]string{true: "handed out all the same", false: "withheld"}[r.cfg.AllowUnguarded])
 	}
 	r.warned = open
+	switch bypass := links.Bypass(); {
+	case bypass == nil || r.cfg.Mode == None:
+	case r.cfg.Mode == AutoMode:
+		s.Bypass = fmt.Errorf("mode auto cannot tell whether the redirect works: %w: use --redirect-mode=none with a local redirect policy "+
+			"(deploy/cilium), or, if you know that Cilium routes through iptables here (legacy host routing), --redirect-mode=dnat", bypass)
+	default:
+		s.Notes = append(s.Notes, fmt.Sprintf("mode %s was chosen, although %s", r.cfg.Mode, bypass))
+	}
 	return s, changed
 }

@@ -11,7 +11,7 @@ import (
 
 // decide says what follows from the tables for one pod. The tables are locked.
 func (r *Resolver) decide(row *podRow) *Pod {
-	p := &Pod{Namespace: row.namespace, Name: row.name, uid: row.uid, strict: r.cfg.StrictSelection}
+	p := &Pod{Namespace: row.namespace, Name: row.name, UID: row.uid, Started: row.started, strict: r.cfg.StrictSelection}
 	if p.exception = r.exceptionOf(row); p.exception != "" {
 		p.refusal = fmt.Errorf("%w: it is excepted", ErrNoIdentity)
 		return p

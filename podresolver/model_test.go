@@ -264,10 +264,10 @@ func (m *machine) decide() {
 			require.ErrorIs(m.t, after[addr].err, ErrAmbiguousAddress)
 			got = "ambiguous"
 		case p != nil:
-			got = tell(p.Namespace, p.Name, p.uid, p.exception, modelQuestions, func(want Selector) string { return answerOf(m.t, p, want) })
+			got = tell(p.Namespace, p.Name, p.UID, p.exception, modelQuestions, func(want Selector) string { return answerOf(m.t, p, want) })
 		}
 		require.Equal(m.t, want, got, addr)
-		if was := before[addr].pod; p != nil && was != nil && was.uid == p.uid && was.String() == p.String() && !m.touched[ref{p.Namespace, p.Name}] {
+		if was := before[addr].pod; p != nil && was != nil && was.UID == p.UID && was.String() == p.String() && !m.touched[ref{p.Namespace, p.Name}] {
 			require.True(m.t, known[p], "%s was decided anew, and nothing bore on it", p)
 		}
 	}

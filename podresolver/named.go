@@ -62,7 +62,7 @@ func (r *Resolver) named(pod ref, want Selector, now time.Time) (Identity, error
 	if row == nil || !row.until.IsZero() && !row.until.After(now) {
 		return Identity{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, pod.namespace, pod.name)
 	}
-	decided := &Pod{Namespace: row.namespace, Name: row.name, uid: row.uid, strict: r.cfg.StrictSelection}
+	decided := &Pod{Namespace: row.namespace, Name: row.name, UID: row.uid, strict: r.cfg.StrictSelection}
 	if r.cfg.Mode == Standard {
 		r.decideStandard(decided, row)
 	} else {

@@ -3,11 +3,11 @@ package podresolver
 import (
 	"errors"
 	"fmt"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"iter"
 	"slices"
 	"strings"
-
-	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"time"
 )
 
 var (
@@ -18,6 +18,10 @@ var (
 	// ErrAmbiguousAddress means that several live pods claim the address. None
 	// of them gets an identity until all but one are gone.
 	ErrAmbiguousAddress = errors.New("several live pods claim this address")
+	// ErrUnconfirmed means that the caller may be another pod than the one that the API
+	// server names for its address: the address may have been reused, and the API server
+	// be late with the news. See Resolver.ResolveCaller. Ask again shortly.
+	ErrUnconfirmed = errors.New("the caller may be another pod than the one known by this address")
 	// ErrNoIdentity means that the pod may not use the identity it asked for,
 	// or any. Asking again changes nothing until somebody changes a binding.
 	ErrNoIdentity = errors.New("no identity for this pod")
@@ -75,8 +79,11 @@ func (id Identity) Managed() bool { return id.Type == aadpodidentity.UserAssigne
 // anew when anything changes that bears on them, and never change.
 type Pod struct {
 	Namespace, Name string
+	UID             string
+	// Started is when the latest of its containers started, in whole seconds; zero if
+	// none has.
+	Started time.Time
 
-	uid        string
 	exception  string     // name of the exception that applies, or ""
 	identities []Identity // that the pod may use, the default first
 	pending    []Identity // that it may use once MIC has assigned them

@@ -233,23 +233,36 @@ func (r *Resolver) checkStaleness(now time.Time) {
 // ErrUnknownAddress. One that several live pods claim is ErrAmbiguousAddress at
 // once. ErrStale means that nothing is known for certain any more.
 func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
+	return r.ResolveCaller(ctx, addr, func(*Pod) error { return nil })
+}
+
+// ResolveCaller is Resolve for a caller that confirm can tell from other pods: a pod for
+// which it returns ErrUnconfirmed is as good as unknown, so that its address is waited for
+// too. Its last error is returned. confirm may be called several times.
+func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
 	if r.expired.Load() {
 		return nil, ErrStale
 	}
 	s := r.current.Load()
-	if o, ok := s.byAddr[addr]; ok {
-		return o.pod, o.err
+	pod, err := s.resolve(addr, confirm)
+	if err == nil || !worthWaiting(err) {
+		return pod, err
 	}
-	return r.await(ctx, addr, s)
+	return r.await(ctx, addr, s, err, confirm)
 }
 
-func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot) (*Pod, error) {
+// worthWaiting reports whether news of an address may be on their way.
+func worthWaiting(err error) bool {
+	return errors.Is(err, ErrUnknownAddress) || errors.Is(err, ErrUnconfirmed)
+}
+
+func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot, err error, confirm func(*Pod) error) (pod *Pod, _ error) {
 	patience, cancel := context.WithTimeout(ctx, r.cfg.PodWait)
 	defer cancel()
 	for r.waiting.forChange(patience, r.current.Load, addr, s) {
 		s = r.current.Load()
-		if o, ok := s.byAddr[addr]; ok {
-			return o.pod, o.err
+		if pod, err = s.resolve(addr, confirm); err == nil || !worthWaiting(err) {
+			return pod, err
 		}
 	}
 	switch {
@@ -258,7 +271,17 @@ func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot) (*Po
 	case r.expired.Load():
 		return nil, ErrStale
 	}
-	return r.lookup(ctx, addr)
+	found, failure := r.lookup(ctx, addr)
+	if failure == nil {
+		failure = confirm(found)
+	}
+	switch {
+	case failure == nil:
+		return found, nil
+	case errors.Is(err, ErrUnconfirmed):
+		return nil, err // says more than that the API server knows no more than the watch
+	}
+	return nil, failure
 }
 
 // Identity decides which identity a pod that was resolved from addr gets, see
@@ -277,7 +300,7 @@ func (r *Resolver) Identity(ctx context.Context, addr netip.Addr, pod *Pod, want
 		}
 		s := r.current.Load()
 		o := s.byAddr[addr]
-		if o.pod == nil || o.pod.uid != pod.uid {
+		if o.pod == nil || o.pod.UID != pod.UID {
 			return Identity{}, fmt.Errorf("%w any more (%s)", ErrUnknownAddress, addr)
 		}
 		if id, err = o.pod.Identity(want); !errors.Is(err, ErrNotAssigned) {

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -31,7 +32,10 @@ func podRowFor(node, micNamespace string) func(*corev1.Pod) *podRow {
 		if pod.DeletionTimestamp != nil {
 			row.until = pod.DeletionTimestamp.Time
 		}
-		ended := pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed // its sandbox is gone
+		var running, any bool
+		row.started, running, any = containersOf(&pod.Status)
+		ended := pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed || // its sandbox is gone
+			pod.DeletionTimestamp != nil && any && !running // or about to go, and its address with it
 		if ended || row.hostNetwork {
 			return row // its address is another's, or the node's
 		}
@@ -50,6 +54,26 @@ func podRowFor(node, micNamespace string) func(*corev1.Pod) *podRow {
 		}
 		return row
 	}
+}
+
+// containersOf says when the latest of a pod's containers started, of whatever sort and
+// although it may have ended since, whether one is running, and whether there are any.
+func containersOf(status *corev1.PodStatus) (started time.Time, running, any bool) {
+	for _, statuses := range [][]corev1.ContainerStatus{status.InitContainerStatuses, status.ContainerStatuses, status.EphemeralContainerStatuses} {
+		for _, c := range statuses {
+			any = true
+			running = running || c.State.Running != nil
+			for _, state := range []corev1.ContainerState{c.State, c.LastTerminationState} {
+				if state.Running != nil && state.Running.StartedAt.After(started) {
+					started = state.Running.StartedAt.Time
+				}
+				if state.Terminated != nil && state.Terminated.StartedAt.After(started) {
+					started = state.Terminated.StartedAt.Time
+				}
+			}
+		}
+	}
+	return started, running, any
 }
 
 // micPod reports whether a pod is one of MIC's, the controller that makes

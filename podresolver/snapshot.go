@@ -22,6 +22,21 @@ type owner struct {
 	err error
 }
 
+// resolve returns the pod that holds an address, if it is confirmed to be the caller.
+func (s *snapshot) resolve(addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
+	o, ok := s.byAddr[addr]
+	switch {
+	case !ok:
+		return nil, ErrUnknownAddress
+	case o.err != nil:
+		return nil, o.err
+	}
+	if err := confirm(o.pod); err != nil {
+		return nil, err
+	}
+	return o.pod, nil
+}
+
 // claim is a pod that holds an address, as far as its own object says.
 type claim struct {
 	addr    netip.Addr
@@ -48,7 +63,7 @@ func younger(a, b claim) int {
 		}
 		return -1
 	}
-	return cmp.Compare(b.pod.uid, a.pod.uid)
+	return cmp.Compare(b.pod.UID, a.pod.UID)
 }
 
 // newSnapshot settles who owns each address at now. A pod whose grace has ended

@@ -24,9 +24,10 @@ type (
 		ref
 		uid         string
 		created     time.Time
+		started     time.Time // see Pod.Started
 		until       time.Time // see claim
 		labels      map[string]string
-		addrs       []netip.Addr // that it holds by its own word; none when it has ended or is on the host network
+		addrs       []netip.Addr // that it holds by its own word; none when it or its containers have ended, or it is on the host network
 		mic         bool         // it is MIC's own, see micPod
 		hostNetwork bool
 	}

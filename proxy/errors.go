@@ -79,6 +79,8 @@ func asHTTP(err error) *httpError {
 		return notYet("The identity is not assigned to the pod yet", 5*time.Second)
 	case errors.Is(err, podresolver.ErrStale):
 		return notYet("What is known of pods and identities is too old", 10*time.Second)
+	case errors.Is(err, podresolver.ErrUnconfirmed):
+		return notYet("The pod of this address is not known yet", retrySoon)
 	case errors.Is(err, errSource):
 		return badRequest("The network of this node does not tell which pod is calling; ask the operators of the cluster")
 	case errors.Is(err, podresolver.ErrUnknownPod):

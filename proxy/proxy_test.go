@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
@@ -311,7 +312,7 @@ func (b blockingIMDS) RoundTrip(*http.Request) (*http.Response, error) {
 
 func TestAPodWhoseAddressMayBeAnothersIsRefusedWhateverItIs(t *testing.T) {
 	w := newWorld(t, func(cfg *Config) {
-		cfg.CheckSource = func(addr netip.Addr) error {
+		cfg.CheckSource = func(addr netip.Addr, _ int, _ *podresolver.Pod) error {
 			if addr == netip.MustParseAddr(bound) || addr == netip.MustParseAddr(excepted) {
 				return errors.New("bridge cbr0")
 			}

@@ -55,10 +55,12 @@ type Config struct {
 	// pod may have is given to whoever comes, which is for OnlyRedirected alone
 	// to limit to pods.
 	PodsOnly bool
-	// CheckSource returns an error if a connection from the address of this pod
-	// may be another pod's. Nothing is then served that depends on who is asking.
-	// nil trusts all addresses.
-	CheckSource func(netip.Addr) error
+	// CheckSource returns an error if a connection from this address, which came in over
+	// the interface of this index (0 if that is not known), may be another pod's than
+	// this one's, which the API server names for the address. Nothing is then served that
+	// depends on who is calling. One that wraps podresolver.ErrUnconfirmed may be mended
+	// by news, which are waited for. nil trusts all addresses.
+	CheckSource func(addr netip.Addr, ingress int, pod *podresolver.Pod) error
 
 	// HostTokenUIDs are the users of this node whose processes may ask for tokens of
 	// pods that they name, at /host/token over loopback. None turns it off.
@@ -118,7 +120,7 @@ func New(cfg Config) *Server {
 	s.forward = s.newForward()
 	s.http = &http.Server{
 		Handler:                      s,
-		ConnContext:                  withConn,
+		ConnContext:                  s.connContext,
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" takes the same road
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
@@ -281,14 +283,14 @@ func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) 
 	if !addr.IsValid() {
 		return nil, netip.Addr{}, errors.New("not a TCP connection: nobody is resolved")
 	}
-	pod, err := s.cfg.Pods.Resolve(r.Context(), addr)
-	if err != nil {
-		return nil, netip.Addr{}, err
-	}
-	if s.cfg.CheckSource != nil {
-		if err := s.cfg.CheckSource(addr); err != nil {
-			return nil, netip.Addr{}, fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
+	pod, err := s.cfg.Pods.ResolveCaller(r.Context(), addr, func(pod *podresolver.Pod) error {
+		if s.cfg.CheckSource == nil {
+			return nil
 		}
-	}
-	return pod, addr, nil
+		if err := s.cfg.CheckSource(addr, ingressIndex(r), pod); err != nil {
+			return fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
+		}
+		return nil
+	})
+	return pod, addr, err
 }

@@ -15,6 +15,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/upstream"
@@ -44,6 +45,10 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		Pods:            func() ([]netip.Addr, <-chan struct{}) { return resolver.Addresses() },
 		BlockWireserver: cfg.blockWireserver, AllowUnguarded: cfg.allowUnguarded, Logger: log,
 	})
+	if err != nil {
+		return err
+	}
+	tracker, err := links.New(links.Config{AllowUnguarded: cfg.allowUnguarded, Logger: log})
 	if err != nil {
 		return err
 	}
@@ -100,13 +105,13 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	server := proxy.New(proxy.Config{
 		Pods: resolver, Tokens: tokens, Upstream: source,
 		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
-		PodsOnly: cfg.mode == iptables.None, CheckSource: rules.CheckSource,
+		PodsOnly: cfg.mode == iptables.None, CheckSource: confirmCaller(tracker),
 		HostTokenUIDs:  cfg.hostTokenUIDs,
 		Allow:          cfg.allow,
 		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,
 		Logger: log,
 	})
-	measured, err := metrics(rules, resolver, tokens, server)
+	measured, err := metrics(rules, tracker, resolver, tokens, server)
 	if err != nil {
 		return err
 	}
@@ -118,6 +123,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer stopBehind()
+	running.Go(func() { tracker.Run(behind) })
 	running.Go(func() { resolver.Run(behind) })
 	if err := before.take(ctx, resolver.Synced()); ctx.Err() != nil {
 		log.Info("stopped before it had taken over")

@@ -33,6 +33,7 @@ func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptab
 			resolver.Ready,
 			func() error { return rules.Status().Err },
 			func() error { return rules.Status().Unguarded },
+			func() error { return rules.Status().Bypass },
 		},
 		note: func() string {
 			s := rules.Status()

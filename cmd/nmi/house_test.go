@@ -23,7 +23,7 @@ const module = "github.com/podidentity/nmi/"
 // project that it may import. Data flows one way: tokencache never meets a pod,
 // podresolver never meets a token, iptables meets neither. "*" is any.
 var rooms = map[string][]string{
-	"cmd/nmi":                    {"iptables", "podresolver", "proxy", "proxy/upstream", "tokencache"},
+	"cmd/nmi":                    {"iptables", "iptables/links", "podresolver", "proxy", "proxy/upstream", "tokencache"},
 	"proxy":                      {"podresolver", "proxy/upstream", "tokencache"},
 	"proxy/upstream":             {"tokencache"},
 	"proxy/imdstest":             {},
@@ -32,7 +32,8 @@ var rooms = map[string][]string{
 	"podresolver/aadpodidentity": {},
 	"podresolver/resolvertest":   {"podresolver", "podresolver/aadpodidentity"},
 	"tokencache":                 {},
-	"iptables":                   {},
+	"iptables":                   {"iptables/links"},
+	"iptables/links":             {},
 	"deploy/testbed":             {"*"},
 	"deploy/testbed/attack":      {},
 	"deploy/e2e":                 {"*"},

@@ -15,6 +15,7 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/tokencache"
@@ -22,7 +23,7 @@ import (
 
 // metrics answers /metrics in Prometheus's format. docs/metrics.md lists what is
 // there.
-func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver, tokens *tokencache.Cache, server *proxy.Server) (http.Handler, error) {
+func metrics(rules *iptables.Reconciler, tracker *links.Tracker, resolver *podresolver.Resolver, tokens *tokencache.Cache, server *proxy.Server) (http.Handler, error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	exporter, err := otelprometheus.New(
@@ -35,7 +36,8 @@ func metrics(rules *iptables.Reconciler, resolver *podresolver.Resolver, tokens 
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
-	if err := errors.Join(observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server)); err != nil {
+	refused := count(meter, "sources.refused", "Times that a pod was not taken for the caller, since its address may be another pod's by now", func() uint64 { return tracker.Stats().Refused })
+	if err := errors.Join(refused, observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server)); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	mux := http.NewServeMux()

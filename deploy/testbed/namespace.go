@@ -123,6 +123,9 @@ func NewNamespace() (*Namespace, error) {
 // Close lets go of the namespace. It vanishes with its last socket and process.
 func (n *Namespace) Close() error { return n.handle.Close() }
 
+// FD is the open file of the namespace.
+func (n *Namespace) FD() int { return int(n.handle) }
+
 // Do runs fn inside the namespace, on a thread that is used for nothing else.
 // What fn starts on goroutines of its own is not inside.
 func (n *Namespace) Do(fn func() error) error {

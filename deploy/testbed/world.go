@@ -101,9 +101,17 @@ func (w *World) CreatePod(ctx context.Context, namespace, name, addr string, lab
 	return w.SetPodAddress(ctx, namespace, name, addr)
 }
 
-// SetPodAddress writes what the kubelet writes when the pod has its address.
+// SetPodAddress writes what the kubelet writes when the pod has its address and its
+// containers have started, which is now. The pod's link must be there already.
 func (w *World) SetPodAddress(ctx context.Context, namespace, name, addr string) error {
-	status := fmt.Sprintf(`{"status":{"phase":"Running","podIP":%q,"podIPs":[{"ip":%q}]}}`, addr, addr)
+	return w.SetPodStarted(ctx, namespace, name, addr, time.Now())
+}
+
+// SetPodStarted is SetPodAddress for containers that started at another time.
+func (w *World) SetPodStarted(ctx context.Context, namespace, name, addr string, started time.Time) error {
+	status := fmt.Sprintf(`{"status":{"phase":"Running","podIP":%q,"podIPs":[{"ip":%q}],
+		"containerStatuses":[{"name":"app","image":"example/app","imageID":"","ready":true,"started":true,"restartCount":0,"state":{"running":{"startedAt":%q}}}]}}`,
+		addr, addr, started.UTC().Format(time.RFC3339))
 	_, err := w.Kube.CoreV1().Pods(namespace).Patch(ctx, name, "application/merge-patch+json", []byte(status), metav1.PatchOptions{}, "status")
 	return err
 }

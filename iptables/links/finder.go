@@ -1,0 +1,122 @@
+package links
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+)
+
+// Link is the interface that the route to a pod leads to.
+type Link struct {
+	Index int
+	Name  string
+	// Shared: other pods may be behind the interface too, and ARP decides which of
+	// them has an address. It is a bridge, or the route is to a whole subnet.
+	Shared bool
+	// Pinned: the address has a permanent neighbour entry, which no ARP message
+	// changes.
+	Pinned bool
+}
+
+// ErrGateway means that the route to a pod leads to a gateway: its packets come in on
+// another interface than the route's (Cilium's cilium_host), or the pod has no route of
+// its own yet, or no more, and this is the default route.
+var ErrGateway = errors.New("is behind a gateway, not on an interface of its own")
+
+// Finder looks up the interfaces that lead to pods. It remembers what it has found and
+// does not refresh it: use a new one for each survey.
+type Finder struct {
+	byPod      map[netip.Addr]linkOrError
+	links      map[int]netlink.Link
+	neighbours map[int]map[netip.Addr]bool // that are pinned, by interface
+	addresses  map[int]bool                // interfaces with an IPv4 address; nil until listed
+}
+
+type linkOrError struct {
+	Link
+	err error
+}
+
+// NewFinder returns an empty Finder.
+func NewFinder() *Finder {
+	return &Finder{
+		byPod:      make(map[netip.Addr]linkOrError),
+		links:      make(map[int]netlink.Link),
+		neighbours: make(map[int]map[netip.Addr]bool),
+	}
+}
+
+// Find returns the link of a pod. Its error completes a sentence that begins with the
+// pod's address.
+func (f *Finder) Find(pod netip.Addr) (Link, error) {
+	known, ok := f.byPod[pod]
+	if !ok {
+		known.Link, known.err = f.lookUp(pod)
+		f.byPod[pod] = known
+	}
+	return known.Link, known.err
+}
+
+func (f *Finder) lookUp(pod netip.Addr) (Link, error) {
+	// FIBMatch: the route as it was written, not as resolved for this one address.
+	routes, err := netlink.RouteGetWithOptions(pod.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+	if err != nil || len(routes) == 0 {
+		return Link{}, errors.New("has no route")
+	}
+	route := routes[0]
+	if route.Gw != nil || route.Via != nil || route.LinkIndex == 0 { // the last: several hops
+		return Link{}, ErrGateway
+	}
+	link := f.links[route.LinkIndex]
+	if link == nil {
+		if link, err = netlink.LinkByIndex(route.LinkIndex); err != nil {
+			return Link{}, fmt.Errorf("is on an interface that is gone: %w", err)
+		}
+		f.links[route.LinkIndex] = link
+	}
+	found := Link{Index: route.LinkIndex, Name: link.Attrs().Name, Shared: link.Type() == "bridge"}
+	if route.Dst == nil {
+		found.Shared = true
+	} else if ones, bits := route.Dst.Mask.Size(); ones != bits {
+		found.Shared = true
+	}
+	if found.Shared {
+		if found.Pinned, err = f.isPinned(found.Index, pod); err != nil {
+			return Link{}, fmt.Errorf("is on %s, whose neighbours cannot be listed: %w", found.Name, err)
+		}
+	}
+	return found, nil
+}
+
+func (f *Finder) isPinned(index int, pod netip.Addr) (bool, error) {
+	pinned := f.neighbours[index]
+	if pinned == nil {
+		all, err := netlink.NeighList(index, netlink.FAMILY_V4)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return false, err
+		}
+		pinned = make(map[netip.Addr]bool)
+		for _, n := range all {
+			if addr, ok := netip.AddrFromSlice(n.IP.To4()); ok && n.State&netlink.NUD_PERMANENT != 0 {
+				pinned[addr] = true
+			}
+		}
+		f.neighbours[index] = pinned
+	}
+	return pinned[pod], nil
+}
+
+// HasAddress reports whether an interface has an IPv4 address; false if the addresses
+// cannot be listed.
+func (f *Finder) HasAddress(index int) bool {
+	if f.addresses == nil {
+		f.addresses = make(map[int]bool)
+		all, _ := netlink.AddrList(nil, netlink.FAMILY_V4)
+		for _, a := range all {
+			f.addresses[a.LinkIndex] = true
+		}
+	}
+	return f.addresses[index]
+}

@@ -1,0 +1,234 @@
+package links_test
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/iptables/links"
+)
+
+var shapes = []testbed.Shape{testbed.Ptp, testbed.Routed}
+
+// The network plugin has given the address to another pod, and the API server goes on
+// naming the one before: until its status is written, or for as long as an outage lasts.
+func TestReusedAddress(t *testing.T) {
+	for _, shape := range shapes {
+		t.Run(string(shape), func(t *testing.T) {
+			for name, seen := range map[string]bool{"of a pod that has called": true, "of one that never has": false} {
+				t.Run(name, func(t *testing.T) {
+					n := newNode(t)
+					tracker := n.track(links.Config{})
+					pod, remove := n.addPod("10.244.0.7", shape)
+					before := started("before", 0)
+					if seen {
+						require.NoError(t, tracker.Check(pod.Addr, n.call(pod, pod.Addr), before))
+					} else {
+						before = started("before", time.Minute)
+					}
+					remove()
+
+					next, _ := n.addPod("10.244.0.7", shape)
+					index := n.call(next, next.Addr)
+					for range 1000 { // no news, however often it asks
+						require.ErrorIs(t, tracker.Check(next.Addr, index, before), links.ErrReused)
+					}
+					assert.Equal(t, uint64(1000), tracker.Stats().Refused)
+					after := started("after", 0)
+					require.NoError(t, tracker.Check(next.Addr, index, after), "the API server has heard of it")
+					require.NoError(t, tracker.Check(next.Addr, index, after))
+					require.ErrorIs(t, tracker.Check(next.Addr, index, before), links.ErrReused, "and not again of the one before")
+				})
+			}
+		})
+	}
+}
+
+// What comes and goes is the route, and not the link.
+func TestRouteFlaps(t *testing.T) {
+	for _, shape := range shapes {
+		t.Run(string(shape), func(t *testing.T) {
+			n := newNode(t)
+			tracker := n.track(links.Config{})
+			pod, _ := n.addPod("10.244.0.7", shape)
+			who := started("a", 0)
+			kept := n.call(pod, pod.Addr)
+			link, err := netlink.LinkByName(pod.Link)
+			require.NoError(t, err)
+			route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: netlink.NewIPNet(pod.Addr.AsSlice()), Scope: netlink.SCOPE_LINK}
+			refused := 0
+			check := func(index int) {
+				if err := tracker.Check(pod.Addr, index, who); err != nil {
+					refused++
+					t.Log(err)
+				}
+			}
+			for range 100 {
+				require.NoError(t, netlink.RouteDel(route))
+				check(kept)
+				require.NoError(t, netlink.RouteAdd(route))
+				check(kept)
+				check(n.call(pod, pod.Addr))
+			}
+			assert.Zero(t, refused, "of 300 requests")
+		})
+	}
+}
+
+func TestALinkThatIsGoneHasNoCallers(t *testing.T) {
+	n := newNode(t)
+	tracker := n.track(links.Config{})
+	pod, remove := n.addPod("10.244.0.7", testbed.Ptp)
+	kept := n.call(pod, pod.Addr)
+	who := started("a", 0)
+	require.NoError(t, tracker.Check(pod.Addr, kept, who))
+	remove()
+	require.Eventually(t, func() bool { return tracker.Check(pod.Addr, kept, who) != nil }, patience, time.Millisecond)
+	require.ErrorIs(t, tracker.Check(pod.Addr, kept, who), links.ErrReused)
+	require.ErrorIs(t, tracker.Check(pod.Addr, 0, who), links.ErrReused, "of no interface at all")
+	require.Error(t, tracker.Check(pod.Addr, kept, links.Pod{}))
+}
+
+// A container that starts again is no reason to doubt, nor is a pod whose sandbox was made
+// anew, with a link of its own, once its containers have started.
+func TestRestartedContainers(t *testing.T) {
+	n := newNode(t)
+	tracker := n.track(links.Config{})
+	pod, remove := n.addPod("10.244.0.7", testbed.Ptp)
+	index := n.call(pod, pod.Addr)
+	who := started("a", 0)
+	require.NoError(t, tracker.Check(pod.Addr, index, who))
+	restarted := links.Pod{UID: who.UID, Started: who.Started.Add(5 * time.Second)}
+	require.NoError(t, tracker.Check(pod.Addr, index, restarted))
+	require.NoError(t, tracker.Check(pod.Addr, index, who), "an answer of the API server that is older")
+	remove()
+
+	pod, _ = n.addPod("10.244.0.7", testbed.Ptp)
+	index = n.call(pod, pod.Addr)
+	require.ErrorIs(t, tracker.Check(pod.Addr, index, restarted), links.ErrReused)
+	require.NoError(t, tracker.Check(pod.Addr, index, links.Pod{UID: who.UID, Started: restarted.Started.Add(time.Second)}))
+}
+
+func TestALinkOfTheSameNameOrIndexIsAnother(t *testing.T) {
+	n := newNode(t)
+	tracker := n.track(links.Config{})
+	inside, err := testbed.NewNamespace()
+	require.NoError(t, err)
+	defer func() { assert.NoError(t, inside.Close()) }()
+	const index = 7000
+	link := func(index int) netlink.Link {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.Index = "lxc1", index
+		require.NoError(t, inside.Do(func() error { _, err := netlink.LinkByName("lo"); return err }))
+		require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(inside.FD())}))
+		made, err := netlink.LinkByName("lxc1")
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = netlink.LinkDel(made) })
+		return made
+	}
+	addr := netip.MustParseAddr("10.244.0.7")
+	first := link(index)
+	require.Equal(t, index, first.Attrs().Index)
+	old := started("old", 0)
+	require.NoError(t, tracker.Check(addr, index, old))
+	require.NoError(t, netlink.LinkDel(first))
+	link(index)
+	require.ErrorIs(t, tracker.Check(addr, index, old), links.ErrReused, "of the same name and index")
+	require.ErrorIs(t, tracker.Check(addr, index, started("older", time.Minute)), links.ErrReused)
+	require.NoError(t, tracker.Check(addr, index, started("new", 0)))
+}
+
+// When they appeared is not known. The first pod that is seen passes, and is not followed
+// by one whose containers are older.
+func TestLinksFromBeforeTheTracker(t *testing.T) {
+	n := newNode(t)
+	pod, _ := n.addPod("10.244.0.7", testbed.Ptp)
+	index := n.call(pod, pod.Addr)
+	tracker := n.track(links.Config{})
+	require.NoError(t, tracker.Check(pod.Addr, index, started("first", time.Hour)))
+	require.ErrorIs(t, tracker.Check(pod.Addr, index, started("older", 2*time.Hour)), links.ErrReused)
+	require.ErrorIs(t, tracker.Check(pod.Addr, index, links.Pod{UID: "without containers"}), links.ErrReused)
+	require.NoError(t, tracker.Check(pod.Addr, index, started("younger", time.Minute)))
+	require.ErrorIs(t, tracker.Check(pod.Addr, index, started("first", time.Hour)), links.ErrReused)
+
+	another, _ := n.addPod("10.244.0.8", testbed.Ptp)
+	require.NoError(t, tracker.Check(another.Addr, n.call(another, another.Addr), started("third", 0)))
+}
+
+func TestPodsWithoutStartedContainers(t *testing.T) {
+	n := newNode(t)
+	before, _ := n.addPod("10.244.0.7", testbed.Ptp)
+	tracker := n.track(links.Config{})
+	after, _ := n.addPod("10.244.0.8", testbed.Ptp)
+	waiting := links.Pod{UID: "waiting"}
+	require.NoError(t, tracker.Check(before.Addr, n.call(before, before.Addr), waiting), "nothing is known of the link")
+	index := n.call(after, after.Addr)
+	require.ErrorIs(t, tracker.Check(after.Addr, index, links.Pod{UID: "new"}), links.ErrReused)
+	require.ErrorContains(t, tracker.Check(after.Addr, index, links.Pod{UID: "new"}), "have not started")
+	require.NoError(t, tracker.Check(after.Addr, index, started("new", 0)))
+}
+
+// cilium_host is a veth as well, with both ends on the node.
+func TestWhereAPodHasNoLinkOfItsOwnTheAPIServersWordStands(t *testing.T) {
+	n := newNode(t)
+	tracker := n.track(links.Config{})
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "cilium_host"
+	require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "cilium_net"}))
+	host, err := netlink.LinkByName("cilium_host")
+	require.NoError(t, err)
+	defer func() { assert.NoError(t, netlink.LinkDel(host)) }()
+	gateway := netip.MustParseAddr("10.245.0.7") // by the default route
+	for _, name := range []string{"cilium_host", "lo"} {
+		require.NoError(t, tracker.Check(gateway, indexOf(t, name), started("old", time.Hour)))
+		require.NoError(t, tracker.Check(gateway, indexOf(t, name), started("older", 2*time.Hour)))
+	}
+
+	// An end that is moved to a pod makes it the pod's own.
+	inside, err := testbed.NewNamespace()
+	require.NoError(t, err)
+	defer func() { assert.NoError(t, inside.Close()) }()
+	peer, err := netlink.LinkByName("cilium_net")
+	require.NoError(t, err)
+	require.NoError(t, netlink.LinkSetNsFd(peer, inside.FD()))
+	require.ErrorIs(t, tracker.Check(netip.MustParseAddr("10.245.0.8"), indexOf(t, "cilium_host"), started("old", time.Hour)), links.ErrReused)
+}
+
+func TestWithALinkOfItsOwnAPodCannotTakeAnothersAddress(t *testing.T) {
+	for _, shape := range shapes {
+		t.Run(string(shape), func(t *testing.T) {
+			n := newNode(t)
+			tracker := n.track(links.Config{})
+			pod, _ := n.addPod("10.244.0.7", shape)
+			thief, _ := n.addPod("10.244.0.8", shape)
+			steal(t, thief, pod.Addr)
+			_, err := n.tryCall(thief, pod.Addr, aMoment)
+			require.Error(t, err, "although rp_filter is off")
+			assert.NoError(t, tracker.Check(pod.Addr, n.call(pod, pod.Addr), started("a", 0)))
+		})
+	}
+}
+
+func BenchmarkCheck(b *testing.B) {
+	for _, shape := range []testbed.Shape{testbed.Ptp, testbed.Bridge} {
+		b.Run(string(shape), func(b *testing.B) {
+			n := newNode(b)
+			tracker := n.track(links.Config{AllowUnguarded: true})
+			pod, _ := n.addPod("10.244.0.7", shape)
+			index := n.call(pod, pod.Addr)
+			who := started("a", 0)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := tracker.Check(pod.Addr, index, who); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
