@@ -103,7 +103,7 @@ func hardwareAddrOf(neighbours []netlink.Neigh, addr netip.Addr) net.HardwareAdd
 // attributes. Of an address it is a change of its hardware address, of a bridge's
 // forwarding database one of the hardware address's port.
 func (t *Tracker) applyNeighbourLocked(body []byte) {
-	if len(t.ports) == 0 || len(body) < unix.SizeofNdMsg {
+	if len(body) < unix.SizeofNdMsg {
 		return
 	}
 	family := body[0]
@@ -112,6 +112,7 @@ func (t *Tracker) applyNeighbourLocked(body []byte) {
 		case family == unix.AF_INET && kind == unix.NDA_DST:
 			if addr, ok := netip.AddrFromSlice(value); ok {
 				delete(t.ports, addr)
+				delete(t.routes, addr) // it may have been pinned
 			}
 		case family == unix.AF_BRIDGE && kind == unix.NDA_LLADDR:
 			t.forgetPortsLocked(func(_ netip.Addr, p port) bool { return p.hardwareAddr == string(value) })

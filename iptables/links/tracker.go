@@ -165,13 +165,13 @@ func (t *Tracker) Check(addr netip.Addr, ifindex int, pod Pod) error {
 func (t *Tracker) check(addr netip.Addr, ifindex int, pod Pod, now time.Time) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	// What happened before the connection came, the kernel has announced by now.
+	if err := t.drainLocked(); err != nil {
+		return fmt.Errorf("address %s: %w", addr, err)
+	}
 	route := t.routeLocked(addr, now)
 	if errors.Is(route.err, ErrUnguarded) {
 		return route.err
-	}
-	// What the kernel has announced so far comes before the connection's request.
-	if err := t.drainLocked(); err != nil {
-		return fmt.Errorf("address %s: %w", addr, err)
 	}
 	on := t.ifaces[ifindex]
 	if on == nil {

@@ -231,4 +231,3 @@ func BenchmarkCheck(b *testing.B) {
 		})
 	}
 }
-

@@ -41,7 +41,7 @@ func Survey(pods []netip.Addr, finder *Finder) (unguarded, notes []string) {
 		}
 	}
 	if len(pinned) > 0 {
-		notes = append(notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take over those of pods that have not called yet, on: "+some(slices.Sorted(maps.Keys(pinned))))
+		notes = append(notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take those over too, and not each attempt is noticed, on: "+some(slices.Sorted(maps.Keys(pinned))))
 	}
 	return slices.Sorted(maps.Keys(open)), notes
 }
