@@ -78,7 +78,9 @@ func (r *Resolver) ask(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	case o.err != nil:
 		return nil, o.err
 	}
-	r.found.Add(1)
-	r.cfg.Logger.Warn("found a pod that the watch has not told of", "pod", o.pod, "address", addr)
+	if known := r.Holder(addr); known == nil || known.UID != o.pod.UID {
+		r.found.Add(1)
+		r.cfg.Logger.Warn("found a pod that the watch has not told of", "pod", o.pod, "address", addr)
+	}
 	return o.pod, nil
 }

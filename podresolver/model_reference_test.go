@@ -35,7 +35,7 @@ func (m *reference) owner(addr netip.Addr, now time.Time, questions []Selector) 
 			p.Status.Phase == corev1.PodSucceeded, p.Status.Phase == corev1.PodFailed:
 		case p.DeletionTimestamp == nil:
 			live = append(live, p)
-		case p.DeletionTimestamp.After(now):
+		case p.DeletionTimestamp.After(now) && !m.finished(p):
 			ending = append(ending, p)
 		}
 	}
@@ -63,6 +63,11 @@ func (m *reference) owner(addr netip.Addr, now time.Time, questions []Selector) 
 func (m *reference) holds(p *corev1.Pod, addr netip.Addr) bool {
 	return p.Status.PodIP == addr.String() ||
 		slices.ContainsFunc(p.Status.PodIPs, func(ip corev1.PodIP) bool { return ip.IP == addr.String() })
+}
+
+// finished reports whether all containers of a pod have ended.
+func (m *reference) finished(p *corev1.Pod) bool {
+	return len(p.Status.ContainerStatuses) > 0 && !slices.ContainsFunc(p.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return c.State.Running != nil })
 }
 
 func tell(namespace, name, uid, exception string, questions []Selector, answer func(Selector) string) string {

@@ -101,6 +101,11 @@ func (m *machine) pod() kubeObject {
 	if p.Status.PodIP != "" && m.pick(2) == 0 {
 		p.Status.PodIPs = []corev1.PodIP{{IP: p.Status.PodIP}, {IP: choose(m, modelAddrs...)}}
 	}
+	// Of what was drawn above, so that a seed goes on meaning what it did.
+	variety := len(p.Status.PodIP) + int(p.CreationTimestamp.Unix()) + int(p.UID[0]) + len(p.Status.PodIPs)
+	for i := range variety % 3 {
+		containers([]corev1.ContainerState{runningState, terminatedState, waitingState}[(variety/3+i)%3])(p)
+	}
 	return p
 }
 

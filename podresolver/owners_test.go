@@ -42,6 +42,26 @@ func phase(phase corev1.PodPhase) fate { return func(p *corev1.Pod) { p.Status.P
 
 func uid(uid types.UID) fate { return func(p *corev1.Pod) { p.UID = uid } }
 
+var (
+	began           = metav1.NewTime(time.Unix(1_000_000, 0))
+	runningState    = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: began}}
+	terminatedState = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{StartedAt: began}}
+	waitingState    = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff"}}
+)
+
+func containers(states ...corev1.ContainerState) fate {
+	return func(p *corev1.Pod) {
+		for _, state := range states {
+			p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{State: state})
+		}
+	}
+}
+
+// sidecar is an init container that goes on running (KEP-753).
+func sidecar(state corev1.ContainerState) fate {
+	return func(p *corev1.Pod) { p.Status.InitContainerStatuses = []corev1.ContainerStatus{{State: state}} }
+}
+
 func elder(p *corev1.Pod)   { born(time.Hour)(p) }
 func junior(p *corev1.Pod)  { born(time.Minute)(p) }
 func host(p *corev1.Pod)    { p.Spec.HostNetwork = true }
@@ -58,23 +78,30 @@ func TestWhoOwnsAnAddress(t *testing.T) {
 		owner string // "" for none
 		err   error
 	}{
-		"nobody":                   {nil, "", nil},
-		"the only one":             {map[string][]fate{"live": nil}, "live", nil},
-		"one that has succeeded":   {map[string][]fate{"done": {phase(corev1.PodSucceeded)}}, "", nil},
-		"one that has failed":      {map[string][]fate{"live": nil, "done": {phase(corev1.PodFailed)}}, "live", nil},
-		"one whose phase is lost":  {map[string][]fate{"lost": {phase(corev1.PodUnknown)}}, "lost", nil},
-		"one that is yet pending":  {map[string][]fate{"early": {phase(corev1.PodPending)}}, "early", nil},
-		"one on the host network":  {map[string][]fate{"host": {host}}, "", nil},
-		"host network beside one":  {map[string][]fate{"host": {host}, "live": nil}, "live", nil},
-		"one that is on its way":   {map[string][]fate{"new": {noIPs}}, "", nil},
-		"by podIPs alone":          {map[string][]fate{"ips": {onlyIPs}}, "ips", nil},
-		"an address that is none":  {map[string][]fate{"odd": {oddIP}}, "", nil},
-		"one that goes, one stays": {map[string][]fate{"live": nil, "going": {going}}, "live", nil},
-		"one in its grace":         {map[string][]fate{"going": {going}}, "going", nil},
-		"one past its grace":       {map[string][]fate{"gone": {gone}}, "", nil},
-		"two in their grace":       {map[string][]fate{"a": {going, elder}, "b": {going, junior}}, "b", nil},
-		"two that stay":            {map[string][]fate{"live": nil, "other": nil}, "", ErrAmbiguousAddress},
-		"two of different age":     {map[string][]fate{"a": {elder}, "b": {junior}}, "", ErrAmbiguousAddress},
+		"nobody":                                         {nil, "", nil},
+		"the only one":                                   {map[string][]fate{"live": nil}, "live", nil},
+		"one that has succeeded":                         {map[string][]fate{"done": {phase(corev1.PodSucceeded)}}, "", nil},
+		"one that has failed":                            {map[string][]fate{"live": nil, "done": {phase(corev1.PodFailed)}}, "live", nil},
+		"one whose phase is lost":                        {map[string][]fate{"lost": {phase(corev1.PodUnknown)}}, "lost", nil},
+		"one that is yet pending":                        {map[string][]fate{"early": {phase(corev1.PodPending)}}, "early", nil},
+		"one on the host network":                        {map[string][]fate{"host": {host}}, "", nil},
+		"host network beside one":                        {map[string][]fate{"host": {host}, "live": nil}, "live", nil},
+		"one that is on its way":                         {map[string][]fate{"new": {noIPs}}, "", nil},
+		"by podIPs alone":                                {map[string][]fate{"ips": {onlyIPs}}, "ips", nil},
+		"an address that is none":                        {map[string][]fate{"odd": {oddIP}}, "", nil},
+		"one that goes, one stays":                       {map[string][]fate{"live": nil, "going": {going}}, "live", nil},
+		"one in its grace":                               {map[string][]fate{"going": {going}}, "going", nil},
+		"one past its grace":                             {map[string][]fate{"gone": {gone}}, "", nil},
+		"one in its grace, running":                      {map[string][]fate{"going": {going, containers(terminatedState, runningState)}}, "going", nil},
+		"one whose containers ended":                     {map[string][]fate{"going": {going, containers(terminatedState, terminatedState)}}, "", nil},
+		"one that restarts, and goes":                    {map[string][]fate{"going": {going, containers(waitingState)}}, "", nil},
+		"one that restarts, and stays":                   {map[string][]fate{"live": {containers(waitingState)}}, "live", nil},
+		"one that ended, and stays":                      {map[string][]fate{"live": {containers(terminatedState)}}, "live", nil},
+		"one that goes, with a sidecar":                  {map[string][]fate{"going": {going, containers(terminatedState), sidecar(runningState)}}, "going", nil},
+		"one whose containers ended, and one that stays": {map[string][]fate{"old": {junior, going, containers(terminatedState)}, "new": {elder}}, "new", nil},
+		"two in their grace":                             {map[string][]fate{"a": {going, elder}, "b": {going, junior}}, "b", nil},
+		"two that stay":                                  {map[string][]fate{"live": nil, "other": nil}, "", ErrAmbiguousAddress},
+		"two of different age":                           {map[string][]fate{"a": {elder}, "b": {junior}}, "", ErrAmbiguousAddress},
 
 		"the elder goes, the younger stays": {map[string][]fate{"old": {elder, going}, "new": {junior}}, "new", nil},
 		"the younger goes, the elder stays": {map[string][]fate{"old": {elder}, "new": {junior, going}}, "", ErrAmbiguousAddress},
@@ -186,4 +213,42 @@ func TestTheTimeToDecideAgainIsWhenTheFirstGraceEnds(t *testing.T) {
 		assert.Nil(t, world.update(), "nothing changes by time alone any more")
 		assert.Empty(t, world.current.Load().byAddr)
 	})
+}
+
+func TestWhenThePodsContainersStarted(t *testing.T) {
+	at := func(seconds int64) metav1.Time { return metav1.NewTime(time.Unix(seconds, 0)) }
+	running := func(seconds int64) corev1.ContainerStatus {
+		return corev1.ContainerStatus{State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: at(seconds)}}}
+	}
+	ended := func(seconds int64) corev1.ContainerStatus {
+		return corev1.ContainerStatus{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{StartedAt: at(seconds)}}}
+	}
+	restarting := func(seconds int64) corev1.ContainerStatus {
+		return corev1.ContainerStatus{State: waitingState, LastTerminationState: ended(seconds).State}
+	}
+	for name, tc := range map[string]struct {
+		status corev1.PodStatus
+		want   int64 // 0 for none
+	}{
+		"none":              {corev1.PodStatus{}, 0},
+		"one that waits":    {corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{State: waitingState}}}, 0},
+		"the latest counts": {corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{running(5), running(7), running(6)}}, 7},
+		"one that ended":    {corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{running(5), ended(8)}}, 8},
+		"one in back-off":   {corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{restarting(9)}}, 9},
+		"an init container": {corev1.PodStatus{InitContainerStatuses: []corev1.ContainerStatus{running(3)}, ContainerStatuses: []corev1.ContainerStatus{{State: waitingState}}}, 3},
+		"one for debugging": {corev1.PodStatus{EphemeralContainerStatuses: []corev1.ContainerStatus{running(11)}, ContainerStatuses: []corev1.ContainerStatus{running(5)}}, 11},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPod("live", addr.String(), "")
+			p.Status.InitContainerStatuses, p.Status.ContainerStatuses, p.Status.EphemeralContainerStatuses = tc.status.InitContainerStatuses, tc.status.ContainerStatuses, tc.status.EphemeralContainerStatuses
+			world := drive(t, Config{}, p)
+			world.update()
+			got := world.current.Load().byAddr[addr].pod.Started
+			if tc.want == 0 {
+				assert.Zero(t, got)
+			} else {
+				assert.Equal(t, tc.want, got.Unix())
+			}
+		})
+	}
 }

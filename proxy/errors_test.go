@@ -28,6 +28,7 @@ func TestHowErrorsAreTold(t *testing.T) {
 		"no identity":            {podresolver.ErrNoIdentity, 400, 0},
 		"several, none named":    {podresolver.ErrSeveral, 400, 0},
 		"a doubtful address":     {errSource, 400, 0},
+		"unconfirmed":            {podresolver.ErrUnconfirmed, 503, time.Second},
 		"not assigned yet":       {podresolver.ErrNotAssigned, 503, 5 * time.Second},
 		"not known yet":          {podresolver.ErrUnknownAddress, 503, time.Second},
 		"claimed twice":          {podresolver.ErrAmbiguousAddress, 503, 5 * time.Second},

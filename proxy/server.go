@@ -287,10 +287,14 @@ func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) 
 		if s.cfg.CheckSource == nil {
 			return nil
 		}
-		if err := s.cfg.CheckSource(addr, ingressIndex(r), pod); err != nil {
-			return fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
+		err := s.cfg.CheckSource(addr, ingressIndex(r), pod)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, podresolver.ErrUnconfirmed):
+			return fmt.Errorf("pod %s: %w", pod, err)
 		}
-		return nil
+		return fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
 	})
 	return pod, addr, err
 }

@@ -116,6 +116,19 @@ func (w *World) SetPodStarted(ctx context.Context, namespace, name, addr string,
 	return err
 }
 
+// EndPod deletes a pod with a minute's grace, in which all its containers end.
+func (w *World) EndPod(ctx context.Context, namespace, name string) error {
+	grace := int64(60)
+	pods := w.Kube.CoreV1().Pods(namespace)
+	if err := pods.Delete(ctx, name, metav1.DeleteOptions{GracePeriodSeconds: &grace}); err != nil {
+		return err
+	}
+	now := time.Now().UTC().Format(time.RFC3339)
+	status := fmt.Sprintf(`{"status":{"containerStatuses":[{"name":"app","image":"example/app","imageID":"","ready":false,"started":false,"restartCount":0,"state":{"running":null,"terminated":{"exitCode":0,"startedAt":%q,"finishedAt":%q}}}]}}`, now, now)
+	_, err := pods.Patch(ctx, name, "application/merge-patch+json", []byte(status), metav1.PatchOptions{}, "status")
+	return err
+}
+
 // DeletePod removes a pod object at once.
 func (w *World) DeletePod(ctx context.Context, namespace, name string) error {
 	now := int64(0)
