@@ -3,7 +3,6 @@ package iptables_test
 import (
 	"fmt"
 	"net/netip"
-	"os/exec"
 	"sync"
 	"testing"
 	"time"
@@ -188,6 +187,9 @@ func TestForgedPacketsThroughAHostPortAreNoWayAroundTheRedirect(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	n.agent(iptables.Redirect) // on all addresses
 	pod := &attacker{Pod: n.pod}
+	// As kube-proxy does. It would also be served in its own name: by its second SYN.
+	n.iptablesOn(n.backend, "filter", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+	defer n.iptablesOn(n.backend, "filter", "-F", "FORWARD")
 	for _, standing := range []fences{noFence, {routing: true}, {guard: true}, {true, true}} {
 		n.fenced(iptables.DNAT, standing)
 		n.leaks.Store(0)
@@ -197,7 +199,7 @@ func TestForgedPacketsThroughAHostPortAreNoWayAroundTheRedirect(t *testing.T) {
 				n.iptables("-A", "PREROUTING", "-d", testbed.NodeAddress, "-p", "tcp", "--dport", fmt.Sprint(8080+i),
 					"-j", "DNAT", "--to-destination", netip.AddrPortFrom(pod.Addr, port).String())
 			}
-			n.answersLost("add")
+			n.answersLost("-A")
 			var attacking sync.WaitGroup
 			attacking.Go(func() {
 				_, err := pod.Attack(t.Context(), attack.Config{
@@ -207,7 +209,7 @@ func TestForgedPacketsThroughAHostPortAreNoWayAroundTheRedirect(t *testing.T) {
 				assert.NoError(t, err)
 			})
 			time.Sleep(400 * time.Millisecond) // how late the answer is
-			n.answersLost("del")
+			n.answersLost("-D")
 			attacking.Wait()
 			for i, port := range ports {
 				n.iptables("-D", "PREROUTING", "-d", testbed.NodeAddress, "-p", "tcp", "--dport", fmt.Sprint(8080+i),
@@ -227,13 +229,11 @@ func TestForgedPacketsThroughAHostPortAreNoWayAroundTheRedirect(t *testing.T) {
 	}
 }
 
-// answersLost adds or deletes a route that loses the metadata service's answers to
-// the node.
+// answersLost adds ("-A") or deletes ("-D") a rule that loses the first packet of the
+// metadata service's answers, as a network may.
 func (n *node) answersLost(do string) {
 	n.t.Helper()
-	require.NoError(n.t, n.network.Metadata.Do(func() error {
-		return exec.Command("ip", "route", do, "blackhole", testbed.NodeAddress+"/32").Run()
-	}))
+	n.iptablesOn(n.backend, "raw", do, "PREROUTING", "-i", n.network.Uplink.Name, "-p", "tcp", "--tcp-flags", "SYN,ACK", "SYN,ACK", "-j", "DROP")
 }
 
 // What a program of the node does to connections before our rule sees them, or
