@@ -169,11 +169,11 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	case after.given.Load():
 		log.Info("stopped; another agent has taken over")
 	case cfg.mode == iptables.None:
-		log.Info("stopped; nobody redirects to this agent any more, and without it pods reach the metadata service")
+		log.Info("stopped; nobody redirects to this agent any more, and its fences alone keep pods from the metadata service, where their packets pass the node's routing (nmi cleanup removes them)")
 	case rules.Status().Err == nil:
-		log.Info("stopped; the iptables rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
+		log.Info("stopped; the iptables and routing rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
 	default:
-		log.Info("stopped; this agent has put no iptables rules in place")
+		log.Info("stopped; not all of this agent's rules were in place")
 	}
 	return nil
 }

@@ -67,11 +67,15 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 
 	cleanup := &cobra.Command{
 		Use:   "cleanup",
-		Short: "Remove the agent's iptables rules and address from this node",
-		Long: `cleanup removes the iptables chain aad-metadata, the jumps to it, and the
-agent's own address from lo; nothing else. Run it after the agent has been
-uninstalled: from then on pods reach the metadata service themselves, and with it
-the identity of the node.`,
+		Short: "Remove the agent's rules and address from this node",
+		Long: `cleanup removes, in this order, the redirect (the iptables chain aad-metadata), the
+rule of --block-wireserver (nmi-wireserver), the fences (the chain nmi-guard and the
+policy routing rules 10, 11 and 12), and the agent's own address from lo; nothing else.
+Chains are removed from both iptables backends, with the jumps to them.
+
+Run it after the agent has been uninstalled. Pods are refused until the last fence is
+gone; from then on they reach the metadata service themselves, and with it the
+identity of the node.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			address, err := parseIPv4("redirect-address", opts.redirectAddress)

@@ -304,6 +304,8 @@ func TestCleanupGivesTheNodeBack(t *testing.T) {
 		assert.Zero(t, code, output)
 	}
 	assert.NotContains(t, s.nat(), "aad-metadata")
+	assert.NotContains(t, s.command("iptables-save"), "nmi-")
+	assert.NotContains(t, s.command("ip", "rule", "list"), "169.254.169.254")
 	assert.Equal(t, imdstest.Node, p.asks(vault).subject, "as on a node without the agent")
 	world.IMDS.Reset() // that was no leak
 }
@@ -357,8 +359,8 @@ func TestInModeNoneSomebodyElseRedirectsAndOnlyThisNodesPodsAreServed(t *testing
 	}
 	assert.Equal(t, asked, world.IMDS.Requests())
 	s.stops(a)
-	assert.Contains(t, a.Log(), "nobody redirects to this agent any more, and without it pods reach the metadata service")
-	assert.NotContains(t, a.Log(), "the iptables rules stay")
+	assert.Contains(t, a.Log(), "nobody redirects to this agent any more, and its fences alone keep pods from the metadata service")
+	assert.Zero(t, p.probes().status, "where the other redirect is missing, a fence refuses")
 }
 
 func TestMetricsTellOfTheRules(t *testing.T) {
@@ -372,7 +374,7 @@ func TestMetricsTellOfTheRules(t *testing.T) {
 	require.NoError(t, err)
 	for _, line := range []string{
 		`nmi_redirect_mode{mode="redirect"} 1`, "nmi_iptables_in_place 1", "nmi_source_unguarded 0",
-		"nmi_iptables_checks_total [1-9]", "nmi_iptables_repairs_total 1", "nmi_iptables_lock_contended_total 0", "nmi_connections_cut_total [0-9]",
+		"nmi_iptables_checks_total [1-9]", "nmi_iptables_repairs_total 1", `nmi_rules_lost_total{part="redirect"} 0`, `nmi_rules_lost_total{part="routing"} 0`, "nmi_iptables_lock_contended_total 0", "nmi_connections_cut_total [0-9]",
 	} {
 		assert.Regexp(t, "(?m)^"+line, string(body))
 	}

@@ -130,11 +130,14 @@ func (s *scenario) nmi(args ...string) (code int, output string) {
 }
 
 // nat is the node's nat table, as iptables-save shows it.
-func (s *scenario) nat() string {
+func (s *scenario) nat() string { return s.command("iptables-save", "-t", "nat") }
+
+// command runs a command of the node and returns what it prints.
+func (s *scenario) command(name string, args ...string) string {
 	s.t.Helper()
-	rules, err := exec.CommandContext(s.t.Context(), "iptables-save", "-t", "nat").CombinedOutput()
-	require.NoError(s.t, err, string(rules))
-	return string(rules)
+	out, err := exec.CommandContext(s.t.Context(), name, args...).CombinedOutput()
+	require.NoError(s.t, err, string(out))
+	return string(out)
 }
 
 // pod makes a pod of namespace shop, object and network both. Its label
