@@ -5,6 +5,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
 
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/iptables"
@@ -36,4 +37,35 @@ func TestTheStatusNamesWhatIsWrongWithTheLinks(t *testing.T) {
 	pods.set(n.pod.Addr)
 	allowed, _ := n.reconcile(cfg)
 	assert.NoError(t, allowed.Status().Unguarded)
+}
+
+func TestStatusOnANodeWhoseProgramsMayBypassTheRules(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Routed)
+	host := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cilium_host"}, PeerName: "cilium_net"}
+	require.NoError(t, netlink.LinkAdd(host))
+	defer func() { assert.NoError(t, netlink.LinkDel(host)) }()
+	pods := &podList{}
+	pods.set(n.pod.Addr)
+	cfg := n.config(iptables.AutoMode)
+	cfg.Pods = pods.get
+	r, _ := n.reconcile(cfg)
+	require.NoError(t, r.Status().Bypass, "no program")
+
+	link, err := netlink.LinkByName(n.pod.Link)
+	require.NoError(t, err)
+	require.NoError(t, testbed.AttachTCX(link))
+	other, _ := n.addPod("10.244.0.8", testbed.Routed) // the kernel does not announce programs
+	pods.set(n.pod.Addr, other.Addr)
+	n.eventually(func() bool { return r.Status().Bypass != nil }, "noticed")
+	assert.ErrorIs(t, r.Status().Bypass, links.ErrBypass)
+	assert.ErrorContains(t, r.Status().Bypass, n.pod.Link+" has a tcx ingress program")
+	assert.ErrorContains(t, r.Status().Bypass, "--redirect-mode=none with a local redirect policy (deploy/cilium)")
+	assert.NoError(t, r.Status().Err, "the rules are written all the same")
+	assert.True(t, n.inPlace())
+
+	cfg.Mode = iptables.DNAT // somebody knows better
+	chosen, _ := n.reconcile(cfg)
+	require.NoError(t, chosen.Status().Bypass)
+	require.Len(t, chosen.Status().Notes, 1)
+	assert.Contains(t, chosen.Status().Notes[0], "mode dnat was chosen, although packets of pods may bypass iptables: there is cilium_host, and "+n.pod.Link+" has a tcx ingress program")
 }

@@ -3,7 +3,6 @@ package links_test
 import (
 	"runtime"
 	"testing"
-	"unsafe"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -38,10 +37,10 @@ func addCiliumHost(t *testing.T) {
 }
 
 func TestBypass(t *testing.T) {
-	for name, attach := range map[string]func(*testing.T, netlink.Link){"tc": attachTC, "tcx": attachTCX} {
+	for name, attach := range map[string]func(netlink.Link) error{"tc": testbed.AttachTC, "tcx": testbed.AttachTCX} {
 		t.Run(name, func(t *testing.T) {
 			lxc := ciliumNode(t)
-			attach(t, lxc)
+			require.NoError(t, attach(lxc))
 			require.NoError(t, links.Bypass(), "without cilium_host the programs may be anybody's")
 			addCiliumHost(t)
 			err := links.Bypass()
@@ -71,43 +70,6 @@ func TestBypass(t *testing.T) {
 		addCiliumHost(t)
 		require.NoError(t, links.Bypass())
 	})
-}
-
-// passAll loads a program that lets every packet pass: r0 = TC_ACT_UNSPEC; exit.
-func passAll(t *testing.T) (fd int) {
-	t.Helper()
-	code := [...]uint64{0xffffffff_0000_00b7, 0x95}
-	license := [...]byte{'G', 'P', 'L', 0}
-	attr := struct { // the third member of union bpf_attr
-		kind, instructions uint32
-		code, license      uint64
-		_                  [96]byte
-	}{kind: unix.BPF_PROG_TYPE_SCHED_CLS, instructions: uint32(len(code)), code: uint64(uintptr(unsafe.Pointer(&code))), license: uint64(uintptr(unsafe.Pointer(&license)))}
-	r, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	require.Zero(t, errno, errno.Error())
-	t.Cleanup(func() { _ = unix.Close(int(r)) })
-	return int(r)
-}
-
-func attachTC(t *testing.T, link netlink.Link) {
-	t.Helper()
-	index := link.Attrs().Index
-	require.NoError(t, netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}))
-	require.NoError(t, netlink.FilterAdd(&netlink.BpfFilter{
-		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 1},
-		Fd:          passAll(t), Name: "cil_from_container", DirectAction: true,
-	}))
-}
-
-func attachTCX(t *testing.T, link netlink.Link) {
-	t.Helper()
-	attr := struct { // of BPF_PROG_ATTACH
-		target, program, kind, flags uint32
-		replace, relative            uint32
-		revision                     uint64
-	}{target: uint32(link.Attrs().Index), program: uint32(passAll(t)), kind: 46}
-	_, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_ATTACH, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	require.Zero(t, errno, errno.Error())
 }
 
 // The query needs a privilege, and a sandbox may forbid it (seccomp). What cannot be told

@@ -68,7 +68,7 @@ type Tracker struct {
 
 	mu     sync.RWMutex // guards all below
 	ifaces map[int]*iface
-	routes map[netip.Addr]route
+	routes map[netip.Addr]*route
 	ports  map[netip.Addr]port
 	// departed is when the containers of pods started whose interface is gone, by UID.
 	departed *simplelru.LRU[string, time.Time]
@@ -95,7 +95,7 @@ func New(cfg Config) (*Tracker, error) {
 	}
 	t := &Tracker{
 		cfg: cfg, departed: departed,
-		ifaces: make(map[int]*iface), routes: make(map[netip.Addr]route), ports: make(map[netip.Addr]port),
+		ifaces: make(map[int]*iface), routes: make(map[netip.Addr]*route), ports: make(map[netip.Addr]port),
 	}
 	if t.socket, err = subscribe(); err != nil {
 		return nil, fmt.Errorf("watching the node's interfaces: %w", err)
@@ -148,7 +148,7 @@ func (t *Tracker) Check(addr netip.Addr, ifindex int, pod Pod) error {
 	now := time.Now()
 	t.mu.RLock()
 	on, route := t.ifaces[ifindex], t.routes[addr]
-	known := on != nil && route.err == nil && now.Before(route.until) &&
+	known := on != nil && route != nil && route.err == nil && now.Before(route.until) &&
 		(on.kind == kindOther || on.kind == kindPod && on.holder.UID == pod.UID && !pod.Started.After(on.holder.Started))
 	t.mu.RUnlock()
 	if known {
@@ -194,11 +194,11 @@ func (t *Tracker) check(addr netip.Addr, ifindex int, pod Pod, now time.Time) er
 
 // routeLocked returns where the route to an address leads, and ErrUnguarded where others
 // can take the address over there.
-func (t *Tracker) routeLocked(addr netip.Addr, now time.Time) route {
+func (t *Tracker) routeLocked(addr netip.Addr, now time.Time) *route {
 	if known, ok := t.routes[addr]; ok && now.Before(known.until) {
 		return known
 	}
-	found := route{until: now.Add(trustFor)}
+	found := &route{until: now.Add(trustFor)}
 	switch found.Link, found.err = NewFinder().Find(addr); {
 	case errors.Is(found.err, ErrGateway):
 		found.err = nil // not on one link with other pods; it is the plugin's to guard
