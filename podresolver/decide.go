@@ -12,7 +12,8 @@ import (
 // decide says what follows from the tables for one pod. The tables are locked.
 func (r *Resolver) decide(row *podRow) *Pod {
 	p := &Pod{Namespace: row.namespace, Name: row.name, UID: row.uid, Started: row.started, strict: r.cfg.StrictSelection}
-	if p.exception = r.exceptionOf(row); p.exception != "" {
+	exception, ignored := r.exceptionOf(row)
+	if p.exception = exception; exception != "" {
 		p.refusal = fmt.Errorf("%w: it is excepted", ErrNoIdentity)
 		return p
 	}
@@ -21,21 +22,29 @@ func (r *Resolver) decide(row *podRow) *Pod {
 	} else {
 		r.decideManaged(p, row)
 	}
+	if p.refusal != nil && ignored != "" {
+		p.refusal = fmt.Errorf("%w; %s", p.refusal, ignored)
+	}
 	return p
 }
 
 // exceptionOf names the exception that applies to a pod, "" if none does; of
-// several the first by name.
-func (r *Resolver) exceptionOf(row *podRow) (name string) {
+// several the first by name. ignored says which one would apply if exceptions of its
+// namespace counted.
+func (r *Resolver) exceptionOf(row *podRow) (name, ignored string) {
 	for _, exception := range r.tables.exceptionsByNS[row.namespace] {
 		if matchedLabel(row.labels, exception.labels) != "" && (name == "" || exception.name < name) {
 			name = exception.name
 		}
 	}
-	if name == "" && row.mic {
-		return micException
+	if allowed := r.cfg.ExceptionNamespaces; name != "" && allowed != nil && !slices.Contains(allowed, row.namespace) {
+		ignored = fmt.Sprintf("AzurePodIdentityException %q does not count: namespace %q is not in --%s", name, row.namespace, ExceptionNamespacesFlag)
+		name = ""
 	}
-	return name
+	if name == "" && row.mic {
+		name = micException
+	}
+	return name, ignored
 }
 
 // micException stands for the exception that MIC's own pods need no object for.
@@ -104,6 +113,9 @@ func (r *Resolver) usable(in *identityRow, binding *bindingRow) (_ Identity, why
 		// IMDS would read a request without an ID as one for the node's own identity.
 		why = "has neither clientID nor resourceID"
 	}
+	if why == "" {
+		why = r.cfg.Deny.reason(in)
+	}
 	if why != "" {
 		return Identity{}, why
 	}
@@ -137,9 +149,12 @@ func (r *Resolver) unfit(in *identityRow) string {
 	return ""
 }
 
-// add appends an identity unless the pod has it already: two bindings may name one.
+// add appends an identity unless the pod has it already: two bindings may name one. What
+// MIC copied into an assignment may be older than the AzureIdentity and have other IDs.
 func (p *Pod) add(to *[]Identity, id Identity) {
-	same := func(other Identity) bool { return other.Namespace == id.Namespace && other.Name == id.Name }
+	same := func(other Identity) bool {
+		return other.Namespace == id.Namespace && other.Name == id.Name && other.ClientID == id.ClientID && other.ResourceID == id.ResourceID
+	}
 	if !slices.ContainsFunc(*to, same) {
 		*to = append(*to, id)
 	}
@@ -154,9 +169,22 @@ func (r *Resolver) decideManaged(p *Pod, row *podRow) {
 		}
 		p.add(&p.identities, c.Identity)
 	}
+	p.unusable = strings.Join(unusable, "; ")
 	if len(p.identities) == 0 {
-		p.refusal = r.refusal(row, unusable)
+		p.refusal = r.refusal(p, row)
 	}
+}
+
+// assigned turns MIC's assignment into an Identity, or says why the pod cannot use it.
+func (r *Resolver) assigned(a *assignedRow, row *podRow) (_ Identity, why string) {
+	switch selector := a.binding.selector; {
+	case (r.cfg.Namespaced || a.identity.namespaced) && a.identity.namespace != row.namespace:
+		return Identity{}, "is for pods of its own namespace only"
+	case selector != "" && selector != row.labels[aadpodidentity.BindingLabel]:
+		// Assigned to a pod of this name before; MIC has not noticed yet.
+		return Identity{}, fmt.Sprintf("was assigned by the selector %q, which the pod's label no longer has", selector)
+	}
+	return r.usable(&a.identity, &a.binding)
 }
 
 // decideStandard gives a pod what MIC assigned to it. What a binding would give,
@@ -168,15 +196,7 @@ func (r *Resolver) decideStandard(p *Pod, row *podRow) {
 	})
 	var unusable []string
 	for _, a := range assigned {
-		id, why := r.usable(&a.identity, &a.binding)
-		switch selector := a.binding.selector; {
-		case (r.cfg.Namespaced || a.identity.namespaced) && a.identity.namespace != row.namespace:
-			why = "is for pods of its own namespace only"
-		case selector != "" && selector != row.labels[aadpodidentity.BindingLabel]:
-			// Assigned to a pod of this name before; MIC has not noticed yet.
-			why = fmt.Sprintf("was assigned by the selector %q, which the pod's label no longer has", selector)
-		}
-		switch {
+		switch id, why := r.assigned(a, row); {
 		case why != "":
 			unusable = append(unusable, fmt.Sprintf("AzureAssignedIdentity %q names AzureIdentity %q, which %s", a.name, a.identity.name, why))
 		case a.ready:
@@ -192,12 +212,13 @@ func (r *Resolver) decideStandard(p *Pod, row *podRow) {
 		}
 		p.add(&p.pending, c.Identity)
 	}
+	p.unusable = strings.Join(unusable, "; ")
 	switch {
 	case len(p.identities) > 0:
 	case len(p.pending) > 0: // said to who asks for another
-		p.refusal = fmt.Errorf("%w: none of the %d that bindings give to it has the ID that it asked for", ErrNoIdentity, len(p.pending))
+		p.refusal = p.notAmong(len(p.pending), "that bindings give to it")
 	default:
-		p.refusal = r.refusal(row, unusable)
+		p.refusal = r.refusal(p, row)
 	}
 }
 
@@ -206,11 +227,11 @@ func (c candidate) String() string {
 }
 
 // refusal says why a pod has no identity, in the words of whoever made the objects.
-func (r *Resolver) refusal(row *podRow, unusable []string) error {
+func (r *Resolver) refusal(p *Pod, row *podRow) error {
 	label := row.labels[aadpodidentity.BindingLabel]
 	switch {
-	case len(unusable) > 0:
-		return fmt.Errorf("%w: %s", ErrNoIdentity, strings.Join(unusable, "; "))
+	case p.unusable != "":
+		return fmt.Errorf("%w: %s", ErrNoIdentity, p.unusable)
 	case label == "":
 		return fmt.Errorf("%w: it has no label %q", ErrNoIdentity, aadpodidentity.BindingLabel)
 	case r.tables.acrossNamespaces:

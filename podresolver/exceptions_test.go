@@ -4,8 +4,11 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 func TestExceptions(t *testing.T) {
@@ -71,7 +74,7 @@ func TestMICsOwnPodsNeedNoException(t *testing.T) {
 	}
 	for name, tc := range map[string]struct {
 		pod       *corev1.Pod
-		namespace string // MIC's
+		namespace string // MIC's, as --MICNamespace gives it
 		want      bool
 	}{
 		"a pod of the Deployment":          {mic(nil), "kube-system", true},
@@ -89,12 +92,52 @@ func TestMICsOwnPodsNeedNoException(t *testing.T) {
 		"owned by a ReplicaSet of another": {mic(func(p *corev1.Pod) { p.OwnerReferences[0].APIVersion = "example.com/v1" }), "kube-system", false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := drive(t, Config{MICNamespace: tc.namespace}).of(tc.pod).Exception()
+			got := drive(t, Config{Mode: Standard, MICNamespace: tc.namespace}).of(tc.pod).Exception()
 			assert.Equal(t, tc.want, got == micException, got)
+			got = drive(t, Config{MICNamespace: tc.namespace}).of(tc.pod).Exception()
+			assert.Empty(t, got, "managed mode has no MIC")
 		})
 	}
 	// An exception that somebody wrote is what an operator looks for first.
 	pod := mic(nil)
-	world := drive(t, Config{MICNamespace: "kube-system"}, in("kube-system", exception("written", pod.Labels)))
+	written := in("kube-system", exception("written", pod.Labels))
+	world := drive(t, Config{Mode: Standard, MICNamespace: "kube-system"}, written)
 	assert.Equal(t, "written", world.of(pod).Exception())
+	// --exception-namespaces is about what somebody wrote.
+	world = drive(t, Config{Mode: Standard, MICNamespace: "kube-system", ExceptionNamespaces: []string{}}, written)
+	assert.Equal(t, micException, world.of(pod).Exception())
+}
+
+func TestExceptionNamespaces(t *testing.T) {
+	app := map[string]string{"app": "x", aadpodidentity.BindingLabel: "x"}
+	here, there := newPod("p", "", ""), in("bank", newPod("p", "", ""))
+	here.Labels, there.Labels = app, app
+	objects := []any{exception("e", app), exception("d", app), in("bank", exception("e", app))}
+	for name, tc := range map[string]struct {
+		namespaces  []string
+		here, there string
+	}{
+		"not set":         {nil, "d", "e"},
+		"none":            {[]string{}, "", ""},
+		"one":             {[]string{"shop"}, "d", ""},
+		"two":             {[]string{"bank", "shop"}, "d", "e"},
+		"in another case": {[]string{"Shop"}, "", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, mode := range []Mode{Managed, Standard} {
+				world := drive(t, Config{Mode: mode, ExceptionNamespaces: tc.namespaces}, objects...)
+				assert.Equal(t, tc.here, world.of(here).Exception())
+				assert.Equal(t, tc.there, world.of(there).Exception())
+			}
+		})
+	}
+	world := drive(t, Config{ExceptionNamespaces: []string{"kube-system"}}, objects...)
+	_, err := world.of(here).Identity(Selector{})
+	require.ErrorIs(t, err, ErrNoIdentity)
+	assert.ErrorContains(t, err, `no AzureIdentityBinding in namespace "shop" has the selector "x"; AzurePodIdentityException "d" does not count: namespace "shop" is not in --exception-namespaces`)
+
+	world.put(identity("i", "c", ""), binding("b", "x", "i", 0))
+	got, err := world.of(here).Identity(Selector{})
+	require.NoError(t, err, "it is a pod like others")
+	assert.Equal(t, "i", got.Name)
 }

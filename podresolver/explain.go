@@ -103,18 +103,36 @@ func (r *Resolver) Explain(namespace, podName string) (Decision, error) {
 		r.explainException(row, p.exception, say)
 		return d, nil
 	}
+	if _, ignored := r.exceptionOf(row); ignored != "" {
+		say("%s", ignored)
+	}
 	if d.Label == "" {
 		say("it has no label %q", aadpodidentity.BindingLabel)
 	}
+	before := len(d.Reasons)
 	if r.cfg.Mode == Standard {
 		for _, a := range r.tables.assignedByPod[row.ref] {
-			say("AzureAssignedIdentity %q assigns AzureIdentity %s/%s to it%s", a.name, a.identity.namespace, a.identity.name,
-				map[bool]string{false: ", but not yet, or not any more"}[a.ready])
+			but := ""
+			if _, why := r.assigned(a, row); why != "" {
+				but = ", but it " + why
+			} else if !a.ready {
+				but = ", but not yet, or not any more"
+			}
+			say("AzureAssignedIdentity %q assigns AzureIdentity %s/%s to it%s", a.name, a.identity.namespace, a.identity.name, but)
 		}
 	}
 	r.explainBindings(row, say)
-	if len(d.Reasons) == 0 {
+	if d.Label != "" && len(d.Reasons) == before {
 		say("no AzureIdentityBinding has the selector %q", d.Label)
+	}
+	var all []Identity
+	for _, id := range slices.Concat(d.Identities, d.Pending) {
+		p.add(&all, id)
+	}
+	for _, id := range all {
+		if id.ClientID == "" && len(r.cfg.Deny.ClientIDs) > 0 {
+			say("AzureIdentity %q gives no client ID: if its tokens are for one that --%s withholds, the agent hands out none", id.Name, DenyIdentityFlag)
+		}
 	}
 	return d, nil
 }

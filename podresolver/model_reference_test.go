@@ -85,7 +85,8 @@ func (m *reference) exception(p *corev1.Pod) string {
 	var names []string
 	for _, e := range m.exceptions {
 		for key, value := range e.Spec.PodLabels {
-			if has, ok := p.Labels[key]; ok && e.Namespace == p.Namespace && strings.EqualFold(has, value) {
+			counts := m.cfg.ExceptionNamespaces == nil || slices.Contains(m.cfg.ExceptionNamespaces, e.Namespace)
+			if has, ok := p.Labels[key]; ok && counts && e.Namespace == p.Namespace && strings.EqualFold(has, value) {
 				names = append(names, e.Name)
 			}
 		}
@@ -162,7 +163,15 @@ func (m *reference) usable(id *aadpodidentity.AzureIdentity, p *corev1.Pod) bool
 		mayBorrow := m.cfg.Mode == Standard && !guarded
 		fit = id.Spec.ClientID != "" && id.Spec.TenantID != "" && secret.Name != "" && (mayBorrow || !borrowed)
 	}
-	return id.Spec.Unreadable == "" && fit && (!guarded || id.Namespace == p.Namespace)
+	return id.Spec.Unreadable == "" && fit && !m.denied(id) && (!guarded || id.Namespace == p.Namespace)
+}
+
+// denied knows the IDs of the model, the odd spellings among them too.
+func (m *reference) denied(id *aadpodidentity.AzureIdentity) bool {
+	deny := m.cfg.Deny
+	return len(deny.ClientIDs) > 0 && strings.EqualFold(id.Spec.ClientID, modelClient0) ||
+		len(deny.ResourceIDs) > 0 && id.Spec.ResourceID == "/subscriptions/r/0" ||
+		len(deny.ClientIDs)+len(deny.ResourceIDs) > 0 && (strings.Contains(id.Spec.ClientID, "{") || strings.Contains(id.Spec.ResourceID, "//"))
 }
 
 // concerns are the pods that a change of one object may bear on: all that the

@@ -3,6 +3,7 @@ package podresolver
 import (
 	"errors"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -45,13 +46,20 @@ type machine struct {
 var (
 	modelAddrs     = []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"}
 	modelQuestions = []Selector{
-		{}, {ClientID: "C0"}, {ClientID: "c1"}, {ResourceID: "/R/0"}, {ObjectID: "c0"}, {ClientID: "c9"},
+		{}, {ClientID: strings.ToUpper(modelClient0)}, {ClientID: modelClient1}, {ResourceID: "/Subscriptions/R/0"}, {ObjectID: modelClient0}, {ClientID: "c9"},
 	}
+)
+
+const (
+	modelClient0 = "c0000000-0000-4000-8000-000000000000"
+	modelClient1 = "c1000000-0000-4000-8000-000000000000"
 )
 
 func newMachine(tb testing.TB, pick func(int) int) *machine {
 	tb.Helper()
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
+	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
+	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{"/subscriptions/r/0"}}}[pick(4)]
 	m := &machine{t: tb, pick: pick, world: drive(tb, cfg), touched: make(map[ref]bool)}
 	s := m.world.stores
 	refs := func(namespaces []string, names ...string) (all []ref) {
@@ -112,7 +120,8 @@ func (m *machine) pod() kubeObject {
 func (m *machine) identity() kubeObject {
 	id := &aadpodidentity.AzureIdentity{Spec: aadpodidentity.AzureIdentitySpec{
 		Type:     choose(m, aadpodidentity.UserAssignedMSI, aadpodidentity.ServicePrincipal),
-		ClientID: choose(m, "C0", "c0", "c1", ""), ResourceID: choose(m, "/r/0", "/R/1", ""),
+		ClientID:   choose(m, strings.ToUpper(modelClient0), modelClient0, modelClient1, "", "{"+modelClient0+"}"),
+		ResourceID: choose(m, "/subscriptions/r/0", "/subscriptions/R/1", "", "/subscriptions//R/0"),
 	}}
 	if id.Spec.Type == aadpodidentity.ServicePrincipal {
 		id.Spec.TenantID = choose(m, "t", "t", "t", "")

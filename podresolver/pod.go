@@ -87,6 +87,7 @@ type Pod struct {
 	exception  string     // name of the exception that applies, or ""
 	identities []Identity // that the pod may use, the default first
 	pending    []Identity // that it may use once MIC has assigned them
+	unusable   string     // why the pod may not use others that bindings name; "" if there are none
 	refusal    error      // said when identities is empty; wraps ErrNoIdentity
 	strict     bool       // Config.StrictSelection
 }
@@ -118,7 +119,17 @@ func (p *Pod) Identity(want Selector) (Identity, error) {
 	if len(p.identities) == 0 {
 		return Identity{}, p.refusal
 	}
-	return Identity{}, fmt.Errorf("%w: none of the %d bound to it has the ID that it asked for", ErrNoIdentity, len(p.identities))
+	return Identity{}, p.notAmong(len(p.identities), "bound to it")
+}
+
+// notAmong refuses an identity that is not among the n that the pod has. It may be one
+// that the pod cannot use.
+func (p *Pod) notAmong(n int, which string) error {
+	err := fmt.Errorf("%w: none of the %d %s has the ID that it asked for", ErrNoIdentity, n, which)
+	if p.unusable != "" {
+		err = fmt.Errorf("%w; %s", err, p.unusable)
+	}
+	return err
 }
 
 // pick returns the identity that is named, or the first if none is.

@@ -60,9 +60,13 @@ type Config struct {
 	// Namespaced keeps identities from pods of other namespaces in Standard mode.
 	// In Managed mode they always are.
 	Namespaced bool
-	// MICNamespace is where the Deployment "mic" is, whose pods are excepted; ""
-	// if it is nowhere.
+	// MICNamespace is the namespace of the Deployment "mic", whose pods are excepted in
+	// Standard mode; "" excepts none. There is no MIC in Managed mode.
 	MICNamespace string
+	// ExceptionNamespaces are the namespaces whose AzurePodIdentityExceptions count:
+	// nil for all, empty for none.
+	ExceptionNamespaces []string
+	Deny                DenyList
 	// StrictSelection refuses a request that names no identity where the pod has
 	// several, as IMDS does, instead of choosing one.
 	StrictSelection bool
@@ -113,6 +117,9 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 		cfg.Logger = slog.Default()
 	}
 	standard := cfg.Mode == Standard
+	if !standard {
+		cfg.MICNamespace = "" // a pod's author controls all that makes it look like MIC's
+	}
 	t := newTables(standard && !cfg.Namespaced)
 	r := &Resolver{
 		cfg: cfg, tables: t, synced: make(chan struct{}), decided: make(map[ref][]claim),

@@ -76,10 +76,11 @@ func containersOf(status *corev1.PodStatus) (started time.Time, running, any boo
 	return started, running, any
 }
 
-// micPod reports whether a pod is one of MIC's, the controller that makes
+// micPod reports whether a pod looks like one of MIC's, the controller that makes
 // AzureAssignedIdentities: it gets what IMDS gives the node, as in the old NMI. That
 // took every pod of MIC's namespace whose owner's name begins with "mic"; here the
-// owner must be a ReplicaSet as the Deployment "mic" makes it.
+// owner must be a ReplicaSet as the Deployment "mic" makes it. Whoever may create pods
+// in that namespace can make one that looks like this: see Config.MICNamespace.
 func micPod(pod *corev1.Pod, micNamespace string) bool {
 	owner := metav1.GetControllerOf(pod)
 	hash := pod.Labels["pod-template-hash"]

@@ -129,7 +129,12 @@ func TestAnAssignmentIsASnapshot(t *testing.T) {
 		world.put(identity("i", "c-now", ""), binding("b", "x", "i", 0))
 	}
 	_, err := world.of(pod).Identity(Selector{ClientID: "c-now"})
-	assert.ErrorIs(t, err, ErrNotAssigned, "MIC will see that it has changed")
+	require.ErrorIs(t, err, ErrNotAssigned, "MIC will see that it has changed")
+	world.put(assigned("a", "p", "Created", identity("i", "c-then", ""), binding("b", "x", "i", 0)))
+	for _, id := range []string{"c-then", "c-now"} {
+		_, err = world.of(pod).Identity(Selector{ClientID: id})
+		require.ErrorIs(t, err, ErrNotAssigned, id)
+	}
 }
 
 func TestAnAssignmentEndsWithTheLabelOfItsBinding(t *testing.T) {

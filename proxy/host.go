@@ -65,7 +65,7 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
 	}
 	// The node's own: it asks for all pods that start, and may do so at once.
-	token, err := s.cfg.Tokens.Get(r.Context(), keyOf(identity, want.resource), netip.Addr{})
+	token, err := s.cached(r.Context(), keyOf(identity, want.resource), netip.Addr{}, tokenRequest{})
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}

@@ -54,19 +54,28 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// cached gets the token from memory, unless the caller wants another than that.
-func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, want tokenRequest) (*tokencache.Token, error) {
+// cached gets the token from memory, unless the caller wants another than that. Whose
+// token it is, an AzureIdentity with a resource ID alone does not say, and the answer
+// does: a token that is withheld from pods is not returned, however it was asked for.
+func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, want tokenRequest) (token *tokencache.Token, err error) {
 	switch {
 	case want.bypass:
-		return s.cfg.Tokens.Renew(ctx, key, caller, nil)
+		token, err = s.cfg.Tokens.Renew(ctx, key, caller, nil)
 	case want.refresh != "":
-		return s.cfg.Tokens.Renew(ctx, key, caller, func(token *tokencache.Token) bool {
+		token, err = s.cfg.Tokens.Renew(ctx, key, caller, func(token *tokencache.Token) bool {
 			sum := sha256.Sum256([]byte(token.AccessToken))
 			return strings.EqualFold(want.refresh, hex.EncodeToString(sum[:]))
 		})
 	default:
-		return s.cfg.Tokens.Get(ctx, key, caller)
+		token, err = s.cfg.Tokens.Get(ctx, key, caller)
 	}
+	if err != nil {
+		return nil, err
+	}
+	if err := s.cfg.Pods.CheckToken(token.ClientID); err != nil {
+		return nil, err
+	}
+	return token, nil
 }
 
 // checkHeaders refuses a request that a pod may have been tricked into sending.

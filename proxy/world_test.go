@@ -118,6 +118,12 @@ func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
 
 func newResolverThatWaits(tb testing.TB, log *slog.Logger, podWait time.Duration) *podresolver.Resolver {
 	tb.Helper()
+	return newResolverWith(tb, podresolver.Config{PodWait: podWait, Logger: log})
+}
+
+func newResolverWith(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
+	tb.Helper()
+	cfg.Node = "node1"
 	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "shop", Name: name} }
 	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
 		return &corev1.Pod{
@@ -149,7 +155,7 @@ func newResolverThatWaits(tb testing.TB, log *slog.Logger, podWait time.Duration
 			Spec:       aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{"app": "addon"}},
 		},
 	)
-	r, err := podresolver.New(cluster.Sources(), podresolver.Config{Node: "node1", PodWait: podWait, Logger: log})
+	r, err := podresolver.New(cluster.Sources(), cfg)
 	require.NoError(tb, err)
 	return r
 }

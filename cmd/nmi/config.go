@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"k8s.io/apimachinery/pkg/util/validation"
+
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
@@ -48,8 +50,9 @@ type config struct {
 	resolving podresolver.Config
 }
 
-// Names of the flags that choose ports.
+// Names of flags that messages mention.
 const (
+	flagMICNamespace   = "MICNamespace"
 	flagPort           = "nmi-port"
 	flagProbePort      = "http-probe-port"
 	flagPrometheusPort = "prometheus-port"
@@ -69,6 +72,13 @@ func (c config) ports() []portFlag {
 func (c config) warn(log *slog.Logger) {
 	if c.headerOptional {
 		log.Warn(`the header "Metadata: true" is not asked for: pods that fetch URLs for others can be made to fetch tokens`)
+	}
+	if c.resolving.MICNamespace != "" && c.resolving.Mode == podresolver.Managed {
+		log.Warn("--"+flagMICNamespace+" is ignored in managed mode, which has no MIC: pods that look like MIC's are not excepted", "namespace", c.resolving.MICNamespace)
+	}
+	if denied := c.resolving.Deny; len(denied.ResourceIDs) > len(denied.ClientIDs) {
+		log.Warn("--"+podresolver.DenyIdentityFlag+" has more resource IDs than client IDs: an AzureIdentity that names an identity by its client ID alone is not recognised by a resource ID; give the client IDs as well",
+			"client_ids", len(denied.ClientIDs), "resource_ids", len(denied.ResourceIDs))
 	}
 }
 
@@ -188,9 +198,34 @@ func (o *options) resolving(node string) (podresolver.Config, error) {
 	if mode != podresolver.Managed && mode != podresolver.Standard {
 		return podresolver.Config{}, fmt.Errorf(`--operation-mode=%s is unknown: use "managed" or "standard"`, o.operationMode)
 	}
+	deny, err := podresolver.ParseDenyList(o.denyIdentities)
+	if err != nil {
+		return podresolver.Config{}, fmt.Errorf("--%s: %w", podresolver.DenyIdentityFlag, err)
+	}
+	exceptions, err := parseNamespaces(podresolver.ExceptionNamespacesFlag, o.exceptionNamespaces)
+	if err != nil {
+		return podresolver.Config{}, err
+	}
 	return podresolver.Config{
 		Node: node, Mode: mode, Namespaced: o.forceNamespaced, MICNamespace: o.micNamespace, StrictSelection: o.strictSelection,
+		Deny: deny, ExceptionNamespaces: exceptions,
 	}, nil
+}
+
+// parseNamespaces reads the names given to a flag; nil stays nil.
+func parseNamespaces(flag string, names []string) ([]string, error) {
+	if names == nil {
+		return nil, nil
+	}
+	namespaces := make([]string, 0, len(names))
+	for _, name := range names {
+		name = strings.TrimSpace(name)
+		if len(validation.IsDNS1123Label(name)) > 0 {
+			return nil, fmt.Errorf("--%s: %q is not the name of a namespace: give names separated by commas, or \"\" for none", flag, name)
+		}
+		namespaces = append(namespaces, name)
+	}
+	return namespaces, nil
 }
 
 // parseUIDs reads --host-token-uids.

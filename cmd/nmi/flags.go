@@ -43,6 +43,8 @@ type options struct {
 	forceNamespaced       bool
 	micNamespace          string
 	strictSelection       bool
+	denyIdentities        []string
+	exceptionNamespaces   []string // nil if the flag was not given
 	podWait               time.Duration
 	identityWait          time.Duration
 	maxStaleness          time.Duration
@@ -121,8 +123,10 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 func (o *options) addResolving(fs *pflag.FlagSet) {
 	fs.StringVar(&o.operationMode, "operation-mode", "standard", `"managed": AzureIdentityBindings decide; "standard": the AzureAssignedIdentities that MIC makes`)
 	fs.BoolVar(&o.forceNamespaced, "forceNamespaced", os.Getenv("FORCENAMESPACED") == "true", "in standard mode, give identities to pods of their own namespace only; managed mode always does (also the environment's FORCENAMESPACED=true)")
-	fs.StringVar(&o.micNamespace, "MICNamespace", "default", "namespace of the Deployment mic, whose pods get what IMDS gives the node")
+	fs.StringVar(&o.micNamespace, flagMICNamespace, "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; not given, or in managed mode, no pod does")
 	fs.BoolVar(&o.strictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")
+	fs.StringSliceVar(&o.denyIdentities, podresolver.DenyIdentityFlag, nil, "client ID or resource ID of an identity that no AzureIdentity gives to a pod, such as the kubelet's; repeat it or separate several by commas. A client ID is enough. A resource ID alone does not withhold the identity from an AzureIdentity that names the client ID alone: give both to be sure. Excepted pods ask IMDS themselves, for any identity")
+	fs.StringSliceVar(&o.exceptionNamespaces, podresolver.ExceptionNamespacesFlag, nil, "namespaces whose AzurePodIdentityExceptions count; repeat it or separate several by commas. Not given, those of all namespaces do; \"\" is none")
 }
 
 func (o *options) addLogging(fs *pflag.FlagSet) {

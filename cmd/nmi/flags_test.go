@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -28,6 +29,16 @@ func parse(t *testing.T, args ...string) (*options, error) {
 	return o, fs.Parse(args)
 }
 
+// parsed is the configuration of a command line that is fit for use.
+func parsed(t *testing.T, args ...string) config {
+	t.Helper()
+	o, err := parse(t, args...)
+	require.NoError(t, err)
+	cfg, err := o.config()
+	require.NoError(t, err)
+	return cfg
+}
+
 func TestDefaults(t *testing.T) {
 	o, err := parse(t, "--node=n", "--operation-mode=Managed")
 	require.NoError(t, err)
@@ -38,7 +49,7 @@ func TestDefaults(t *testing.T) {
 		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
 		prometheusPort: 9090, handoverDir: "/run/nmi",
 		tokensPerSecond: 20, tokensAtOnce: 5, maxConnections: 2048, maxConnectionsPerPod: 512, hostTokenUIDs: []uint32{0},
-		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, MICNamespace: "default", PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
+		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
 	}, cfg)
 }
 
@@ -92,6 +103,11 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--entra-authority=https://entra/x":  `--entra-authority: "https://entra/x" is more or less than https://<host>`,
 		"--entra-authority=a,,b":             `--entra-authority: "https://" is more or less than https://<host>`,
 		"--probe-socket=probe.sock":          "--probe-socket=probe.sock is not usable: give an absolute path",
+		"--deny-identity=kubelet":            `--deny-identity: "kubelet" is neither a client ID nor a resource ID: use a GUID`,
+		"--deny-identity=/subscriptions/s,":  `--deny-identity: "" is neither a client ID nor a resource ID`,
+		"--exception-namespaces=*":           `--exception-namespaces: "*" is not the name of a namespace: give names separated by commas, or "" for none`,
+		"--exception-namespaces=a,,b":        `--exception-namespaces: "" is not the name of a namespace`,
+		"--exception-namespaces=Shop":        `--exception-namespaces: "Shop" is not the name of a namespace`,
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
 		require.NoError(t, err, arg)
@@ -109,6 +125,59 @@ func TestAuthoritiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
 	cfg, err := o.config()
 	require.NoError(t, err)
 	assert.Equal(t, []string{"entra.example", "entra2.example:8443", "entra3.example"}, cfg.authorities)
+}
+
+func TestDeniedIdentitiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
+	const a, b, resource = "0be1e700-0000-4000-8000-00000000000a", "0be1e700-0000-4000-8000-00000000000b", "/subscriptions/s/resourcegroups/g"
+	cfg := parsed(t, "--node=n", "--deny-identity= "+strings.ToUpper(a)+", /Subscriptions/s/resourceGroups/g", "--deny-identity="+b)
+	assert.Equal(t, podresolver.DenyList{ClientIDs: []string{a, b}, ResourceIDs: []string{resource}}, cfg.resolving.Deny)
+	assert.Zero(t, parsed(t, "--node=n", "--deny-identity=").resolving.Deny)
+}
+
+func TestExceptionNamespacesNotGivenAreAllAndEmptyNone(t *testing.T) {
+	namespaces := func(args ...string) []string {
+		return parsed(t, append(args, "--node=n")...).resolving.ExceptionNamespaces
+	}
+	assert.Nil(t, namespaces())
+	assert.Equal(t, []string{}, namespaces("--exception-namespaces="))
+	assert.Equal(t, []string{}, namespaces("--exception-namespaces", ""))
+	assert.Equal(t, []string{"kube-system", "a", "b"}, namespaces("--exception-namespaces=kube-system", "--exception-namespaces=a, b"))
+}
+
+func TestWarningsAboutFlags(t *testing.T) {
+	const client, resource = "0be1e700-0000-4000-8000-00000000000a", "/subscriptions/s/resourcegroups/g"
+	for name, tc := range map[string]struct {
+		args []string
+		want string // "" for no warning
+	}{
+		"nothing":                           {[]string{"--operation-mode=managed"}, ""},
+		"MIC's namespace in standard mode":  {[]string{"--MICNamespace=default"}, ""},
+		"MIC's namespace in managed mode":   {[]string{"--MICNamespace=default", "--operation-mode=managed"}, "--MICNamespace is ignored in managed mode"},
+		"turned off in managed mode":        {[]string{"--MICNamespace=", "--operation-mode=managed"}, ""},
+		"a client ID is denied":             {[]string{"--deny-identity=" + client}, ""},
+		"a client ID and a resource ID are": {[]string{"--deny-identity=" + client + "," + resource}, ""},
+		"a resource ID is denied":           {[]string{"--deny-identity=" + resource}, "--deny-identity has more resource IDs than client IDs"},
+		"the header is not asked for":       {[]string{"--metadata-header-required=false"}, "is not asked for"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var log bytes.Buffer
+			parsed(t, append(tc.args, "--node=n")...).warn(slog.New(slog.NewTextHandler(&log, nil)))
+			if tc.want == "" {
+				assert.Empty(t, log.String())
+				return
+			}
+			assert.Equal(t, 1, strings.Count(log.String(), "level=WARN"), log.String())
+			assert.Contains(t, log.String(), tc.want)
+		})
+	}
+}
+
+// TestExplainTakesWhatDecides: nmi explain must be able to decide as the agent does.
+func TestExplainTakesWhatDecides(t *testing.T) {
+	flags := explainCommand(newOptions()).Flags()
+	for _, name := range []string{"operation-mode", "forceNamespaced", flagMICNamespace, podresolver.DenyIdentityFlag, podresolver.ExceptionNamespacesFlag, "strict-identity-selection"} {
+		assert.NotNil(t, flags.Lookup(name), name)
+	}
 }
 
 func TestEveryFlagIsDocumented(t *testing.T) {

@@ -1,0 +1,184 @@
+package podresolver
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+// Of the identity that the tests withhold, and of another.
+const (
+	kubeletClient   = "0be1e700-0000-4000-8000-00000000000a"
+	kubeletResource = "/subscriptions/S/resourceGroups/MC_g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/agentpool"
+	cartClient      = "ca470000-0000-4000-8000-00000000000b"
+	cartResource    = "/subscriptions/S/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/cart"
+)
+
+func denyList(t *testing.T, ids ...string) DenyList {
+	t.Helper()
+	d, err := ParseDenyList(ids)
+	require.NoError(t, err)
+	return d
+}
+
+func TestParseDenyList(t *testing.T) {
+	d := denyList(t, " "+strings.ToUpper(kubeletClient)+" ", kubeletResource, strings.ToLower(cartResource))
+	assert.Equal(t, DenyList{
+		ClientIDs: []string{kubeletClient}, ResourceIDs: []string{strings.ToLower(kubeletResource), strings.ToLower(cartResource)},
+	}, d)
+	assert.Zero(t, denyList(t))
+	for _, odd := range []string{
+		"", " ", "agentpool", "0be1e70000004000800000000000000a", "{" + kubeletClient + "}", kubeletClient + "0", "0be1e700-0000-4000-8000-00000000000g",
+		"/subscriptions/", "/subscriptionsx/s", "subscriptions/s/x", "/resourceGroups/g", "https://x/subscriptions/s", kubeletResource + "/",
+		"/subscriptions//s", "/subscriptions/../s", "/subscriptions/s/%61", `/subscriptions/s\x`, "/subscriptions/s x", "/subscriptions/s?x", "/subscriptions/s;x",
+	} {
+		_, err := ParseDenyList([]string{kubeletClient, odd})
+		require.ErrorContains(t, err, "is neither a client ID nor a resource ID: use a GUID", odd)
+	}
+}
+
+func TestDenyList(t *testing.T) {
+	braces := "{" + kubeletClient + "}"
+	for name, tc := range map[string]struct {
+		deny               string // IDs
+		clientID, resource string // the AzureIdentity's
+		why                string // "" if it is given
+	}{
+		"nothing denied, odd spellings":        {"", braces, "/x", ""},
+		"client ID":                            {kubeletClient, kubeletClient, "", "has client ID " + kubeletClient + ", withheld by --deny-identity"},
+		"client ID in another case":            {kubeletClient, strings.ToUpper(kubeletClient), "", "withheld by --deny-identity"},
+		"client ID beside another resource ID": {kubeletClient, kubeletClient, cartResource, "withheld by --deny-identity"},
+		"resource ID":                          {kubeletResource, "", kubeletResource, "has resource ID " + strings.ToLower(kubeletResource) + ", withheld by --deny-identity"},
+		"resource ID in another case":          {kubeletResource, "", strings.ToUpper(kubeletResource), "withheld by --deny-identity"},
+		"resource ID beside another client ID": {kubeletResource, cartClient, kubeletResource, "withheld by --deny-identity"},
+		"the second of the list":               {cartClient + " " + kubeletClient, kubeletClient, "", "withheld by --deny-identity"},
+		"another identity":                     {kubeletClient + " " + kubeletResource, cartClient, cartResource, ""},
+		"its other ID alone, the client ID":    {kubeletResource, kubeletClient, "", ""}, // nobody can know, as documented
+		"its other ID alone, the resource ID":  {kubeletClient, "", kubeletResource, ""}, // CheckToken will know
+		"a GUID in braces":                     {kubeletClient, braces, "", "is not a GUID and cannot be compared"},
+		"a GUID without hyphens":               {kubeletClient, strings.ReplaceAll(kubeletClient, "-", ""), "", "is not a GUID"},
+		"a GUID with a space":                  {kubeletClient, kubeletClient + " ", "", "is not a GUID"},
+		"a resource ID with two slashes":       {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "//resource", 1), "is malformed and cannot be compared"},
+		"with a slash at its end":              {kubeletResource, "", kubeletResource + "/", "is malformed"},
+		"with a dot segment":                   {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "/./resource", 1), "is malformed"},
+		"with a percent-encoding":              {kubeletResource, "", strings.Replace(kubeletResource, "agentpool", "%61gentpool", 1), "is malformed"},
+		"with a line break":                    {kubeletResource, "", kubeletResource + "\n", "is malformed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			deny := denyList(t, strings.Fields(tc.deny)...)
+			managed := identity("kubelet", tc.clientID, tc.resource)
+			b := binding("b", "x", "kubelet", 0)
+			for world, prefix := range map[*driven]string{
+				drive(t, Config{Deny: deny}, managed, b):                                                         `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Assigned", managed, b)):         `AzureAssignedIdentity "a" names AzureIdentity "kubelet", which `,
+				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Created", managed, b)):          `AzureAssignedIdentity "a" names AzureIdentity "kubelet", which `,
+				drive(t, Config{Deny: deny, Mode: Standard, IdentityWait: time.Nanosecond}, managed, b):          `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+				drive(t, Config{Deny: deny, Mode: Standard}, in("kube-system", newPod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+			} {
+				p := newPod("p", "", "x")
+				_, err := world.of(p).Identity(Selector{})
+				if tc.why == "" {
+					assert.NotErrorIs(t, err, ErrNoIdentity)
+					continue
+				}
+				require.ErrorIs(t, err, ErrNoIdentity)
+				assert.ErrorContains(t, err, prefix)
+				assert.ErrorContains(t, err, tc.why)
+				world.put(p)
+				_, err = world.named(refOf(p), Selector{}, time.Now())
+				assert.ErrorIs(t, err, ErrNoIdentity, "nor to a program of the node that acts for it")
+			}
+		})
+	}
+}
+
+func TestADeniedServicePrincipal(t *testing.T) {
+	sp := identity("sp", kubeletClient, "")
+	sp.Spec.Type, sp.Spec.TenantID, sp.Spec.ClientPassword.Name = aadpodidentity.ServicePrincipal, "t", "s"
+	world := drive(t, Config{Deny: denyList(t, kubeletClient)}, sp, binding("b", "x", "sp", 0))
+	_, err := world.of(newPod("p", "", "x")).Identity(Selector{})
+	require.ErrorContains(t, err, "withheld by --deny-identity")
+}
+
+// A pod that has other identities keeps them; one of them is its default.
+func TestADeniedIdentityAmongOthers(t *testing.T) {
+	kubelet, cart := identity("kubelet", kubeletClient, ""), identity("cart", cartClient, "")
+	b, c := binding("b", "x", "kubelet", time.Hour), binding("c", "x", "cart", 0)
+	for _, world := range []*driven{
+		drive(t, Config{Deny: denyList(t, kubeletClient), StrictSelection: true}, kubelet, cart, b, c),
+		drive(t, Config{Deny: denyList(t, kubeletClient), Mode: Standard}, assigned("a", "p", "", kubelet, b), assigned("b", "p", "", cart, c)),
+	} {
+		p := world.of(newPod("p", "", "x"))
+		got, err := p.Identity(Selector{})
+		require.NoError(t, err)
+		assert.Equal(t, "cart", got.Name)
+		_, err = p.Identity(Selector{ClientID: kubeletClient})
+		require.ErrorIs(t, err, ErrNoIdentity)
+		assert.ErrorContains(t, err, "none of the 1 bound to it has the ID that it asked for; Azure")
+		assert.ErrorContains(t, err, "has client ID "+kubeletClient+", withheld by --deny-identity")
+	}
+}
+
+func TestCheckToken(t *testing.T) {
+	denying := drive(t, Config{Deny: denyList(t, kubeletClient, kubeletResource)})
+	for clientID, want := range map[string]string{
+		cartClient:                     "",
+		kubeletClient:                  "the token is for client ID " + kubeletClient + ", withheld by --deny-identity",
+		strings.ToUpper(kubeletClient): "withheld by --deny-identity",
+		"{" + kubeletClient + "}":      "is not a GUID and cannot be compared",
+		"":                             "is not a GUID",
+	} {
+		err := denying.CheckToken(clientID)
+		if want == "" {
+			require.NoError(t, err)
+			continue
+		}
+		require.ErrorIs(t, err, ErrNoIdentity, clientID)
+		assert.ErrorContains(t, err, want)
+	}
+	require.NoError(t, drive(t, Config{}).CheckToken("anything"))
+	assert.Zero(t, testing.AllocsPerRun(100, func() { _ = denying.CheckToken(cartClient) }))
+}
+
+func TestExplainNamesWhatTheFlagsWithhold(t *testing.T) {
+	explain := func(cfg Config, objects ...any) string {
+		p := newPod("p", "10.0.0.1", "x")
+		d, err := drive(t, cfg, append(objects, p)...).Explain("shop", "p")
+		require.NoError(t, err)
+		return d.String()
+	}
+	deny := denyList(t, kubeletClient)
+	kubelet, b := identity("kubelet", kubeletClient, ""), binding("b", "x", "kubelet", 0)
+
+	assert.Equal(t, `pod shop/p, 10.0.0.1
+may use no identity
+because
+- AzureIdentityBinding "b" names AzureIdentity "kubelet", which has client ID `+kubeletClient+`, withheld by --deny-identity
+`, explain(Config{Deny: deny}, kubelet, b))
+
+	assert.Contains(t, explain(Config{Mode: Standard, Deny: deny}, assigned("a", "p", "Assigned", kubelet, b)),
+		`- AzureAssignedIdentity "a" assigns AzureIdentity shop/kubelet to it, but it has client ID `+kubeletClient+", withheld by --deny-identity\n")
+
+	byResource := identity("kubelet", "", kubeletResource)
+	for _, text := range []string{
+		explain(Config{Deny: deny}, byResource, b),
+		explain(Config{Mode: Standard, Deny: deny}, byResource, b, assigned("a", "p", "Assigned", byResource, b)),
+	} {
+		assert.Equal(t, 1, strings.Count(text, `- AzureIdentity "kubelet" gives no client ID: if its tokens are for one that --deny-identity withholds, the agent hands out none`), text)
+	}
+	assert.NotContains(t, explain(Config{}, byResource, b), "deny-identity")
+
+	excepting := exception("e", map[string]string{aadpodidentity.BindingLabel: "x"})
+	assert.Equal(t, `pod shop/p, 10.0.0.1
+may use no identity
+because
+- AzurePodIdentityException "e" does not count: namespace "shop" is not in --exception-namespaces
+- no AzureIdentityBinding has the selector "x"
+`, explain(Config{ExceptionNamespaces: []string{"kube-system"}}, excepting))
+	assert.Contains(t, explain(Config{ExceptionNamespaces: []string{"shop"}}, excepting), `is excepted by "e"`)
+}
