@@ -40,9 +40,10 @@ func (s *scenario) put(kind, namespace, name string, fields map[string]any) (rem
 	}
 	require.NoError(s.t, testbed.Apply(s.t.Context(), world.Custom, []*unstructured.Unstructured{object}))
 	resources := map[string]dynamic.NamespaceableResourceInterface{
-		"AzureIdentity":         world.Custom.Resource(aadpodidentity.AzureIdentities),
-		"AzureIdentityBinding":  world.Custom.Resource(aadpodidentity.AzureIdentityBindings),
-		"AzureAssignedIdentity": world.Custom.Resource(aadpodidentity.AzureAssignedIdentities),
+		"AzureIdentity":             world.Custom.Resource(aadpodidentity.AzureIdentities),
+		"AzureIdentityBinding":      world.Custom.Resource(aadpodidentity.AzureIdentityBindings),
+		"AzureAssignedIdentity":     world.Custom.Resource(aadpodidentity.AzureAssignedIdentities),
+		"AzurePodIdentityException": world.Custom.Resource(aadpodidentity.AzurePodIdentityExceptions),
 	}
 	remove = sync.OnceFunc(func() {
 		assert.NoError(s.t, resources[kind].Namespace(namespace).Delete(s.t.Context(), name, metav1.DeleteOptions{}))
