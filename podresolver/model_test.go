@@ -119,7 +119,7 @@ func (m *machine) pod() kubeObject {
 
 func (m *machine) identity() kubeObject {
 	id := &aadpodidentity.AzureIdentity{Spec: aadpodidentity.AzureIdentitySpec{
-		Type:     choose(m, aadpodidentity.UserAssignedMSI, aadpodidentity.ServicePrincipal),
+		Type:       choose(m, aadpodidentity.UserAssignedMSI, aadpodidentity.ServicePrincipal),
 		ClientID:   choose(m, strings.ToUpper(modelClient0), modelClient0, modelClient1, "", "{"+modelClient0+"}"),
 		ResourceID: choose(m, "/subscriptions/r/0", "/subscriptions/R/1", "", "/subscriptions//R/0"),
 	}}

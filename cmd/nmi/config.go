@@ -50,9 +50,8 @@ type config struct {
 	resolving podresolver.Config
 }
 
-// Names of flags that messages mention.
+// Names of the flags that choose ports.
 const (
-	flagMICNamespace   = "MICNamespace"
 	flagPort           = "nmi-port"
 	flagProbePort      = "http-probe-port"
 	flagPrometheusPort = "prometheus-port"
@@ -74,10 +73,10 @@ func (c config) warn(log *slog.Logger) {
 		log.Warn(`the header "Metadata: true" is not asked for: pods that fetch URLs for others can be made to fetch tokens`)
 	}
 	if c.resolving.MICNamespace != "" && c.resolving.Mode == podresolver.Managed {
-		log.Warn("--"+flagMICNamespace+" is ignored in managed mode, which has no MIC: pods that look like MIC's are not excepted", "namespace", c.resolving.MICNamespace)
+		log.Warn("--MICNamespace is ignored in managed mode, which has no MIC: pods that look like MIC's are not excepted", "namespace", c.resolving.MICNamespace)
 	}
 	if denied := c.resolving.Deny; len(denied.ResourceIDs) > len(denied.ClientIDs) {
-		log.Warn("--"+podresolver.DenyIdentityFlag+" has more resource IDs than client IDs: an AzureIdentity that names an identity by its client ID alone is not recognised by a resource ID; give the client IDs as well",
+		log.Warn("--deny-identity has more resource IDs than client IDs: an AzureIdentity that names an identity by its client ID alone is not recognised by a resource ID; give the client IDs as well",
 			"client_ids", len(denied.ClientIDs), "resource_ids", len(denied.ResourceIDs))
 	}
 }
