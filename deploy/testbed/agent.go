@@ -32,15 +32,28 @@ var agents atomic.Int64
 // StartAgent starts bin/nmi in managed mode with more flags, and does not wait
 // for it. If an agent is running already, it takes over from that one.
 func StartAgent(kubeconfig string, flags ...string) (*Agent, error) {
-	return startAgent(nil, kubeconfig, flags)
+	return startAgent(nil, nil, kubeconfig, flags)
 }
 
 // StartPinnedAgent is StartAgent on one core.
 func StartPinnedAgent(core int, kubeconfig string, flags ...string) (*Agent, error) {
-	return startAgent([]string{"taskset", "-c", strconv.Itoa(core)}, kubeconfig, flags)
+	return startAgent(pinned(core), nil, kubeconfig, flags)
 }
 
-func startAgent(launcher []string, kubeconfig string, flags []string) (*Agent, error) {
+// StartAgent is the function of that name, with the agent inside the limit and
+// with more environment, see NewManifestMemoryLimit.
+func (m *MemoryLimit) StartAgent(env []string, kubeconfig string, flags ...string) (*Agent, error) {
+	return startAgent(m.launcher(), env, kubeconfig, flags)
+}
+
+// StartPinnedAgent is StartAgent on one core.
+func (m *MemoryLimit) StartPinnedAgent(core int, env []string, kubeconfig string, flags ...string) (*Agent, error) {
+	return startAgent(append(m.launcher(), pinned(core)...), env, kubeconfig, flags)
+}
+
+func pinned(core int) []string { return []string{"taskset", "-c", strconv.Itoa(core)} }
+
+func startAgent(launcher, env []string, kubeconfig string, flags []string) (*Agent, error) {
 	binary, err := AgentBinary()
 	if err != nil {
 		return nil, err
@@ -50,7 +63,7 @@ func startAgent(launcher []string, kubeconfig string, flags []string) (*Agent, e
 		"--node="+NodeName, "--operation-mode=managed", "--http-probe-port=8085",
 		"--probe-socket="+socket, "--handover-dir="+HandoverDir(kubeconfig))
 	command = append(command, flags...) // of two, the last counts
-	p, err := StartProgram(command[0], []string{"KUBECONFIG=" + kubeconfig}, command[1:]...)
+	p, err := StartProgram(command[0], append([]string{"KUBECONFIG=" + kubeconfig}, env...), command[1:]...)
 	if err != nil {
 		return nil, err
 	}
