@@ -40,7 +40,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	cfg.warn(log)
 	var resolver *podresolver.Resolver
 	rules, err := iptables.New(iptables.Config{
-		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.port, Address: cfg.address,
+		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.pods.addr.Port(), Address: cfg.address,
 		Interval: cfg.interval, Backend: cfg.backend,
 		Pods:            func() ([]netip.Addr, <-chan struct{}) { return resolver.Addresses() },
 		BlockWireserver: cfg.blockWireserver, AllowUnguarded: cfg.allowUnguarded, Logger: log,
@@ -64,18 +64,19 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	after := &handover{dir: cfg.handoverDir, log: log}
-	status := newHealth(ctx, resolver, rules, after.note)
+	probes, measured := newPortPage(cfg.probes, log), newPortPage(cfg.metrics, log)
+	probeSocket := newPage(flagProbeSocket, log, func(ctx context.Context) (pageListener, error) {
+		return listenUnix(ctx, "unix", cfg.probeSocket)
+	})
+	status := newHealth(ctx, resolver, rules, after.note, probes.note, measured.note, probeSocket.note)
+	probes.handler, probeSocket.handler = status.handler(), status.handler()
 	// What requests need outlives them: it ends when Serve has returned.
 	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBehind()
 	if cfg.probeSocket != "" {
-		ln, err := listenUnix(ctx, "unix", cfg.probeSocket)
-		if err != nil {
-			return fmt.Errorf("listening for --%s: %w", flagProbeSocket, err)
-		}
-		defer ln.Close() //nolint:errcheck // nobody can be told
-		own := servePage(ln, status.handler())
+		own := &part{run: probeSocket.run}
 		own.begin(behind)
+		defer probeSocket.close()
 		defer own.end()
 	}
 
@@ -86,11 +87,11 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	defer before.close()
 	after.lock = owned
 	defer func() { _ = after.lock.Close() }()
-	open, err := before.listen(ctx, cfg.ports())
+	front, err := before.listen(ctx, cfg.pods)
 	if err != nil {
 		return err
 	}
-	defer open.close()
+	defer front.Close() //nolint:errcheck // nobody can be told
 
 	source := upstream.New(upstream.Config{
 		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
@@ -111,14 +112,17 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,
 		Logger: log,
 	})
-	measured, err := metrics(rules, tracker, resolver, tokens, server)
-	if err != nil {
-		return err
-	}
-	after.sockets, after.retire = open, server.Retire
-	after.front = &gate{TCPListener: open[flagPort]}
+	after.retire = server.Retire
+	after.front = &gate{TCPListener: front}
 	after.begin = func(p *part) { p.begin(behind) }
-	after.parts = []*part{{run: rules.Run}, servePage(open[flagProbePort], status.handler()), servePage(open[flagPrometheusPort], measured)}
+	measured.handler = metrics(rules, tracker, resolver, tokens, server)
+	probes.adopt(before.adopt(cfg.probes))
+	measured.adopt(before.adopt(cfg.metrics))
+	before.closeUnused()
+	defer probes.close()
+	defer measured.close()
+	after.pages = []*page{probes, measured}
+	after.parts = []*part{{run: rules.Run}, {run: probes.run}, {run: measured.run}}
 
 	var running sync.WaitGroup
 	defer running.Wait()
@@ -138,6 +142,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	var giving sync.WaitGroup
 	giving.Go(func() {
 		if before.outlive(ctx) {
+			for _, p := range after.pages {
+				p.tryNow() // it may have had the port
+			}
 			after.run(ctx)
 		} else {
 			after.end() // for the predecessor to begin its own
@@ -154,12 +161,12 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		}
 	})
 
-	log.Info("listening", "address", open[flagPort].Addr().String())
-	var front net.Listener = after.front
+	log.Info("listening", "address", front.Addr().String())
+	var redirected net.Listener = after.front
 	if cfg.mode != iptables.None {
-		front = proxy.OnlyRedirected(front, cfg.metadata)
+		redirected = proxy.OnlyRedirected(redirected, cfg.metadata)
 	}
-	err = server.Serve(ctx, front)
+	err = server.Serve(ctx, redirected)
 	stop()
 	giving.Wait() // from here on the parts are ours to end
 	if err != nil {

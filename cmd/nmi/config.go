@@ -22,8 +22,9 @@ import (
 type config struct {
 	node           string
 	metadata       netip.AddrPort
-	port           uint16
-	probePort      uint16
+	pods           endpoint // where redirected connections arrive
+	probes         endpoint
+	metrics        endpoint
 	mode           iptables.Mode
 	address        netip.Addr
 	backend        iptables.Backend
@@ -33,7 +34,6 @@ type config struct {
 	userAgent      string
 	authorities    []string // hosts, see upstream.Config
 
-	prometheusPort  uint16
 	blockWireserver bool
 	allowUnguarded  bool
 	handoverDir     string // "" for none
@@ -50,21 +50,21 @@ type config struct {
 	resolving podresolver.Config
 }
 
-// Names of the flags that choose ports.
+// Names of the flags that choose ports, and of those that choose their addresses.
 const (
 	flagPort           = "nmi-port"
 	flagProbePort      = "http-probe-port"
 	flagPrometheusPort = "prometheus-port"
+
+	flagProbeAddress   = "http-probe-address"
+	flagMetricsAddress = "metrics-address"
 )
 
-// portFlag is a port to listen on, and the flag that chooses it.
-type portFlag struct {
-	name string
-	port uint16
-}
-
-func (c config) ports() []portFlag {
-	return []portFlag{{flagPort, c.port}, {flagProbePort, c.probePort}, {flagPrometheusPort, c.prometheusPort}}
+// endpoint is an address and port to listen on, and the name of the flag that
+// chooses the port.
+type endpoint struct {
+	flag string
+	addr netip.AddrPort
 }
 
 // warn logs what was chosen at the operator's own risk.
@@ -93,14 +93,12 @@ const (
 // config validates the options. Its error names the flag and says what it takes.
 func (o *options) config() (config, error) {
 	cfg := config{
-		node:           o.node,
-		port:           o.port,
-		probePort:      o.probePort,
-		interval:       time.Duration(o.intervalSeconds) * time.Second,
-		blockInstance:  o.blockInstanceMetadata,
-		headerOptional: !o.headerRequired,
-		prometheusPort: o.prometheusPort, blockWireserver: o.blockWireserver,
-		allowUnguarded: o.allowKubenet, handoverDir: o.handoverDir, probeSocket: o.probeSocket,
+		node:            o.node,
+		interval:        time.Duration(o.intervalSeconds) * time.Second,
+		blockInstance:   o.blockInstanceMetadata,
+		headerOptional:  !o.headerRequired,
+		blockWireserver: o.blockWireserver,
+		allowUnguarded:  o.allowKubenet, handoverDir: o.handoverDir, probeSocket: o.probeSocket,
 		tokensPerSecond: o.tokensPerSecond, tokensAtOnce: o.tokensAtOnce,
 		maxConnections: o.maxConnections, maxConnectionsPerPod: o.maxConnectionsPerPod,
 		userAgent: strings.TrimSpace("nmi/" + version + " " + o.userAgent),
@@ -130,15 +128,8 @@ func (o *options) config() (config, error) {
 	if o.metadataPort == 0 {
 		return config{}, errors.New("--metadata-port=0 is not a port: use 1 to 65535")
 	}
-	taken := map[uint16]string{}
-	for _, p := range cfg.ports() {
-		if p.port == 0 {
-			return config{}, fmt.Errorf("--%s=0 is not a port: use 1 to 65535", p.name)
-		}
-		if other := taken[p.port]; other != "" {
-			return config{}, fmt.Errorf("--%s and --%s are both %d: choose two", other, p.name, p.port)
-		}
-		taken[p.port] = p.name
+	if err = o.endpoints(&cfg); err != nil {
+		return config{}, err
 	}
 	if cfg.handoverDir != "" && !filepath.IsAbs(cfg.handoverDir) {
 		return config{}, fmt.Errorf("--handover-dir=%s is not usable: give an absolute path, or nothing to turn it off", cfg.handoverDir)
@@ -189,6 +180,45 @@ func (o *options) config() (config, error) {
 		return config{}, fmt.Errorf("--redirect-address=%s is the metadata service's own address: choose another", cfg.address)
 	}
 	return cfg, nil
+}
+
+// endpoints sets what the flags of ports and their addresses come to.
+func (o *options) endpoints(cfg *config) error {
+	// On all addresses, since a redirected connection comes to whichever the mode
+	// says, and the mode may change.
+	all := netip.IPv4Unspecified()
+	probeAddress, err := parseBindAddress(flagProbeAddress, o.probeAddress)
+	if err != nil {
+		return err
+	}
+	metricsAddress, err := parseBindAddress(flagMetricsAddress, o.metricsAddress)
+	if err != nil {
+		return err
+	}
+	cfg.pods = endpoint{flagPort, netip.AddrPortFrom(all, o.port)}
+	cfg.probes = endpoint{flagProbePort, netip.AddrPortFrom(probeAddress, o.probePort)}
+	cfg.metrics = endpoint{flagPrometheusPort, netip.AddrPortFrom(metricsAddress, o.prometheusPort)}
+	taken := map[uint16]string{}
+	for _, e := range []endpoint{cfg.pods, cfg.probes, cfg.metrics} {
+		port := e.addr.Port()
+		if port == 0 {
+			return fmt.Errorf("--%s=0 is not a port: use 1 to 65535", e.flag)
+		}
+		if other := taken[port]; other != "" {
+			return fmt.Errorf("--%s and --%s are both %d: choose two", other, e.flag, port)
+		}
+		taken[port] = e.flag
+	}
+	return nil
+}
+
+// parseBindAddress reads the address that a flag gives to listen on.
+func parseBindAddress(name, text string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(text)
+	if err != nil || addr.IsMulticast() || addr.Zone() != "" {
+		return netip.Addr{}, fmt.Errorf("--%s=%s is not usable: give an IP address of the node, 127.0.0.1 for the node alone, or 0.0.0.0 for all", name, text)
+	}
+	return addr.Unmap(), nil
 }
 
 // resolving is what the flags of addResolving come to.

@@ -49,6 +49,8 @@ type options struct {
 	identityWait          time.Duration
 	maxStaleness          time.Duration
 	probeSocket           string
+	probeAddress          string
+	metricsAddress        string
 	tokensPerSecond       int
 	tokensAtOnce          int
 	maxConnections        int
@@ -78,6 +80,8 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.StringVar(&o.metadataIP, "metadata-ip", "169.254.169.254", "address of the instance metadata service")
 	fs.Uint16Var(&o.metadataPort, "metadata-port", 80, "port of the instance metadata service")
 	fs.Uint16Var(&o.probePort, flagProbePort, 8080, "port of /healthz and /readyz")
+	fs.StringVar(&o.probeAddress, flagProbeAddress, "0.0.0.0", "address that --http-probe-port is on; 127.0.0.1 keeps it to the node, :: is all IPv4 and IPv6 addresses")
+	fs.StringVar(&o.metricsAddress, flagMetricsAddress, "0.0.0.0", "address that --prometheus-port is on, likewise")
 	fs.Uint16Var(&o.prometheusPort, flagPrometheusPort, 9090, "port of /metrics")
 	fs.IntVar(&o.intervalSeconds, "ipt-update-interval-sec", 60, "seconds between checks of the iptables rules")
 	fs.BoolVar(&o.blockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")

@@ -45,9 +45,11 @@ func TestDefaults(t *testing.T) {
 	cfg, err := o.config()
 	require.NoError(t, err)
 	assert.Equal(t, config{
-		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"), port: 2579, probePort: 8080,
+		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"),
 		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
-		prometheusPort: 9090, handoverDir: "/run/nmi",
+		pods:    endpoint{"nmi-port", netip.MustParseAddrPort("0.0.0.0:2579")},
+		probes:  endpoint{"http-probe-port", netip.MustParseAddrPort("0.0.0.0:8080")},
+		metrics: endpoint{"prometheus-port", netip.MustParseAddrPort("0.0.0.0:9090")}, handoverDir: "/run/nmi",
 		tokensPerSecond: 20, tokensAtOnce: 5, maxConnections: 2048, maxConnectionsPerPod: 512, hostTokenUIDs: []uint32{0},
 		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
 	}, cfg)
@@ -94,6 +96,9 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--iptables-backend=x":               `--iptables-backend: "x" is not an iptables backend: use "auto", "nft" or "legacy"`,
 		"--redirect-mode=magic":              `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
 		"--prometheus-port=2579":             "--nmi-port and --prometheus-port are both 2579",
+		"--http-probe-address=localhost":     "--http-probe-address=localhost is not usable: give an IP address of the node, 127.0.0.1 for the node alone",
+		"--metrics-address=224.0.0.1":        "--metrics-address=224.0.0.1 is not usable",
+		"--metrics-address=fe80::1%eth0":     "--metrics-address=fe80::1%eth0 is not usable",
 		"--handover-dir=run/nmi":             "--handover-dir=run/nmi is not usable: give an absolute path",
 		"--imds-token-rate=0":                "--imds-token-rate=0 is not usable: give a number from 1 to 1000",
 		"--max-connections=-1":               "--max-connections=-1 is not usable",
@@ -117,6 +122,15 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	}
 	_, err := parse(t, "--nmi-port=65536")
 	assert.ErrorContains(t, err, "nmi-port")
+}
+
+func TestBindAddresses(t *testing.T) {
+	o, err := parse(t, "--node=n", "--http-probe-address=::ffff:127.0.0.1", "--http-probe-port=8085", "--metrics-address=fd00::4")
+	require.NoError(t, err)
+	cfg, err := o.config()
+	require.NoError(t, err)
+	assert.Equal(t, "127.0.0.1:8085", cfg.probes.addr.String())
+	assert.Equal(t, "[fd00::4]:9090", cfg.metrics.addr.String())
 }
 
 func TestAuthoritiesAreRepeatedOrSeparatedByCommas(t *testing.T) {

@@ -57,23 +57,17 @@ const (
 // sockets are TCP listeners by the names of the flags that choose their ports.
 type sockets map[string]*net.TCPListener
 
-func (s sockets) close() {
-	for _, ln := range s {
-		_ = ln.Close()
-	}
-}
-
 // handover gives this agent's place to a successor, and takes it back when that
 // one ends.
 type handover struct {
-	dir     string
-	lock    *os.File // nil while it could not be had
-	sockets sockets
-	front   *gate      // pods come in by
-	retire  func(bool) // end connections, or do not
-	parts   []*part    // that one agent at a time may do
-	begin   func(*part)
-	log     *slog.Logger
+	dir    string
+	lock   *os.File   // nil while it could not be had
+	front  *gate      // pods come in by
+	pages  []*page    // those on ports, whose listeners a successor is offered too
+	retire func(bool) // end connections, or do not
+	parts  []*part    // that one agent at a time may do
+	begin  func(*part)
+	log    *slog.Logger
 
 	given   atomic.Bool            // away, at the moment
 	trouble atomic.Pointer[string] // why no successor can come; nil when one can
@@ -221,9 +215,14 @@ func (h *handover) offer(conn *net.UnixConn) error {
 		})
 		return errors.Join(err, failure)
 	}
-	for name, ln := range h.sockets {
-		if err := send(name, ln); err != nil {
-			return err
+	if err := send(flagPort, h.front); err != nil {
+		return err
+	}
+	for _, p := range h.pages {
+		if ln := p.tcp(); ln != nil {
+			if err := send(p.flag, ln); err != nil {
+				return err
+			}
 		}
 	}
 	if err := send(lockFile, h.lock); err != nil {

@@ -20,8 +20,9 @@ type health struct {
 var errStopping = errors.New("the agent is stopping")
 
 // newHealth says when the agent is ready: not stopping, synced, rules in place, and
-// no reason to withhold tokens. more is what else there is to say then.
-func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler, more func() string) *health {
+// no reason to withhold tokens. more is what else there is to say then, each "" or
+// lines that begin with a line break.
+func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler, more ...func() string) *health {
 	return &health{
 		checks: []func() error{
 			func() error {
@@ -44,7 +45,10 @@ func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptab
 			if err := resolver.Stale(); err != nil {
 				note += "\ndecisions may be out of date:\n" + list(err)
 			}
-			return note + more()
+			for _, say := range more {
+				note += say()
+			}
+			return note
 		},
 	}
 }

@@ -1,10 +1,6 @@
 package main
 
-import (
-	"context"
-	"net/http"
-	"time"
-)
+import "context"
 
 // part is something that the agent does until it is stopped, and that can be
 // started again. It is for one goroutine at a time to start and stop.
@@ -30,14 +26,4 @@ func (p *part) end() {
 		p.stop()
 		p.stop = nil
 	}
-}
-
-// servePage is a part that answers HTTP on a socket that outlives it.
-func servePage(ln deadlineListener, handler http.Handler) *part {
-	return &part{run: func(ctx context.Context) {
-		_ = ln.SetDeadline(time.Time{})
-		server := &http.Server{Handler: handler, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
-		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
-		_ = server.Serve(lent{ln}) // always an error, after Close
-	}}
 }

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -146,7 +145,7 @@ func (p *predecessor) keep(name string, f *os.File) error {
 
 // letGo closes what was offered and nobody has taken.
 func (p *predecessor) letGo() {
-	p.sockets.close()
+	p.closeUnused()
 	_ = p.lock.Close()
 }
 
@@ -166,30 +165,39 @@ func (p *predecessor) ownership(ctx context.Context, dir string) (*os.File, erro
 	return f, nil
 }
 
-// listen returns sockets for all ports: the predecessor's where it has the port
-// that is wanted, else new ones. Those of its that are not wanted are closed, so
-// that an agent that comes later can have their ports.
-func (p *predecessor) listen(ctx context.Context, ports []portFlag) (_ sockets, err error) {
-	open, offered := sockets{}, sockets{}
-	if p != nil {
-		offered = p.sockets
-		defer func() {
-			p.elsewhere = offered[flagPort] != nil
-			offered.close()
-		}()
+// listen returns the predecessor's listener at an endpoint, or a new one.
+func (p *predecessor) listen(ctx context.Context, at endpoint) (*net.TCPListener, error) {
+	if ln := p.adopt(at); ln != nil {
+		return ln, nil
 	}
-	for _, port := range ports {
-		want := netip.AddrPortFrom(netip.IPv4Unspecified(), port.port).String()
-		ln := offered[port.name]
-		if ln != nil && ln.Addr().String() == want {
-			delete(offered, port.name)
-		} else if ln, err = listen(ctx, port.name, port.port); err != nil {
-			open.close()
-			return nil, err
-		}
-		open[port.name] = ln
+	return listen(ctx, at)
+}
+
+// adopt returns the predecessor's listener at an endpoint; nil where it offered none
+// with that very address and port.
+func (p *predecessor) adopt(at endpoint) *net.TCPListener {
+	if p == nil {
+		return nil
 	}
-	return open, nil
+	ln := p.sockets[at.flag]
+	if ln == nil || ln.Addr().String() != at.addr.String() {
+		return nil
+	}
+	delete(p.sockets, at.flag)
+	return ln
+}
+
+// closeUnused closes the listeners that were not adopted, so that their ports are
+// free when the predecessor has ended.
+func (p *predecessor) closeUnused() {
+	if p == nil {
+		return
+	}
+	p.elsewhere = p.sockets[flagPort] != nil
+	for _, ln := range p.sockets {
+		_ = ln.Close()
+	}
+	clear(p.sockets)
 }
 
 // take waits until this agent is able to serve, and then until the predecessor

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/netip"
 	"os"
 	"sync"
 	"syscall"
@@ -15,20 +14,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// listen opens a TCP listener on all addresses, since a redirected connection
-// comes to whichever the mode says, and the mode may change. The port was chosen
-// by a flag.
-func listen(ctx context.Context, flagName string, port uint16) (*net.TCPListener, error) {
+// listen opens a TCP listener.
+func listen(ctx context.Context, at endpoint) (*net.TCPListener, error) {
+	network := "tcp4"
+	if at.addr.Addr().Is6() {
+		network = "tcp" // :: is all IPv4 addresses, too
+	}
 	var lc net.ListenConfig
-	ln, err := lc.Listen(ctx, "tcp4", netip.AddrPortFrom(netip.IPv4Unspecified(), port).String())
-	if errors.Is(err, unix.EADDRINUSE) {
+	ln, err := lc.Listen(ctx, network, at.addr.String())
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
 		return nil, fmt.Errorf("port %d is taken: another program, or an agent that does not hand over runs there "+
-			"(an older NMI, or one with another --handover-dir): stop it first, or choose another --%s", port, flagName)
+			"(an older NMI, or one with another --handover-dir): stop it first, or choose another --%s", at.addr.Port(), at.flag)
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return nil, fmt.Errorf("%s is not an address of this node: choose one that is, or 0.0.0.0 for all", at.addr.Addr())
+	case err != nil:
+		return nil, fmt.Errorf("listening for --%s: %w", at.flag, err)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("listening for --%s: %w", flagName, err)
-	}
-	return ln.(*net.TCPListener), nil //nolint:errcheck // it is one, of network tcp4
+	return ln.(*net.TCPListener), nil //nolint:errcheck // it is one, of these networks
 }
 
 // listenUnix opens a Unix socket for root alone, in the place of whatever has the
@@ -58,16 +61,6 @@ func listenUnix(ctx context.Context, network, path string) (*net.UnixListener, e
 
 // past is a deadline that is over.
 var past = time.Unix(1, 0)
-
-// lent is a listener that stays open when it is closed, and accepts no more.
-type lent struct{ deadlineListener }
-
-type deadlineListener interface {
-	net.Listener
-	SetDeadline(time.Time) error
-}
-
-func (l lent) Close() error { return l.SetDeadline(past) }
 
 // gate is a listener that can be shut for a while: what comes meanwhile is for
 // whoever else has the same socket. An Accept under way may let one more in.

@@ -3,7 +3,7 @@
 // Package e2e runs the agent's real binary against real parts: the kernel's
 // namespaces and iptables, a kube-apiserver with etcd, the project's manifests.
 // Only Azure is a stand-in, at its own address. The scenarios are in
-// scenarios_test.go, robustness_test.go, handover_test.go and
+// scenarios_test.go, robustness_test.go, pages_test.go, handover_test.go and
 // handover_trouble_test.go; this file builds their world.
 package e2e
 
@@ -105,6 +105,14 @@ func (s *scenario) agentNotReady(flags ...string) *testbed.Agent {
 	s.t.Helper()
 	a, err := testbed.StartAgent(world.Kubeconfig, flags...)
 	require.NoError(s.t, err)
+	s.endsWell(a)
+	return a
+}
+
+// endsWell stops the agent when the test ends, if it still runs; it must exit with 0.
+// Then its rules are removed.
+func (s *scenario) endsWell(a *testbed.Agent) {
+	s.t.Helper()
 	s.t.Cleanup(func() {
 		select {
 		case <-a.Done():
@@ -118,7 +126,6 @@ func (s *scenario) agentNotReady(flags ...string) *testbed.Agent {
 		}
 		s.nmi("cleanup")
 	})
-	return a
 }
 
 // nmi runs the binary with other arguments and returns what it prints.

@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// page is a socket with pages on it: the metrics port, the probe port, the probe
+// socket. No token depends on it, so that a socket that cannot be had (the port is
+// taken, the address is not on this node) ends nothing: it is a warning, a note in
+// /readyz, and tried again until it can be had.
+type page struct {
+	flag    string // that chooses the socket
+	listen  func(context.Context) (pageListener, error)
+	handler http.Handler // set before run
+	log     *slog.Logger
+	retry   chan struct{} // has one when it is worth trying again at once
+
+	mu  sync.Mutex // guards what follows
+	ln  pageListener
+	err error // why nothing is served; nil when it is
+}
+
+func newPage(flag string, log *slog.Logger, listen func(context.Context) (pageListener, error)) *page {
+	return &page{flag: flag, listen: listen, log: log, retry: make(chan struct{}, 1)}
+}
+
+func newPortPage(at endpoint, log *slog.Logger) *page {
+	return newPage(at.flag, log, func(ctx context.Context) (pageListener, error) { return listen(ctx, at) })
+}
+
+// adopt makes the page use a predecessor's listener, if that is not nil.
+func (p *page) adopt(ln *net.TCPListener) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if ln != nil {
+		p.ln = ln
+	}
+}
+
+// run serves until ctx ends. The listener stays open, for a successor or the next
+// run.
+func (p *page) run(ctx context.Context) {
+	server := newPageServer(p.handler, p.log)
+	pause := firstPause
+	for {
+		ln, err := p.open(ctx)
+		if err == nil {
+			pause = firstPause
+			if err = server.serve(ctx, ln); err == nil {
+				return
+			}
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		p.fails(err)
+		select {
+		case <-time.After(pause):
+			pause = min(2*pause, maxPause)
+		case <-p.retry:
+			pause = firstPause
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// open returns the listener, and makes it if there is none.
+func (p *page) open(ctx context.Context) (pageListener, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ln == nil {
+		ln, err := p.listen(ctx)
+		if err != nil {
+			return nil, err
+		}
+		p.ln = ln
+	}
+	if p.err != nil {
+		p.log.Info("serving now", "flag", "--"+p.flag, "address", p.ln.Addr().String())
+	}
+	p.err = nil
+	return p.ln, nil
+}
+
+// fails remembers why nothing is served, and says it once.
+func (p *page) fails(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.err == nil || p.err.Error() != err.Error() {
+		p.log.Warn("cannot serve; trying again", "flag", "--"+p.flag, "error", err)
+	}
+	p.err = err
+}
+
+// note is what /readyz says of it, in a line of its own.
+func (p *page) note() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.err == nil {
+		return ""
+	}
+	return "\n--" + p.flag + " cannot be served; trying again: " + p.err.Error()
+}
+
+// tryNow ends a pause before the next attempt.
+func (p *page) tryNow() {
+	select {
+	case p.retry <- struct{}{}:
+	default:
+	}
+}
+
+// tcp is the listener for a successor; nil where there is none.
+func (p *page) tcp() *net.TCPListener {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	tcp, _ := p.ln.(*net.TCPListener)
+	return tcp
+}
+
+// close closes the listener.
+func (p *page) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ln != nil {
+		_ = p.ln.Close()
+		p.ln = nil
+	}
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestPageRetriesWithBackOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		var mu sync.Mutex // guards attempts
+		var attempts []time.Duration
+		start := time.Now()
+		taken := errors.New("port 9090 is taken")
+		p := newPage("prometheus-port", slog.New(slog.NewTextHandler(&log, nil)), func(context.Context) (pageListener, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			attempts = append(attempts, time.Since(start))
+			return nil, taken
+		})
+		running := &part{run: p.run}
+		running.begin(t.Context())
+		tried := func() []time.Duration {
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(attempts)
+		}
+		time.Sleep(200 * time.Second)
+		assert.Equal(t, []time.Duration{0, 1e9, 3e9, 7e9, 15e9, 31e9, 63e9, 123e9, 183e9}, tried())
+		assert.Equal(t, "\n--prometheus-port cannot be served; trying again: port 9090 is taken", p.note())
+		assert.Equal(t, 1, strings.Count(log.String(), "level=WARN"), log.String())
+		p.tryNow()
+		assert.Len(t, tried(), 10)
+		time.Sleep(time.Second)
+		assert.Len(t, tried(), 11, "the pauses begin anew")
+		running.end()
+	})
+}
+
+func TestPageIsServedWhenItsPortIsFree(t *testing.T) {
+	other, err := net.Listen("tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	at := endpoint{flagPrometheusPort, netip.MustParseAddrPort(other.Addr().String())}
+	p := newPortPage(at, slog.New(slog.DiscardHandler))
+	p.handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "page") })
+	running := &part{run: p.run}
+	running.begin(t.Context())
+	t.Cleanup(func() { running.end(); p.close() })
+	require.Eventually(t, func() bool { return strings.Contains(p.note(), "is taken") }, 30*time.Second, time.Millisecond)
+	assert.Nil(t, p.tcp(), "nothing to hand over")
+	require.NoError(t, other.Close())
+	p.tryNow()
+	require.Eventually(t, func() bool { return p.note() == "" }, 30*time.Second, time.Millisecond)
+	ask := func() string {
+		resp, err := http.Get("http://" + at.addr.String())
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		require.NoError(t, err)
+		return string(body)
+	}
+	assert.Equal(t, "page", ask())
+	for range 20 { // as when a successor comes and goes
+		running.end()
+		assert.NotNil(t, p.tcp(), "still open")
+		running.begin(t.Context())
+		assert.Equal(t, "page", ask())
+	}
+}
+
+func TestAnAddressThatIsNotOfThisNode(t *testing.T) {
+	_, err := listen(t.Context(), endpoint{flagPrometheusPort, netip.MustParseAddrPort("192.0.2.1:9090")})
+	assert.EqualError(t, err, "192.0.2.1 is not an address of this node: choose one that is, or 0.0.0.0 for all")
+	ln, err := listen(t.Context(), endpoint{flagPrometheusPort, netip.MustParseAddrPort("127.0.0.1:0")})
+	require.NoError(t, err)
+	require.NoError(t, ln.Close())
+}
