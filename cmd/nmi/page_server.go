@@ -56,6 +56,13 @@ const (
 	// it can have its connections again at once.
 	pageAnswerTimeout = 10 * time.Second
 
+	// After a page that took a while to render the next waits for 19 times as long, so
+	// that clients that ask without end get no more than a twentieth of a core: /metrics
+	// takes some milliseconds. The pause is bounded, since all 32 connections may
+	// have to wait for their turns, and Prometheus waits for 10 s.
+	renderPause    = 19
+	maxRenderPause = 100 * time.Millisecond
+
 	pageReceiveBuffer = 4 << 10
 	pageSendBuffer    = 16 << 10
 )
@@ -73,7 +80,8 @@ type pageServer struct {
 	handler http.Handler
 	log     *slog.Logger
 
-	rendering sync.Mutex // one at a time
+	rendering sync.Mutex // held while a page is rendered; guards next
+	next      time.Time  // when the next page may be rendered
 
 	mu     sync.Mutex // guards what follows
 	total  int
@@ -194,7 +202,7 @@ func (s *pageServer) answer(ctx context.Context, conn net.Conn) {
 	if status == 0 {
 		return
 	}
-	page := s.render(req, status)
+	page := s.render(ctx, req, status)
 	_ = conn.SetDeadline(time.Now().Add(pageAnswerTimeout))
 	if _, err := conn.Write(page); err != nil {
 		return
@@ -235,10 +243,17 @@ func readPageRequest(ctx context.Context, conn io.Reader) (req *http.Request, st
 	return req.WithContext(ctx), http.StatusOK
 }
 
-// render is the answer with its status line and headers.
-func (s *pageServer) render(req *http.Request, status int) []byte {
+// render is the answer with its status line and headers; nil when ctx ends.
+func (s *pageServer) render(ctx context.Context, req *http.Request, status int) []byte {
 	s.rendering.Lock()
 	defer s.rendering.Unlock()
+	select {
+	case <-time.After(time.Until(s.next)):
+	case <-ctx.Done():
+		return nil
+	}
+	start := time.Now()
+	defer func() { s.next = time.Now().Add(min(renderPause*time.Since(start), maxRenderPause)) }()
 	page := &renderedPage{header: make(http.Header)}
 	if status == http.StatusOK {
 		s.handle(page, req)

@@ -9,9 +9,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -222,4 +224,30 @@ func awaitReset(conn net.Conn) error {
 		}
 	})
 	return errors.Join(err, failure)
+}
+
+func TestRenderingTakesATwentiethOfTheTimeAtMost(t *testing.T) {
+	for name, tc := range map[string]struct{ rendering, ten time.Duration }{
+		"cheap":     {time.Millisecond, 10*time.Millisecond + 9*19*time.Millisecond},
+		"expensive": {time.Second, 10*time.Second + 9*maxRenderPause},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newPageServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { time.Sleep(tc.rendering) }), slog.New(slog.DiscardHandler))
+				req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil)
+				start := time.Now()
+				for range 10 {
+					assert.Contains(t, string(s.render(t.Context(), req, http.StatusOK)), "200 OK")
+				}
+				assert.Equal(t, tc.ten, time.Since(start))
+				ended, end := context.WithCancel(t.Context())
+				end()
+				assert.Empty(t, s.render(ended, req, http.StatusOK))
+				time.Sleep(time.Hour)
+				start = time.Now()
+				s.render(t.Context(), req, http.StatusOK)
+				assert.Equal(t, tc.rendering, time.Since(start), "no pause before the first")
+			})
+		})
+	}
 }
