@@ -29,8 +29,12 @@ import (
 // the agent can decide anything, so that from the first moment on no pod reaches
 // the node's identity; until it can, pods are told to come back. Where another
 // agent is serving already, this one syncs first and then takes over from it, see
-// handover.go. What would make the agent useless is found out before it touches
-// anything.
+// handover.go.
+//
+// Only what tokens need may end a start, since without rules each pod has the node's
+// identity: the flags, the right to write the rules, a configuration of the API
+// server's client, the port for pods, and another agent that owns the node. Anything
+// else, such as the ports of pages, is a warning and is tried again, see page.go.
 //
 // Stop: not ready, finish the requests under way, close. The iptables rules stay.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {

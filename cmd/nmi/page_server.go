@@ -57,7 +57,7 @@ const (
 	pageAnswerTimeout = 10 * time.Second
 
 	// After a page that took a while to render the next waits for 19 times as long, so
-	// that clients that ask without end get no more than a twentieth of a core: /metrics
+	// that clients that ask without end get about a twentieth of a core: /metrics
 	// takes some milliseconds. The pause is bounded, since all 32 connections may
 	// have to wait for their turns, and Prometheus waits for 10 s.
 	renderPause    = 19

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -29,7 +30,7 @@ const (
 
 // page is what a client gets of a page of the node; status 0 when nothing.
 func page(client *http.Client, address string, port int, path string) (status int, body string) {
-	resp, err := client.Get(fmt.Sprintf("http://%s:%d%s", address, port, path))
+	resp, err := client.Get("http://" + net.JoinHostPort(address, strconv.Itoa(port)) + path)
 	if err != nil {
 		return 0, err.Error()
 	}
