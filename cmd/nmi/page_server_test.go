@@ -196,10 +196,10 @@ func TestSlowAndSilentClientsAreDisconnected(t *testing.T) {
 		"an answer that does not fit": {"GET /1MiB HTTP/1.1\r\nHost: node\r\n\r\n", pageAnswerTimeout},
 		"an answer that fits":         {"GET /8KiB HTTP/1.1\r\nHost: node\r\n\r\n", pageAnswerTimeout},
 	} {
+		start := time.Now()
 		conn := dialFrom(t, "127.0.0.1", port) // neither reads nor closes
 		require.NoError(t, conn.(*net.TCPConn).SetReadBuffer(1<<10))
 		waiting.Go(func() {
-			start := time.Now()
 			_, err := io.WriteString(conn, tc.request)
 			assert.NoError(t, err)
 			assert.NoError(t, awaitReset(conn), name)
