@@ -9,12 +9,12 @@ import (
 	"sync/atomic"
 )
 
-// What a Config that leaves them out has.
+// Defaults of a Config that leaves them out. What each connection may hold, and what that
+// comes to, is in docs/security.md, Memory.
 const (
-	// DefaultMaxConnections is eight for each of 250 pods. When all are open they take
-	// 20 MB if they are silent, and 50 MB if all of them send.
-	DefaultMaxConnections       = 2048
-	DefaultMaxConnectionsPerPod = 512
+	// DefaultMaxConnections is four for each of 250 pods.
+	DefaultMaxConnections       = 1024
+	DefaultMaxConnectionsPerPod = 64
 )
 
 // connections bounds how many are open, from each address and in all. One too many from
@@ -25,30 +25,17 @@ const (
 type connections struct {
 	perPod, total int
 
-	mu     sync.Mutex // guards all below
-	open   int
-	byAddr map[netip.Addr]*crowd // none of them empty
+	mu       sync.Mutex // guards all below, and the same in each conn
+	open     int
+	byAddr   map[netip.Addr]*source // none of them empty
+	draining bool                   // Serve is about to return: Close waits for no client
 
-	refused, ended atomic.Uint64
+	refused, evicted atomic.Uint64
 }
 
-// crowd is the connections from one address: of *conn, and in front the one that has had
+// source is the connections from one address: of *conn, and in front the one that has had
 // nothing new to do for longest.
-type crowd struct{ list.List }
-
-// conn is a connection that is counted until it is closed.
-type conn struct {
-	net.Conn
-	all  *connections
-	from netip.Addr
-
-	// Guarded by connections.mu.
-	place *list.Element // in its crowd; nil once it is closed
-	busy  bool
-
-	handled atomic.Bool // the request under way is a handler's; see handling
-	refused bool        // http.Server has refused a request by itself
-}
+type source struct{ list.List }
 
 func newConnections(perPod, total int) *connections {
 	if perPod <= 0 {
@@ -57,11 +44,11 @@ func newConnections(perPod, total int) *connections {
 	if total <= 0 {
 		total = DefaultMaxConnections
 	}
-	return &connections{perPod: perPod, total: total, byAddr: make(map[netip.Addr]*crowd)}
+	return &connections{perPod: perPod, total: total, byAddr: make(map[netip.Addr]*source)}
 }
 
 // limit wraps a listener so that what it accepts is within the bounds.
-func (c *connections) limit(ln net.Listener) net.Listener { return &limited{ln, c} }
+func (cs *connections) limit(ln net.Listener) net.Listener { return &limited{ln, cs} }
 
 type limited struct {
 	net.Listener
@@ -79,145 +66,122 @@ func (l *limited) Accept() (net.Conn, error) {
 			return admitted, nil
 		}
 		l.all.refused.Add(1)
-		cut(accepted)
+		reset(accepted)
 	}
 }
 
 // admit counts a connection in, and returns nil if there is no place for it.
-func (c *connections) admit(accepted net.Conn) net.Conn {
-	from := sourceOf(accepted.RemoteAddr())
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	own := c.byAddr[from]
-	if own == nil {
-		own = new(crowd)
+func (cs *connections) admit(accepted net.Conn) net.Conn {
+	addr := sourceOf(accepted.RemoteAddr())
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	from := cs.byAddr[addr]
+	if from == nil {
+		from = new(source)
 	}
 	switch {
-	case own.Len() >= c.perPod:
-		if !c.end(own.idle()) {
+	case from.Len() >= cs.perPod:
+		if !cs.evictLocked(from.idle()) {
 			return nil
 		}
-	case c.open >= c.total:
-		most := c.largest()
+	case cs.open >= cs.total:
+		most := cs.largestLocked()
 		victim := most.idle()
-		if victim == nil && own.Len()+1 < most.Len() {
+		if victim == nil && from.Len()+1 < most.Len() {
 			victim = most.Front()
 		}
-		if !c.end(victim) {
+		if !cs.evictLocked(victim) {
 			return nil
 		}
 	}
-	admitted := &conn{Conn: accepted, all: c, from: from}
-	admitted.place = own.PushBack(admitted)
-	c.byAddr[from] = own // again, if it has just lost its last
-	c.open++
+	admitted := &conn{Conn: accepted, all: cs, from: addr}
+	admitted.place = from.PushBack(admitted)
+	cs.byAddr[addr] = from // again, if it has just lost its last
+	cs.open++
 	return admitted
 }
 
-// largest is the crowd with the most connections. mu is held.
-func (c *connections) largest() (most *crowd) {
-	for _, one := range c.byAddr {
-		if most == nil || one.Len() > most.Len() {
-			most = one
+// largestLocked is the address with the most connections.
+func (cs *connections) largestLocked() (most *source) {
+	for _, from := range cs.byAddr {
+		if most == nil || from.Len() > most.Len() {
+			most = from
 		}
 	}
 	return most
 }
 
-// idle is the place of the connection that has been idle longest; nil if none is.
-func (own *crowd) idle() *list.Element {
-	for place := own.Front(); place != nil; place = place.Next() {
-		if !at(place).busy {
+// idle is the place of the connection that has been idle longest; nil if all are in use.
+func (from *source) idle() *list.Element {
+	for place := from.Front(); place != nil; place = place.Next() {
+		if !connAt(place).busy {
 			return place
 		}
 	}
 	return nil
 }
 
-func at(place *list.Element) *conn { return place.Value.(*conn) } //nolint:errcheck // nothing else is in a crowd
+func connAt(place *list.Element) *conn { return place.Value.(*conn) } //nolint:errcheck // nothing else is in a source
 
-// end closes the connection at a place, and reports whether there was one. mu is held.
-func (c *connections) end(place *list.Element) bool {
+// evictLocked resets the connection at a place, and reports whether there was one.
+func (cs *connections) evictLocked(place *list.Element) bool {
 	if place == nil {
 		return false
 	}
-	victim := at(place)
-	c.ended.Add(1)
-	c.forget(victim)
-	cut(victim.Conn)
+	victim := connAt(place)
+	cs.evicted.Add(1)
+	cs.untrackLocked(victim)
+	reset(victim.Conn)
 	return true
 }
 
-// forget counts a connection out. mu is held.
-func (c *connections) forget(one *conn) {
-	if one.place == nil {
+// untrackLocked counts a connection out, once.
+func (cs *connections) untrackLocked(c *conn) {
+	if c.place == nil {
 		return
 	}
-	own := c.byAddr[one.from]
-	own.Remove(one.place)
-	one.place = nil
-	c.open--
-	if own.Len() == 0 {
-		delete(c.byAddr, one.from)
+	from := cs.byAddr[c.from]
+	from.Remove(c.place)
+	c.place = nil
+	cs.open--
+	if from.Len() == 0 {
+		delete(cs.byAddr, c.from)
 	}
 }
 
-// Close implements net.Conn.
-func (one *conn) Close() error {
-	one.all.mu.Lock()
-	one.all.forget(one)
-	one.all.mu.Unlock()
-	return one.Conn.Close()
-}
-
-// CloseWrite lets http.Server end a connection such that the client can read what it
-// was told.
-func (one *conn) CloseWrite() error {
-	if half, ok := one.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
+// setBusy notes whether a connection is in use. One that is not is the last of its
+// address to be evicted, until it has been idle for longer than others.
+func (cs *connections) setBusy(c *conn, busy bool) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.busy = busy
+	if c.place != nil && !busy {
+		cs.byAddr[c.from].MoveToBack(c.place)
 	}
-	return nil
 }
 
-// changed is called by http.Server when the state of a connection changes. One whose header
-// is still coming is idle: it is active for http.Server when that is in, and who sends it
-// slowly keeps no place.
-func (c *connections) changed(nc net.Conn, state http.ConnState) {
-	one, ok := nc.(*conn)
+// trackState is called by http.Server when the state of a connection changes. One whose
+// header is still coming is idle: it is active for http.Server when that is in, and a
+// client that sends it slowly keeps no place.
+func (cs *connections) trackState(nc net.Conn, state http.ConnState) {
+	c, ok := nc.(*conn)
 	if !ok {
-		return
-	}
-	if state == http.StateIdle {
-		one.handled.Store(false)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if one.place == nil {
 		return
 	}
 	switch state {
 	case http.StateActive:
-		one.busy = true
+		cs.setBusy(c, true)
 	case http.StateIdle:
-		one.busy = false
-		c.byAddr[one.from].MoveToBack(one.place)
+		c.awaitRequest()
+		cs.setBusy(c, false)
 	}
 }
 
-// cut closes a connection with a reset, so that nothing of it stays in the kernel.
-func cut(c net.Conn) {
-	if tcp, ok := c.(interface{ SetLinger(sec int) error }); ok {
-		_ = tcp.SetLinger(0)
-	}
-	_ = c.Close() // nobody can be told
-}
-
-// sourceOf is the address at the other end; the zero one if it is not a TCP connection.
-func sourceOf(addr net.Addr) netip.Addr {
-	if tcp, ok := addr.(*net.TCPAddr); ok {
-		return tcp.AddrPort().Addr().Unmap()
-	}
-	return netip.Addr{}
+// drain makes Close wait for no client any more.
+func (cs *connections) drain() {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.draining = true
 }
 
 // ConnectionStats are counts since New, and how many connections there are now.
@@ -229,9 +193,9 @@ type ConnectionStats struct {
 
 // Connections returns what has been counted so far.
 func (s *Server) Connections() ConnectionStats {
-	c := s.connections
-	c.mu.Lock()
-	open := c.open
-	c.mu.Unlock()
-	return ConnectionStats{Open: open, Refused: c.refused.Load(), Ended: c.ended.Load()}
+	cs := s.connections
+	cs.mu.Lock()
+	open := cs.open
+	cs.mu.Unlock()
+	return ConnectionStats{Open: open, Refused: cs.refused.Load(), Ended: cs.evicted.Load()}
 }

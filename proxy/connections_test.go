@@ -58,7 +58,7 @@ func (w *world) idles(from string, n int) {
 		idle := 0
 		if own := c.byAddr[netip.MustParseAddr(from)]; own != nil {
 			for place := own.Front(); place != nil; place = place.Next() {
-				if !at(place).busy {
+				if !connAt(place).busy {
 					idle++
 				}
 			}

@@ -43,14 +43,21 @@ func cached(tb testing.TB) (s *Server, r *http.Request, w *discardWriter) {
 	require.NoError(tb, err)
 	r.RemoteAddr = bound + ":40000"
 	w = &discardWriter{header: make(http.Header)}
-	s.ServeHTTP(w, r)
+	ask(s, w, r)
 	require.Equal(tb, http.StatusOK, w.status)
 	return s, r, w
 }
 
+// ask serves a request once more.
+func ask(s *Server, w *discardWriter, r *http.Request) {
+	header := r.Header
+	s.ServeHTTP(w, r)
+	r.Header = header // it is dropped once it has been read
+}
+
 func TestACachedTokenCostsFewAllocations(t *testing.T) {
 	s, r, w := cached(t)
-	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { s.ServeHTTP(w, r) }), 3.0, "two header values and the length")
+	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { ask(s, w, r) }), 3.0, "two header values and the length")
 }
 
 // BenchmarkToken is a cached token from request to answer, without the network.
@@ -58,7 +65,7 @@ func BenchmarkToken(b *testing.B) {
 	s, r, w := cached(b)
 	b.ReportAllocs()
 	for b.Loop() {
-		s.ServeHTTP(w, r)
+		ask(s, w, r)
 	}
 }
 

@@ -51,6 +51,8 @@ var (
 	errTooLarge  = &httpError{status: http.StatusRequestEntityTooLarge, code: "invalid_request", description: "The body of a request has at most 64 KiB here"}
 	errBody      = badRequest("The body of the request cannot be read")
 	errPassing   = &httpError{status: http.StatusTooManyRequests, code: "invalid_request", description: "Too many requests at once", retryAfter: retrySoon}
+	errHeld      = &httpError{status: http.StatusServiceUnavailable, code: "temporarily_unavailable", description: "Too many answers wait to be read", retryAfter: retrySoon}
+	errLong      = &httpError{status: http.StatusBadGateway, code: "bad_gateway", description: "The metadata service's answer is longer than 1 MiB"}
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
 )
 
@@ -71,6 +73,10 @@ func asHTTP(err error) *httpError {
 		return own
 	case errors.As(err, &long):
 		return errTooLarge
+	case errors.Is(err, upstream.ErrHeld):
+		return errHeld
+	case errors.Is(err, upstream.ErrLongAnswer):
+		return errLong
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity
 	case errors.Is(err, podresolver.ErrSeveral):
@@ -152,6 +158,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		b = append(b, `,"error_description":`...)
 		b = appendString(b, e.description)
 	}
+	r.Header = nil // the client may take its time to read
 	s.finish(w.Header())
 	writeJSON(w, e.status, append(b, '}'))
 }

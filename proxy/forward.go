@@ -10,14 +10,15 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"time"
 )
 
 // maxBody bounds the body of a request that is passed on. The largest that IMDS has a
 // use for is an approval of scheduled events: one ID of 36 bytes for each.
 const maxBody = 64 << 10
 
-// maxPassingEach is how many requests of one address are passed on at once, of the few
-// that IMDS gets: a pod that reads slowly holds up itself.
+// maxPassingEach is how many requests of one address are passed on at once, until their
+// answers have been taken: a pod that reads slowly holds up itself.
 const maxPassingEach = 8
 
 // forwards sends a request to IMDS, within the bounds that hold for what is passed on.
@@ -31,30 +32,33 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 	}
 	defer s.passing.leave(from)
 	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
-	if w.Header().Get("Connection") != "" {
-		w = lastAnswer{w}
-	}
-	s.forward.ServeHTTP(w, r)
+	s.forward.ServeHTTP(finalAnswer{w, w.Header().Get("Connection") != ""}, r)
 	return nil
 }
 
-// lastAnswer is what ends a connection, whatever becomes of its header: ReverseProxy clears
-// that when IMDS sends an informational answer first. Such answers are not passed on here.
-// HTTP/1.0 clients must not get any (RFC 9110, 15.2), and for the others net/http writes
-// "100 Continue" itself, when the body is read, which may be at the same moment.
-type lastAnswer struct{ http.ResponseWriter }
+// finalAnswer is written without the informational answers before it. HTTP/1.0 clients must
+// not get any (RFC 9110, 15.2), net/http writes "100 Continue" itself, when the body is
+// read, and IMDS, which sends none, would have to wait for the client. If it ends its
+// connection it does so whatever becomes of the header: ReverseProxy clears that when an
+// informational answer comes first.
+type finalAnswer struct {
+	http.ResponseWriter
+	last bool
+}
 
 // WriteHeader implements http.ResponseWriter.
-func (w lastAnswer) WriteHeader(status int) {
+func (w finalAnswer) WriteHeader(status int) {
 	if status < http.StatusOK {
 		return
 	}
-	w.Header().Set("Connection", "close")
+	if w.last {
+		w.Header().Set("Connection", "close")
+	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
 // Unwrap is for http.ResponseController.
-func (w lastAnswer) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+func (w finalAnswer) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // clientBody tells what is wrong with a request's body from what is wrong with IMDS.
 type clientBody struct{ io.ReadCloser }
@@ -107,8 +111,21 @@ func (p *passing) leave(from netip.Addr) {
 	}
 }
 
+// copyBuffers are ReverseProxy's, whose own are of 32 KiB.
+type copyBuffers struct{ sync.Pool }
+
+func newCopyBuffers() *copyBuffers {
+	return &copyBuffers{sync.Pool{New: func() any { return new([4 << 10]byte) }}}
+}
+
+// Get implements httputil.BufferPool.
+func (b *copyBuffers) Get() []byte { return b.Pool.Get().(*[4 << 10]byte)[:] } //nolint:errcheck // nothing else is in it
+
+// Put implements httputil.BufferPool.
+func (b *copyBuffers) Put(p []byte) { b.Pool.Put((*[4 << 10]byte)(p)) }
+
 // newForward returns the proxy for what IMDS answers itself: the open paths, and
-// everything that excepted pods send.
+// everything that excepted pods send. Its transport returns whole answers.
 func (s *Server) newForward() *httputil.ReverseProxy {
 	return &httputil.ReverseProxy{
 		Transport: s.cfg.Upstream,
@@ -127,9 +144,16 @@ func (s *Server) newForward() *httputil.ReverseProxy {
 					p.Out.Header[name] = v
 				}
 			}
+			p.In.Header = nil // Out has a copy
 		},
-		ModifyResponse: func(r *http.Response) error { s.finish(r.Header); return nil },
-		FlushInterval:  -1, // stream as it comes
+		ModifyResponse: func(r *http.Response) error {
+			if c := connOf(r.Request); c != nil {
+				c.answerBy = time.Now().Add(passedTimeout)
+			}
+			s.finish(r.Header)
+			return nil
+		},
+		BufferPool: newCopyBuffers(),
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			s.refuse(w, r, fmt.Errorf("passing a request on: %w", err))
 		},

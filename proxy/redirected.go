@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -35,8 +36,17 @@ func (l *redirectedListener) Accept() (net.Conn, error) {
 		if to, err := originalDestination(conn); err == nil && to == l.metadata {
 			return conn, nil
 		}
-		_ = conn.Close() // not ours to talk to; nothing to be done about an error
+		reset(conn) // not ours to talk to, nor to remember
 	}
+}
+
+// SyscallConn implements syscall.Conn, for fixBuffers.
+func (l *redirectedListener) SyscallConn() (syscall.RawConn, error) {
+	socket, ok := l.Listener.(syscall.Conn)
+	if !ok {
+		return nil, errors.ErrUnsupported
+	}
+	return socket.SyscallConn()
 }
 
 // originalDestination asks the kernel where a connection went before NAT

@@ -92,14 +92,7 @@ const (
 	// http.Server looks for its end even after the answer. What waits for its answer
 	// after that is not bounded by it.
 	readTimeout = 30 * time.Second
-	// writeTimeout bounds an answer, from when its request's header has been read. With the
-	// flags at their most it may wait for 172 s: a minute each for its pod and its identity,
-	// 2 s for the API server, and for a turn and the answer 25 s, once more where there are
-	// auxiliary tenants. IMDS takes up to two minutes for its first answer about scheduled
-	// events (Microsoft, "Scheduled Events for Linux VMs", Enabling and disabling). Who
-	// reads slower is cut.
-	writeTimeout = 3 * time.Minute
-	idleTimeout  = 2 * time.Minute
+	idleTimeout = 2 * time.Minute
 	// maxHeaderBytes makes it 8 KiB: http.Server adds another 4 (initialReadLimitSize).
 	maxHeaderBytes = 8<<10 - 4096
 	// lingerTimeout is how long Serve waits for clients to use their connections
@@ -124,7 +117,6 @@ func New(cfg Config) *Server {
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" takes the same road
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
-		WriteTimeout:                 writeTimeout,
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes,
 		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // what clients do wrong
@@ -134,7 +126,8 @@ func New(cfg Config) *Server {
 
 // Serve accepts from ln until ctx ends, then stops accepting, lets the requests
 // under way finish for at most 15 s, and returns nil. It returns an error when ln
-// fails before that. It closes ln.
+// fails before that. It closes ln. It fixes the size of the kernel's buffers of what ln
+// accepts.
 //
 // When ctx ends it first gives clients a second to use the connections that they
 // hold once more, and so to learn that they are at an end: a request that is on its
@@ -143,13 +136,16 @@ func New(cfg Config) *Server {
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	var open sync.WaitGroup // connections
 	s.http.ConnState = func(c net.Conn, state http.ConnState) {
-		s.connections.changed(c, state)
+		s.connections.trackState(c, state)
 		switch state {
 		case http.StateNew:
 			open.Add(1)
 		case http.StateClosed, http.StateHijacked:
 			open.Done()
 		}
+	}
+	if err := fixBuffers(ln); err != nil {
+		s.log.Warn("the size of the sockets' buffers cannot be fixed: connections may take more memory than the limits say", "error", err)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- s.http.Serve(s.connections.limit(ln)) }()
@@ -159,6 +155,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	case <-ctx.Done():
 	}
 	s.Retire(true)
+	s.connections.drain()
 	_ = ln.Close()
 	<-ended //nolint:errcheck // what Close did to it is not news
 	allClosed := make(chan struct{})

@@ -33,6 +33,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	r.Header = nil // from here on it waits for others: what it holds meanwhile is bounded by its query
 	identity, err := s.cfg.Pods.Identity(r.Context(), addr, pod, want.selector)
 	if err != nil {
 		return fmt.Errorf("pod %s: %w", pod, err)

@@ -2,11 +2,13 @@ package upstream
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -52,44 +54,174 @@ func TestRoundTripLeavesTheRequestAsItIs(t *testing.T) {
 	assert.Equal(t, http.Header{"Metadata": {"true"}}, r.Header)
 }
 
+// otherPath is not the token path here, and is it for imdstest and its faults.
+const otherPath = "/METADATA/identity/oauth2/token"
+
 func TestOnlySoManyArePassedOnAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
-		u, stop := inMemory(t, imds)
-		defer stop()
-		for range maxPassing {
-			imds.Inject(imdstest.Fault{Hang: true})
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		var hanging sync.WaitGroup
-		for range maxPassing {
-			hanging.Go(func() {
-				_, err := sent(u, passed(ctx, t))
-				assert.ErrorIs(t, err, context.Canceled)
+	for name, tc := range map[string]struct {
+		path string
+		most int
+	}{
+		"token path": {tokenPath, tokenSlots},
+		"others":     {otherPath, passingSlots},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
+				u, stop := inMemory(t, imds)
+				defer stop()
+				request := func(ctx context.Context, path string) *http.Request {
+					r := passed(ctx, t)
+					r.URL.Path = path
+					return r
+				}
+				for range tc.most {
+					imds.Inject(imdstest.Fault{Hang: true})
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				var hanging sync.WaitGroup
+				for range tc.most {
+					hanging.Go(func() {
+						_, err := sent(u, request(ctx, tc.path))
+						assert.ErrorIs(t, err, context.Canceled)
+					})
+				}
+				synctest.Wait()
+				atOnce, _ := imds.Peak()
+				assert.Equal(t, tc.most, atOnce)
+
+				begin := time.Now()
+				_, err := sent(u, request(t.Context(), tc.path))
+				require.ErrorContains(t, err, "are being passed on already")
+				assert.Equal(t, slotPatience, time.Since(begin))
+				gone, leave := context.WithTimeout(t.Context(), time.Second)
+				defer leave()
+				_, err = sent(u, request(gone, tc.path))
+				require.ErrorIs(t, err, context.DeadlineExceeded)
+				_, err = u.Token(t.Context(), asking(key))
+				require.NoError(t, err, "the agent's own tokens do not wait behind what is passed on")
+				for _, path := range []string{tokenPath, otherPath} {
+					if path != tc.path {
+						begin = time.Now()
+						_, err = sent(u, request(t.Context(), path))
+						require.NoError(t, err)
+						assert.Less(t, time.Since(begin), time.Second, "nor does %s", path)
+					}
+				}
+
+				time.AfterFunc(time.Second, cancel)
+				body, err := sent(u, request(t.Context(), tc.path))
+				require.NoError(t, err, "there is room in time")
+				assert.NotEmpty(t, body)
+				hanging.Wait()
+				assertIdle(t, u)
 			})
+		})
+	}
+}
+
+// assertIdle checks that all that was taken has been given back.
+func assertIdle(t *testing.T, u *Upstream) {
+	t.Helper()
+	for _, s := range []*slots{u.passing, u.passingTokens} {
+		s.mu.Lock()
+		assert.Zero(t, s.inUse)
+		assert.Empty(t, s.waiting)
+		assert.Empty(t, s.rotation)
+		s.mu.Unlock()
+	}
+	u.held.mu.Lock()
+	defer u.held.mu.Unlock()
+	assert.EqualValues(t, maxHeld, u.held.free)
+	assert.Empty(t, u.held.byAddr)
+}
+
+// The answer that nobody reads takes memory of its address, and no slot.
+func TestASlotCoversIMDSsTimeAlone(t *testing.T) {
+	answer := strings.Repeat("x", 200<<10)
+	u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) })))
+	var unread []*http.Response
+	for i := range 2 * passingSlots {
+		r := passed(t.Context(), t)
+		r.URL.Path, r.RemoteAddr = "/metadata/instance", fmt.Sprintf("10.0.0.%d:1", i/8)
+		resp, err := u.RoundTrip(r)
+		if errors.Is(err, ErrHeld) {
+			continue
 		}
-		synctest.Wait()
-		atOnce, _ := imds.Peak()
-		assert.Equal(t, maxPassing, atOnce)
+		require.NoError(t, err)
+		unread = append(unread, resp)
+	}
+	assert.Greater(t, len(unread), passingSlots/2)
+	u.passing.mu.Lock()
+	assert.Zero(t, u.passing.inUse)
+	u.passing.mu.Unlock()
+	for _, resp := range unread {
+		body, err := io.ReadAll(resp.Body)
+		require.NoError(t, err)
+		assert.Equal(t, answer, string(body), "all of it is there")
+		require.NoError(t, resp.Body.Close())
+		require.NoError(t, resp.Body.Close(), "once more")
+	}
+	assertIdle(t, u)
+}
 
-		begin := time.Now()
-		_, err := sent(u, passed(t.Context(), t))
-		require.ErrorIs(t, err, errBusy)
-		assert.Equal(t, passingPatience, time.Since(begin))
-		gone, leave := context.WithTimeout(t.Context(), time.Second)
-		defer leave()
-		_, err = sent(u, passed(gone, t))
-		require.ErrorIs(t, err, context.DeadlineExceeded)
-		_, err = u.Token(t.Context(), asking(key))
-		require.NoError(t, err, "tokens do not wait behind what is passed on")
-
-		time.AfterFunc(time.Second, cancel)
-		body, err := sent(u, passed(t.Context(), t))
-		require.NoError(t, err, "there is room in time")
-		assert.NotEmpty(t, body)
-		hanging.Wait()
-		assert.Empty(t, u.passing, "all places are given back")
+func TestSlotsRotateBetweenAddresses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSlots(1)
+		release, err := s.acquire(t.Context(), netip.Addr{})
+		require.NoError(t, err)
+		var mu sync.Mutex // guards order
+		var order []string
+		var asking sync.WaitGroup
+		for _, name := range []string{"a", "a", "a", "gone", "b", "a", "c", "c"} {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			asking.Go(func() {
+				done, err := s.acquire(ctx, netip.AddrFrom4([4]byte{10, 0, 0, name[0]}))
+				if name == "gone" {
+					assert.ErrorIs(t, err, context.Canceled)
+					return
+				}
+				assert.NoError(t, err)
+				mu.Lock()
+				order = append(order, name)
+				mu.Unlock()
+				done()
+			})
+			synctest.Wait()
+			if name == "gone" {
+				cancel()
+				synctest.Wait()
+			}
+		}
+		release()
+		asking.Wait()
+		assert.Equal(t, []string{"a", "b", "c", "a", "c", "a", "a"}, order)
+		assert.Zero(t, s.inUse)
+		assert.Empty(t, s.waiting)
 	})
+}
+
+// An address may hold as much as is free, so that there is something left for the next.
+func TestWhatIsInMemoryForOneAddressLeavesRoomForOthers(t *testing.T) {
+	const size, one = 1 << 20, 1 << 10
+	h := newHeld(size)
+	for i := range byte(50) {
+		from := netip.AddrFrom4([4]byte{10, 0, 0, i})
+		got := 0
+		for h.take(from, one) {
+			got += one
+		}
+		left := size - 0
+		for _, n := range h.byAddr {
+			left -= int(n)
+		}
+		assert.EqualValues(t, left, h.free)
+		if i < 8 {
+			assert.Equal(t, size>>(i+1), got, "half of what the one before left")
+		}
+		assert.GreaterOrEqual(t, h.free, int64(got))
+	}
 }
 
 func TestHowLongIMDSMayTakeForWhatIsPassedOn(t *testing.T) {
@@ -111,7 +243,7 @@ func TestHowLongIMDSMayTakeForWhatIsPassedOn(t *testing.T) {
 				_, err := sent(u, passed(t.Context(), t))
 				require.ErrorIs(t, err, tc.want)
 				assert.Equal(t, 1, imds.Requests())
-				assert.Empty(t, u.passing)
+				assertIdle(t, u)
 			})
 		})
 	}
@@ -146,7 +278,7 @@ func TestWhatIMDSNeverAnswersIsNotPassedOn(t *testing.T) {
 		want   string
 	}{
 		"a header without end": {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 2*maxHeader) + "\r\nContent-Length: 0\r\n\r\n", "exceeded"},
-		"a long body":          {fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", maxPassed+1), errLongAnswer.Error()},
+		"a long body":          {fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", maxPassed+1), ErrLongAnswer.Error()},
 		"another protocol":     {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", errSwitched.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -159,19 +291,19 @@ func TestWhatIMDSNeverAnswersIsNotPassedOn(t *testing.T) {
 			})))
 			_, err := sent(u, passed(t.Context(), t))
 			require.ErrorContains(t, err, tc.want)
-			assert.Empty(t, u.passing)
+			assertIdle(t, u)
 		})
 	}
 }
 
 func TestABodyThatTurnsOutLongIsCut(t *testing.T) {
-	for length, want := range map[int]error{maxPassed: nil, maxPassed + 1: errLongAnswer} {
+	for length, want := range map[int]error{maxPassed: nil, maxPassed + 1: ErrLongAnswer} {
 		u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			_ = http.NewResponseController(w).Flush() // so that its length is not known
 			_, _ = io.WriteString(w, strings.Repeat("x", length))
 		})))
 		_, err := sent(u, passed(t.Context(), t))
 		require.ErrorIs(t, err, want)
-		assert.Empty(t, u.passing)
+		assertIdle(t, u)
 	}
 }

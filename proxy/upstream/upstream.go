@@ -51,7 +51,10 @@ type Upstream struct {
 	transport *http.Transport
 	pipeline  runtime.Pipeline
 	entra     *entra
-	passing   chan struct{} // holds one element for each request that is being passed on
+
+	// For what is passed on; see RoundTrip.
+	passing, passingTokens *slots
+	held                   *held
 }
 
 // New returns an Upstream. It opens no connection yet.
@@ -71,7 +74,10 @@ func New(cfg Config) *Upstream {
 		transport: transport,
 		entra:     newEntra(cfg),
 		pipeline:  newPipeline(transport),
-		passing:   make(chan struct{}, maxPassing),
+
+		passing:       newSlots(passingSlots),
+		passingTokens: newSlots(tokenSlots),
+		held:          newHeld(maxHeld),
 	}
 }
 

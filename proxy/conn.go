@@ -1,0 +1,155 @@
+package proxy
+
+import (
+	"container/list"
+	"context"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// answerTimeout bounds each write of an answer of ours, of which the longest takes
+	// three: what has to wait for a client after that is lost. It begins with the write,
+	// however long the answer was waited for. It is also how long a closed connection is
+	// kept for a client that has not taken all of its answer.
+	answerTimeout = 5 * time.Second
+	// passedTimeout is the same for the whole of an answer of IMDS's.
+	passedTimeout = 3 * time.Minute
+)
+
+// conn is a connection that is counted until the kernel, too, holds nothing of it.
+type conn struct {
+	net.Conn
+	all  *connections
+	from netip.Addr
+
+	// Guarded by all.mu.
+	place *list.Element // in its source; nil once it is counted out
+	busy  bool
+
+	// The request under way. They are written by the goroutine that serves the
+	// connection; handled is read by the one that looks out for the client's end.
+	handled  atomic.Bool // it is a handler's; see handling
+	head     headReader
+	answerBy time.Time // for the rest of the answer; zero for answerTimeout a write
+
+	failed  atomic.Bool // an answer was not taken in time
+	refused atomic.Bool // http.Server has refused a request by itself
+}
+
+// connKey finds the *conn of a request in its context.
+type connKey struct{}
+
+func withConn(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, c)
+}
+
+// connOf is the connection that a request came on; nil in tests without one.
+func connOf(r *http.Request) *conn {
+	if r == nil {
+		return nil
+	}
+	c, _ := r.Context().Value(connKey{}).(*conn)
+	return c
+}
+
+// handling notes that from here on what is written to the connection is an answer of
+// ours, and what is read the body. It ends when the connection becomes idle, see
+// trackState: http.Server says so after it has flushed an answer, and before it reads the
+// next request.
+func handling(r *http.Request) {
+	if c := connOf(r); c != nil {
+		c.handled.Store(true)
+	}
+}
+
+// awaitRequest is the end of handling.
+func (c *conn) awaitRequest() {
+	c.handled.Store(false)
+	c.head.begin()
+	c.answerBy = time.Time{}
+}
+
+// Read implements net.Conn. Of a head it returns no more than the rest, so that none is
+// parsed before its lines have been counted.
+func (c *conn) Read(p []byte) (int, error) {
+	if c.handled.Load() {
+		return c.head.readBody(c.Conn, p)
+	}
+	return c.head.read(c.Conn, p)
+}
+
+// Write implements net.Conn.
+func (c *conn) Write(p []byte) (int, error) {
+	written := len(p)
+	if !c.handled.Load() {
+		if c.refused.Swap(true) {
+			return written, nil // the rest of http.Server's own answer
+		}
+		p = cannedAnswer(p, c.head.err != nil)
+	}
+	by := c.answerBy
+	if by.IsZero() {
+		by = time.Now().Add(answerTimeout)
+	}
+	if err := c.SetWriteDeadline(by); err != nil {
+		return 0, err
+	}
+	if n, err := c.Conn.Write(p); err != nil {
+		c.failed.Store(true)
+		return min(n, written), err
+	}
+	return written, nil
+}
+
+// Close implements net.Conn. http.Server calls it where it serves the connection. What the
+// client has not taken yet would stay in the kernel for a minute or more, and be counted
+// by nobody: so the connection keeps its place until the client has taken all, for
+// answerTimeout at most, and is then reset. As an idle one it gives way to a new one.
+func (c *conn) Close() error {
+	c.all.mu.Lock()
+	wait := c.place != nil && !c.all.draining && !c.failed.Load()
+	c.all.mu.Unlock()
+	if wait && (c.refused.Load() || unsent(c.Conn)) {
+		c.all.setBusy(c, false)
+		c.awaitClient()
+	}
+	c.all.mu.Lock()
+	defer c.all.mu.Unlock()
+	c.all.untrackLocked(c)
+	if c.failed.Load() || wait && unsent(c.Conn) {
+		reset(c.Conn)
+		return nil
+	}
+	return c.Conn.Close()
+}
+
+// awaitClient finishes sending, and waits until the client has, too, and has taken all.
+func (c *conn) awaitClient() {
+	by := time.Now().Add(answerTimeout)
+	if c.CloseWrite() != nil || c.SetReadDeadline(by) != nil {
+		return
+	}
+	var ignored [512]byte
+	for {
+		if _, err := c.Conn.Read(ignored[:]); err != nil {
+			break
+		}
+	}
+	// A client may have finished sending before, and nothing tells when it has taken the rest.
+	for pause := time.Millisecond; unsent(c.Conn) && time.Now().Before(by); pause *= 2 {
+		time.Sleep(min(pause, time.Until(by)))
+	}
+}
+
+// CloseWrite lets http.Server end a connection such that the client can read what it
+// was told.
+func (c *conn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
