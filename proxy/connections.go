@@ -12,8 +12,8 @@ import (
 // Defaults of a Config that leaves them out. What each connection may hold, and what that
 // comes to, is in docs/security.md, Memory.
 const (
-	// DefaultMaxConnections is four for each of 250 pods.
-	DefaultMaxConnections       = 1024
+	// DefaultMaxConnections is two for each of 250 pods.
+	DefaultMaxConnections       = 512
 	DefaultMaxConnectionsPerPod = 64
 )
 

@@ -1,0 +1,176 @@
+package proxy
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// maxPerConnection is what docs/security.md, Memory, says of a connection's share of the
+// agent's own memory.
+const maxPerConnection = 48 << 10
+
+// fullHead is a head of as many bytes and lines as one may have, every line another field.
+func fullHead(target string) string {
+	var b strings.Builder
+	b.WriteString("GET " + target + " HTTP/1.1\r\nHost: h\r\nMetadata: true\r\n")
+	for i := range maxHeadLines - 5 {
+		fmt.Fprintf(&b, "X%d: %s\r\n", i, strings.Repeat("x", 100))
+	}
+	b.WriteString("X: " + strings.Repeat("x", 8<<10-b.Len()-len("X: \r\n\r\n")) + "\r\n\r\n")
+	return b.String()
+}
+
+// usedMemory is what the process has in use for objects and stacks.
+func usedMemory() int64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc + m.StackInuse)
+}
+
+// Whatever its client does, a connection holds no more than the documents say.
+func TestMemoryOfAConnection(t *testing.T) {
+	tiny := "GET /x HTTP/1.1\r\nHost: h\r\n" + manyFields(1300) + "\r\n"
+	for name, tc := range map[string]struct {
+		sends string
+		busy  bool // http.Server has its head, and is not done with it
+	}{
+		"silent":                         {"", false},
+		"half a head":                    {fullHead("/x")[:8<<10-10], false},
+		"waits for its pod":              {fullHead(tokenURL), true},
+		"waits for IMDS, and sends more": {fullHead(versions) + fullHead(tokenURL), true},
+		"sends heads of 1,300 fields, reads none": {strings.Repeat(tiny, 20), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			const n = 200
+			imds := &heldIMDS{release: make(chan struct{})}
+			w := newWorld(t, func(c *Config) {
+				c.Upstream, c.MaxConnectionsPerPod = imds, n
+				c.Pods = newResolverThatWaits(t, c.Logger, time.Minute) // and never hears of a pod
+			})
+			defer close(imds.release)
+			before := usedMemory()
+			for range n {
+				c := w.connect(stranger)
+				require.NoError(t, c.Conn.(*net.TCPConn).SetReadBuffer(0))
+				go func() { _, _ = io.WriteString(c, tc.sends) }()
+			}
+			w.eventually(n)
+			if tc.busy {
+				w.busy(n)
+			}
+			each := (usedMemory() - before) / n
+			t.Logf("%d bytes each", each)
+			assert.Less(t, each, int64(maxPerConnection))
+		})
+	}
+}
+
+// busy waits until so many connections are in use.
+func (w *world) busy(n int) {
+	w.t.Helper()
+	w.within(func() bool {
+		cs := w.server.connections
+		cs.mu.Lock()
+		defer cs.mu.Unlock()
+		busy := 0
+		for _, from := range cs.byAddr {
+			for place := from.Front(); place != nil; place = place.Next() {
+				if connAt(place).busy {
+					busy++
+				}
+			}
+		}
+		return busy == n
+	}, "%d connections in use", n)
+}
+
+// manyFields are n of six bytes.
+func manyFields(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "%c%c:\r\n", 'a'+i%26, 'a'+i/26%26)
+	}
+	return b.String()
+}
+
+// A head that is refused costs no more than its bytes, however small its fields are.
+func TestAHeadIsCountedBeforeItIsParsed(t *testing.T) {
+	h := new(headReader)
+	raw := "GET /x HTTP/1.1\r\nHost: h\r\n" + manyFields(1300) + "\r\n"
+	got, err := io.ReadAll(readerFunc(func(p []byte) (int, error) { return h.read(strings.NewReader(raw), p) }))
+	require.ErrorIs(t, err, errManyLines)
+	assert.Empty(t, got)
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// However the bytes of heads arrive, each Read ends with a head at most, and nothing is
+// added, lost or changed.
+func TestHeadReader(t *testing.T) {
+	const a, b, c = "GET /a HTTP/1.1\r\nX: y\r\n\r\n", "GET /b HTTP/1.1\nX: y\n\n", "\r\nGET /c HTTP/1.1\r\r\n\r\r\n"
+	want := []string{a, b, "\r\n", c[2:], "half"}
+	all := strings.Join(want, "")
+	for size := 1; size <= len(all); size++ {
+		for _, room := range []int{1, 3, 4096} {
+			source, h := strings.NewReader(all), new(headReader)
+			var got []string
+			p, part := make([]byte, room), ""
+			for {
+				n, err := h.read(io.LimitReader(source, int64(size)), p)
+				if part += string(p[:n]); strings.HasSuffix(part, "\n") && len(got) < len(want) && part == want[len(got)] {
+					got, part = append(got, part), ""
+					h.begin()
+				}
+				if err != nil {
+					require.ErrorIs(t, err, io.EOF)
+					break
+				}
+			}
+			require.Equal(t, want, append(got, part), "%d bytes at once", size)
+		}
+	}
+}
+
+// A body is not counted, whatever comes in one Read with the head before it.
+func TestTheLinesOfABodyAreNotCounted(t *testing.T) {
+	p := newPlainIMDS(t)
+	pod := p.pod()
+	body := strings.Repeat("x\n", 500)
+	pod.write(t, fmt.Sprintf("POST /metadata/x HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s", len(body), body))
+	imds := p.accept()
+	r, err := http.ReadRequest(imds.r)
+	require.NoError(t, err)
+	got, err := io.ReadAll(r.Body)
+	require.NoError(t, err)
+	assert.Equal(t, body, string(got))
+}
+
+// Requests that come at once are counted each on its own.
+func TestManyRequestsAtOnceAreNotOneHead(t *testing.T) {
+	w := newWorld(t, nil)
+	c := w.connect(bound)
+	const n = 100
+	_, err := io.WriteString(c, strings.Repeat(get(tokenURL), n))
+	require.NoError(t, err)
+	for range n {
+		resp, err := http.ReadResponse(c.r, nil)
+		require.NoError(t, err)
+		_, err = io.Copy(io.Discard, resp.Body)
+		require.NoError(t, err)
+		require.NoError(t, resp.Body.Close())
+		require.Equal(t, 200, resp.StatusCode)
+	}
+}
