@@ -95,11 +95,11 @@ func (w *world) busy(n int) {
 	}, "%d connections in use", n)
 }
 
-// manyFields are n of six bytes.
+// manyFields are n different ones of six bytes each.
 func manyFields(n int) string {
 	var b strings.Builder
 	for i := range n {
-		fmt.Fprintf(&b, "%c%c:\r\n", 'a'+i%26, 'a'+i/26%26)
+		fmt.Fprintf(&b, "%c%c%c:\r\n", 'a'+i%26, 'a'+i/26%26, 'a'+i/676)
 	}
 	return b.String()
 }
