@@ -71,7 +71,7 @@ bench-scale: root packages build kube ## memory, start and requests/s in a clust
 	@go build -o .cache/bench-scale ./bench/scale
 	@exec .cache/bench-scale
 
-bench-misuse: root packages build kube ## what a pod that misbehaves costs the others; 2 minutes
+bench-misuse: root packages build kube ## what pods that misbehave cost the others, under the memory limit; 4 minutes
 	@go build -o .cache/bench-misuse ./bench/misuse
 	@exec taskset -c 1 .cache/bench-misuse
 

@@ -18,6 +18,12 @@ const (
 	answerTimeout = 5 * time.Second
 	// passedTimeout is the same for the whole of an answer of IMDS's.
 	passedTimeout = 3 * time.Minute
+	// maxIgnored is how much is read of a client whose connection ends.
+	maxIgnored = 8 << 10
+	// pipelinePause is between the requests of a client that does not wait for answers. Its
+	// goroutine would not come to an end, and while one can run, Go's scheduler looks for
+	// what others have sent only every 10 ms (runtime/proc.go, findRunnable and sysmon).
+	pipelinePause = time.Millisecond
 )
 
 // conn is a connection that is counted until the kernel, too, holds nothing of it.
@@ -71,6 +77,9 @@ func (c *conn) awaitRequest() {
 	c.handled.Store(false)
 	c.head.begin()
 	c.answerBy = time.Time{}
+	if len(c.head.ahead) > 0 {
+		time.Sleep(pipelinePause)
+	}
 }
 
 // Read implements net.Conn. Of a head it returns no more than the rest, so that none is
@@ -127,19 +136,21 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// awaitClient finishes sending, and waits until the client has, too, and has taken all.
+// awaitClient finishes sending, reads what the client was about to send (left unread it
+// would make of the end a reset), and waits until the client has taken all.
 func (c *conn) awaitClient() {
 	by := time.Now().Add(answerTimeout)
 	if c.CloseWrite() != nil || c.SetReadDeadline(by) != nil {
 		return
 	}
 	var ignored [512]byte
-	for {
-		if _, err := c.Conn.Read(ignored[:]); err != nil {
+	for left := maxIgnored; left > 0; {
+		n, err := c.Conn.Read(ignored[:])
+		if left -= n; err != nil {
 			break
 		}
 	}
-	// A client may have finished sending before, and nothing tells when it has taken the rest.
+	// Nothing tells when it has.
 	for pause := time.Millisecond; unsent(c.Conn) && time.Now().Before(by); pause *= 2 {
 		time.Sleep(min(pause, time.Until(by)))
 	}

@@ -7,42 +7,220 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/podidentity/nmi/deploy/testbed"
 )
 
-// misuses are what the bad pod does. do closes started when it is at its worst, and
-// returns, when ctx ends, what it got from it.
-var misuses = []struct {
-	name string
-	do   func(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) string
-}{
+// misuses are what bad pods do, of which there are badPods. do closes started when it is
+// at its worst, and returns, when ctx ends, what came of it.
+var misuses = []misuse{
 	{"nothing", nothing},
 	{"sends headers a byte a second, on 1,000 connections", slowloris},
 	{"opens 10,000 connections and says nothing", silence},
 	{"asks 5,000 times a second for tokens that are not in memory", misses},
+	{"asks up to 32,000 times a second for its token", hurry(1)},
+	{"the same, ten times before it reads", hurry(10)},
+	{"two pods: heads of 1,300 fields, on 1,200 connections, reads nothing", neverReads(testbed.TinyFields(1300))},
+	{"two pods: heads of 8 KiB, on 1,200 connections, reads nothing", neverReads(testbed.LargeHead())},
+	{"half a request, on 10,400 connections to the metrics and probe ports", pages},
+	{"dials the node's address up to 10,000 times a second", dials},
 	{"nothing, again", nothing},
 }
 
-func nothing(ctx context.Context, _ *testbed.Pod, started chan<- struct{}) string {
+type misuse struct {
+	name string
+	do   func(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string
+}
+
+const badPods = 2
+
+func nothing(ctx context.Context, _ []*testbed.Namespace, started chan<- struct{}) string {
 	close(started)
 	<-ctx.Done()
 	return ""
 }
 
+// neverReads sends requests on connections of both pods, and reads no answer.
+func neverReads(text string) func(context.Context, []*testbed.Namespace, chan<- struct{}) string {
+	return func(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
+		var floods []*testbed.Flood
+		for _, pod := range pods {
+			floods = append(floods, pod.StartFlood(ctx, 600, text))
+		}
+		pause(ctx, time.Second)
+		close(started)
+		<-ctx.Done()
+		var opened, closed int64
+		for _, f := range floods {
+			f.Stop()
+			opened, closed = opened+f.Opened.Load(), closed+f.Closed.Load()
+		}
+		return fmt.Sprintf("%d connections, %d of them closed on it", opened, closed)
+	}
+}
+
+// hurry asks on as many connections as a pod may have, on each so many times before it
+// reads the answers.
+func hurry(batch int) func(context.Context, []*testbed.Namespace, chan<- struct{}) string {
+	return func(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
+		const workers, perSecond = 64, 32_000
+		path := strings.TrimPrefix(tokenURL, "http://"+testbed.MetadataAddress)
+		requests := strings.Repeat("GET "+path+" HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n", batch)
+		var answered atomic.Int64
+		var running sync.WaitGroup
+		for range workers {
+			running.Go(func() {
+				conn := dial(ctx, pods[0], testbed.MetadataAddress)
+				if conn == nil {
+					return
+				}
+				defer conn.Close() //nolint:errcheck // nobody can be told
+				defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
+				answers := bufio.NewReaderSize(conn, 64<<10)
+				tick := time.NewTicker(time.Second * workers * time.Duration(batch) / perSecond)
+				defer tick.Stop()
+				for {
+					select {
+					case <-tick.C:
+					case <-ctx.Done():
+						return
+					}
+					if _, err := io.WriteString(conn, requests); err != nil {
+						return
+					}
+					for range batch {
+						if skipAnswer(answers) != nil {
+							return
+						}
+						answered.Add(1)
+					}
+				}
+			})
+		}
+		began := time.Now()
+		close(started)
+		<-ctx.Done()
+		rate := float64(answered.Load()) / time.Since(began).Seconds()
+		running.Wait()
+		return fmt.Sprintf("%.0f answers/s", rate)
+	}
+}
+
+// skipAnswer reads an answer that has a Content-Length, without looking at the rest.
+func skipAnswer(r *bufio.Reader) error {
+	length := 0
+	for {
+		line, err := r.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		if name, value, ok := strings.Cut(string(line), ":"); ok && name == "Content-Length" {
+			length, _ = strconv.Atoi(strings.TrimSpace(value))
+		}
+		if len(line) <= 2 {
+			_, err := r.Discard(length)
+			return err
+		}
+	}
+}
+
+// pages sends half a request on each of many connections to the ports of metrics and
+// probes, and opens another for each that is closed.
+func pages(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
+	const connections = 10_400
+	var opened, held atomic.Int64
+	var running sync.WaitGroup
+	for i := range connections {
+		running.Go(func() {
+			for ctx.Err() == nil {
+				conn := dial(ctx, pods[0], []string{metricsAddress, probeAddress}[i%2])
+				if conn == nil {
+					continue
+				}
+				opened.Add(1)
+				held.Add(1)
+				_, err := io.WriteString(conn, "GET / HTTP/1.1\r\nX: "+strings.Repeat("x", 4000))
+				if err == nil {
+					stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+					_, _ = conn.Read(make([]byte, 1))
+					stop()
+				}
+				held.Add(-1)
+				_ = conn.Close()
+				pause(ctx, 100*time.Millisecond)
+			}
+		})
+	}
+	pause(ctx, 2*time.Second)
+	close(started)
+	<-ctx.Done()
+	result := fmt.Sprintf("%d connections, %d open at the end", opened.Load(), held.Load())
+	running.Wait()
+	return result
+}
+
+// dials opens connections to the agent's port on the node's address, which nothing has
+// redirected. It does so in the pod's namespace, without Go's net, which needs more of
+// its core for a dial than the agent to refuse it.
+func dials(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
+	const workers, perSecond = 4, 10_000
+	var dialled atomic.Int64
+	var running sync.WaitGroup
+	to := &unix.SockaddrInet4{Port: 2579, Addr: netip.MustParseAddr(testbed.NodeAddress).As4()}
+	for range workers {
+		running.Go(func() {
+			_ = pods[0].Do(func() error {
+				began := time.Now()
+				for n := 0; ctx.Err() == nil; n++ {
+					if ahead := time.Duration(n)*time.Second*workers/perSecond - time.Since(began); ahead > time.Millisecond {
+						time.Sleep(ahead)
+					}
+					fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+					if err != nil {
+						return err
+					}
+					if unix.Connect(fd, to) == nil {
+						dialled.Add(1)
+					}
+					_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+					_ = unix.Close(fd)
+				}
+				return nil
+			})
+		})
+	}
+	began := time.Now()
+	close(started)
+	<-ctx.Done()
+	rate := float64(dialled.Load()) / time.Since(began).Seconds()
+	running.Wait()
+	return fmt.Sprintf("%.0f dials/s", rate)
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}
+
 // slowloris keeps a thousand connections busy with the header of a request that never
 // ends, and opens another for each that is closed.
-func slowloris(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) string {
+func slowloris(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
 	var opened, closed atomic.Int64
 	var running sync.WaitGroup
 	for range 1000 {
 		running.Go(func() {
 			for ctx.Err() == nil {
-				if conn := dial(ctx, pod); conn != nil {
+				if conn := dial(ctx, pods[0], testbed.MetadataAddress); conn != nil {
 					opened.Add(1)
 					trickle(ctx, conn)
 					closed.Add(1)
@@ -61,17 +239,14 @@ func slowloris(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) s
 var dialling = make(chan struct{}, 8)
 
 // dial opens a connection, or waits a moment before the next try.
-func dial(ctx context.Context, pod *testbed.Pod) net.Conn {
+func dial(ctx context.Context, pod *testbed.Namespace, address string) net.Conn {
 	dialling <- struct{}{}
-	conn, err := pod.DialContext(ctx, "tcp", testbed.MetadataAddress)
+	conn, err := pod.DialContext(ctx, "tcp", address)
 	<-dialling
 	if err == nil {
 		return conn
 	}
-	select {
-	case <-time.After(100 * time.Millisecond):
-	case <-ctx.Done():
-	}
+	pause(ctx, 100*time.Millisecond)
 	return nil
 }
 
@@ -95,14 +270,14 @@ func trickle(ctx context.Context, conn net.Conn) {
 }
 
 // silence opens connections and holds them.
-func silence(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) string {
+func silence(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
 	var opened atomic.Int64
 	var running sync.WaitGroup
 	for range 16 {
 		running.Go(func() {
 			var held []net.Conn
 			for range 10_000 / 16 {
-				if conn := dial(ctx, pod); conn != nil {
+				if conn := dial(ctx, pods[0], testbed.MetadataAddress); conn != nil {
 					opened.Add(1)
 					held = append(held, conn)
 				}
@@ -121,14 +296,14 @@ func silence(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) str
 
 // misses asks for a resource of its own making each time, without an http.Client: what
 // the clients need of their core should not hide what the agent does on its own.
-func misses(ctx context.Context, pod *testbed.Pod, started chan<- struct{}) string {
+func misses(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
 	// Of the workers 20 always wait, since a pod may have as many fetches under way.
 	const workers, waiting, perSecond = 100, 20, 5_000
 	var asked, served, refused atomic.Int64
 	var running sync.WaitGroup
 	for i := range workers {
 		running.Go(func() {
-			conn := dial(ctx, pod)
+			conn := dial(ctx, pods[0], testbed.MetadataAddress)
 			if conn == nil {
 				return
 			}

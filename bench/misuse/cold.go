@@ -26,7 +26,7 @@ func measureCold(ctx context.Context, w *testbed.World, good *testbed.Pod) error
 		}
 		pods = append(pods, pod)
 	}
-	return withAgent(ctx, w, func(*testbed.Agent) error {
+	return withAgent(ctx, w, func(*testbed.Agent, *testbed.MemoryLimit) error {
 		var first, later, turnedAway, failed atomic.Int64
 		var asking sync.WaitGroup
 		began := time.Now()

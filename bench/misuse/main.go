@@ -1,14 +1,16 @@
 // Command misuse measures what pods that misbehave cost the others.
 //
-// It builds the world of the e2e (kernel, API server, the real binary). One pod asks
-// for its token 500 times a second while another does its worst: connections that
-// trickle, ten thousand that say nothing, five thousand requests a second for tokens
-// that are not in memory. What the good pod sees is compared with what it saw when
-// all was quiet, in the same run. Then a hundred pods want a thousand tokens at once,
+// It builds the world of the e2e (kernel, API server, the real binary), with the
+// manifest's memory limit in force. One pod asks for its token 500 times a second while
+// others do their worst, see misuses. What the good pod sees is compared with what it saw
+// when all was quiet, in the same run. Then a hundred pods want a thousand tokens at once,
 // and it is counted what comes to the metadata service.
 //
+// It fails if the agent ends, needs 100 MiB or more, or fails the good pod. What the good
+// pod waits is reported beside its bound, and fails nothing: machines are noisy.
+//
 // main.go says what is measured and prints it, good.go is the pod that measures, bad.go
-// the one that misbehaves, cold.go the thousand tokens.
+// those that misbehave, child.go their process, cold.go the thousand tokens.
 package main
 
 import (
@@ -29,18 +31,30 @@ import (
 const serverCore = 0
 
 const (
-	goodAddr = "10.244.0.11"
-	badAddr  = "10.244.0.12"
+	goodAddr       = "10.244.0.11"
+	metricsAddress = testbed.NodeAddress + ":9090"
+	probeAddress   = testbed.NodeAddress + ":8085"
+
+	maxMemory = 100 << 20 // bytes
+	maxRatio  = 3         // of the 99th percentile to its quiet value
 )
+
+// errBroken means that the agent did not keep a bound.
+var errBroken = errors.New("a bound is broken, see the table")
 
 var identity = imdstest.Identity{ClientID: "ca470000-0000-4000-8000-000000000001"}
 
 func main() {
 	seconds := flag.Int("seconds", 10, "length of one measurement")
+	number := flag.Int("bad", -1, "play the bad pods; for this program's own use")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := testbed.EnterNode()
-	if err == nil {
+	switch {
+	case err != nil:
+	case *number >= 0:
+		err = playBad(ctx, *number)
+	default:
 		err = run(ctx, time.Duration(*seconds)*time.Second)
 	}
 	stop()
@@ -63,14 +77,19 @@ func run(ctx context.Context, length time.Duration) (err error) {
 	if err != nil {
 		return err
 	}
-	bad, err := addPod(ctx, w, "bad", badAddr)
-	if err != nil {
-		return err
+	var pods []*testbed.Pod
+	for i := range badPods {
+		pod, err := addPod(ctx, w, fmt.Sprintf("bad-%d", i), fmt.Sprintf("10.244.0.%d", 12+i))
+		if err != nil {
+			return err
+		}
+		pods = append(pods, pod)
 	}
-	if err := measureMisuse(ctx, w, good, bad, length); err != nil {
-		return err
+	broken := measureMisuse(ctx, w, good, pods, length)
+	if broken != nil && !errors.Is(broken, errBroken) {
+		return broken
 	}
-	return measureCold(ctx, w, good)
+	return errors.Join(broken, measureCold(ctx, w, good))
 }
 
 // addPod makes a pod that is bound to the identity.
@@ -82,10 +101,15 @@ func addPod(ctx context.Context, w *testbed.World, name, addr string) (*testbed.
 	return pod, w.CreatePod(ctx, "shop", name, addr, map[string]string{"aadpodidbinding": "cart"})
 }
 
-// withAgent runs measure beside an agent that is ready.
-func withAgent(ctx context.Context, w *testbed.World, measure func(*testbed.Agent) error) (err error) {
+// withAgent runs measure beside an agent that is ready, with the manifest's memory limit.
+func withAgent(ctx context.Context, w *testbed.World, measure func(*testbed.Agent, *testbed.MemoryLimit) error) (err error) {
 	w.IMDS.Reset()
-	agent, err := testbed.StartPinnedAgent(serverCore, w.Kubeconfig)
+	limit, env, err := testbed.NewManifestMemoryLimit()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, limit.Close()) }()
+	agent, err := limit.StartPinnedAgent(serverCore, env, w.Kubeconfig)
 	if err != nil {
 		return err
 	}
@@ -96,41 +120,46 @@ func withAgent(ctx context.Context, w *testbed.World, measure func(*testbed.Agen
 	if err := agent.AwaitReady(ctx); err != nil {
 		return err
 	}
-	return measure(agent)
+	return measure(agent, limit)
 }
 
-func measureMisuse(ctx context.Context, w *testbed.World, good, bad *testbed.Pod, length time.Duration) error {
+// measureMisuse prints a table, and returns errBroken if a bound in it is.
+func measureMisuse(ctx context.Context, w *testbed.World, good *testbed.Pod, pods []*testbed.Pod, length time.Duration) error {
 	var quiet result
+	broken := false
 	fmt.Printf("A good pod asks for its token %d times a second for %s, on %d connections, while another does this:\n\n", goodRate, length, goodConnections)
-	fmt.Println("| the other pod | p50 | ratio | p99 | ratio | failed | agent's memory, MiB | what the other got |")
-	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---|")
-	for _, misuse := range misuses {
-		err := withAgent(ctx, w, func(agent *testbed.Agent) error {
+	fmt.Printf("| the other pod | p50 | ratio | p99 | ratio | at most %d | failed | most memory, MiB | bounds | what came of it |\n", maxRatio)
+	fmt.Println("|---|---:|---:|---:|---:|---|---:|---:|---|---|")
+	for number, misuse := range misuses {
+		err := withAgent(ctx, w, func(agent *testbed.Agent, limit *testbed.MemoryLimit) error {
 			if _, err := ask(ctx, good, length/5); err != nil { // warm
 				return err
 			}
-			busy, stop := context.WithCancel(ctx)
-			defer stop()
-			outcome := make(chan string, 1)
-			started := make(chan struct{})
-			go func() { outcome <- misuse.do(busy, bad, started) }()
-			<-started
+			others, err := startBad(ctx, number, pods)
+			if err != nil {
+				return err
+			}
 			got, err := ask(ctx, good, length)
 			if err != nil {
 				return err
 			}
-			resident, _, err := agent.Memory()
+			came, err := others.stop()
 			if err != nil {
 				return err
 			}
-			stop()
+			verdict, peak, err := bounds(agent, limit, got)
+			if err != nil {
+				return err
+			}
+			broken = broken || verdict != "kept"
 			if quiet.p50 == 0 {
 				quiet = got
 			}
-			fmt.Printf("| %s | %s | %.2f | %s | %.2f | %d | %.1f | %s |\n", misuse.name,
+			late := float64(got.p99) / float64(quiet.p99)
+			fmt.Printf("| %s | %s | %.2f | %s | %.2f | %s | %d | %.1f | %s | %s |\n", misuse.name,
 				got.p50.Round(time.Microsecond), float64(got.p50)/float64(quiet.p50),
-				got.p99.Round(time.Microsecond), float64(got.p99)/float64(quiet.p99),
-				got.failed, float64(resident)/(1<<20), <-outcome)
+				got.p99.Round(time.Microsecond), late, map[bool]string{true: "yes", false: "**no**"}[late <= maxRatio],
+				got.failed, float64(peak)/(1<<20), verdict, came)
 			return nil
 		})
 		if err != nil {
@@ -138,5 +167,34 @@ func measureMisuse(ctx context.Context, w *testbed.World, good, bad *testbed.Pod
 		}
 	}
 	fmt.Println()
+	if broken {
+		return errBroken
+	}
 	return nil
+}
+
+// bounds says whether the agent has kept its own, and how much memory it has needed.
+func bounds(agent *testbed.Agent, limit *testbed.MemoryLimit, got result) (verdict string, peak int64, err error) {
+	if peak, err = limit.Peak(); err != nil {
+		return "", 0, err
+	}
+	kills, err := limit.OOMKills()
+	if err != nil {
+		return "", 0, err
+	}
+	select {
+	case <-agent.Done():
+		return "**the agent has ended**", peak, nil
+	default:
+	}
+	switch {
+	case kills > 0:
+		return "**killed for its memory**", peak, nil
+	case peak >= maxMemory:
+		return "**memory**", peak, nil
+	case got.failed > 0:
+		return "**the good pod's requests failed**", peak, nil
+	default:
+		return "kept", peak, nil
+	}
 }

@@ -20,7 +20,7 @@ type Flood struct {
 
 // StartFlood keeps so many connections to the metadata service open, sends text on each
 // again and again, and reads nothing. One that is closed is opened anew.
-func (p *Pod) StartFlood(ctx context.Context, connections int, text string) *Flood {
+func (n *Namespace) StartFlood(ctx context.Context, connections int, text string) *Flood {
 	f := new(Flood)
 	ctx, f.stop = context.WithCancel(ctx)
 	dialling := make(chan struct{}, 8) // keeps the threads that are in the pod's namespace few
@@ -28,7 +28,7 @@ func (p *Pod) StartFlood(ctx context.Context, connections int, text string) *Flo
 		f.sending.Go(func() {
 			for ctx.Err() == nil {
 				dialling <- struct{}{}
-				conn, err := p.DialContext(ctx, "tcp", MetadataAddress)
+				conn, err := n.DialContext(ctx, "tcp", MetadataAddress)
 				<-dialling
 				if err != nil {
 					select { // the agent has no place, or has ended

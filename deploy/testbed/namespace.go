@@ -120,6 +120,18 @@ func NewNamespace() (*Namespace, error) {
 	return ns, err
 }
 
+// File is the namespace for another process, which gets it back with NamespaceOf.
+func (n *Namespace) File() (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(n.handle), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("copying the descriptor of a namespace: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "netns"), nil
+}
+
+// NamespaceOf is the namespace that a descriptor stands for.
+func NamespaceOf(fd int) *Namespace { return &Namespace{handle: netns.NsHandle(fd)} }
+
 // Close lets go of the namespace. It vanishes with its last socket and process.
 func (n *Namespace) Close() error { return n.handle.Close() }
 
