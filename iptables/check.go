@@ -73,6 +73,22 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 	return len(c.written) > 0, c.err
 }
 
+// Fence writes the fences now, and returns why one could not be written.
+// It is for before Run, which tries again: whatever keeps the rest of the agent
+// from starting must not leave the node open.
+func (r *Reconciler) Fence(ctx context.Context) error {
+	var c check
+	r.checkRoutingFence(&c)
+	err := r.open()
+	if err == nil {
+		_, err = r.checkChain(ctx, &c, desired(r.cfg, None)[0])
+	}
+	if len(c.written) > 0 {
+		r.cfg.Logger.InfoContext(ctx, "fences put in place", "rules", c.written)
+	}
+	return errors.Join(c.err, c.optional, err)
+}
+
 // failed records the error of a part. In mode None nothing is required but what was
 // asked for.
 func (r *Reconciler) failed(c *check, part string, err error) {

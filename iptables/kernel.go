@@ -8,10 +8,12 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
 
+	goiptables "github.com/coreos/go-iptables/iptables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -30,7 +32,8 @@ const lockFile = "/run/xtables.lock"
 // kernel reads and writes the tables of one backend through its commands.
 type kernel struct {
 	backend   Backend
-	path      string         // of iptables; iptables-restore stands beside it
+	path      string // of iptables; iptables-restore stands beside it
+	tables    *goiptables.IPTables
 	contended *atomic.Uint64 // commands before which another program held the lock
 }
 
@@ -42,62 +45,47 @@ func openKernel(backend Backend, contended *atomic.Uint64) (*kernel, error) {
 	if _, err = exec.LookPath(path + "-restore"); err != nil {
 		return nil, fmt.Errorf("%s-restore is not on this machine: install the iptables package: %w", path, err)
 	}
-	return &kernel{backend: backend, path: path, contended: contended}, nil
+	tables, err := goiptables.New(goiptables.Path(path), goiptables.Timeout(lockWait))
+	if err != nil {
+		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
+	}
+	return &kernel{backend: backend, path: path, tables: tables, contended: contended}, nil
 }
 
 // errLocked means that another program holds the xtables lock.
 var errLocked = errors.New("another program holds the xtables lock")
 
 // noSuchChain is the exit status of iptables for a chain that is not there. The texts
-// differ: iptables-nft 1.8.9 calls such a chain "incompatible". Other troubles have
+// differ: iptables-nft 1.8.9 calls such a chain "incompatible". Other failures have
 // other numbers.
 const noSuchChain = 1
 
 // read returns the state of one of our chains, whatever its rules.
 func (k *kernel) read(c chain) (state, error) {
+	k.countContention()
 	s := state{chain: c}
 	s.rules = nil
-	if k.backend == NFT && c.table != "mangle" {
-		// Two commands that read little beat one that reads the thousands of rules
-		// that kube-proxy keeps in these tables. The legacy backend copies the
-		// whole table either way.
-		if _, err := k.list(&s, c.hook); err != nil {
-			return state{}, err
-		}
-		if status, err := k.list(&s, c.name); err != nil && status != noSuchChain {
-			return state{}, err
-		}
-		return s, nil
+	lines, err := k.tables.List(c.table, c.hook)
+	if err != nil {
+		return state{}, toolError("reading the "+c.table+" table", err.Error())
 	}
-	_, err := k.list(&s)
-	return s, err
+	s.hookRules = rulesIn(lines)
+	lines, err = k.tables.List(c.table, c.name)
+	var failure *goiptables.Error
+	switch {
+	case errors.As(err, &failure) && failure.ExitStatus() == noSuchChain:
+		return s, nil
+	case err != nil:
+		return state{}, toolError("reading chain "+c.name, err.Error())
+	}
+	s.exists = true
+	s.rules = rulesIn(lines)
+	return s, nil
 }
 
-// list adds to the state what iptables -S prints, of one chain or of the whole table.
-// status is that of the command.
-func (k *kernel) list(s *state, chain ...string) (status int, err error) {
-	k.countContention()
-	args := append([]string{"-t", s.table, fmt.Sprintf("--wait=%d", lockWait), "-S"}, chain...)
-	out, err := exec.Command(k.path, args...).Output()
-	var failure *exec.ExitError
-	switch {
-	case errors.As(err, &failure):
-		return failure.ExitCode(), toolError("reading the "+s.table+" table", string(failure.Stderr))
-	case err != nil:
-		return 0, fmt.Errorf("reading the %s table: %w", s.table, err)
-	}
-	for line := range strings.Lines(string(out)) {
-		line = strings.TrimSpace(line)
-		switch {
-		case line == "-N "+s.name:
-			s.exists = true
-		case strings.HasPrefix(line, "-A "+s.name+" "):
-			s.rules = append(s.rules, line)
-		case strings.HasPrefix(line, "-A "+s.hook+" "):
-			s.hookRules = append(s.hookRules, line)
-		}
-	}
-	return 0, nil
+// rulesIn leaves out the lines of iptables -S that declare a chain (-N, -P).
+func rulesIn(lines []string) []string {
+	return slices.DeleteFunc(lines, func(line string) bool { return !strings.HasPrefix(line, "-A ") })
 }
 
 // countContention finds out whether the command that comes next has to wait for the

@@ -31,8 +31,8 @@ import (
 // agent is serving already, this one syncs first and then takes over from it, see
 // handover.go.
 //
-// Only what tokens need may end a start, since without rules each pod has the node's
-// identity: the flags, the right to write the rules, a configuration of the API
+// The fences come before everything else, so that a start which fails leaves the node
+// closed. Only what tokens need may end a start: the flags, the right to write the rules, a configuration of the API
 // server's client, the port for pods, and another agent that owns the node. Anything
 // else, such as the ports of pages, is a warning and is tried again, see page.go.
 //
@@ -51,6 +51,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	})
 	if err != nil {
 		return err
+	}
+	if err := rules.Fence(ctx); err != nil {
+		log.Warn("not all fences are in place yet; trying again", "error", err)
 	}
 	tracker, err := links.New(links.Config{AllowUnguarded: cfg.allowUnguarded, Logger: log})
 	if err != nil {

@@ -88,6 +88,20 @@ func TestTheFencesComeFirst(t *testing.T) {
 	require.NoError(t, world.StartAPIServer(t.Context()))
 }
 
+// Whatever ends a start, but for bad flags and missing privileges, comes after the fences.
+func TestAStartThatFailsLeavesTheNodeClosed(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	require.NotZero(t, p.probes().status, "nothing is in place before")
+	world.IMDS.Reset() // that was a leak, and meant to be
+	code, output, err := testbed.RunAgent([]string{"KUBECONFIG=/nowhere"}, "--node="+testbed.NodeName, "--handover-dir=")
+	require.NoError(t, err)
+	require.Equal(t, 1, code, output)
+	assert.Contains(t, output, "KUBECONFIG=/nowhere")
+	assert.Zero(t, p.probes().status, "refused")
+	assert.Empty(t, world.Leaks())
+}
+
 func TestWithoutIptablesItRunsAndSaysSo(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
