@@ -1,9 +1,13 @@
 package iptables_test
 
 import (
+	"errors"
+	"log/slog"
 	"os"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -106,7 +110,7 @@ func TestWhereIptablesIsRefusedTheRoutingFenceStands(t *testing.T) {
 					require.Len(t, r.Status().Notes, 1)
 					assert.Contains(t, r.Status().Notes[0], tc.says)
 				} else {
-					n.eventually(func() bool { return r.Status().Err != nil && r.Status().Err != iptables.ErrNotYet }, "checked")
+					n.eventually(func() bool { return r.Status().Err != nil && !errors.Is(r.Status().Err, iptables.ErrNotYet) }, "checked")
 					assert.ErrorContains(t, r.Status().Err, tc.says)
 				}
 				path()
@@ -260,4 +264,55 @@ func setPath(t *testing.T, path string) (restore func()) {
 	require.NoError(t, os.Setenv("PATH", path))
 	t.Cleanup(restore)
 	return restore
+}
+
+// A repair does not wait for anything when the last check is a while ago, and the log
+// says what pods have had.
+func TestRulesThatAreGoneArePutBackAtOnceWithAWarning(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			var log logBuffer
+			cfg := n.config(iptables.Redirect)
+			cfg.Logger = slog.New(slog.NewTextHandler(&log, nil))
+			r, _ := n.reconcile(cfg)
+			assert.NotContains(t, log.String(), "level=WARN", "a start is no loss")
+			fastest := time.Hour
+			for range 3 {
+				time.Sleep(1200 * time.Millisecond) // quiet: for longer than the checks are apart
+				repairs := r.Stats().Repairs
+				flushed := time.Now()
+				n.iptables("-F", "PREROUTING")
+				n.eventually(func() bool { return r.Stats().Repairs > repairs }, "put back")
+				fastest = min(fastest, time.Since(flushed))
+			}
+			t.Log("fastest of three repairs:", fastest)
+			if backend == iptables.NFT { // legacy tables announce nothing
+				assert.Less(t, fastest, 450*time.Millisecond, "from the command that flushes on")
+			}
+			assert.Equal(t, 3, strings.Count(log.String(), `level=WARN msg="rules were removed or changed by another program" rules=[redirect] meanwhile="pods' requests for tokens were refused or dropped; a fence stood, and none reached the metadata service"`), log.String())
+
+			n.run("", "ip", "rule", "del", "pref", "11")
+			n.eventually(func() bool { return strings.Contains(log.String(), "rules=[routing]") }, "said")
+			assert.Contains(t, log.String(), "were served; the other fence stood")
+		})
+	}
+}
+
+// logBuffer is a log that is read while it is written.
+type logBuffer struct {
+	mu sync.Mutex // guards b
+	b  strings.Builder
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }

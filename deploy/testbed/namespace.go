@@ -45,7 +45,13 @@ const nodeEnv = "NMI_TESTBED_NODE"
 // It is also where a copy of the program that Pod.Attack starts does its work, and
 // ends.
 func EnterNode() error {
-	attack.Main()
+	if asked, err := attack.FromEnv(); asked {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "attack:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if os.Geteuid() != 0 {
 		return ErrNotRoot
 	}

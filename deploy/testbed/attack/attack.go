@@ -62,33 +62,28 @@ type Result struct {
 }
 
 // Env is the environment variable that holds the Config of a process that is to
-// attack, see Main.
+// attack, see FromEnv.
 const Env = "NMI_TESTBED_ATTACK"
 
-// Main attacks as Env says, prints the results as JSON and ends the process. Without
-// Env it returns.
-func Main() {
+// FromEnv attacks as Env says and prints the results as JSON. It reports whether Env
+// asked for it.
+func FromEnv() (asked bool, err error) {
 	text := os.Getenv(Env)
 	if text == "" {
-		return
+		return false, nil
 	}
 	var cfg Config
-	err := json.Unmarshal([]byte(text), &cfg)
-	if err == nil {
-		err = onlyNetRaw()
+	if err := json.Unmarshal([]byte(text), &cfg); err != nil {
+		return true, err
 	}
-	var results []Result
-	if err == nil {
-		results, err = run(cfg)
+	if err := onlyNetRaw(); err != nil {
+		return true, err
 	}
-	if err == nil {
-		err = json.NewEncoder(os.Stdout).Encode(results)
-	}
+	results, err := run(cfg)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "attack:", err)
-		os.Exit(1)
+		return true, err
 	}
-	os.Exit(0)
+	return true, json.NewEncoder(os.Stdout).Encode(results)
 }
 
 // onlyNetRaw returns an error if this process can do more than a pod's.
