@@ -3,11 +3,12 @@ package podresolver
 import (
 	"errors"
 	"fmt"
-	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"iter"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 var (

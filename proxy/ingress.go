@@ -75,7 +75,7 @@ func ingressOf(c net.Conn) (index int, err error) {
 	switch {
 	case ctlErr != nil || err != nil:
 		return 0, errors.Join(ctlErr, err)
-	case answer.Level != unix.IPPROTO_IP || answer.Cmsghdr.Type != unix.IP_PKTINFO:
+	case answer.Level != unix.IPPROTO_IP || answer.Type != unix.IP_PKTINFO:
 		return 0, errors.New("the kernel does not say which interface the connection came in over")
 	}
 	return int(answer.Ifindex), nil

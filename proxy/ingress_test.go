@@ -89,4 +89,3 @@ func TestCheckingTheSourceCostsNoAllocation(t *testing.T) {
 	s.cfg.CheckSource = func(netip.Addr, int, *podresolver.Pod) error { return nil }
 	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { s.ServeHTTP(w, r) }), 3.0)
 }
-

@@ -65,7 +65,6 @@ func TestAReusedAddressNeverGetsTheLastPodsToken(t *testing.T) {
 				require.NotEqual(t, cart.ClientID, got.subject)
 				return got.subject == report.ClientID
 			}, time.Minute, 10*time.Millisecond)
-
 		})
 	}
 }

@@ -21,6 +21,7 @@ func TestWhereAPodCanTakeAnothersAddressNoSourceIsTrusted(t *testing.T) {
 		// Azure CNI's bridge mode answers pods' questions for an address with this
 		// rule. The node's own do not pass it, nor does what nobody asked for.
 		"with ARP answered by ebtables": func(t *testing.T, victim *testbed.Pod) {
+			t.Helper()
 			rule := fmt.Sprintf("-A PREROUTING -p ARP --arp-op Request --arp-ip-dst %s -j arpreply --arpreply-mac %s --arpreply-target DROP", victim.Addr, hardwareAddr(t, victim))
 			out, err := exec.Command("sh", "-c", "ebtables-nft -t nat "+rule).CombinedOutput()
 			require.NoError(t, err, string(out))

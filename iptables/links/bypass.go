@@ -22,8 +22,11 @@ const ciliumHost = "cilium_host"
 // bypass iptables: there is cilium_host, and an interface of a pod's own is a netkit, or
 // runs an eBPF program on what the pod sends, or does not let that be found out.
 func Bypass() error {
-	if _, err := netlink.LinkByName(ciliumHost); err != nil {
+	var absent netlink.LinkNotFoundError
+	if _, err := netlink.LinkByName(ciliumHost); errors.As(err, &absent) {
 		return nil
+	} else if err != nil {
+		return fmt.Errorf("%w: looking for %s: %w", ErrBypass, ciliumHost, err)
 	}
 	all, err := netlink.LinkList()
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
