@@ -24,6 +24,7 @@ func BenchmarkConnection(b *testing.B) {
 }
 
 func benchmarkConnection(b *testing.B, keepAlive bool) {
+	b.Helper()
 	s, _, _ := cached(b)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(b, err)

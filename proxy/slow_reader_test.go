@@ -143,3 +143,21 @@ func TestWhatIsNotRedirectedIsReset(t *testing.T) {
 		require.ErrorContains(t, err, "connection reset")
 	}
 }
+
+// What the kernel may hold for a connection is fixed: twice what is asked for (socket(7)).
+func TestTheKernelsBuffersAreFixed(t *testing.T) {
+	w := newWorld(t, nil)
+	c := w.connect(bound)
+	require.Equal(t, 200, c.ask(t))
+	cs := w.server.connections
+	cs.mu.Lock()
+	accepted := connAt(cs.byAddr[netip.MustParseAddr(bound)].Front()).Conn
+	cs.mu.Unlock()
+	require.NoError(t, control(accepted, func(fd int) error {
+		received, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF)
+		assert.Equal(t, 2*receiveBuffer, received)
+		sent, sendErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+		assert.Equal(t, 2*sendBuffer, sent)
+		return errors.Join(err, sendErr)
+	}))
+}

@@ -82,7 +82,7 @@ func hurry(batch int) func(context.Context, []*testbed.Namespace, chan<- struct{
 				if conn == nil {
 					return
 				}
-				defer conn.Close() //nolint:errcheck // nobody can be told
+				defer conn.Close()
 				defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 				answers := bufio.NewReaderSize(conn, 64<<10)
 				tick := time.NewTicker(time.Second * workers * time.Duration(batch) / perSecond)

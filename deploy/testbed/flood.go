@@ -48,7 +48,7 @@ func (n *Namespace) StartFlood(ctx context.Context, connections int, text string
 
 // sendOn writes until the other side has closed, or ctx ends.
 func sendOn(ctx context.Context, conn net.Conn, text string) {
-	defer conn.Close() //nolint:errcheck // nobody can be told
+	defer conn.Close()
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		_ = tcp.SetReadBuffer(0) // so that little fits into it
 		_ = tcp.SetLinger(0)
