@@ -35,7 +35,7 @@ type iface struct {
 	holder Pod
 }
 
-// claim accepts or refuses that a pod is the caller on an interface of its own, and
+// claimLocked accepts or refuses that a pod is the caller on an interface of its own, and
 // records an accepted one as its holder. It is accepted if
 //
 //   - it has been seen there before; or
