@@ -92,7 +92,7 @@ func TestInModeNoneTheFencesStandAlone(t *testing.T) {
 func TestWhereIptablesIsRefusedTheRoutingFenceStands(t *testing.T) {
 	refusing := t.TempDir()
 	for _, name := range []string{"iptables-nft", "iptables-nft-restore"} {
-		writeScript(t, refusing+"/"+name, "echo 'iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)' >&2; exit 4")
+		writeScript(t, refusing+"/"+name, `[ "$1" = --version ] && echo "iptables v1.8.9 (nf_tables)" && exit; echo 'iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)' >&2; exit 4`)
 	}
 	for name, tc := range map[string]struct{ path, says string }{
 		"no commands": {"/nowhere", "install the iptables package"},
