@@ -353,3 +353,35 @@ func TestFlushesLeakNothing(t *testing.T) {
 		})
 	}
 }
+
+// What was forged before the rules came is forgotten, so that it does not shadow the
+// redirect.
+func TestForgedConnectionsFromBeforeTheRulesAreCut(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	n.iptables("-A", "POSTROUTING", "-s", "10.255.0.0/16", "-j", "MASQUERADE") // connections are tracked already
+	pod := &attacker{Pod: n.pod}
+	ports := pod.nextPorts(2)
+	results, err := pod.Attack(t.Context(), attack.Config{First: attack.ACK, Ports: ports, Patience: patience, Path: "/"})
+	require.NoError(t, err)
+	require.Equal(t, "imds", results[0].Answer)
+	require.Len(t, forgedEntries(t), len(ports))
+	n.agent(iptables.Redirect)
+	r, _ := n.reconcile(n.config(iptables.Redirect))
+	assert.Empty(t, forgedEntries(t))
+	assert.EqualValues(t, len(ports), r.Stats().Cut)
+	assert.Equal(t, "agent", n.ask())
+}
+
+// forgedEntries lists the connections of conntrack that seem to have been opened by
+// the metadata service.
+func forgedEntries(t *testing.T) (found []string) {
+	t.Helper()
+	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
+	require.NoError(t, err)
+	for _, f := range flows {
+		if f.Forward.SrcIP.String() == "169.254.169.254" {
+			found = append(found, f.String())
+		}
+	}
+	return found
+}
