@@ -44,7 +44,7 @@ func TestTheFencesAreThereAndTheNodeReachesTheMetadataService(t *testing.T) {
 		t.Run(string(backend), func(t *testing.T) {
 			n := newNode(t, backend, testbed.Ptp)
 			before := n.ipRules()
-			n.redirect(iptables.Redirect)
+			stop := n.redirect(iptables.Redirect)
 			assert.Contains(t, n.ipRules(), routingFence)
 			assert.Equal(t, 3, strings.Count(n.run("", "ip", "-details", "rule", "list", "to", "169.254.169.254"), "proto kernel")+strings.Count(n.run("", "ip", "-details", "rule", "list", "pref", "12"), "proto kernel"),
 				"systemd-networkd leaves these alone")
@@ -57,6 +57,7 @@ func TestTheFencesAreThereAndTheNodeReachesTheMetadataService(t *testing.T) {
 				assert.Equal(t, "imds", n.askFromNode(), "rp_filter %s", setting)
 			}
 
+			stop()
 			for range 2 {
 				require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
 				assert.Equal(t, before, n.ipRules())
