@@ -276,7 +276,7 @@ func TestRulesThatAreGoneArePutBackAtOnceWithAWarning(t *testing.T) {
 			var log logBuffer
 			cfg := n.config(iptables.Redirect)
 			cfg.Logger = slog.New(slog.NewTextHandler(&log, nil))
-			r, _ := n.reconcile(cfg)
+			r, stop := n.reconcile(cfg)
 			assert.NotContains(t, log.String(), "level=WARN", "a start is no loss")
 			fastest := time.Hour
 			for range 3 {
@@ -296,6 +296,15 @@ func TestRulesThatAreGoneArePutBackAtOnceWithAWarning(t *testing.T) {
 			n.run("", "ip", "rule", "del", "pref", "11")
 			n.eventually(func() bool { return strings.Contains(log.String(), "rules=[routing]") }, "said")
 			assert.Contains(t, log.String(), "were served; the other fence stood")
+
+			// Another agent that had taken over, in another mode, is no such program.
+			stop()
+			warnings := strings.Count(log.String(), "level=WARN")
+			n.redirect(iptables.DNAT)()
+			repairs := r.Stats().Repairs
+			n.start(r)
+			n.eventually(func() bool { return r.Stats().Repairs > repairs }, "taken back")
+			assert.Equal(t, warnings, strings.Count(log.String(), "level=WARN"), log.String())
 		})
 	}
 }

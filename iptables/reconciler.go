@@ -72,8 +72,8 @@ type Reconciler struct {
 	// For New and Run alone.
 	kernel   *kernel             // nil as long as there are no iptables commands
 	settled  bool                // what others left has been dealt with
-	fenced   bool                // the last check left the routing fence in place
-	last     map[string][]string // by part, the rules of the chain that a check left in place
+	fenced   bool                // the last check of this Run left the routing fence in place
+	last     map[string][]string // by part, the rules of the chain that a check of this Run left in place
 	optional string              // error of a fence that mode None goes on without, as last logged
 	warned   []string            // links that were warned of
 	written  []time.Time         // when rules were put in place, in the last minute
@@ -188,6 +188,10 @@ func (r *Reconciler) Run(ctx context.Context) {
 	defer w.close()
 	defer cancel()
 
+	// What happened to the rules since an earlier Run was perhaps the doing of the
+	// agent that had taken over.
+	r.fenced = false
+	clear(r.last)
 	retry := min(firstRetry, r.cfg.Interval)
 	due := time.NewTimer(0)
 	defer due.Stop()
