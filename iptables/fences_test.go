@@ -299,12 +299,12 @@ func TestRulesThatAreGoneArePutBackAtOnceWithAWarning(t *testing.T) {
 
 			// Another agent that had taken over, in another mode, is no such program.
 			stop()
-			warnings := strings.Count(log.String(), "level=WARN")
+			losses := strings.Count(log.String(), "rules were removed")
 			n.redirect(iptables.DNAT)()
 			repairs := r.Stats().Repairs
 			n.start(r)
 			n.eventually(func() bool { return r.Stats().Repairs > repairs }, "taken back")
-			assert.Equal(t, warnings, strings.Count(log.String(), "level=WARN"), log.String())
+			assert.Equal(t, losses, strings.Count(log.String(), "rules were removed"), log.String())
 		})
 	}
 }
