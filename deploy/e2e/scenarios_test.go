@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net/http"
@@ -76,13 +77,16 @@ func TestTwoPodsGetTheirOwnIdentitiesAndMayNotNameTheOthers(t *testing.T) {
 
 func TestFiveHundredColdRequestsMakeOneUpstreamCall(t *testing.T) {
 	s := begin(t)
-	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	s.agent()
-	client := p.Client(patience)
-	defer client.CloseIdleConnections()
+	var clients []*http.Client
+	for i := range 10 { // of at most 64 connections each
+		p := s.pod(fmt.Sprintf("cart-%d", i), fmt.Sprintf("10.244.0.%d", 20+i), testbed.Ptp, "cart")
+		clients = append(clients, p.Client(patience))
+		defer clients[i].CloseIdleConnections()
+	}
 	var wg sync.WaitGroup
-	for range 500 {
-		wg.Go(func() { assert.Equal(t, cart.ClientID, ask(t, client, tokenURL+vault).subject) })
+	for i := range 500 {
+		wg.Go(func() { assert.Equal(t, cart.ClientID, ask(t, clients[i%len(clients)], tokenURL+vault).subject) })
 	}
 	wg.Wait()
 	assert.Equal(t, 1, world.IMDS.Requests())
