@@ -8,6 +8,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -64,6 +66,30 @@ func (p *Program) Log() string { return p.log.String() }
 
 // PID is the program's process ID.
 func (p *Program) PID() int { return p.cmd.Process.Pid }
+
+// CPUTime is what the program has used of the processors so far, in user and in system
+// mode, to 10 ms (proc_pid_stat(5), utime and stime).
+func (p *Program) CPUTime() (time.Duration, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
+	if err != nil {
+		return 0, err
+	}
+	_, rest, _ := strings.Cut(string(text), ") ") // the name may have blanks
+	fields := strings.Fields(rest)
+	const utime, stime, tick = 11, 12, 10 * time.Millisecond // USER_HZ is 100 on Linux
+	if len(fields) <= stime {
+		return 0, fmt.Errorf("/proc/%d/stat cannot be read", p.PID())
+	}
+	var sum int64
+	for _, field := range fields[utime : stime+1] {
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return time.Duration(sum) * tick, nil
+}
 
 // Done is closed when the program has ended.
 func (p *Program) Done() <-chan struct{} { return p.done }
