@@ -50,7 +50,7 @@ type check struct {
 func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
 	var c check
 	r.checkRoutingFence(&c)
-	r.checkChains(ctx, &c, status)
+	redirected := r.checkChains(ctx, &c, status)
 	r.logGone(ctx, &c)
 	if len(c.written) > 0 {
 		r.repairs.Add(1)
@@ -70,6 +70,9 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 			strings.ReplaceAll(c.optional.Error(), "\n", "; "))
 	}
 	r.optional = errorText(c.optional)
+	if !r.settled && redirected {
+		r.settle(ctx)
+	}
 	return len(c.written) > 0, c.err
 }
 
@@ -81,7 +84,8 @@ func (r *Reconciler) Fence(ctx context.Context) error {
 	r.checkRoutingFence(&c)
 	err := r.open()
 	if err == nil {
-		_, err = r.checkChain(ctx, &c, desired(r.cfg, None)[0])
+		guard := desired(r.cfg, None)[:1]
+		_, err = r.checkChain(ctx, &c, guard[0], r.kernel.readAll(guard)[0])
 	}
 	if len(c.written) > 0 {
 		r.cfg.Logger.InfoContext(ctx, "fences put in place", "rules", c.written)
@@ -115,7 +119,8 @@ func (r *Reconciler) checkRoutingFence(c *check) {
 	c.notes = append(c.notes, notes...)
 }
 
-func (r *Reconciler) checkChains(ctx context.Context, c *check, status *Status) {
+// checkChains reports whether the redirect, if there is to be one, is in place now.
+func (r *Reconciler) checkChains(ctx context.Context, c *check, status *Status) (redirected bool) {
 	err := r.open()
 	if status.Mode == AutoMode {
 		status.Mode = DNAT
@@ -130,12 +135,14 @@ func (r *Reconciler) checkChains(ctx context.Context, c *check, status *Status) 
 			part = partWireserver
 		}
 		r.failed(c, part, fmt.Errorf("no iptables rules can be written: %w", err))
-		return
+		return false
 	}
-	redirected := true
-	for _, want := range desired(r.cfg, status.Mode) {
+	redirected = true
+	chains := desired(r.cfg, status.Mode)
+	found := r.kernel.readAll(chains)
+	for i, want := range chains {
 		part := want.part()
-		standing, err := r.checkChain(ctx, c, want)
+		standing, err := r.checkChain(ctx, c, want, found[i])
 		if part == partGuard && !standing {
 			c.down = append(c.down, part)
 		}
@@ -145,9 +152,7 @@ func (r *Reconciler) checkChains(ctx context.Context, c *check, status *Status) 
 		}
 	}
 	r.settled = r.settled && len(c.written) == 0
-	if !r.settled && redirected {
-		r.settle(ctx)
-	}
+	return redirected
 }
 
 // inPlace reports whether a chain and its jump are as they should be.
@@ -164,16 +169,15 @@ var described = map[string]string{
 
 // checkChain makes a chain and its jump as they should be, and reports whether they
 // were.
-func (r *Reconciler) checkChain(ctx context.Context, c *check, want chain) (standing bool, err error) {
-	part := want.part()
+func (r *Reconciler) checkChain(ctx context.Context, c *check, want chain, found stateOrError) (standing bool, err error) {
+	if found.err != nil {
+		return false, found.err
+	}
+	s, part := found.state, want.part()
 	if part == partRedirect && strings.Contains(want.rules[0], "-j DNAT") {
 		if err := ensureAddress(r.cfg.Address); err != nil {
 			return false, err
 		}
-	}
-	s, err := r.kernel.read(want)
-	if err != nil {
-		return false, err
 	}
 	if last, ok := r.last[part]; ok && !s.holds(last) {
 		c.gone = append(c.gone, part)

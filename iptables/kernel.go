@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -86,6 +87,28 @@ func (k *kernel) read(c chain) (state, error) {
 // rulesIn leaves out the lines of iptables -S that declare a chain (-N, -P).
 func rulesIn(lines []string) []string {
 	return slices.DeleteFunc(lines, func(line string) bool { return !strings.HasPrefix(line, "-A ") })
+}
+
+type stateOrError struct {
+	state state
+	err   error
+}
+
+// readAll reads several chains. In the nft backend, which has no lock, that is done at
+// once: starting a command takes longer than what it does.
+func (k *kernel) readAll(chains []chain) []stateOrError {
+	found := make([]stateOrError, len(chains))
+	var reading sync.WaitGroup
+	for i, c := range chains {
+		read := func() { found[i].state, found[i].err = k.read(c) }
+		if k.backend == NFT {
+			reading.Go(read)
+		} else {
+			read()
+		}
+	}
+	reading.Wait()
+	return found
 }
 
 // countContention finds out whether the command that comes next has to wait for the
