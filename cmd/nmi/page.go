@@ -5,7 +5,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -23,6 +25,13 @@ type page struct {
 	mu  sync.Mutex // guards what follows
 	ln  pageListener
 	err error // why nothing is served; nil when it is
+}
+
+// pageListener is a TCP or Unix listener.
+type pageListener interface {
+	net.Listener
+	syscall.Conn
+	File() (*os.File, error)
 }
 
 func newPage(flag string, log *slog.Logger, listen func(context.Context) (pageListener, error)) *page {
@@ -45,13 +54,12 @@ func (p *page) adopt(ln *net.TCPListener) {
 // run serves until ctx ends. The listener stays open, for a successor or the next
 // run.
 func (p *page) run(ctx context.Context) {
-	server := newPageServer(p.handler, p.log)
 	pause := firstPause
 	for {
 		ln, err := p.open(ctx)
 		if err == nil {
 			pause = firstPause
-			if err = server.serve(ctx, ln); err == nil {
+			if err = p.serve(ctx, ln); err == nil {
 				return
 			}
 		}
