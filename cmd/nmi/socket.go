@@ -21,6 +21,7 @@ func listen(ctx context.Context, at endpoint) (*net.TCPListener, error) {
 		network = "tcp" // :: is all IPv4 addresses, too
 	}
 	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // Go's default; each subflow of a connection would have buffers of its own
 	ln, err := lc.Listen(ctx, network, at.addr.String())
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):

@@ -2,6 +2,7 @@ package main
 
 import (
 	"net"
+	"net/netip"
 	"os"
 	"testing"
 	"time"
@@ -76,4 +77,21 @@ func TestAUnixSocketTakesThePlaceOfWhateverHasItsName(t *testing.T) {
 		require.NoError(t, err)
 		defer accepted.Close()
 	}
+}
+
+func TestNoMultipathTCP(t *testing.T) {
+	ln, err := listen(t.Context(), endpoint{flagPrometheusPort, netip.MustParseAddrPort("127.0.0.1:0")})
+	require.NoError(t, err)
+	defer ln.Close()
+	var d net.Dialer
+	d.SetMultipathTCP(true)
+	client, err := d.DialContext(t.Context(), "tcp4", ln.Addr().String())
+	require.NoError(t, err)
+	defer client.Close()
+	conn, err := ln.AcceptTCP()
+	require.NoError(t, err)
+	defer conn.Close()
+	multipath, err := conn.MultipathTCP()
+	require.NoError(t, err)
+	assert.False(t, multipath)
 }
