@@ -71,8 +71,8 @@ Applied from deploy/demo:
 		}
 	}
 
-	heading("Two hundred at once")
-	if err := d.crowd(ctx); err != nil {
+	heading("Sixty at once")
+	if err := d.manyAtOnce(ctx); err != nil {
 		return err
 	}
 
@@ -124,9 +124,10 @@ func (d *demo) ask(ctx context.Context, name, how string) (answer, error) {
 	return a, nil
 }
 
-// crowd lets two hundred callers ask at the same moment for what is not cached.
-func (d *demo) crowd(ctx context.Context) error {
-	const callers = 200
+// manyAtOnce lets sixty callers ask at the same moment for what is not cached. A pod may have
+// 64 connections (proxy.DefaultMaxConnectionsPerPod).
+func (d *demo) manyAtOnce(ctx context.Context) error {
+	const callers = 60
 	before := d.imds.Tokens()
 	client := d.pods["shop/cart"].Client(10 * time.Second)
 	defer client.CloseIdleConnections()
@@ -149,7 +150,7 @@ func (d *demo) crowd(ctx context.Context) error {
 	}
 	wg.Wait()
 	if failure != nil {
-		return fmt.Errorf("asking in a crowd: %w", failure)
+		return fmt.Errorf("asking many times at once: %w", failure)
 	}
 	say(fmt.Sprintf("Pod shop/cart opens %d connections and asks for another resource on each:", callers))
 	d.asked += callers
