@@ -16,7 +16,7 @@ import (
 
 // maxPerConnection is what docs/security.md, Memory, says of a connection's share of the
 // agent's own memory.
-const maxPerConnection = 48 << 10
+const maxPerConnection = 56 << 10
 
 // fullHead is a head of as many bytes and lines as one may have, every line another field.
 func fullHead(target string) string {

@@ -54,7 +54,7 @@ func (w *world) unreading(from string) net.Conn {
 // once. Others are served all the same: excepted pods' tokens, and instance metadata.
 func TestUnreadAnswersBlockNobody(t *testing.T) {
 	tokens := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one}})
-	long := `{"x":"` + strings.Repeat("x", 500<<10) + `"}`
+	long := `{"x":"` + strings.Repeat("x", 300<<10) + `"}`
 	var asked atomic.Int64
 	imds := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/metadata/instance/long") {
