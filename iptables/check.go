@@ -76,21 +76,30 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 	return len(c.written) > 0, c.err
 }
 
-// Fence writes the fences now, and returns why one could not be written.
-// It is for before Run, which tries again: whatever keeps the rest of the agent
-// from starting must not leave the node open.
+// Fence writes the fences now where there are none, and returns why one could not be
+// written. It is for before Run, which tries again: whatever keeps the rest of the agent
+// from starting must not leave the node open. Fences of another agent, which may be for
+// another metadata address, stay as they are until Run replaces them: this agent may
+// never come so far.
 func (r *Reconciler) Fence(ctx context.Context) error {
-	var c check
-	r.checkRoutingFence(&c)
-	err := r.open()
-	if err == nil {
-		guard := desired(r.cfg, None)[:1]
-		_, err = r.checkChain(ctx, &c, guard[0], r.kernel.readAll(guard)[0])
+	var written []string
+	added, routingErr := addRoutingFence(r.cfg.Metadata.Addr())
+	if added {
+		written = append(written, partRouting)
 	}
-	if len(c.written) > 0 {
-		r.cfg.Logger.InfoContext(ctx, "fences put in place", "rules", c.written)
+	guardErr := r.open()
+	if guardErr == nil {
+		guard := desired(r.cfg, None)[0]
+		var s state
+		if s, guardErr = r.kernel.read(guard); guardErr == nil && len(s.rules) == 0 {
+			guardErr = r.kernel.apply(ctx, s.install(guard.rules))
+			written = append(written, partGuard)
+		}
 	}
-	return errors.Join(c.err, c.optional, err)
+	if len(written) > 0 {
+		r.cfg.Logger.InfoContext(ctx, "fences put in place", "rules", written)
+	}
+	return errors.Join(routingErr, guardErr)
 }
 
 // failed records the error of a part. In mode None nothing is required but what was

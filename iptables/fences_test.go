@@ -3,6 +3,7 @@ package iptables_test
 import (
 	"errors"
 	"log/slog"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -120,6 +121,31 @@ func TestWhereIptablesIsRefusedTheRoutingFenceStands(t *testing.T) {
 				assert.Zero(t, n.leaks.Load())
 			})
 		}
+	}
+}
+
+// An agent that only starts, and may never come to serve, takes no fence away.
+func TestFencesOfAnotherAgentStay(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			first, err := iptables.New(n.config(iptables.Redirect))
+			require.NoError(t, err)
+			require.NoError(t, first.Fence(t.Context()))
+			assert.Empty(t, askFor(n.pod, aMoment))
+			guard := n.iptablesOn(backend, "mangle", "-S")
+
+			cfg := n.config(iptables.Redirect)
+			cfg.Metadata = netip.MustParseAddrPort("169.254.169.253:80")
+			second, err := iptables.New(cfg)
+			require.NoError(t, err)
+			require.NoError(t, second.Fence(t.Context()))
+			assert.Equal(t, guard, n.iptablesOn(backend, "mangle", "-S"))
+			assert.Contains(t, n.ipRules(), "169.254.169.254 prohibit")
+			assert.Contains(t, n.ipRules(), "169.254.169.253 prohibit")
+			assert.Empty(t, askFor(n.pod, aMoment))
+			assert.Zero(t, n.leaks.Load())
+		})
 	}
 }
 

@@ -77,26 +77,45 @@ func ensureRoutingFence(metadata netip.Addr) (standing, changed bool, notes []st
 		return false, false, nil, err
 	}
 	desired := routingRules(metadata)
-	standing = true
-	for _, rule := range desired {
-		if slices.Contains(rules, rule) {
-			continue
-		}
-		standing, changed = false, true
-		if err := rule.add(); err != nil {
-			return false, true, nil, err
-		}
+	added, err := addMissing(desired, rules)
+	if err != nil {
+		return false, added, nil, err
 	}
 	stale := slices.DeleteFunc(slices.Clone(rules), func(r routingRule) bool {
 		return !r.ours() || slices.Contains(desired, r)
 	})
 	if err := deleteRoutingRules(stale); err != nil {
-		return standing, true, nil, err
+		return !added, true, nil, err
 	}
 	if before := shadowing(rules, metadata); len(before) > 0 {
 		notes = []string{"policy routing rules of another program come before the fence's: they may lead what pods send to the metadata service past it, to where only the guard chain drops it: " + strings.Join(before, "; ")}
 	}
-	return standing, changed || len(stale) > 0, notes, nil
+	return !added, added || len(stale) > 0, notes, nil
+}
+
+// addRoutingFence writes the rules that are missing and removes none, and reports
+// whether any was.
+func addRoutingFence(metadata netip.Addr) (added bool, err error) {
+	rules, err := listRoutingRules()
+	if err != nil {
+		return false, err
+	}
+	return addMissing(routingRules(metadata), rules)
+}
+
+// addMissing adds the desired rules that are not among those that there are, and
+// reports whether any was missing.
+func addMissing(desired, rules []routingRule) (added bool, err error) {
+	for _, rule := range desired {
+		if slices.Contains(rules, rule) {
+			continue
+		}
+		added = true
+		if err := rule.add(); err != nil {
+			return true, err
+		}
+	}
+	return added, nil
 }
 
 // removeRoutingFence removes the rules, for whatever metadata address, and reports

@@ -31,6 +31,10 @@ type conn struct {
 	net.Conn
 	all  *connections
 	from netip.Addr
+	// cancel ends the context of the connection's requests. http.Server does that when it
+	// notices that the client has gone, and it does not look out for that while there is
+	// something unread, such as a body that nobody wants.
+	cancel context.CancelFunc
 
 	// Guarded by all.mu.
 	place *list.Element // in its source; nil once it is counted out
@@ -39,6 +43,7 @@ type conn struct {
 	// The request under way. They are written by the goroutine that serves the
 	// connection; handled is read by the one that looks out for the client's end.
 	handled  atomic.Bool // it is a handler's; see handling
+	unwanted atomic.Bool // nobody reads its body but http.Server, looking for its end
 	head     headReader
 	answerBy time.Time // for the rest of the answer; zero for answerTimeout a write
 
@@ -50,6 +55,9 @@ type conn struct {
 type connKey struct{}
 
 func withConn(ctx context.Context, c net.Conn) context.Context {
+	if counted, ok := c.(*conn); ok {
+		ctx, counted.cancel = context.WithCancel(ctx)
+	}
 	return context.WithValue(ctx, connKey{}, c)
 }
 
@@ -68,7 +76,15 @@ func connOf(r *http.Request) *conn {
 // next request.
 func handling(r *http.Request) {
 	if c := connOf(r); c != nil {
+		c.unwanted.Store(r.ContentLength != 0)
 		c.handled.Store(true)
+	}
+}
+
+// wantBody says that the body of a request will be read.
+func wantBody(r *http.Request) {
+	if c := connOf(r); c != nil {
+		c.unwanted.Store(false)
 	}
 }
 
@@ -86,7 +102,7 @@ func (c *conn) awaitRequest() {
 // parsed before its lines have been counted.
 func (c *conn) Read(p []byte) (int, error) {
 	if c.handled.Load() {
-		return c.head.readBody(c.Conn, p)
+		return c.head.readBody(c.Conn, p, c.unwanted.Load())
 	}
 	return c.head.read(c.Conn, p)
 }
@@ -128,12 +144,20 @@ func (c *conn) Close() error {
 	}
 	c.all.mu.Lock()
 	defer c.all.mu.Unlock()
+	c.end()
 	c.all.untrackLocked(c)
 	if c.failed.Load() || wait && unsent(c.Conn) {
 		reset(c.Conn)
 		return nil
 	}
 	return c.Conn.Close()
+}
+
+// end ends the connection's requests: nobody waits for their answers any more.
+func (c *conn) end() {
+	if c.cancel != nil { // else it has not reached http.Server
+		c.cancel()
+	}
 }
 
 // awaitClient finishes sending, reads what the client was about to send (left unread it

@@ -131,6 +131,7 @@ func (cs *connections) evictLocked(place *list.Element) bool {
 	victim := connAt(place)
 	cs.evicted.Add(1)
 	cs.untrackLocked(victim)
+	victim.end()
 	reset(victim.Conn)
 	return true
 }

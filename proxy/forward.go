@@ -31,6 +31,7 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 		return errPassing
 	}
 	defer s.passing.leave(from)
+	wantBody(r)
 	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
 	s.forward.ServeHTTP(finalAnswer{w, w.Header().Get("Connection") != ""}, r)
 	return nil

@@ -51,14 +51,22 @@ func (h *headReader) read(r io.Reader, p []byte) (int, error) {
 	return n, err
 }
 
-// readBody reads what follows a head.
-func (h *headReader) readBody(r io.Reader, p []byte) (int, error) {
+// readBody reads what follows a head. A body that nobody wants must not have more lines
+// than a head: net/http makes as much of the lines of a trailer (RFC 9112, 7.1.2).
+func (h *headReader) readBody(r io.Reader, p []byte, unwanted bool) (n int, err error) {
 	if len(h.ahead) > 0 {
-		n := copy(p, h.ahead)
+		n = copy(p, h.ahead)
 		h.consume(n)
-		return n, nil
+	} else {
+		n, err = r.Read(p)
 	}
-	return r.Read(p)
+	if unwanted {
+		if h.lines += bytes.Count(p[:n], []byte{'\n'}); h.lines > 2*maxHeadLines {
+			h.err = errManyLines
+			return 0, h.err
+		}
+	}
+	return n, err
 }
 
 func (h *headReader) consume(n int) {

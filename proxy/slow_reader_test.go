@@ -147,6 +147,7 @@ func TestWhatIsNotRedirectedIsReset(t *testing.T) {
 // What the kernel may hold for a connection is fixed: twice what is asked for (socket(7)).
 func TestTheKernelsBuffersAreFixed(t *testing.T) {
 	w := newWorld(t, nil)
+	w.get(unbound, tokenURL) // the listener's are fixed when the server begins to serve
 	c := w.connect(bound)
 	require.Equal(t, 200, c.ask(t))
 	cs := w.server.connections

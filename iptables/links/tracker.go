@@ -184,12 +184,34 @@ func (t *Tracker) check(addr netip.Addr, ifindex int, pod Pod, now time.Time) er
 	case on.kind == kindPod && route.Shared && route.Index == ifindex:
 		return nil // a subnet is behind it, and not one pod
 	case on.kind == kindPod:
+		if on.holder.UID != pod.UID {
+			if err := t.routedElsewhereLocked(on, addr); err != nil {
+				return err
+			}
+		}
 		return t.claimLocked(on, pod, now)
 	case on.kind == kindBridge:
 		return t.checkPortLocked(on, addr, pod, now)
 	default:
 		return route.err
 	}
+}
+
+// routedElsewhereLocked refuses a pod that is not known on an interface while the node's
+// route to its address leads to another pod's own: the answers that made up the handshake
+// went there. Otherwise a pod that guessed the numbers of a handshake (with SYN cookies,
+// RFC 4987) could make another its interface's holder, and both would be refused from
+// then on. A pod that is known there may ask while its route comes and goes.
+func (t *Tracker) routedElsewhereLocked(on *iface, addr netip.Addr) error {
+	link, err := NewFinder().Find(addr)
+	if err != nil || link.Shared || link.Index == on.index {
+		return nil //nolint:nilerr // without a route nothing speaks against it
+	}
+	other := t.ifaces[link.Index]
+	if other == nil || other.classify() != nil || other.kind != kindPod {
+		return nil
+	}
+	return fmt.Errorf("%w: the route to %s leads to %s, and the connection came in over %s", ErrReused, addr, link.Name, on.name)
 }
 
 // routeLocked returns where the route to an address leads, and ErrUnguarded where others

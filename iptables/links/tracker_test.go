@@ -231,3 +231,18 @@ func BenchmarkCheck(b *testing.B) {
 		})
 	}
 }
+
+// A connection over another pod's interface than the one that answers go to can only have
+// been completed by guessing.
+func TestAnAddressThatIsRoutedToAnotherPod(t *testing.T) {
+	n := newNode(t)
+	tracker := n.track(links.Config{})
+	first, _ := n.addPod("10.244.0.7", testbed.Ptp)
+	second, _ := n.addPod("10.244.0.8", testbed.Ptp)
+	kept, over := n.call(first, first.Addr), n.call(second, second.Addr)
+	one, two := started("a", 0), started("b", 0)
+	require.NoError(t, tracker.Check(first.Addr, kept, one))
+	require.ErrorIs(t, tracker.Check(second.Addr, kept, two), links.ErrReused, "over the first pod's link")
+	assert.NoError(t, tracker.Check(first.Addr, kept, one), "which is still the first pod's")
+	assert.NoError(t, tracker.Check(second.Addr, over, two), "as its own is the second's")
+}
