@@ -184,9 +184,9 @@ func (t *Tracker) check(addr netip.Addr, ifindex int, pod Pod, now time.Time) er
 	case on.kind == kindPod && route.Shared && route.Index == ifindex:
 		return nil // a subnet is behind it, and not one pod
 	case on.kind == kindPod:
-		if on.holder.UID != pod.UID {
-			if err := t.routedElsewhereLocked(on, addr); err != nil {
-				return err
+		if on.holder.UID != pod.UID { // one that is known there may ask while its route comes and goes
+			if other := t.routedToLocked(on, addr); other != "" {
+				return fmt.Errorf("%w: the route to %s leads to %s, and the connection came in over %s", ErrReused, addr, other, on.name)
 			}
 		}
 		return t.claimLocked(on, pod, now)
@@ -197,21 +197,17 @@ func (t *Tracker) check(addr netip.Addr, ifindex int, pod Pod, now time.Time) er
 	}
 }
 
-// routedElsewhereLocked refuses a pod that is not known on an interface while the node's
-// route to its address leads to another pod's own: the answers that made up the handshake
-// went there. Otherwise a pod that guessed the numbers of a handshake (with SYN cookies,
-// RFC 4987) could make another its interface's holder, and both would be refused from
-// then on. A pod that is known there may ask while its route comes and goes.
-func (t *Tracker) routedElsewhereLocked(on *iface, addr netip.Addr) error {
+// routedToLocked returns the name of another pod's interface that the node's route to an
+// address leads to; "" if it leads to none. The answers that made up a handshake went
+// there: only a pod that guessed its numbers (with SYN cookies, RFC 4987) gets as far over
+// its own interface, and it must not become the holder of that.
+func (t *Tracker) routedToLocked(on *iface, addr netip.Addr) string {
 	link, err := NewFinder().Find(addr)
-	if err != nil || link.Shared || link.Index == on.index {
-		return nil //nolint:nilerr // without a route nothing speaks against it
-	}
 	other := t.ifaces[link.Index]
-	if other == nil || other.classify() != nil || other.kind != kindPod {
-		return nil
+	if err != nil || link.Shared || other == nil || other == on || other.classify() != nil || other.kind != kindPod {
+		return ""
 	}
-	return fmt.Errorf("%w: the route to %s leads to %s, and the connection came in over %s", ErrReused, addr, link.Name, on.name)
+	return other.name
 }
 
 // routeLocked returns where the route to an address leads, and ErrUnguarded where others
