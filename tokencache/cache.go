@@ -19,16 +19,19 @@ const (
 	// is at most 8 MB.
 	DefaultSize         = 2000
 	DefaultFetchTimeout = 10 * time.Second
-	// The limits of IMDS for tokens, per virtual machine (learn.microsoft.com,
-	// "Azure Instance Metadata Service", Rate limiting).
-	DefaultPerSecond = 20
-	DefaultAtOnce    = 5
+	// IMDS allows a virtual machine 20 requests for tokens a second and 5 at once
+	// (learn.microsoft.com, "Azure Instance Metadata Service", Rate limiting). The
+	// difference is for the node's own programs.
+	DefaultPerSecond = 18
+	DefaultAtOnce    = 4
 )
 
 const (
 	// maxWait is how long a caller waits for the first turn of its flight. With 250
-	// pods on a node that all want one, a round takes 12.5 s.
-	maxWait = 15 * time.Second
+	// pods on a node that all want one token, and an IMDS that takes 0.1 s for each, a
+	// round takes 14.7 s; the rest is for refreshes, second tries and pods that want more.
+	// proxy's writeTimeout, within which there may be two such waits, allows no more.
+	maxWait = 18 * time.Second
 	// maxFlights is how many flights one caller may have started that are under way.
 	maxFlights = 20
 	// maxHolding is how many tokens are held that one caller was the first to want:
@@ -102,6 +105,7 @@ type Cache struct {
 	closed  bool
 	wants   map[flight]*want
 	started map[netip.Addr]int // flights under way, by who started them
+	budgets budgets
 	holding map[netip.Addr]int // entries, by whose flight first brought them
 }
 
@@ -131,7 +135,7 @@ func New(fetch Fetch, cfg Config) *Cache {
 		managedTurns: newTurns(cfg.PerSecond, cfg.AtOnce), principalTurns: newTurns(cfg.PerSecond, cfg.AtOnce),
 		began: time.Now(), jitter: rand.Float64,
 		wake: make(chan struct{}, 1), wants: make(map[flight]*want),
-		started: make(map[netip.Addr]int), holding: make(map[netip.Addr]int),
+		started: make(map[netip.Addr]int), holding: make(map[netip.Addr]int), budgets: newBudgets(),
 	}
 	c.byKey.Store(&map[Key]*entry{})
 	c.ctx, c.cancel = context.WithCancel(context.Background())

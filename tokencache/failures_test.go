@@ -35,7 +35,7 @@ func TestFailuresAreBounded(t *testing.T) {
 	c := New(up.fetch, Config{})
 	defer c.Close()
 	for i := range 2 * maxFailures {
-		_, err := c.Get(t.Context(), numbered(i), alice)
+		_, err := c.Get(t.Context(), numbered(i), pod(i/callerBurst))
 		require.Error(t, err)
 	}
 	assert.Equal(t, maxFailures, c.Stats().Failing)

@@ -49,6 +49,11 @@ func (c *Cache) join(f flight, seen *entry, caller netip.Addr) (*want, <-chan si
 		if caller.IsValid() && c.started[caller] >= maxFlights {
 			return nil, nil, c.turnAway(Throttled, c.turnsOf(f.Key))
 		}
+		if refreshes := seen != nil && !f.renewal; !refreshes {
+			if err := c.budgets.spend(caller, time.Now()); err != nil {
+				return nil, nil, c.tooFast(err)
+			}
+		}
 		f.Resource = strings.Clone(f.Resource) // what keeps it must not keep the request that it is part of
 		w = &want{starter: caller, seen: seen, turns: c.turnsOf(f.Key), ticket: new(ticket)}
 		w.ctx, w.cancel = context.WithCancel(c.ctx)
@@ -153,6 +158,12 @@ func (c *Cache) turnAway(class Class, of *turns) error {
 	return &Failure{Class: class, RetryAfter: max(of.backlog(), time.Second), Err: ErrBusy}
 }
 
+// tooFast is the failure of a caller who is not served because of how often it asks.
+func (c *Cache) tooFast(err *overRateError) error {
+	c.stats.turnedAway.Add(1)
+	return &Failure{Class: Throttled, RetryAfter: max(err.wait, time.Second), Err: err}
+}
+
 // fly looks again, since another flight may have landed between the caller's look and
 // this one's start, then fetches, and stores what has come.
 func (c *Cache) fly(f flight, w *want) (*entry, error) {
@@ -182,7 +193,7 @@ func (c *Cache) fly(f flight, w *want) (*entry, error) {
 	case w.ctx.Err() != nil: // nobody waits for it; it says nothing of the upstream
 		return nil, err
 	default:
-		return nil, c.fail(f, err, time.Now())
+		return nil, c.fail(f, w.starter, err, time.Now())
 	}
 }
 
@@ -241,11 +252,14 @@ func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
 }
 
 // fail remembers that a fetch has failed. A token that is still valid is not touched.
-func (c *Cache) fail(f flight, err error, now time.Time) *Failure {
+func (c *Cache) fail(f flight, starter netip.Addr, err error, now time.Time) *Failure {
 	class, wait := classOf(err)
 	c.stats.failures[class].Add(1)
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if class == Refused {
+		c.budgets.refused(starter, now)
+	}
 	e := c.lookup(f.Key)
 	if e == nil || e.freshness(now) == expired {
 		return c.failures.remember(f.Key, err, now)

@@ -46,7 +46,7 @@ func TestAFlightLooksAgain(t *testing.T) {
 				w := &want{ctx: c.ctx, starter: alice, seen: c.lookup(key), turns: c.managedTurns, ticket: new(ticket)}
 				tc.landed.Key = key
 				if tc.life == 0 {
-					_ = c.fail(tc.landed, classed{}, time.Now())
+					_ = c.fail(tc.landed, alice, classed{}, time.Now())
 				} else {
 					c.store(tc.landed, w.seen, alice, &Token{ExpiresOn: time.Now().Add(tc.life)}, time.Now())
 				}

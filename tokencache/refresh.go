@@ -8,8 +8,8 @@ import (
 )
 
 // maxRefreshes is how many refreshes that take the same turns are under way when the
-// refresher begins no more: fewer than IMDS allows, so that callers who wait find a place.
-const maxRefreshes = 4
+// refresher begins no more: fewer than DefaultAtOnce, so that callers who wait find a place.
+const maxRefreshes = 3
 
 // refresher stands for the refresher among the callers who wait for turns. It is an
 // address that nobody has.

@@ -11,6 +11,7 @@ import (
 func (c *Cache) store(f flight, seen *entry, starter netip.Addr, token *Token, now time.Time) *entry {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.budgets.succeeded(starter, now)
 	before := c.lookup(f.Key)
 	if before != nil && before != seen && !f.renewal && before.freshness(now) != expired {
 		return before

@@ -77,8 +77,8 @@ func TestNobodyIsBlamedForAnUpstreamThatHangs(t *testing.T) {
 // Patience is for the turn. Whose turn has come waits for the answer.
 func TestWhoHasHadATurnIsNotTurnedAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, takes: DefaultFetchTimeout - time.Second}
-		c := New(up.fetch, Config{AtOnce: 1})
+		up := &fakeUpstream{turns: true, takes: maxWait - time.Second}
+		c := New(up.fetch, Config{AtOnce: 1, FetchTimeout: maxWait})
 		defer c.Close()
 		go func() { _, _ = c.Get(t.Context(), numbered(1), bob) }()
 		synctest.Wait()

@@ -63,7 +63,7 @@ func TestAPodThatWantsOneKeyWaitsARoundAtMost(t *testing.T) {
 			begin, wanted := time.Now(), wanted()
 			_, err := c.Get(t.Context(), wanted, alice)
 			require.NoError(t, err)
-			assert.LessOrEqual(t, time.Since(begin), 100*time.Second/20+time.Second, "%s", wanted.Resource)
+			assert.LessOrEqual(t, time.Since(begin), 100*time.Second/DefaultPerSecond+time.Second, "%s", wanted.Resource)
 		}
 		wg.Wait()
 		up.keptItsLimits(t)

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 )
@@ -26,12 +27,15 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if from, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		call.From = from.Addr().Unmap()
 	}
-	leave := func() {}
+	leave, allowed := func() {}, true
 	if call.Path == tokenPath {
-		leave = s.arrive()
+		leave, allowed = s.arrive()
 		defer leave()
 	}
-	a := s.answer(r, &call)
+	a := throttled
+	if allowed {
+		a = s.answer(r, &call)
+	}
 	call.Status = a.status
 	s.record(call)
 	a.send(w, r, leave)
@@ -54,6 +58,9 @@ func pause(ctx context.Context, d time.Duration) {
 func refuse(description string) answer {
 	return answer{status: http.StatusBadRequest, body: fmt.Sprintf(`{"error":"invalid_request","error_description":%q}`, description)}
 }
+
+// throttled is the answer to a request above the limits.
+var throttled = answer{status: http.StatusTooManyRequests, body: `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`}
 
 var notFound = answer{status: http.StatusNotFound, body: `{"error":"Not Found"}`}
 
@@ -115,6 +122,9 @@ func (s *Server) token(r *http.Request, query url.Values, call *Call) answer {
 		return refuse("Identity not found")
 	}
 	pause(r.Context(), s.latency())
+	if s.cfg.Resources != nil && !slices.Contains(s.cfg.Resources, query.Get("resource")) {
+		return answer{status: http.StatusBadRequest, body: `{"error":"invalid_resource","error_description":"AADSTS500011: The resource principal was not found in the tenant."}`}
+	}
 	call.Subject = subject
 	fields := s.tokenFields(subject, query.Get("resource"), query.Get("bypass_cache") == "true")
 	if fault.Edit != nil {

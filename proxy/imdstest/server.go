@@ -32,15 +32,22 @@ type Identity struct {
 }
 
 // Config says how the service behaves. The zero value knows no user-assigned
-// identity, answers at once, and gives 24-hour tokens of 1.6 KB.
+// identity, answers at once, gives 24-hour tokens of 1.6 KB, and has no limits.
 type Config struct {
 	Identities []Identity
+	// Resources that Entra knows; a token for another is refused with AADSTS500011.
+	// nil knows all.
+	Resources []string
 	Latency    time.Duration // before each token
 	Lifetime   time.Duration // of a token; 0 means 24 hours
 	TokenSize  int           // bytes; 0 means 1600, about what Entra issues
 	// Cached gives the same token until it expires, unless asked with
 	// bypass_cache=true, as the real service does. Without it each is a new one.
 	Cached bool
+	// PerSecond and AtOnce are limits of token requests, above which the service
+	// answers 429; 0 is no limit. The real ones are 20 and 5 for a virtual machine
+	// (learn.microsoft.com, "Azure Instance Metadata Service", Rate limiting).
+	PerSecond, AtOnce int
 }
 
 // Call is one request as it came in.
@@ -185,14 +192,16 @@ func (s *Server) record(c Call) {
 	}
 }
 
-// arrive counts a request for a token until leave is called.
-func (s *Server) arrive() (leave func()) {
+// arrive counts a request for a token until leave is called, and reports whether it is
+// within the limits.
+func (s *Server) arrive() (leave func(), allowed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.peak.arrive(time.Now())
+	allowed = (s.cfg.PerSecond == 0 || len(s.peak.recent) <= s.cfg.PerSecond) && (s.cfg.AtOnce == 0 || s.peak.now <= s.cfg.AtOnce)
 	return sync.OnceFunc(func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.peak.now--
-	})
+	}), allowed
 }
