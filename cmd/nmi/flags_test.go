@@ -50,7 +50,7 @@ func TestDefaults(t *testing.T) {
 		pods:    endpoint{"nmi-port", netip.MustParseAddrPort("0.0.0.0:2579")},
 		probes:  endpoint{"http-probe-port", netip.MustParseAddrPort("0.0.0.0:8080")},
 		metrics: endpoint{"prometheus-port", netip.MustParseAddrPort("0.0.0.0:9090")}, handoverDir: "/run/nmi",
-		tokensPerSecond: 20, tokensAtOnce: 5, maxConnections: 512, maxConnectionsPerPod: 64, hostTokenUIDs: []uint32{0},
+		tokensPerSecond: 18, tokensAtOnce: 4, maxConnections: 512, maxConnectionsPerPod: 64, hostTokenUIDs: []uint32{0},
 		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
 	}, cfg)
 }

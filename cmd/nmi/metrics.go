@@ -150,7 +150,7 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 	counter("token.misses", "Requests for which no token was in memory", func(s tokencache.Stats) uint64 { return s.Misses })
 	counter("token.joined", "Requests that waited for a fetch which another had started", func(s tokencache.Stats) uint64 { return s.Joined })
 	counter("token.remembered_failures", "Requests that were told of a failure from memory", func(s tokencache.Stats) uint64 { return s.Remembered })
-	counter("token.turned_away", "Requests that were not served because too much was asked of IMDS", func(s tokencache.Stats) uint64 { return s.TurnedAway })
+	counter("token.turned_away", "Requests that were not served because their pod asked too fast, or too much was asked of IMDS or Entra", func(s tokencache.Stats) uint64 { return s.TurnedAway })
 	counter("token.fetches", "Fetches from IMDS or Entra, refreshes included", func(s tokencache.Stats) uint64 { return s.Flights })
 	counter("token.refreshes", "Fetches in the place of a token that was still good", func(s tokencache.Stats) uint64 { return s.Refreshes })
 	counter("token.renewals", "Requests that did not want the token in memory", func(s tokencache.Stats) uint64 { return s.Renewals })

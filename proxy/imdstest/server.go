@@ -38,9 +38,9 @@ type Config struct {
 	// Resources that Entra knows; a token for another is refused with AADSTS500011.
 	// nil knows all.
 	Resources []string
-	Latency    time.Duration // before each token
-	Lifetime   time.Duration // of a token; 0 means 24 hours
-	TokenSize  int           // bytes; 0 means 1600, about what Entra issues
+	Latency   time.Duration // before each token
+	Lifetime  time.Duration // of a token; 0 means 24 hours
+	TokenSize int           // bytes; 0 means 1600, about what Entra issues
 	// Cached gives the same token until it expires, unless asked with
 	// bypass_cache=true, as the real service does. Without it each is a new one.
 	Cached bool
