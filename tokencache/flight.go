@@ -208,7 +208,10 @@ func (c *Cache) takeOff() bool {
 	return true
 }
 
-// ask makes the fetch. What it waits for its first turn is not taken from its time.
+// ask makes the fetch, within FetchTimeout. What it waits for turns is not taken from
+// that: for the first however long, since callers have maxWait for it; for those of its
+// retries what is left of maxWait then. On a node that starts, a retry waits as long as
+// a first turn.
 func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
 	// singleflight would end the process for a panic in a flight; it is this
 	// flight's failure, and nobody else's.
@@ -219,18 +222,30 @@ func (c *Cache) ask(f flight, w *want) (token *Token, err error) {
 	}()
 	ctx, cancel := context.WithCancelCause(w.ctx)
 	defer cancel(nil)
+	ends := time.Now().Add(c.cfg.FetchTimeout)
 	deadline := time.AfterFunc(c.cfg.FetchTimeout, func() { cancel(context.DeadlineExceeded) })
 	defer deadline.Stop()
-	first := true
+	waits, first := maxWait, true
 	end := func(time.Duration) {}
 	defer func() { end(0) }() // for a fetch that did not come to it
 	turn := func(waiting context.Context) (done func(time.Duration), err error) {
+		begin := time.Now()
 		if first {
-			first = false
 			deadline.Stop()
-			defer deadline.Reset(c.cfg.FetchTimeout)
+		} else {
+			deadline.Reset(ends.Sub(begin) + waits)
 		}
-		if err := w.turns.wait(waiting, w.ticket); err != nil {
+		err = w.turns.wait(waiting, w.ticket)
+		now := time.Now()
+		waited := now.Sub(begin)
+		if first {
+			ends = now.Add(c.cfg.FetchTimeout)
+		} else {
+			ends = ends.Add(min(waited, waits))
+		}
+		waits, first = max(waits-waited, 0), false
+		deadline.Reset(ends.Sub(now))
+		if err != nil {
 			return nil, err
 		}
 		var once sync.Once

@@ -25,9 +25,10 @@ var ErrEntra = errors.New("no token from Entra")
 
 const sourceEntra = "Entra"
 
-// entra gets the tokens of service principals. It keeps nothing between two
-// fetches: the cache is before it, and a changed secret counts from the next one.
+// entra gets the tokens of service principals. Of Secrets it keeps nothing between two
+// fetches but decoded certificates; a changed Secret counts from the next one.
 type entra struct {
+	certificates *certificates
 	secret    func(ctx context.Context, namespace, name string) (map[string][]byte, error)
 	hosts     map[string]bool // that secrets may be sent to
 	userAgent string
@@ -36,7 +37,8 @@ type entra struct {
 
 func newEntra(cfg Config) *entra {
 	e := &entra{
-		secret: cfg.Secret, hosts: hostsOf(cfg.Authorities), userAgent: cfg.UserAgent,
+		certificates: newCertificates(),
+		secret:       cfg.Secret, hosts: hostsOf(cfg.Authorities), userAgent: cfg.UserAgent,
 		transport: &http.Transport{
 			// Unlike IMDS, Entra is on the Internet, which some nodes reach through
 			// a proxy only.
@@ -60,9 +62,18 @@ func newEntra(cfg Config) *entra {
 }
 
 // fetch gets one token: is its authority allowed, what does the secret hold, what
-// says Entra. The error is an *Error (Entra refused), a *CredentialError (it could
+// says Entra. A turn is for the last alone, so that nobody's secret keeps one from
+// others. The error is an *Error (Entra refused), a *CredentialError (it could
 // not even be asked), or wraps ErrEntra.
 func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
+	host, err := e.allowed(p.Authority)
+	if err != nil {
+		return nil, refusedCredential(p, err)
+	}
+	proof, err := e.proof(ctx, p)
+	if err != nil {
+		return nil, err
+	}
 	// One turn for the few requests of a fetch: Entra has no limit for a node, and yet
 	// no pod is to make the node flood it.
 	done, err := turn(ctx)
@@ -70,14 +81,6 @@ func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.
 		return nil, err
 	}
 	defer done(0) // a throttle is for one tenant or application, not for all
-	host, err := e.allowed(p.Authority)
-	if err != nil {
-		return nil, refusedCredential(p, err)
-	}
-	data, err := e.secret(ctx, p.SecretNamespace, p.SecretName)
-	if err != nil {
-		return nil, secretError(p, err)
-	}
 	x := &exchange{
 		client: &http.Client{
 			Transport: e.transport,
@@ -86,7 +89,7 @@ func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.
 		},
 		hosts: e.hosts, userAgent: e.userAgent,
 	}
-	credential, err := newCredential(key.ClientID, p, data, optionsFor(host, x))
+	credential, err := newCredential(key.ClientID, p, proof, optionsFor(host, x))
 	if err != nil {
 		return nil, refusedCredential(p, err)
 	}
@@ -103,27 +106,53 @@ func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.
 // (learn.microsoft.com, "Scopes and permissions", Trailing slash and .default).
 func scopeOf(resource string) string { return resource + "/.default" }
 
-// newCredential makes what asks for tokens out of what the secret holds. It is made
+// proof is what a service principal proves itself with: a client secret, or else a
+// certificate.
+type proof struct {
+	clientSecret string
+	certificate  certificate
+}
+
+// proof reads the Secret. The error is a *CredentialError.
+func (e *entra) proof(ctx context.Context, p tokencache.Principal) (got proof, err error) {
+	name := p.SecretNamespace + "/" + p.SecretName
+	data, err := e.secret(ctx, p.SecretNamespace, p.SecretName)
+	if err != nil {
+		e.certificates.forget(name) // or it outlives a Secret that is deleted
+		return proof{}, secretError(p, err)
+	}
+	if !p.Certificate {
+		if got.clientSecret, err = clientSecretIn(data); err != nil {
+			return proof{}, refusedCredential(p, err)
+		}
+		return got, nil
+	}
+	got.certificate, err = e.certificates.of(ctx, name, data)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return proof{}, secretError(p, fmt.Errorf("decoding its certificate: %w", err))
+	case err != nil:
+		return proof{}, refusedCredential(p, err)
+	}
+	if err := got.certificate.validAt(time.Now()); err != nil {
+		return proof{}, refusedCredential(p, err)
+	}
+	return got, nil
+}
+
+// newCredential makes what asks for tokens. It is made
 // anew for each fetch: it has a cache of its own, which would answer a refresh with
 // the token that is to be replaced.
-func newCredential(clientID string, p tokencache.Principal, data map[string][]byte, options azcore.ClientOptions) (azcore.TokenCredential, error) {
+func newCredential(clientID string, p tokencache.Principal, proof proof, options azcore.ClientOptions) (azcore.TokenCredential, error) {
 	// Instance discovery asks login.microsoft.com whether an authority is one of
 	// Microsoft's. Here a list of our own has said so already, and it says no
 	// more of authorities that the operator named.
 	const noDiscovery = true
 	if p.Certificate {
-		chain, key, err := certificateIn(data, time.Now())
-		if err != nil {
-			return nil, err
-		}
-		return azidentity.NewClientCertificateCredential(p.TenantID, clientID, chain, key,
+		return azidentity.NewClientCertificateCredential(p.TenantID, clientID, proof.certificate.chain, proof.certificate.key,
 			&azidentity.ClientCertificateCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: noDiscovery})
 	}
-	secret, err := clientSecretIn(data)
-	if err != nil {
-		return nil, err
-	}
-	return azidentity.NewClientSecretCredential(p.TenantID, clientID, secret,
+	return azidentity.NewClientSecretCredential(p.TenantID, clientID, proof.clientSecret,
 		&azidentity.ClientSecretCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: noDiscovery})
 }
 

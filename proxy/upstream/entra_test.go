@@ -154,6 +154,7 @@ func TestATokenByCertificate(t *testing.T) {
 	other, _ := entratest.NewCertificate(time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
 	for name, encoder := range map[string]*pkcs12.Encoder{
 		"AES, as OpenSSL 3 writes it": pkcs12.Modern,
+		"AES, as OpenSSL 3.4 can":     pkcs12.Modern2026,
 		"3DES":                        pkcs12.LegacyDES,
 		"RC2, as Windows wrote it":    pkcs12.LegacyRC2,
 		"without a password":          pkcs12.Passwordless,

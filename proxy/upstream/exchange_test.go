@@ -144,7 +144,7 @@ func TestIMDSIsNotAskedMoreThanItAllows(t *testing.T) {
 		pods.Wait()
 		atOnce, perSecond := imds.Peak()
 		assert.Equal(t, 160, imds.Requests())
-		assert.LessOrEqual(t, atOnce, 5)
-		assert.LessOrEqual(t, perSecond, 20)
+		assert.LessOrEqual(t, atOnce, 4)
+		assert.LessOrEqual(t, perSecond, 18)
 	})
 }

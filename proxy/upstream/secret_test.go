@@ -101,11 +101,14 @@ func TestCertificateIn(t *testing.T) {
 		"not RSA":                          {with(encode(curve, onCurve), password), "is not an RSA key"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			chain, got, err := certificateIn(tc.data, now)
+			got, err := certificateIn(tc.data)
+			if err == nil {
+				err = got.validAt(now)
+			}
 			if tc.err == "" {
 				require.NoError(t, err)
-				assert.True(t, key.Equal(got))
-				assert.Equal(t, certificate.Raw, chain[0].Raw)
+				assert.True(t, key.Equal(got.key))
+				assert.Equal(t, certificate.Raw, got.chain[0].Raw)
 				return
 			}
 			require.ErrorContains(t, err, tc.err)

@@ -47,7 +47,7 @@ func limitedNode(t *testing.T) (imds *imdstest.Server, u *Upstream, cache *token
 }
 
 // All pods of a full node start at once, each with a key of its own, while a few others
-// make up resources.
+// make up resources and IMDS has some requests tried again.
 func TestAFullNodeStartsWithinTheWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds, _, cache, stop := limitedNode(t)
@@ -58,6 +58,10 @@ func TestAFullNodeStartsWithinTheWait(t *testing.T) {
 			others.Go(func() { _, _ = cache.Get(t.Context(), keyFor(fmt.Sprintf("made-up-%d", i)), podAddr(1000+i%5)) })
 		}
 		synctest.Wait()
+		for range 10 { // as a service that is being updated does
+			imds.Inject(make([]imdstest.Fault, 20)...)
+			imds.Inject(imdstest.Fault{Status: http.StatusNotFound})
+		}
 		began := time.Now()
 		var pods sync.WaitGroup
 		var slowest atomic.Int64

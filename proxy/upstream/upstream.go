@@ -81,8 +81,9 @@ func New(cfg Config) *Upstream {
 	}
 }
 
-// Close drops the idle connections.
+// Close drops the idle connections, and what is remembered of Secrets.
 func (u *Upstream) Close() {
 	u.transport.CloseIdleConnections()
 	u.entra.transport.CloseIdleConnections()
+	u.entra.certificates.close()
 }
