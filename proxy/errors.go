@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -139,6 +140,16 @@ func noToken(f *tokencache.Failure) *httpError {
 	}
 }
 
+// explain adds for the log what an operator has to do where IMDS's words, which the pod
+// is told, read as if nothing were bound to it.
+func explain(err error) error {
+	var said *upstream.Error
+	if errors.As(err, &said) && said.UnknownIdentity() {
+		return fmt.Errorf("%w (bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity)", err)
+	}
+	return err
+}
+
 // refuse writes an error, and logs it where an operator may have to act.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	e := asHTTP(err)
@@ -148,7 +159,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.As(err, &own): // the client's own mistake, and it is told all there is to say
 		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
 	case s.refusals.allow(callerOf(r)):
-		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", err)
+		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", explain(err))
 	}
 	if e.retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int((e.retryAfter+time.Second-1)/time.Second)))

@@ -56,6 +56,7 @@ func TestHowFailuresAreTold(t *testing.T) {
 		"IMDS's own words":      {tokencache.Refused, &upstream.Error{Source: "IMDS", Status: 400, Code: "invalid_request", Description: "Identity not found"}, 400, "invalid_request: Identity not found"},
 		"IMDS without words":    {tokencache.Refused, &upstream.Error{Source: "IMDS", Status: 403}, 400, "invalid_request: The metadata service refused the request"},
 		"IMDS fails":            {tokencache.Unavailable, &upstream.Error{Source: "IMDS", Status: 500, Code: "x", Description: "10.0.0.1"}, 503, "temporarily_unavailable: The metadata service is not available"},
+		"a proxy before IMDS":   {tokencache.Unavailable, &upstream.Error{Source: "IMDS", Status: 421}, 503, "temporarily_unavailable: The metadata service is not available"},
 		"Entra fails":           {tokencache.Unavailable, &upstream.Error{Source: "Entra", Status: 500}, 503, "temporarily_unavailable: Entra is not available"},
 		"a fetch takes long":    {tokencache.Unavailable, context.DeadlineExceeded, 503, "temporarily_unavailable: The metadata service did not answer in time"},
 		"a panic":               {tokencache.Unavailable, errors.New("fetching a token panicked: secret"), 503, "temporarily_unavailable: The metadata service is not available"},

@@ -71,11 +71,17 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	after := &handover{dir: cfg.handoverDir, log: log}
+	source := upstream.New(upstream.Config{
+		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
+		UserAgent: cfg.userAgent,
+		Secret:    secrets.read, Authorities: cfg.authorities, Logger: log,
+	})
+	defer source.Close()
 	probes, measured := newPortPage(cfg.probes, log), newPortPage(cfg.metrics, log)
 	probeSocket := newPage(flagProbeSocket, log, func(ctx context.Context) (pageListener, error) {
 		return listenUnix(ctx, "unix", cfg.probeSocket)
 	})
-	status := newHealth(ctx, resolver, rules, after.note, probes.note, measured.note, probeSocket.note)
+	status := newHealth(ctx, resolver, rules, source, after.note, probes.note, measured.note, probeSocket.note)
 	probes.handler, probeSocket.handler = status.handler(), status.handler()
 	// What requests need outlives them: it ends when Serve has returned.
 	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
@@ -100,12 +106,6 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	defer front.Close() //nolint:errcheck // nobody can be told
 
-	source := upstream.New(upstream.Config{
-		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
-		UserAgent: cfg.userAgent,
-		Secret:    secrets.read, Authorities: cfg.authorities,
-	})
-	defer source.Close()
 	tokens := tokencache.New(source.Token, tokencache.Config{
 		PerSecond: cfg.tokensPerSecond, AtOnce: cfg.tokensAtOnce, InUse: proxy.InUse(resolver),
 	})
@@ -122,7 +122,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	after.retire = server.Retire
 	after.front = &gate{TCPListener: front}
 	after.begin = func(p *part) { p.begin(behind) }
-	measured.handler = metrics(rules, tracker, resolver, tokens, server)
+	measured.handler = metrics(rules, tracker, resolver, source, tokens, server)
 	probes.adopt(before.adopt(cfg.probes))
 	measured.adopt(before.adopt(cfg.metrics))
 	before.closeUnused()

@@ -9,6 +9,7 @@ import (
 
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/upstream"
 )
 
 // health answers the kubelet's probes.
@@ -21,8 +22,9 @@ var errStopping = errors.New("the agent is stopping")
 
 // newHealth says when the agent is ready: not stopping, synced, rules in place, and
 // no reason to withhold tokens. more is what else there is to say then, each "" or
-// lines that begin with a line break.
-func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler, more ...func() string) *health {
+// lines that begin with a line break. An outage of IMDS is a note: tokens in memory are
+// served, and no other agent could do better.
+func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler, source *upstream.Upstream, more ...func() string) *health {
 	return &health{
 		checks: []func() error{
 			func() error {
@@ -44,6 +46,9 @@ func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptab
 			}
 			if err := resolver.Stale(); err != nil {
 				note += "\ndecisions may be out of date:\n" + list(err)
+			}
+			if err := source.Unavailable(); err != nil {
+				note += "\n" + err.Error()
 			}
 			for _, say := range more {
 				note += say()

@@ -18,14 +18,15 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
 )
 
 // metrics answers /metrics in Prometheus's format. docs/metrics.md lists what is
 // there. An agent without metrics is better than none: if they cannot be made, the
 // page says why.
-func metrics(rules *iptables.Reconciler, tracker *links.Tracker, resolver *podresolver.Resolver, tokens *tokencache.Cache, server *proxy.Server) http.Handler {
-	registry, err := newRegistry(rules, tracker, resolver, tokens, server)
+func metrics(rules *iptables.Reconciler, tracker *links.Tracker, resolver *podresolver.Resolver, source *upstream.Upstream, tokens *tokencache.Cache, server *proxy.Server) http.Handler {
+	registry, err := newRegistry(rules, tracker, resolver, source, tokens, server)
 	if err != nil {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -39,7 +40,7 @@ func metrics(rules *iptables.Reconciler, tracker *links.Tracker, resolver *podre
 	return mux
 }
 
-func newRegistry(rules *iptables.Reconciler, tracker *links.Tracker, resolver *podresolver.Resolver, tokens *tokencache.Cache, server *proxy.Server) (*prometheus.Registry, error) {
+func newRegistry(rules *iptables.Reconciler, tracker *links.Tracker, resolver *podresolver.Resolver, source *upstream.Upstream, tokens *tokencache.Cache, server *proxy.Server) (*prometheus.Registry, error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	exporter, err := otelprometheus.New(
@@ -53,7 +54,7 @@ func newRegistry(rules *iptables.Reconciler, tracker *links.Tracker, resolver *p
 	}
 	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
 	refused := count(meter, "sources.refused", "Times that a pod was not taken for the caller, since its address may be another pod's by now", func() uint64 { return tracker.Stats().Refused })
-	if err := errors.Join(refused, observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server)); err != nil {
+	if err := errors.Join(refused, observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server), observeIMDS(meter, source)); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	return registry, nil
@@ -126,6 +127,16 @@ func observeServer(meter metric.Meter, server *proxy.Server) error {
 		gauge(meter, "connections", "Connections that pods have open", func() int { return server.Connections().Open }),
 		count(meter, "connections.refused", "Connections that were closed on arrival, since there were too many", func() uint64 { return server.Connections().Refused }),
 		count(meter, "connections.ended", "Connections that were closed to make place for others", func() uint64 { return server.Connections().Ended }))
+}
+
+// observeIMDS tells whether IMDS answers.
+func observeIMDS(meter metric.Meter, source *upstream.Upstream) error {
+	_, err := meter.Int64ObservableGauge("imds.unavailable", metric.WithDescription("1 while IMDS gives no tokens, else 0"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(oneIf(source.Unavailable() != nil))
+			return nil
+		}))
+	return err
 }
 
 // observeTokens tells of the cache and of what it asks the upstream.

@@ -27,6 +27,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if from, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		call.From = from.Addr().Unmap()
 	}
+	if !s.knows(r.RemoteAddr) {
+		call.Status = http.StatusMisdirectedRequest
+		s.record(call)
+		w.Header().Set("Connection", "close")
+		w.WriteHeader(call.Status)
+		return
+	}
 	leave, allowed := func() {}, true
 	if call.Path == tokenPath {
 		leave, allowed = s.arrive()

@@ -75,6 +75,9 @@ type Server struct {
 	cache  map[claims]issued
 	peak   peak
 	faults []Fault
+	// connections, by the client's address, and whether they are known still; see
+	// ForgetConnections.
+	connections map[string]bool
 }
 
 // NewServer returns a service that behaves as cfg says.
@@ -85,7 +88,7 @@ func NewServer(cfg Config) *Server {
 	if cfg.TokenSize == 0 {
 		cfg.TokenSize = 1600
 	}
-	return &Server{cfg: cfg, cache: make(map[claims]issued)}
+	return &Server{cfg: cfg, cache: make(map[claims]issued), connections: make(map[string]bool)}
 }
 
 // Start serves on a free loopback port; the caller closes what it returns.
@@ -178,6 +181,28 @@ func (s *Server) Reset() {
 	defer s.mu.Unlock()
 	s.calls, s.tokens, s.total, s.faults = nil, 0, 0, nil
 	s.peak = peak{now: s.peak.now, atOnce: s.peak.now}
+}
+
+// ForgetConnections makes the service answer 421 on all connections that have been used
+// so far, and close them, as Azure's GuestProxyAgent does once it has lost whose a
+// connection is.
+func (s *Server) ForgetConnections() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for from := range s.connections {
+		s.connections[from] = false
+	}
+}
+
+// knows reports whether a connection has not been forgotten.
+func (s *Server) knows(from string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	known, seen := s.connections[from]
+	if !seen && len(s.connections) < maxCalls {
+		s.connections[from] = true
+	}
+	return known || !seen
 }
 
 func (s *Server) record(c Call) {

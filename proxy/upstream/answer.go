@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/podidentity/nmi/tokencache"
@@ -77,7 +79,7 @@ func parseToken(body []byte, key tokencache.Key, now time.Time) (*tokencache.Tok
 		return nil, errors.New("access_token has characters that no bearer token has (RFC 6750)")
 	case in.TokenType == "":
 		return nil, errors.New("no token_type")
-	case in.Resource != key.Resource:
+	case !sameResource(in.Resource, key.Resource):
 		return nil, fmt.Errorf("it is for another resource than the one asked for, %.200q", key.Resource)
 	case in.ClientID == "":
 		return nil, errors.New("no client_id")
@@ -110,6 +112,34 @@ func parseToken(body []byte, key tokencache.Key, now time.Time) (*tokencache.Tok
 		token.ExtExpiresOn = now.Add(ext)
 	}
 	return token, nil
+}
+
+// sameResource reports whether two spellings name one resource. IMDS echoes the one that
+// it was asked for, and what stands in for it may have a canonical one: in other case, or
+// without the slash at the end.
+func sameResource(a, b string) bool {
+	return strings.EqualFold(strings.TrimRight(a, "/"), strings.TrimRight(b, "/")) && strings.Trim(a, "/") != ""
+}
+
+// maxSpellings bounds the lines of spellings, since pods choose resources.
+const maxSpellings = 20
+
+// spellings logs each resource once that is answered with another spelling of it.
+type spellings struct {
+	to *slog.Logger
+
+	mu   sync.Mutex      // guards told
+	told map[string]bool // by the resource asked for
+}
+
+func (s *spellings) log(asked, answered string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.told[asked] || len(s.told) >= maxSpellings {
+		return
+	}
+	s.told[asked] = true
+	s.to.Info("IMDS spells a resource differently; its tokens are used", "asked", asked, "answered", answered)
 }
 
 // expiry decides when a token that came at now ends, and how long it lives. The

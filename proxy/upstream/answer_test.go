@@ -46,10 +46,13 @@ func TestParseToken(t *testing.T) {
 		"empty not_before":              {fields{"not_before": `""`}, key, ""},
 		"null ext_expires_in":           {fields{"ext_expires_in": "null"}, key, ""},
 		"asked for by resource ID":      {nil, byResource, ""},
+		"another spelling":              {fields{"resource": `"HTTPS://Vault.azure.net"`}, key, ""},
 		"no token":                      {fields{"access_token": `""`}, key, "no access_token"},
 		"a token with a quote":          {fields{"access_token": `"secret\""`}, key, "characters that no bearer token has"},
 		"no type":                       {fields{"token_type": nil}, key, "no token_type"},
 		"another resource":              {fields{"resource": `"secret"`}, key, "another resource than the one asked for"},
+		"another path":                  {fields{"resource": `"https://vault.azure.net/x"`}, key, "another resource than the one asked for"},
+		"a slash for a resource":        {fields{"resource": `"/"`}, tokencache.Key{ClientID: key.ClientID, Resource: "/"}, "another resource than the one asked for"},
 		"no resource":                   {fields{"resource": nil}, key, "another resource than the one asked for"},
 		"another identity":              {fields{"client_id": `"secret"`}, key, "another client_id than the one asked for"},
 		"no identity":                   {fields{"client_id": nil}, key, "no client_id"},
@@ -174,7 +177,7 @@ func FuzzParseToken(f *testing.F) {
 		}
 		last := token.ExpiresOn
 		if token.AccessToken == "" || strings.ContainsAny(token.AccessToken, "\"\\\x00\n ") || token.TokenType == "" ||
-			token.Resource != key.Resource || !strings.EqualFold(token.ClientID, key.ClientID) ||
+			!sameResource(token.Resource, key.Resource) || !strings.EqualFold(token.ClientID, key.ClientID) ||
 			!last.After(now) || last.Sub(now) > longestLife || token.ExtExpiresOn.Before(last) || token.ExtExpiresOn.Sub(now) > longestLife ||
 			token.ExpiresIn < 0 || token.ExpiresIn > longestLife ||
 			token.ExpiresIn > 0 && (token.ExpiresIn > last.Sub(now)+clockSkew || last.Sub(now) > token.ExpiresIn+clockSkew) ||

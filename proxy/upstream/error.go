@@ -1,10 +1,12 @@
 package upstream
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/podidentity/nmi/tokencache"
@@ -27,9 +29,15 @@ type Error struct {
 	Code        string        // "invalid_request", "invalid_resource", ...; "" if it gave none
 	Description string        // "" if it gave none
 	RetryAfter  time.Duration // 0 if it gave none
+
+	empty bool // the answer had no body
 }
 
 func (e *Error) Error() string {
+	if e.Source == sourceIMDS && e.byProxy() {
+		return fmt.Sprintf("a proxy before IMDS answered %d (%s); if this node has the Metadata Security Protocol (GuestProxyAgent), "+
+			"allow this agent's process GET %s in the InVMAccessControlProfile for IMDS", e.Status, http.StatusText(e.Status), tokenPath)
+	}
 	if e.Code == "" {
 		return fmt.Sprintf("%s answered %d %s", e.Source, e.Status, http.StatusText(e.Status))
 	}
@@ -42,16 +50,29 @@ func (e *Error) Class() tokencache.Class {
 	switch {
 	case e.Status == http.StatusTooManyRequests:
 		return tokencache.Throttled
-	case e.Status < 400, passes(e.Status),
+	case e.Status < 400, passes(e.Status), e.byProxy(),
 		e.Code == "temporarily_unavailable", e.Code == "server_error": // RFC 6749, 4.1.2.1
 		return tokencache.Unavailable
 	case e.Code == "" && e.Source != sourceIMDS:
-		// Not Entra's own words: somebody's on the way to it. There is nobody on the
-		// way to IMDS.
+		// Not Entra's own words: somebody's on the way to it.
 		return tokencache.Unavailable
 	default:
 		return tokencache.Refused
 	}
+}
+
+// byProxy reports whether the answer is that of a metadata security proxy on the way, and
+// says nothing of the identity. Azure's GuestProxyAgent, which takes over connections to
+// IMDS on nodes with the Metadata Security Protocol, answers 403 without a body to what
+// its rules do not allow, and 421 where it has lost whose the connection is. IMDS itself
+// gives reasons in JSON, and never answers 421.
+func (e *Error) byProxy() bool {
+	return e.Status == http.StatusMisdirectedRequest || e.Status == http.StatusForbidden && e.empty
+}
+
+// UnknownIdentity reports whether IMDS says that the node has no such identity.
+func (e *Error) UnknownIdentity() bool {
+	return e.Source == sourceIMDS && e.Status == http.StatusBadRequest && strings.EqualFold(e.Description, "Identity not found")
 }
 
 // Wait is how long the upstream wants to be left alone, 0 if that is up to the
@@ -88,7 +109,7 @@ const maxDescription = 2 << 10 // AADSTS messages with trace IDs stay under 1 KB
 // body that is not the service's JSON (a web server's HTML, say) is dropped rather
 // than quoted.
 func newError(status int, retryAfter string, body []byte, now time.Time) *Error {
-	e := &Error{Status: status, RetryAfter: parseRetryAfter(retryAfter, now)}
+	e := &Error{Status: status, RetryAfter: parseRetryAfter(retryAfter, now), empty: len(bytes.TrimSpace(body)) == 0}
 	var in struct {
 		Code        string `json:"error"`
 		Description string `json:"error_description"`

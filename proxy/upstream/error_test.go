@@ -40,6 +40,10 @@ func TestWhatAnAnswerMeans(t *testing.T) {
 		e.RetryAfter = time.Minute
 		assert.Equal(t, time.Minute, e.Wait(), "what it asks for")
 	}
+	for _, source := range []string{sourceIMDS, sourceEntra} {
+		assert.Equal(t, tokencache.Unavailable, (&Error{Source: source, Status: 421}).Class(), "of a proxy on the way to it")
+		assert.Equal(t, tokencache.Unavailable, (&Error{Source: source, Status: 403, empty: true}).Class(), "likewise")
+	}
 	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 403}).Class(), "of a proxy on the way to it")
 	assert.Equal(t, tokencache.Refused, (&Error{Source: sourceEntra, Status: 401, Code: "invalid_client"}).Class())
 	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 400, Code: "temporarily_unavailable"}).Class())

@@ -27,6 +27,7 @@ const (
 // flight is what the tries of one fetch share; it travels with azcore's request.
 type flight struct {
 	turn  tokencache.Turn
+	began time.Time // the first try
 	tries int
 	last  error // why the last try brought nothing, unless ctx ended it
 }
@@ -54,6 +55,9 @@ func (perTry) Do(req *policy.Request) (*http.Response, error) {
 	var leaveAlone time.Duration
 	defer func() { done(leaveAlone) }()
 
+	if f.tries == 0 {
+		f.began = time.Now()
+	}
 	ctx, cancel := context.WithTimeout(fetch, tryTimeout)
 	defer cancel()
 	resp, err := req.WithContext(ctx).Next()
@@ -101,6 +105,31 @@ func asError(resp *http.Response) *Error {
 	return e
 }
 
+// send makes one request.
+func send(req *http.Request, transport *http.Transport) (*http.Response, error) {
+	// net/http would send a GET again by itself when a connection that it kept is
+	// closed, past the limiter. It does not when there may be a body that it cannot
+	// have twice, and sends none when it finds that empty.
+	req.Body, req.GetBody = io.NopCloser(bytes.NewReader(nil)), nil
+	client := &http.Client{
+		Transport: transport,
+		// A redirect would send the request, and with it the node's
+		// standing, to another address. IMDS never redirects.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return client.Do(req)
+}
+
+// onNewConnections returns a transport like t that opens a connection for each request,
+// and closes it after that. It is for a request that was answered 421: a metadata
+// security proxy (Azure's GuestProxyAgent) no longer knows whose the connection is, and
+// may know the others that t keeps no better (RFC 9110, section 15.5.20).
+func onNewConnections(t *http.Transport) *http.Transport {
+	anew := t.Clone()
+	anew.DisableKeepAlives = true
+	return anew
+}
+
 // finalError ends the tries.
 type finalError struct{ error }
 
@@ -111,15 +140,16 @@ func (*finalError) NonRetriable() {}
 
 // wholeAnswers is the transport below azcore. It returns once an answer is in, body
 // and all, so that an answer that stalls or is cut is one more failed try.
-type wholeAnswers struct{ client *http.Client }
+type wholeAnswers struct{ transport *http.Transport }
 
 // Do implements azcore's policy.Transporter.
 func (t wholeAnswers) Do(req *http.Request) (*http.Response, error) {
-	// net/http would send a GET again by itself when a connection that it kept is
-	// closed, past the limiter. It does not when there may be a body that it cannot
-	// have twice, and sends none when it finds that empty.
-	req.Body, req.GetBody = io.NopCloser(bytes.NewReader(nil)), nil
-	resp, err := t.client.Do(req)
+	resp, err := send(req, t.transport)
+	if err == nil && resp.StatusCode == http.StatusMisdirectedRequest {
+		// Not of IMDS, which has not seen the request, so that it takes no other turn.
+		resp.Body.Close()
+		resp, err = send(req, onNewConnections(t.transport))
+	}
 	if err != nil {
 		return nil, err
 	}

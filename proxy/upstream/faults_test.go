@@ -81,6 +81,7 @@ func TestFaults(t *testing.T) {
 		"400":               {once(fault{Status: 400, Body: `{"error":"invalid_resource","error_description":"AADSTS50001: x"}`}), outcome{refused, "IMDS answered 400 invalid_resource: AADSTS50001: x", 1, 0, 0, 0}},
 		"401":               {once(fault{Status: 401}), outcome{refused, "IMDS answered 401 Unauthorized", 1, 0, 0, 0}},
 		"403 of a firewall": {once(fault{Status: 403, Body: "<html>", Type: "text/html"}), outcome{refused, "IMDS answered 403 Forbidden", 1, 0, 0, 0}},
+		"403 of a proxy":    {once(fault{Status: 403}), outcome{unavailable, "a proxy before IMDS answered 403 (Forbidden); if this node has the Metadata Security Protocol (GuestProxyAgent), allow this agent's process", 1, 0, 0, 0}},
 		"429":               {once(fault{Status: 429}), outcome{throttled, "IMDS answered 429", 1, 0, s, s}},
 		"429 for 7 s":       {once(fault{Status: 429, RetryAfter: "7", Body: "{}"}), outcome{throttled, "429", 1, 0, 7 * s, 7 * s}},
 		"429 for a day":     {once(fault{Status: 429, RetryAfter: "86400"}), outcome{throttled, "429", 1, 0, time.Hour, time.Hour}},

@@ -26,14 +26,9 @@ const (
 
 // newPipeline returns the azcore pipeline that asks IMDS for tokens, until the
 // request's ctx ends.
-func newPipeline(transport http.RoundTripper) runtime.Pipeline {
+func newPipeline(transport *http.Transport) runtime.Pipeline {
 	return runtime.NewPipeline("nmi", "", runtime.PipelineOptions{PerRetry: []policy.Policy{perTry{}}}, &policy.ClientOptions{
-		Transport: wholeAnswers{&http.Client{
-			Transport: transport,
-			// A redirect would send the request, and with it the node's
-			// standing, to another address. IMDS never redirects.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		}},
+		Transport: wholeAnswers{transport},
 		Telemetry: policy.TelemetryOptions{Disabled: true},
 		Retry: policy.RetryOptions{
 			MaxRetries:    1000, // ctx ends them
@@ -80,6 +75,10 @@ func (u *Upstream) Token(ctx context.Context, ask tokencache.Request) (*tokencac
 	req.SetOperationValue(f)
 
 	resp, err := u.pipeline.Do(req)
+	// A fetch that its callers left says something of IMDS only if a try of it had failed.
+	if left := errors.Is(context.Cause(ctx), context.Canceled); f.tries > 0 && (f.last != nil || !left) {
+		u.outage.fetched(f.began, unanswered(resp, err, f))
+	}
 	switch {
 	case err != nil && f.last != nil && !errors.Is(err, f.last):
 		return nil, fmt.Errorf("asking IMDS for a token: %w after %d tries, the last of which failed: %w", err, f.tries, f.last)
@@ -97,6 +96,9 @@ func (u *Upstream) Token(ctx context.Context, ask tokencache.Request) (*tokencac
 	token, err := parseToken(body, key, time.Now())
 	if err != nil {
 		return nil, fmt.Errorf("IMDS's answer cannot be used: %w", err)
+	}
+	if token.Resource != key.Resource {
+		u.spellings.log(key.Resource, token.Resource)
 	}
 	return token, nil
 }

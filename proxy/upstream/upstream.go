@@ -17,6 +17,7 @@ package upstream
 import (
 	"context"
 	"crypto/x509"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -42,6 +43,8 @@ type Config struct {
 	Authorities []string
 	// Roots are whom Entra's certificate may be from; nil means the system's.
 	Roots *x509.CertPool
+
+	Logger *slog.Logger // nil means slog.Default
 }
 
 // Upstream asks IMDS, and Entra for service principals. It is safe for concurrent use.
@@ -51,6 +54,8 @@ type Upstream struct {
 	transport *http.Transport
 	pipeline  runtime.Pipeline
 	entra     *entra
+	outage    outage
+	spellings spellings
 
 	// For what is passed on; see RoundTrip.
 	passing, passingTokens *slots
@@ -59,6 +64,9 @@ type Upstream struct {
 
 // New returns an Upstream. It opens no connection yet.
 func New(cfg Config) *Upstream {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
 	transport := &http.Transport{
 		// No Proxy: IMDS must be reached directly, whatever the environment
 		// says (learn.microsoft.com, "Azure Instance Metadata Service", Proxies).
@@ -74,12 +82,18 @@ func New(cfg Config) *Upstream {
 		transport: transport,
 		entra:     newEntra(cfg),
 		pipeline:  newPipeline(transport),
+		outage:    outage{log: cfg.Logger},
+		spellings: spellings{to: cfg.Logger, told: make(map[string]bool)},
 
 		passing:       newSlots(passingSlots),
 		passingTokens: newSlots(tokenSlots),
 		held:          newHeld(maxHeld),
 	}
 }
+
+// Unavailable returns an error while IMDS gives no tokens: since when, and why. It is
+// learnt from fetches, and so as late as they are.
+func (u *Upstream) Unavailable() error { return u.outage.err() }
 
 // Close drops the idle connections, and what is remembered of Secrets.
 func (u *Upstream) Close() {
