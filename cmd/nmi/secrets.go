@@ -18,7 +18,7 @@ import (
 )
 
 // secrets reads Kubernetes Secrets one by one, when they are needed. It neither
-// watches nor keeps any: what an agent remembers, who breaks into it has.
+// watches nor keeps any: a compromised agent leaks whatever it keeps.
 type secrets struct{ client *rest.RESTClient }
 
 const (

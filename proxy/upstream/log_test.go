@@ -178,7 +178,7 @@ func TestAnOutageIsTwoLinesInTheLog(t *testing.T) {
 		warning := log.with("")[0]
 		assert.Contains(t, warning, `level=WARN msg="IMDS gives no tokens; those in memory are served meanwhile" cause="dial tcp: connection refused" since=`+began.Format("2006-01-02T15:04:05"))
 		require.ErrorContains(t, u.Unavailable(), "IMDS has given no tokens since "+began.UTC().Format(time.RFC3339))
-		require.ErrorContains(t, u.Unavailable(), "fetches failed: dial tcp: connection refused")
+		require.ErrorContains(t, u.Unavailable(), "): dial tcp: connection refused")
 
 		down.Store(false)
 		ask(t, cache, "after", 20, time.Minute)

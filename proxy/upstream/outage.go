@@ -65,7 +65,7 @@ func (o *outage) err() error {
 	if o.began.IsZero() {
 		return nil
 	}
-	return fmt.Errorf("IMDS has given no tokens since %s, %d fetches failed: %w",
+	return fmt.Errorf("IMDS has given no tokens since %s (failed fetches: %d): %w",
 		o.began.UTC().Format(time.RFC3339), o.failed, o.cause)
 }
 
