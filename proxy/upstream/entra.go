@@ -29,10 +29,10 @@ const sourceEntra = "Entra"
 // fetches but decoded certificates; a changed Secret counts from the next one.
 type entra struct {
 	certificates *certificates
-	secret    func(ctx context.Context, namespace, name string) (map[string][]byte, error)
-	hosts     map[string]bool // that secrets may be sent to
-	userAgent string
-	transport *http.Transport
+	secret       func(ctx context.Context, namespace, name string) (map[string][]byte, error)
+	hosts        map[string]bool // that secrets may be sent to
+	userAgent    string
+	transport    *http.Transport
 }
 
 func newEntra(cfg Config) *entra {

@@ -44,6 +44,7 @@ type principals struct {
 	authority string
 	secrets   map[string]map[string][]byte // by name, all in namespace shop
 	err       error                        // of reading one
+	mu        sync.Mutex                   // guards reads
 	reads     int
 }
 
@@ -68,7 +69,9 @@ func newPrincipals(t *testing.T, change func(*Config)) *principals {
 		IMDS: &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, UserAgent: "nmi/test",
 		Authorities: []string{host}, Roots: roots,
 		Secret: func(_ context.Context, namespace, name string) (map[string][]byte, error) {
+			p.mu.Lock()
 			p.reads++
+			p.mu.Unlock()
 			if p.err != nil {
 				return nil, p.err
 			}

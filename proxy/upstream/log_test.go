@@ -62,7 +62,7 @@ func TestAnotherSpellingOfTheResourceIsLoggedOnce(t *testing.T) {
 	for i := range 3 * maxSpellings {
 		k := tokencache.Key{ClientID: known.ClientID, Resource: fmt.Sprintf("https://%d.Example/", i/2)}
 		imds.Inject(imdstest.Fault{Edit: func(fields map[string]any) {
-			fields["resource"] = strings.TrimSuffix(strings.ToLower(fields["resource"].(string)), "/") //nolint:errcheck // it is one
+			fields["resource"] = strings.TrimSuffix(strings.ToLower(fields["resource"].(string)), "/")
 		}})
 		token, err := u.Token(t.Context(), asking(k))
 		require.NoError(t, err)
@@ -199,6 +199,7 @@ func TestWhatIsAnOutage(t *testing.T) {
 		"a refusal":                   {once(fault{Status: 400, Body: `{"error":"invalid_request","error_description":"Identity not found"}`}), ""},
 		"a throttle":                  {once(fault{Status: 429}), ""},
 		"a token that cannot be used": {once(field("client_id", nil)), ""},
+		"an answer that is too long":  {once(fault{Status: 200, Body: strings.Repeat(" ", maxAnswer+1)}), ""},
 		"one failure, then a token":   {once(fault{Status: 500}), ""},
 		"500 for ever":                {always(fault{Status: 500}), "IMDS answered 500"},
 		"404 for ever":                {always(fault{Status: 404}), "IMDS answered 404"},

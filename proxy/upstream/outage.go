@@ -72,10 +72,11 @@ func (o *outage) err() error {
 // unanswered is why a fetch got no answer from IMDS; nil if it got one, be it a refusal.
 func unanswered(resp *http.Response, err error, f *flight) error {
 	var answer *Error
+	var unusable *finalError
 	switch {
 	case err == nil && resp.StatusCode == http.StatusOK:
 		return nil
-	case errors.As(f.last, &answer) && answer.Class() != tokencache.Unavailable:
+	case errors.As(f.last, &answer) && answer.Class() != tokencache.Unavailable, errors.As(f.last, &unusable):
 		return nil
 	case f.last == nil: // the only try was still waiting when the fetch ended
 		return causeOf(err)

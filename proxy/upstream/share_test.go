@@ -102,7 +102,7 @@ func TestMadeUpResourcesLeaveTheNodeItsShare(t *testing.T) {
 							for n := 0; ctx.Err() == nil; n++ {
 								_, err := cache.Get(ctx, keyFor(fmt.Sprintf("made-up-%d-%d-%d", pod, conn, n)), podAddr(1000+pod))
 								assert.Error(t, err)
-								_ = pause(ctx, 50*time.Millisecond)
+								_ = pause(ctx, 200*time.Millisecond)
 							}
 						})
 					}
