@@ -59,7 +59,7 @@ func TestLimitsAreThoseOfTheFlags(t *testing.T) {
 
 	usual := s.agent()
 	atOnce, perSecond, path, host := limits("usual", 16)
-	assert.LessOrEqual(t, atOnce, 5)
+	assert.LessOrEqual(t, atOnce, 4)
 	assert.Greater(t, perSecond, 4)
 	assert.True(t, p.keeps(12, 12))
 	assert.Equal(t, http.StatusNotFound, path)

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/des"
 	"crypto/pbkdf2"
 	"crypto/rand"
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -22,6 +24,9 @@ import (
 
 // endless takes hours.
 const endless = 1 << 31
+
+// oid3DES is pbeWithSHAAnd3-KeyTripleDES-CBC.
+var oid3DES = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 12, 1, 3}
 
 func context0(der []byte) asn1.RawValue {
 	return asn1.RawValue{Class: asn1.ClassContextSpecific, IsCompound: true, Bytes: der}
@@ -132,7 +137,7 @@ func TestEndlessPKCS12FilesAreRefused(t *testing.T) {
 		"the MAC, more than any number":         {withMAC(t, encode(pkcs12.Modern), math.MaxInt64), "asks for 9223372036854775807"},
 		"the encrypted certificates":            {made(sealedContents(t, endless, cert), plainContents(open)), iterations},
 		"the key":                               {made(sealedContents(t, 1, cert), plainContents(slow)), iterations},
-		"the key, by an older algorithm":        {made(sealedContents(t, 1, cert), plainContents(safeBag{ID: oidShroudedKey, Value: context0(marshal(encryptedKey{pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 12, 1, 3}, Parameters: asn1.RawValue{FullBytes: beyond}}, []byte("x")}))})), iterations},
+		"the key, by an older algorithm":        {made(sealedContents(t, 1, cert), plainContents(safeBag{ID: oidShroudedKey, Value: context0(marshal(encryptedKey{pkix.AlgorithmIdentifier{Algorithm: oid3DES, Parameters: asn1.RawValue{FullBytes: beyond}}, []byte("x")}))})), iterations},
 		"a key inside":                          {made(sealedContents(t, 1, cert, slow)), "private key missing"},
 		"a key inside, and none outside":        {made(sealedContents(t, 1, cert, slow), plainContents()), "private key missing"},
 		"a key inside, after a good one":        {made(plainContents(open), sealedContents(t, 1, cert, slow)), "exactly one key bag"},
@@ -166,8 +171,22 @@ func TestPasswordsAreEncodedAsTheDecoderDoes(t *testing.T) {
 		_, err = certificateIn(map[string][]byte{"certificate": file, "password": []byte(word)})
 		assert.NoError(t, err, "%.10q", word)
 	}
-	file := encodePFX([]contentInfo{plainContents(keyBag(t, key, 0), certificateBag(certificate))}, nil)
-	_, err := certificateIn(map[string][]byte{"certificate": file})
+	// Encoded as nothing at all, and without salt, all that is hashed is the diversifier.
+	derived := func(id byte) []byte {
+		sum := sha1.Sum(bytes.Repeat([]byte{id}, sha1.BlockSize))
+		return append(sum[:], sum[:]...)
+	}
+	block, err := des.NewTripleDESCipher(derived(1)[:24])
+	require.NoError(t, err)
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	require.NoError(t, err)
+	pad := des.BlockSize - len(der)%des.BlockSize
+	der = append(der, bytes.Repeat([]byte{byte(pad)}, pad)...)
+	cipher.NewCBCEncrypter(block, derived(2)[:des.BlockSize]).CryptBlocks(der, der)
+	algorithm := pkix.AlgorithmIdentifier{Algorithm: oid3DES, Parameters: asn1.RawValue{FullBytes: marshal(pbeParams{Salt: []byte{}, Iterations: 1})}}
+	bag := safeBag{ID: oidShroudedKey, Value: context0(marshal(encryptedKey{algorithm, der}))}
+	file := encodePFX([]contentInfo{plainContents(bag, certificateBag(certificate))}, nil)
+	_, err = certificateIn(map[string][]byte{"certificate": file})
 	assert.NoError(t, err, "no password, encoded as nothing at all")
 }
 
