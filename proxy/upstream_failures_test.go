@@ -40,6 +40,10 @@ func TestAnIdentityThatIMDSDoesNotKnow(t *testing.T) {
 	assert.Contains(t, line, "identity shop/one")
 	assert.Contains(t, line, hint)
 	assert.NotContains(t, w.logLine("pod shop/unbound"), hint)
+
+	w.imds.Inject(imdstest.Fault{Status: 400, Body: `{"error":"invalid_resource","error_description":"AADSTS500011"}`})
+	w.get(alsoBound, tokenURL+"nowhere")
+	assert.NotContains(t, w.logLine("pod shop/also-bound"), hint, "nor does another refusal")
 }
 
 func TestAProxyBeforeIMDSThatRefuses(t *testing.T) {
