@@ -1,6 +1,7 @@
 package podresolver
 
 import (
+	"context"
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
@@ -72,4 +73,25 @@ func client(config *rest.Config, version schema.GroupVersion, path, contentType 
 		return nil, fmt.Errorf("client for %s: %w", version, err)
 	}
 	return out, nil
+}
+
+// NodeOf asks the API server which node a pod is on.
+func NodeOf(ctx context.Context, config *rest.Config, namespace, podName string) (string, error) {
+	c, err := client(config, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf, corev1.AddToScheme)
+	if err != nil {
+		return "", err
+	}
+	var list corev1.PodList
+	err = c.Get().Namespace(namespace).Resource("pods").
+		VersionedParams(&metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", podName).String()}, metav1.ParameterCodec).
+		Do(ctx).Into(&list)
+	switch {
+	case err != nil:
+		return "", advise("pods", err)
+	case len(list.Items) == 0:
+		return "", fmt.Errorf("%s/%s: there is no such pod", namespace, podName)
+	case list.Items[0].Spec.NodeName == "":
+		return "", fmt.Errorf("%s/%s is on no node yet", namespace, podName)
+	}
+	return list.Items[0].Spec.NodeName, nil
 }

@@ -23,7 +23,7 @@ func standard(t *testing.T, objects ...runtime.Object) *world {
 
 // makes is MIC's assignment of cart() to the pod of standard.
 func makes(state string) runtime.Object {
-	return podresolver.NewAssigned("a", "p", state, podresolver.NewIdentity("cart", "C1", "/r/1"), podresolver.NewBinding("cart", "cart", "cart", 0))
+	return podresolver.NewAssigned("a", "p", state, podresolver.NewIdentity("cart", podresolver.GUID("C1"), podresolver.Path("/r/1")), podresolver.NewBinding("cart", "cart", "cart", 0))
 }
 
 // ask asks for an identity as a request does, and says how long that took.
@@ -49,11 +49,11 @@ func TestWhatIsAssignedIsNotWaitedFor(t *testing.T) {
 func TestABindingWithoutAnAssignmentWaits(t *testing.T) {
 	for name, want := range map[string]podresolver.Selector{
 		"none":                    {},
-		"client ID":               {ClientID: "c1"},
-		"another case":            {ClientID: "C1"},
-		"a resource ID":           {ResourceID: "/r/1"},
-		"a resource ID, too":      {ResourceID: "/R/1"},
-		"both, client ID matches": {ClientID: "C1", ResourceID: "/r/none"},
+		"client ID":               {ClientID: podresolver.GUID("c1")},
+		"another case":            {ClientID: podresolver.GUID("C1")},
+		"a resource ID":           {ResourceID: podresolver.Path("/r/1")},
+		"a resource ID, too":      {ResourceID: podresolver.Path("/R/1")},
+		"both, client ID matches": {ClientID: podresolver.GUID("C1"), ResourceID: podresolver.Path("/r/none")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -84,15 +84,15 @@ func TestAThousandRequestsWaitForOneAssignment(t *testing.T) {
 		go func() {
 			time.Sleep(time.Second)
 			for i := range 100 { // those of other pods change nothing
-				w.Add(podresolver.NewAssigned(fmt.Sprint("other", i), fmt.Sprint("q", i), "Assigned", podresolver.NewIdentity("cart", "C1", ""), nil))
+				w.Add(podresolver.NewAssigned(fmt.Sprint("other", i), fmt.Sprint("q", i), "Assigned", podresolver.NewIdentity("cart", podresolver.GUID("C1"), ""), nil))
 			}
 			time.Sleep(time.Second)
 			w.Add(makes("Assigned"))
 		}()
 		took := together(func() {
-			id, _, err := w.ask(t.Context(), podresolver.Selector{ClientID: "C1"})
+			id, _, err := w.ask(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
 			if assert.NoError(t, err) {
-				assert.Equal(t, "c1", id.ClientID)
+				assert.Equal(t, podresolver.GUID("c1"), id.ClientID)
 			}
 		})
 		assert.Equal(t, 2*time.Second, took)
@@ -107,7 +107,7 @@ func TestWhatNoBindingCanGiveFailsAtOnce(t *testing.T) {
 		want    podresolver.Selector
 	}{
 		"no binding":       {nil, podresolver.Selector{}},
-		"another ID":       {cart(), podresolver.Selector{ClientID: "c2"}},
+		"another ID":       {cart(), podresolver.Selector{ClientID: podresolver.GUID("c2")}},
 		"an object ID":     {cart(), podresolver.Selector{ObjectID: "c1"}},
 		"no identity":      {[]runtime.Object{podresolver.NewBinding("cart", "cart", "cart", 0)}, podresolver.Selector{}},
 		"it is Unassigned": {[]runtime.Object{makes("Unassigned")}, podresolver.Selector{}},
@@ -130,7 +130,7 @@ func TestTheWaitForAnAssignmentEndsEarly(t *testing.T) {
 	}{
 		"when its binding goes": {func(w *world) { w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0)) }, podresolver.ErrNoIdentity},
 		"when its identity gets another ID": {func(w *world) {
-			w.Modify(podresolver.NewIdentity("cart", "c2", ""))
+			w.Modify(podresolver.NewIdentity("cart", podresolver.GUID("c2"), ""))
 		}, podresolver.ErrNoIdentity},
 		"when the pod goes": {func(w *world) { w.Delete(podresolver.NewPod("p", "", "")) }, podresolver.ErrUnknownAddress},
 		"when another pod gets the address": {func(w *world) {
@@ -152,7 +152,7 @@ func TestTheWaitForAnAssignmentEndsEarly(t *testing.T) {
 					time.Sleep(time.Second)
 					tc.after(w)
 				}()
-				_, took, err := w.ask(t.Context(), podresolver.Selector{ClientID: "C1"})
+				_, took, err := w.ask(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
 				require.ErrorIs(t, err, tc.want)
 				assert.Equal(t, time.Second, took)
 			})

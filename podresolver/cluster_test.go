@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -11,14 +12,21 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
+
+// One of client-go's error handlers sleeps by the time of the last error, which may have
+// been that of another bubble, years ahead.
+func init() { utilruntime.ErrorHandlers = nil }
 
 var (
 	addr  = netip.MustParseAddr("10.244.0.7")
@@ -45,12 +53,18 @@ func newWorld(t *testing.T, cfg podresolver.Config, objects ...runtime.Object) *
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	sources := w.Sources()
-	for lw, g := range map[*cache.ListerWatcher]**gate{
-		&sources.Pods: &w.gates.pods, &sources.Identities: &w.gates.identities, &sources.Bindings: &w.gates.bindings,
-		&sources.Exceptions: &w.gates.exceptions, &sources.Assigned: &w.gates.assigned,
+	for lw, g := range map[*cache.ListerWatcher]struct {
+		gate   **gate
+		object func() resource
+	}{
+		&sources.Pods:       {&w.gates.pods, func() resource { return &corev1.Pod{} }},
+		&sources.Identities: {&w.gates.identities, func() resource { return &aadpodidentity.AzureIdentity{} }},
+		&sources.Bindings:   {&w.gates.bindings, func() resource { return &aadpodidentity.AzureIdentityBinding{} }},
+		&sources.Exceptions: {&w.gates.exceptions, func() resource { return &aadpodidentity.AzurePodIdentityException{} }},
+		&sources.Assigned:   {&w.gates.assigned, func() resource { return &aadpodidentity.AzureAssignedIdentity{} }},
 	} {
-		*g = &gate{to: cache.ToListerWatcherWithContext(*lw)}
-		*lw = *g
+		*g.gate = &gate{to: cache.ToListerWatcherWithContext(*lw), object: g.object}
+		*lw = *g.gate
 	}
 	var err error
 	w.resolver, err = podresolver.New(sources, cfg)
@@ -84,7 +98,7 @@ func start(t *testing.T, cfg podresolver.Config, objects ...runtime.Object) *wor
 
 // cart is an identity, and a binding of it to the label "cart".
 func cart() []runtime.Object {
-	return []runtime.Object{podresolver.NewIdentity("cart", "C1", "/r/1"), podresolver.NewBinding("cart", "cart", "cart", 0)}
+	return []runtime.Object{podresolver.NewIdentity("cart", podresolver.GUID("C1"), podresolver.Path("/r/1")), podresolver.NewBinding("cart", "cart", "cart", 0)}
 }
 
 // name is whose an address is.
@@ -108,13 +122,64 @@ func together(do func()) time.Duration {
 
 // gate is a source that can fail, and remembers what it was asked.
 type gate struct {
-	to cache.ListerWatcherWithContext
+	to     cache.ListerWatcherWithContext
+	object func() resource // an empty one of its kind
 
 	mu       sync.Mutex
 	err      error // of both calls; nil for none
+	muted    bool  // watches are accepted, and nothing is sent
 	delay    time.Duration
 	lists    []metav1.ListOptions
-	watchers []watch.Interface
+	watchers []*gatedWatch
+}
+
+// gatedWatch passes on what its source sends, and bookmarks.
+type gatedWatch struct {
+	watch.Interface
+	to    chan watch.Event
+	marks chan struct{} // a bookmark is wanted
+	done  chan struct{}
+	stop  func()
+}
+
+func (w *gatedWatch) ResultChan() <-chan watch.Event { return w.to }
+func (w *gatedWatch) Stop()                          { w.stop() }
+
+// run ends with the source's watch or with Stop. version is the last one that was sent.
+func (w *gatedWatch) run(muted func() bool, version string, object func() resource) {
+	defer close(w.to)
+	for {
+		var e watch.Event
+		select {
+		case <-w.done:
+			return
+		case <-w.marks:
+			mark := object()
+			mark.SetResourceVersion(version)
+			e = watch.Event{Type: watch.Bookmark, Object: mark}
+		case sent, ok := <-w.Interface.ResultChan():
+			if !ok {
+				return
+			}
+			e = sent
+		}
+		if muted() {
+			continue
+		}
+		if o, ok := e.Object.(metav1.Object); ok {
+			version = o.GetResourceVersion()
+		}
+		select {
+		case w.to <- e:
+		case <-w.done:
+			return
+		}
+	}
+}
+
+type resource interface {
+	runtime.Object
+	metav1.Object
 }
 
 // IsWatchListSemanticsUnSupported is how client-go finds out that there are lists
@@ -147,9 +212,47 @@ func (g *gate) WatchWithContext(ctx context.Context, o metav1.ListOptions) (watc
 	if g.err != nil {
 		return nil, g.err
 	}
-	w, err := g.to.WatchWithContext(ctx, o)
+	from, err := g.to.WatchWithContext(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	w := &gatedWatch{Interface: from, to: make(chan watch.Event), marks: make(chan struct{}), done: make(chan struct{})}
+	w.stop = sync.OnceFunc(func() { close(w.done); from.Stop() })
+	go w.run(g.isMuted, o.ResourceVersion, g.object)
 	g.watchers = append(g.watchers, w)
-	return w, err
+	return w, nil
+}
+
+func (g *gate) isMuted() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.muted
+}
+
+// mute keeps watches open, and everything from being sent over them.
+func (g *gate) mute() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.muted = true
+}
+
+func (g *gate) unmute() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.muted = false
+}
+
+// bookmark sends one over each watch.
+func (g *gate) bookmark() {
+	g.mu.Lock()
+	watchers := slices.Clone(g.watchers)
+	g.mu.Unlock()
+	for _, w := range watchers {
+		select {
+		case w.marks <- struct{}{}:
+		case <-w.done:
+		}
+	}
 }
 
 func (g *gate) List(o metav1.ListOptions) (runtime.Object, error) {
@@ -164,7 +267,7 @@ func (g *gate) Watch(o metav1.ListOptions) (watch.Interface, error) {
 func (g *gate) fail(err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.err = err
+	g.err, g.muted = err, false
 	for _, w := range g.watchers {
 		w.Stop()
 	}

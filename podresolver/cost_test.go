@@ -14,18 +14,18 @@ import (
 func filled(tb testing.TB, cfg Config, n, others int) *driven {
 	tb.Helper()
 	world := drive(tb, cfg,
-		identity("i", "c-1", "/r/1"), binding("b", "x", "i", 0), identity("j", "c-2", "/r/2"), binding("c", "x", "j", 0))
+		identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0), identity("j", guid("c-2"), path("/r/2")), binding("c", "x", "j", 0))
 	for i := range others {
 		name := fmt.Sprint("other-", i)
-		world.put(identity(name, name, ""), binding(name, name, name, 0))
+		world.put(identity(name, guid(name), ""), binding(name, name, name, 0))
 	}
 	next := addr
 	for i := range n {
 		name := fmt.Sprint("pod-", i)
 		world.put(newPod(name, next.String(), "x"))
 		if cfg.Mode == Standard {
-			world.put(assigned("i-"+name, name, "Assigned", identity("i", "c-1", "/r/1"), binding("b", "x", "i", 0)),
-				assigned("j-"+name, name, "Assigned", identity("j", "c-2", "/r/2"), binding("c", "x", "j", 0)))
+			world.put(assigned("i-"+name, name, "Assigned", identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0)),
+				assigned("j-"+name, name, "Assigned", identity("j", guid("c-2"), path("/r/2")), binding("c", "x", "j", 0)))
 		}
 		next = next.Next()
 	}
@@ -36,7 +36,7 @@ func filled(tb testing.TB, cfg Config, n, others int) *driven {
 
 func TestResolveAndDecideAllocateNothing(t *testing.T) {
 	for _, mode := range []Mode{Managed, Standard} {
-		for _, want := range []Selector{{}, {ClientID: "C-2"}, {ResourceID: "/R/2"}} {
+		for _, want := range []Selector{{}, {ClientID: guid("C-2")}, {ResourceID: path("/R/2")}} {
 			r, ctx := filled(t, Config{Mode: mode}, 250, 0), t.Context()
 			assert.Zero(t, testing.AllocsPerRun(1000, func() {
 				pod, err := r.Resolve(ctx, addr)
@@ -61,15 +61,19 @@ func TestAnEventTouchesItsOwnPodsOnly(t *testing.T) {
 			event   func()
 			decided int
 		}{
-			"a pod comes":                       {func() { world.put(newPod("new", "10.245.0.2", "x")) }, 1},
-			"a pod goes":                        {func() { world.drop(newPod("new", "", "")) }, 0},
-			"a binding for one":                 {func() { world.put(binding("mine", "mine", "i", 0)) }, 1},
-			"a binding for nobody here":         {func() { world.put(binding("elsewhere", "elsewhere", "i", 0)) }, 0},
-			"a binding in another namespace":    {func() { world.put(in("bank", binding("mine", "mine", "i", 0))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
-			"an identity of one":                {func() { world.put(binding("m", "mine", "m", 0)); world.update(); world.put(identity("m", "c-m", "")) }, 1},
-			"an identity of nobody":             {func() { world.put(identity("unbound", "c-u", "")) }, 0},
-			"an identity that is as it was":     {func() { world.put(identity("i", "c-1", "/r/1")) }, 0},
-			"an assignment to one":              {func() { world.put(assigned("am", "mine", "Assigned", identity("i", "c-1", ""), nil)) }, 1},
+			"a pod comes":                    {func() { world.put(newPod("new", "10.245.0.2", "x")) }, 1},
+			"a pod goes":                     {func() { world.drop(newPod("new", "", "")) }, 0},
+			"a binding for one":              {func() { world.put(binding("mine", "mine", "i", 0)) }, 1},
+			"a binding for nobody here":      {func() { world.put(binding("elsewhere", "elsewhere", "i", 0)) }, 0},
+			"a binding in another namespace": {func() { world.put(in("bank", binding("mine", "mine", "i", 0))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
+			"an identity of one": {func() {
+				world.put(binding("m", "mine", "m", 0))
+				world.update()
+				world.put(identity("m", guid("c-m"), ""))
+			}, 1},
+			"an identity of nobody":             {func() { world.put(identity("unbound", guid("c-u"), "")) }, 0},
+			"an identity that is as it was":     {func() { world.put(identity("i", guid("c-1"), path("/r/1"))) }, 0},
+			"an assignment to one":              {func() { world.put(assigned("am", "mine", "Assigned", identity("i", guid("c-1"), ""), nil)) }, 1},
 			"an exception in another namespace": {func() { world.put(in("bank", exception("e", map[string]string{"a": "b"}))) }, 0},
 		} {
 			before := make(map[*Pod]bool)
@@ -112,8 +116,8 @@ func TestAStormBeforeADecisionIsOneDecision(t *testing.T) {
 func TestWhatBearsOnNobodyWakesNobody(t *testing.T) {
 	world := filled(t, Config{}, 10, 0)
 	<-world.tables.wake
-	world.put(identity("unbound", "c", ""), binding("elsewhere", "y", "i", 0), in("bank", exception("e", nil)))
-	world.put(identity("i", "c-1", "/r/1"), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // as they are
+	world.put(identity("unbound", guid("c"), ""), binding("elsewhere", "y", "i", 0), in("bank", exception("e", nil)))
+	world.put(identity("i", guid("c-1"), path("/r/1")), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // as they are
 	assert.Empty(t, world.tables.wake)
 }
 

@@ -112,10 +112,10 @@ func (r *Resolver) usable(in *identityRow, binding *bindingRow) (_ Identity, why
 	case in.clientID == "" && in.resourceID == "":
 		// IMDS would read a request without an ID as one for the node's own identity.
 		why = "has neither clientID nor resourceID"
+	default:
+		why = checkResourceID(in.resourceID)
 	}
-	if why == "" {
-		why = r.cfg.Deny.reason(in)
-	}
+	why = cmp.Or(why, checkClientID(in.clientID), r.cfg.Deny.reason(in))
 	if why != "" {
 		return Identity{}, why
 	}
@@ -169,55 +169,8 @@ func (r *Resolver) decideManaged(p *Pod, row *podRow) {
 		}
 		p.add(&p.identities, c.Identity)
 	}
-	p.unusable = strings.Join(unusable, "; ")
+	p.unusable = some(unusable)
 	if len(p.identities) == 0 {
-		p.refusal = r.refusal(p, row)
-	}
-}
-
-// assigned turns MIC's assignment into an Identity, or says why the pod cannot use it.
-func (r *Resolver) assigned(a *assignedRow, row *podRow) (_ Identity, why string) {
-	switch selector := a.binding.selector; {
-	case (r.cfg.Namespaced || a.identity.namespaced) && a.identity.namespace != row.namespace:
-		return Identity{}, "is for pods of its own namespace only"
-	case selector != "" && selector != row.labels[aadpodidentity.BindingLabel]:
-		// Assigned to a pod of this name before; MIC has not noticed yet.
-		return Identity{}, fmt.Sprintf("was assigned by the selector %q, which the pod's label no longer has", selector)
-	}
-	return r.usable(&a.identity, &a.binding)
-}
-
-// decideStandard gives a pod what MIC assigned to it. What a binding would give,
-// and MIC has not assigned yet, is worth waiting for.
-func (r *Resolver) decideStandard(p *Pod, row *podRow) {
-	assigned := slices.Clone(r.tables.assignedByPod[row.ref])
-	slices.SortFunc(assigned, func(a, b *assignedRow) int {
-		return cmp.Or(preferred(&a.binding, &b.binding), cmp.Compare(a.name, b.name), cmp.Compare(a.namespace, b.namespace))
-	})
-	var unusable []string
-	for _, a := range assigned {
-		switch id, why := r.assigned(a, row); {
-		case why != "":
-			unusable = append(unusable, fmt.Sprintf("AzureAssignedIdentity %q names AzureIdentity %q, which %s", a.name, a.identity.name, why))
-		case a.ready:
-			p.add(&p.identities, id)
-		case a.coming:
-			p.add(&p.pending, id)
-		}
-	}
-	for _, c := range r.candidates(row) {
-		if c.why != "" {
-			unusable = append(unusable, c.String())
-			continue
-		}
-		p.add(&p.pending, c.Identity)
-	}
-	p.unusable = strings.Join(unusable, "; ")
-	switch {
-	case len(p.identities) > 0:
-	case len(p.pending) > 0: // said to who asks for another
-		p.refusal = p.notAmong(len(p.pending), "that bindings give to it")
-	default:
 		p.refusal = r.refusal(p, row)
 	}
 }
@@ -239,4 +192,16 @@ func (r *Resolver) refusal(p *Pod, row *podRow) error {
 	default:
 		return fmt.Errorf("%w: no AzureIdentityBinding in namespace %q has the selector %q", ErrNoIdentity, row.namespace, label)
 	}
+}
+
+// maxListed bounds the objects in one text: whoever may write them makes as many as they
+// like.
+const maxListed = 10
+
+// some joins the first few sentences of a list.
+func some(sentences []string) string {
+	if more := len(sentences) - maxListed; more > 0 {
+		return fmt.Sprintf("%s; and %d more", strings.Join(sentences[:maxListed], "; "), more)
+	}
+	return strings.Join(sentences, "; ")
 }

@@ -2,6 +2,7 @@ package podresolver
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,9 +14,9 @@ import (
 
 func TestWhichIdentityAPodGets(t *testing.T) {
 	world := drive(t, Config{},
-		identity("old", "C-OLD", "/subscriptions/S/old"),
-		identity("new", "c-new", "/subscriptions/s/new"),
-		identity("by-resource", "", "/subscriptions/s/by-resource"),
+		identity("old", guid("C-OLD"), path("/subscriptions/S/old")),
+		identity("new", guid("c-new"), path("/subscriptions/s/new")),
+		identity("by-resource", "", path("/subscriptions/s/by-resource")),
 		identity("empty", "", ""),
 		binding("b-new", "cart", "new", time.Hour),
 		binding("a-new-again", "cart", "new", time.Minute),
@@ -28,7 +29,7 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 		binding("everyone", "", "old", time.Hour),
 		binding("twin-b", "twins", "old", time.Hour),
 		binding("twin-a", "twins", "new", time.Hour),
-		in("bank", identity("vault", "c-vault", "")),
+		in("bank", identity("vault", guid("c-vault"), "")),
 		in("bank", binding("vault", "cart", "vault", 9*time.Hour)),
 		in("bank", binding("bank-only", "bank-only", "vault", 0)),
 		binding("abroad", "abroad", "vault", 0),
@@ -41,13 +42,13 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 	}{
 		"names none, gets the oldest binding's":     {"cart", Selector{}, "old", ""},
 		"of the same age, gets the first by name":   {"twins", Selector{}, "new", ""},
-		"names one by client ID":                    {"cart", Selector{ClientID: "c-new"}, "new", ""},
-		"names one in another case":                 {"cart", Selector{ClientID: "c-OLD"}, "old", ""},
-		"names one by resource ID in another case":  {"cart", Selector{ResourceID: "/SUBSCRIPTIONS/s/New"}, "new", ""},
-		"names one that is not bound to it":         {"resource", Selector{ClientID: "c-old"}, "", "none of the 1 bound"},
-		"an empty client ID is not a wildcard":      {"resource", Selector{ResourceID: "/other"}, "", "none of the 1 bound"},
+		"names one by client ID":                    {"cart", Selector{ClientID: guid("c-new")}, "new", ""},
+		"names one in another case":                 {"cart", Selector{ClientID: guid("c-OLD")}, "old", ""},
+		"names one by resource ID in another case":  {"cart", Selector{ResourceID: path("/SUBSCRIPTIONS/s/New")}, "new", ""},
+		"names one that is not bound to it":         {"resource", Selector{ClientID: guid("c-old")}, "", "none of the 1 bound"},
+		"an empty client ID is not a wildcard":      {"resource", Selector{ResourceID: path("/other")}, "", "none of the 1 bound"},
 		"an object ID is never the default":         {"cart", Selector{ObjectID: "o"}, "", "none of the 2 bound"},
-		"an object ID is not beside the point":      {"cart", Selector{ClientID: "c-new", ObjectID: "o"}, "", "none of the 2 bound"},
+		"an object ID is not beside the point":      {"cart", Selector{ClientID: guid("c-new"), ObjectID: "o"}, "", "none of the 2 bound"},
 		"identity known by its resource ID alone":   {"resource", Selector{}, "by-resource", ""},
 		"selector differs in case":                  {"Cart", Selector{}, "", `no AzureIdentityBinding in namespace "shop" has the selector "Cart"`},
 		"no label":                                  {"", Selector{}, "", `it has no label "aadpodidbinding"`},
@@ -56,7 +57,7 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 		"one of two bindings is broken":             {"half", Selector{}, "new", ""},
 		"a binding of another namespace":            {"bank-only", Selector{}, "", `in namespace "shop" has the selector "bank-only"`},
 		"an identity of another namespace":          {"abroad", Selector{}, "", `AzureIdentity "vault", which does not exist`},
-		"not what another namespace gives by name":  {"cart", Selector{ClientID: "c-vault"}, "", "none of the 2 bound"},
+		"not what another namespace gives by name":  {"cart", Selector{ClientID: guid("c-vault")}, "", "none of the 2 bound"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := world.of(newPod("cart-0", "", tc.label)).Identity(tc.want)
@@ -72,14 +73,14 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 }
 
 func TestTwoBindingsOfOneIdentityCountOnce(t *testing.T) {
-	p := drive(t, Config{}, identity("i", "c", ""), binding("b", "x", "i", time.Hour), binding("a", "x", "i", 0)).of(newPod("p", "", "x"))
+	p := drive(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", time.Hour), binding("a", "x", "i", 0)).of(newPod("p", "", "x"))
 	require.Len(t, p.identities, 1)
 	assert.Equal(t, "b", p.identities[0].Binding, "the older one is said to give it")
 }
 
 func TestTheOrderDoesNotDependOnThatOfEvents(t *testing.T) {
 	all := []any{
-		identity("i", "c1", ""), identity("j", "c2", ""), identity("k", "c3", ""),
+		identity("i", guid("c1"), ""), identity("j", guid("c2"), ""), identity("k", guid("c3"), ""),
 		binding("b", "x", "i", 0), binding("a", "x", "j", 0), binding("z", "x", "k", time.Second),
 	}
 	for range len(all) {
@@ -91,11 +92,11 @@ func TestTheOrderDoesNotDependOnThatOfEvents(t *testing.T) {
 
 func TestStrictSelectionRefusesToChoose(t *testing.T) {
 	world := drive(t, Config{StrictSelection: true},
-		identity("i", "c1", ""), identity("j", "c2", ""),
+		identity("i", guid("c1"), ""), identity("j", guid("c2"), ""),
 		binding("a", "two", "i", 0), binding("b", "two", "j", 0), binding("c", "one", "i", 0))
 	_, err := world.of(newPod("p", "", "two")).Identity(Selector{})
 	require.ErrorIs(t, err, ErrSeveral)
-	got, err := world.of(newPod("p", "", "two")).Identity(Selector{ClientID: "C2"})
+	got, err := world.of(newPod("p", "", "two")).Identity(Selector{ClientID: guid("C2")})
 	require.NoError(t, err)
 	assert.Equal(t, "j", got.Name)
 	got, err = world.of(newPod("p", "", "one")).Identity(Selector{})
@@ -107,7 +108,7 @@ func TestAnEmptyLabelValueMatchesNoEmptySelector(t *testing.T) {
 	pod := newPod("p", "", "")
 	pod.Labels = map[string]string{aadpodidentity.BindingLabel: ""}
 	for _, mode := range []Mode{Managed, Standard} {
-		p := drive(t, Config{Mode: mode}, identity("i", "c", ""), binding("a", "", "i", 0)).of(pod)
+		p := drive(t, Config{Mode: mode}, identity("i", guid("c"), ""), binding("a", "", "i", 0)).of(pod)
 		_, err := p.Identity(Selector{})
 		assert.ErrorIs(t, err, ErrNoIdentity)
 	}
@@ -122,14 +123,14 @@ func TestAnIdentityThatCannotBeReadSaysWhy(t *testing.T) {
 }
 
 func TestADecisionIsAllThatARequestNeeds(t *testing.T) {
-	sp := identity("sp", "C1", "/R/1")
+	sp := identity("sp", guid("C1"), path("/R/1"))
 	sp.Spec.Type = aadpodidentity.ServicePrincipal
 	sp.Spec.TenantID, sp.Spec.ClientPassword.Name = "t", "s"
 	id, err := drive(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
 	require.NoError(t, err)
 	assert.Equal(t, Identity{
 		Namespace: "shop", Name: "sp", Type: aadpodidentity.ServicePrincipal,
-		ClientID: "c1", ResourceID: "/r/1", Binding: "b",
+		ClientID: guid("c1"), ResourceID: strings.ToLower(path("/r/1")), Binding: "b",
 		Principal: &Principal{TenantID: "t", Authority: defaultAuthority, SecretNamespace: "shop", SecretName: "s"},
 	}, id)
 	assert.False(t, id.Managed())

@@ -49,7 +49,7 @@ func TestDenyList(t *testing.T) {
 		clientID, resource string // the AzureIdentity's
 		why                string // "" if it is given
 	}{
-		"nothing denied, odd spellings":        {"", braces, "/x", ""},
+		"nothing denied, odd spellings":        {"", braces, "", "is not a GUID"},
 		"client ID":                            {kubeletClient, kubeletClient, "", "has client ID " + kubeletClient + ", withheld by --deny-identity"},
 		"client ID in another case":            {kubeletClient, strings.ToUpper(kubeletClient), "", "withheld by --deny-identity"},
 		"client ID beside another resource ID": {kubeletClient, kubeletClient, cartResource, "withheld by --deny-identity"},
@@ -60,14 +60,14 @@ func TestDenyList(t *testing.T) {
 		"another identity":                     {kubeletClient + " " + kubeletResource, cartClient, cartResource, ""},
 		"its other ID alone, the client ID":    {kubeletResource, kubeletClient, "", ""}, // nobody can know, as documented
 		"its other ID alone, the resource ID":  {kubeletClient, "", kubeletResource, ""}, // CheckToken will know
-		"a GUID in braces":                     {kubeletClient, braces, "", "is not a GUID and cannot be compared"},
+		"a GUID in braces":                     {kubeletClient, braces, "", "is not a GUID"},
 		"a GUID without hyphens":               {kubeletClient, strings.ReplaceAll(kubeletClient, "-", ""), "", "is not a GUID"},
-		"a GUID with a space":                  {kubeletClient, kubeletClient + " ", "", "is not a GUID"},
-		"a resource ID with two slashes":       {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "//resource", 1), "is malformed and cannot be compared"},
-		"with a slash at its end":              {kubeletResource, "", kubeletResource + "/", "is malformed"},
-		"with a dot segment":                   {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "/./resource", 1), "is malformed"},
-		"with a percent-encoding":              {kubeletResource, "", strings.Replace(kubeletResource, "agentpool", "%61gentpool", 1), "is malformed"},
-		"with a line break":                    {kubeletResource, "", kubeletResource + "\n", "is malformed"},
+		"a GUID with a space":                  {kubeletClient, kubeletClient + " ", "", "withheld by --deny-identity"},
+		"a resource ID with two slashes":       {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "//resource", 1), "is not that of a user-assigned identity"},
+		"with a slash at its end":              {kubeletResource, "", kubeletResource + "/", "is not that of a user-assigned identity"},
+		"with a dot segment":                   {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "/./resource", 1), "is not that of a user-assigned identity"},
+		"with a percent-encoding":              {kubeletResource, "", strings.Replace(kubeletResource, "agentpool", "%61gentpool", 1), "is not that of a user-assigned identity"},
+		"with a line break":                    {kubeletResource, "", kubeletResource + "\n", "withheld by --deny-identity"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			deny := denyList(t, strings.Fields(tc.deny)...)
@@ -75,8 +75,8 @@ func TestDenyList(t *testing.T) {
 			b := binding("b", "x", "kubelet", 0)
 			for world, prefix := range map[*driven]string{
 				drive(t, Config{Deny: deny}, managed, b):                                                         `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
-				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Assigned", managed, b)):         `AzureAssignedIdentity "a" names AzureIdentity "kubelet", which `,
-				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Created", managed, b)):          `AzureAssignedIdentity "a" names AzureIdentity "kubelet", which `,
+				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Assigned", managed, b)):         `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
+				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Created", managed, b)):          `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
 				drive(t, Config{Deny: deny, Mode: Standard, IdentityWait: time.Nanosecond}, managed, b):          `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
 				drive(t, Config{Deny: deny, Mode: Standard}, in("kube-system", newPod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
 			} {
@@ -119,7 +119,7 @@ func TestADeniedIdentityAmongOthers(t *testing.T) {
 		assert.Equal(t, "cart", got.Name)
 		_, err = p.Identity(Selector{ClientID: kubeletClient})
 		require.ErrorIs(t, err, ErrNoIdentity)
-		assert.ErrorContains(t, err, "none of the 1 bound to it has the ID that it asked for; Azure")
+		assert.ErrorContains(t, err, `none of the 1 bound to it has the client ID "`+kubeletClient+`" that it asked for: AzureIdentity shop/cart (user-assigned managed identity, client ID `+cartClient+"); Azure")
 		assert.ErrorContains(t, err, "has client ID "+kubeletClient+", withheld by --deny-identity")
 	}
 }
@@ -147,10 +147,7 @@ func TestCheckToken(t *testing.T) {
 
 func TestExplainNamesWhatTheFlagsWithhold(t *testing.T) {
 	explain := func(cfg Config, objects ...any) string {
-		p := newPod("p", "10.0.0.1", "x")
-		d, err := drive(t, cfg, append(objects, p)...).Explain("shop", "p")
-		require.NoError(t, err)
-		return d.String()
+		return drive(t, cfg, append(objects, newPod("p", "10.0.0.1", "x"))...).explain(t)
 	}
 	deny := denyList(t, kubeletClient)
 	kubelet, b := identity("kubelet", kubeletClient, ""), binding("b", "x", "kubelet", 0)
@@ -162,7 +159,7 @@ because
 `, explain(Config{Deny: deny}, kubelet, b))
 
 	assert.Contains(t, explain(Config{Mode: Standard, Deny: deny}, assigned("a", "p", "Assigned", kubelet, b)),
-		`- AzureAssignedIdentity "a" assigns AzureIdentity shop/kubelet to it, but it has client ID `+kubeletClient+", withheld by --deny-identity\n")
+		`- AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which has client ID `+kubeletClient+", withheld by --deny-identity\n")
 
 	byResource := identity("kubelet", "", kubeletResource)
 	for _, text := range []string{
@@ -178,7 +175,7 @@ because
 may use no identity
 because
 - AzurePodIdentityException "e" does not count: namespace "shop" is not in --exception-namespaces
-- no AzureIdentityBinding has the selector "x"
+- no AzureIdentityBinding in namespace "shop" has the selector "x"
 `, explain(Config{ExceptionNamespaces: []string{"kube-system"}}, excepting))
 	assert.Contains(t, explain(Config{ExceptionNamespaces: []string{"shop"}}, excepting), `is excepted by "e"`)
 }

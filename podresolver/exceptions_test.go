@@ -50,7 +50,7 @@ func TestOfSeveralExceptionsTheFirstByNameApplies(t *testing.T) {
 
 func TestAnExceptedPodHasNoIdentity(t *testing.T) {
 	pod := newPod("p", "", "x")
-	world := drive(t, Config{}, identity("i", "c", ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
+	world := drive(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
 	p := world.of(pod)
 	assert.Equal(t, "e", p.Exception())
 	assert.Empty(t, p.identities)
@@ -136,7 +136,7 @@ func TestExceptionNamespaces(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.ErrorContains(t, err, `no AzureIdentityBinding in namespace "shop" has the selector "x"; AzurePodIdentityException "d" does not count: namespace "shop" is not in --exception-namespaces`)
 
-	world.put(identity("i", "c", ""), binding("b", "x", "i", 0))
+	world.put(identity("i", guid("c"), ""), binding("b", "x", "i", 0))
 	got, err := world.of(here).Identity(Selector{})
 	require.NoError(t, err, "it is a pod like others")
 	assert.Equal(t, "i", got.Name)

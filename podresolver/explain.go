@@ -1,26 +1,30 @@
 package podresolver
 
 import (
-	"context"
+	"cmp"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
-
-	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/rest"
+	"time"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Decision is what has been decided for a pod and why, for an operator to read.
+// Decision is what a pod gets and why, for an operator to read.
 type Decision struct {
-	Pod        string // namespace/name
-	Addresses  []netip.Addr
-	Label      string     // value of the pod's label aadpodidbinding
+	Pod       string       // namespace/name
+	Addresses []netip.Addr // of its status
+	Label     string       // value of the pod's label aadpodidbinding
+	// HostNetwork means that what the pod sends does not come to the agent.
+	HostNetwork bool
+	// Refusal is the error of a request now that names no identity: from Resolve, or from
+	// (*Pod).Identity. nil if there is none, and for an excepted pod that is known.
+	Refusal error
+	// Answer is what the pod is told then, in words that are not this package's; "" is left
+	// out.
+	Answer     string
 	Exception  string     // that applies; "" if none does
 	Identities []Identity // that the pod may use, the default first
 	Pending    []Identity // that it may use once MIC has assigned them
@@ -30,36 +34,52 @@ type Decision struct {
 // String is the decision in some lines.
 func (d Decision) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "pod %s", d.Pod)
-	for _, addr := range d.Addresses {
-		fmt.Fprintf(&b, ", %s", addr)
+	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	line("pod %s", strings.Join(append([]string{d.Pod}, texts(d.Addresses)...), ", "))
+	if d.HostNetwork {
+		line("does not ask the agent: it is on the host network, where nothing is redirected, and has what the node has")
+	} else if d.Answer != "" {
+		line("is answered %s", d.Answer)
 	}
-	b.WriteString("\n")
 	switch {
+	case d.HostNetwork:
 	case d.Exception != "":
-		fmt.Fprintf(&b, "is excepted by %q: what it sends to IMDS is passed on, and it gets what the node gets\n", d.Exception)
+		line("is excepted by %q: what it sends to IMDS is passed on, and it gets what the node gets", d.Exception)
 	case len(d.Identities)+len(d.Pending) == 0:
-		b.WriteString("may use no identity\n")
+		line("may use no identity")
 	}
 	for i, id := range d.Identities {
 		which := "may use"
-		if i == 0 {
+		switch {
+		case i > 0:
+		case d.Refusal == nil:
 			which = "gets, unless it names another,"
+		case errors.Is(d.Refusal, ErrSeveral):
+			which = "may use, if it names it,"
+		default:
+			which = "would get, unless it names another,"
 		}
-		fmt.Fprintf(&b, "%s %s\n", which, id)
+		line("%s %s", which, id)
 	}
 	for _, id := range d.Pending {
 		if !slices.ContainsFunc(d.Identities, func(has Identity) bool { return has.Namespace == id.Namespace && has.Name == id.Name }) {
-			fmt.Fprintf(&b, "will get %s, when MIC has assigned it\n", id)
+			line("will get %s, when MIC has assigned it", id)
 		}
 	}
 	if len(d.Reasons) > 0 {
-		b.WriteString("because\n")
+		line("because")
 	}
 	for _, reason := range d.Reasons {
-		fmt.Fprintf(&b, "- %s\n", reason)
+		line("- %s", reason)
 	}
 	return b.String()
+}
+
+func texts(addrs []netip.Addr) (all []string) {
+	for _, addr := range addrs {
+		all = append(all, addr.String())
+	}
+	return all
 }
 
 // String names the identity as its owner would.
@@ -77,56 +97,128 @@ func (id Identity) String() string {
 	return text + ")"
 }
 
-// Explain decides anew for a pod of the node, and says why. Its error means that there
-// is no such pod. It needs Synced, and is not for the road of requests: it looks at
-// every binding.
-func (r *Resolver) Explain(namespace, podName string) (Decision, error) {
+// Explain says what a pod of the node gets now, and why. confirm is as for ResolveCaller;
+// nil confirms every pod. Its error is ErrNotSynced or ErrUnknownPod. It is not for the road
+// of requests: it looks at every binding.
+func (r *Resolver) Explain(namespace, podName string, confirm func(netip.Addr, *Pod) error) (Decision, error) {
+	if !r.isSynced() {
+		return Decision{}, r.notSynced()
+	}
+	s := r.current.Load()
 	r.tables.mu.Lock()
 	defer r.tables.mu.Unlock()
 	row := r.tables.pods[ref{namespace, podName}]
 	if row == nil {
-		return Decision{}, fmt.Errorf("%s/%s: there is no such pod on this node", namespace, podName)
+		return Decision{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, namespace, podName)
 	}
-	p := r.decide(row)
 	d := Decision{
-		Pod: p.String(), Addresses: row.addrs, Label: row.labels[aadpodidentity.BindingLabel],
-		Exception: p.exception, Identities: p.identities, Pending: p.pending,
+		Pod: namespace + "/" + podName, Addresses: row.addrs, Label: row.labels[aadpodidentity.BindingLabel],
+		HostNetwork: row.hostNetwork,
 	}
 	say := func(format string, args ...any) { d.Reasons = append(d.Reasons, fmt.Sprintf(format, args...)) }
-	switch {
-	case row.hostNetwork:
-		say("it is on the host network: the kernel does not redirect what it sends, and it has what the node has")
-	case len(row.addrs) == 0:
-		say("it has no address, or none any more")
+	p, unserved := r.explainAddresses(s, row, confirm)
+	d.Exception, d.Identities, d.Pending = p.exception, p.identities, p.pending
+	if row.hostNetwork {
+		d.Exception, d.Identities, d.Pending = "", nil, nil
+		return d, nil
 	}
+	if row.workloadIdentity != "" {
+		say("it has azure-workload-identity's settings (%s): Azure's SDKs then get their tokens from Entra, and most of them never ask IMDS, and so never this agent", row.workloadIdentity)
+	}
+	for _, err := range unserved {
+		say("%s", err)
+	}
+	if len(unserved) > 0 {
+		d.Refusal = unserved[0]
+	} else if p.exception == "" {
+		_, d.Refusal = p.Identity(Selector{})
+	}
+	if errors.Is(d.Refusal, ErrSeveral) {
+		say("it has several identities, and with --strict-identity-selection a request must name one")
+	}
+	r.explainIdentities(p, row, say)
+	return d, nil
+}
+
+// explainAddresses finds the pod by its addresses, as a request does. unserved has an error
+// for each by which it is not found, IPv4 addresses first, since IMDS has no other.
+func (r *Resolver) explainAddresses(s *snapshot, row *podRow, confirm func(netip.Addr, *Pod) error) (p *Pod, unserved []error) {
+	p = r.decide(row)
+	if r.expired.Load() {
+		unserved = append(unserved, ErrStale)
+	}
+	if len(row.addrs) == 0 {
+		unserved = append(unserved, fmt.Errorf("%w: its status has none", ErrUnknownAddress))
+	}
+	addrs := slices.Clone(row.addrs)
+	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
+	for _, addr := range addrs {
+		found, err := s.resolve(addr, func(p *Pod) error {
+			if confirm == nil || p.UID != row.uid {
+				return nil
+			}
+			return confirm(addr, p)
+		})
+		switch {
+		case row.void != "":
+			err = fmt.Errorf("%w: %s is not its own any more: %s", ErrUnknownAddress, addr, row.void)
+		case err == nil && found.UID == row.uid:
+			p = found
+		case err == nil:
+			err = fmt.Errorf("%w: %s belongs to %s, which is younger", ErrUnconfirmed, addr, found)
+		case errors.Is(err, ErrUnknownAddress) && !row.until.IsZero():
+			err = fmt.Errorf("%w: %s is not its own any more: it is being deleted, and its grace period ended at %s", ErrUnknownAddress, addr, row.until.UTC().Format(time.RFC3339))
+		}
+		if err != nil {
+			unserved = append(unserved, err)
+		}
+	}
+	return p, unserved
+}
+
+// explainIdentities says what gives identities to a pod, and what nearly does.
+func (r *Resolver) explainIdentities(p *Pod, row *podRow, say func(string, ...any)) {
 	if p.exception != "" {
 		r.explainException(row, p.exception, say)
-		return d, nil
+		return
 	}
 	if _, ignored := r.exceptionOf(row); ignored != "" {
 		say("%s", ignored)
 	}
-	if d.Label == "" {
+	label := row.labels[aadpodidentity.BindingLabel]
+	if label == "" {
 		say("it has no label %q", aadpodidentity.BindingLabel)
 	}
-	before := len(d.Reasons)
+	bound, given := r.candidates(row), false
 	if r.cfg.Mode == Standard {
-		for _, a := range r.tables.assignedByPod[row.ref] {
-			but := ""
-			if _, why := r.assigned(a, row); why != "" {
-				but = ", but it " + why
-			} else if !a.ready {
-				but = ", but not yet, or not any more"
+		for _, a := range r.assignments(row) {
+			given = true
+			switch _, why := r.assigned(a, row, bound); {
+			case why != "":
+				say("%s", a.not(why))
+			case !a.ready:
+				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it, but not yet, or not any more", a.namespace, a.name, a.identity.namespace, a.identity.name)
+			default:
+				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it", a.namespace, a.name, a.identity.namespace, a.identity.name)
 			}
-			say("AzureAssignedIdentity %q assigns AzureIdentity %s/%s to it%s", a.name, a.identity.namespace, a.identity.name, but)
 		}
 	}
-	r.explainBindings(row, say)
-	if d.Label != "" && len(d.Reasons) == before {
-		say("no AzureIdentityBinding has the selector %q", d.Label)
+	for _, c := range bound {
+		given = true
+		if c.why != "" {
+			say("%s", c)
+		} else {
+			say("AzureIdentityBinding %q has the selector %q and gives it AzureIdentity %q", c.Binding, label, c.Name)
+		}
+	}
+	if label != "" && !given {
+		say("%s", strings.TrimPrefix(r.refusal(p, row).Error(), ErrNoIdentity.Error()+": "))
+	}
+	for _, near := range r.nearMisses(row) {
+		say("%s", near)
 	}
 	var all []Identity
-	for _, id := range slices.Concat(d.Identities, d.Pending) {
+	for _, id := range slices.Concat(p.identities, p.pending) {
 		p.add(&all, id)
 	}
 	for _, id := range all {
@@ -134,7 +226,6 @@ func (r *Resolver) Explain(namespace, podName string) (Decision, error) {
 			say("AzureIdentity %q gives no client ID: if its tokens are for one that --%s withholds, the agent hands out none", id.Name, DenyIdentityFlag)
 		}
 	}
-	return d, nil
 }
 
 func (r *Resolver) explainException(row *podRow, name string, say func(string, ...any)) {
@@ -145,60 +236,4 @@ func (r *Resolver) explainException(row *podRow, name string, say func(string, .
 		}
 	}
 	say("it is a pod of the Deployment mic in namespace %q", row.namespace)
-}
-
-// explainBindings says what the bindings give to a pod, and which ones nearly do.
-func (r *Resolver) explainBindings(row *podRow, say func(string, ...any)) {
-	label := row.labels[aadpodidentity.BindingLabel]
-	if label == "" {
-		return
-	}
-	for _, c := range r.candidates(row) {
-		switch {
-		case c.why != "":
-			say("%s", c)
-		default:
-			say("AzureIdentityBinding %q has the selector %q and gives it AzureIdentity %q", c.Binding, label, c.Name)
-		}
-	}
-	var near []*bindingRow
-	for _, b := range r.tables.bindings {
-		if strings.EqualFold(b.selector, label) && (b.selector != label || b.namespace != row.namespace && !r.tables.acrossNamespaces) {
-			near = append(near, b)
-		}
-	}
-	slices.SortFunc(near, preferred)
-	for i, b := range near {
-		const few = 10
-		switch {
-		case i == few:
-			say("%d more have this selector elsewhere", len(near)-few)
-			return
-		case b.selector != label:
-			say("AzureIdentityBinding %s/%s does not match: its selector %q differs in case", b.namespace, b.name, b.selector)
-		default:
-			say("AzureIdentityBinding %s/%s does not match: it is in another namespace", b.namespace, b.name)
-		}
-	}
-}
-
-// NodeOf asks the API server which node a pod is on.
-func NodeOf(ctx context.Context, config *rest.Config, namespace, podName string) (string, error) {
-	c, err := client(config, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf, corev1.AddToScheme)
-	if err != nil {
-		return "", err
-	}
-	var list corev1.PodList
-	err = c.Get().Namespace(namespace).Resource("pods").
-		VersionedParams(&metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", podName).String()}, metav1.ParameterCodec).
-		Do(ctx).Into(&list)
-	switch {
-	case err != nil:
-		return "", advise("pods", err)
-	case len(list.Items) == 0:
-		return "", fmt.Errorf("%s/%s: there is no such pod", namespace, podName)
-	case list.Items[0].Spec.NodeName == "":
-		return "", fmt.Errorf("%s/%s is on no node yet", namespace, podName)
-	}
-	return list.Items[0].Spec.NodeName, nil
 }

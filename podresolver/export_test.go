@@ -10,6 +10,8 @@ const (
 
 var (
 	NewIdentity  = identity
+	GUID         = guid
+	Path         = path
 	NewBinding   = binding
 	NewException = exception
 	NewAssigned  = assigned

@@ -26,9 +26,6 @@ const (
 // the watch's news come in order.
 func (r *Resolver) lookup(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	unknown := fmt.Errorf("%w (%s)", ErrUnknownAddress, addr)
-	if !r.isSynced() {
-		return nil, unknown // there is nothing to decide by
-	}
 	flight := r.lookups.DoChan(addr.String(), func() (any, error) {
 		if !r.limit.Allow() {
 			return nil, unknown

@@ -28,7 +28,7 @@ func TestAThousandWaitersAskOnce(t *testing.T) {
 				assert.Equal(t, "cart-0", pod.Name)
 				id, err := pod.Identity(podresolver.Selector{})
 				assert.NoError(t, err)
-				assert.Equal(t, "c1", id.ClientID)
+				assert.Equal(t, podresolver.GUID("c1"), id.ClientID)
 			}
 		})
 		assert.Equal(t, podresolver.DefaultPodWait+100*time.Millisecond, took)

@@ -102,7 +102,8 @@ type offer struct {
 	identity                  *aadpodidentity.AzureIdentity
 	created                   int64
 	binding, space, assigment string
-	now                       bool // or later
+	by                        string // the binding that is named
+	now                       bool   // or later
 }
 
 func (m *reference) answer(p *corev1.Pod, want Selector) string {
@@ -112,7 +113,7 @@ func (m *reference) answer(p *corev1.Pod, want Selector) string {
 	})
 	for _, now := range []bool{true, false} {
 		for _, o := range offers {
-			id := o.identity.Spec
+			id := plain(o.identity.Spec)
 			if o.now != now || want.ObjectID != "" ||
 				want.ClientID != "" && !strings.EqualFold(want.ClientID, id.ClientID) ||
 				want.ResourceID != "" && !strings.EqualFold(want.ResourceID, id.ResourceID) {
@@ -121,7 +122,7 @@ func (m *reference) answer(p *corev1.Pod, want Selector) string {
 			if !now {
 				return "wait"
 			}
-			return told(o.identity.Namespace, o.identity.Name, strings.ToLower(id.ClientID+" "+id.ResourceID), o.binding)
+			return told(o.identity.Namespace, o.identity.Name, strings.ToLower(id.ClientID+" "+id.ResourceID), o.by)
 		}
 	}
 	return "none"
@@ -140,38 +141,57 @@ func (m *reference) offers(p *corev1.Pod) []offer {
 				!standard && b.Namespace != p.Namespace || !m.usable(id, p) {
 				continue
 			}
-			offers = append(offers, offer{id, b.CreationTimestamp.Unix(), b.Name, b.Namespace, "", !standard})
+			offers = append(offers, offer{id, b.CreationTimestamp.Unix(), b.Name, b.Namespace, "", b.Name, !standard})
 		}
 	}
+	bound := slices.Clone(offers)
+	slices.SortFunc(bound, func(a, b offer) int {
+		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.binding, b.binding))
+	})
 	for _, a := range m.assigned {
 		id, b := a.Spec.AzureIdentityRef, a.Spec.AzureBindingRef
 		if !standard || a.Spec.NodeName != m.cfg.Node || a.Spec.PodNamespace != p.Namespace || a.Spec.Pod != p.Name ||
 			a.Status.Status == "Unassigned" || b.Spec.Selector != label || !m.usable(id, p) {
 			continue
 		}
-		offers = append(offers, offer{id, b.CreationTimestamp.Unix(), b.Name, b.Namespace, a.Name, a.Status.Status != "Created"})
+		by := b.Name
+		if a.Namespace != "default" { // not MIC's to say
+			i := slices.IndexFunc(bound, func(o offer) bool {
+				return a.Namespace == p.Namespace && o.identity.Namespace == p.Namespace && id.Namespace == p.Namespace && o.identity.Name == id.Name &&
+					plain(o.identity.Spec) == plain(id.Spec)
+			})
+			if i < 0 {
+				continue
+			}
+			id, by = bound[i].identity, bound[i].by
+		}
+		offers = append(offers, offer{id, b.CreationTimestamp.Unix(), b.Name, b.Namespace, a.Name, by, a.Status.Status != "Created"})
 	}
 	return offers
 }
 
+// plain is what two AzureIdentities may have in common, as it is compared.
+func plain(spec aadpodidentity.AzureIdentitySpec) struct{ ClientID, ResourceID string } {
+	return struct{ ClientID, ResourceID string }{strings.ToLower(strings.TrimSpace(spec.ClientID)), strings.ToLower(strings.TrimSpace(spec.ResourceID))}
+}
+
 func (m *reference) usable(id *aadpodidentity.AzureIdentity, p *corev1.Pod) bool {
 	guarded := m.cfg.Namespaced || id.Annotations[aadpodidentity.BehaviorAnnotation] == aadpodidentity.BehaviorNamespaced
-	fit := id.Spec.ClientID != "" || id.Spec.ResourceID != ""
+	ids := plain(id.Spec)
+	fit := (ids.ClientID != "" || ids.ResourceID != "") && !strings.HasSuffix(ids.ResourceID, "/")
 	if id.Spec.Type == aadpodidentity.ServicePrincipal {
 		secret := id.Spec.ClientPassword
 		borrowed := secret.Namespace != "" && secret.Namespace != id.Namespace
 		mayBorrow := m.cfg.Mode == Standard && !guarded
-		fit = id.Spec.ClientID != "" && id.Spec.TenantID != "" && secret.Name != "" && (mayBorrow || !borrowed)
+		fit = ids.ClientID != "" && id.Spec.TenantID != "" && secret.Name != "" && (mayBorrow || !borrowed)
 	}
-	return id.Spec.Unreadable == "" && fit && !m.denied(id) && (!guarded || id.Namespace == p.Namespace)
+	return id.Spec.Unreadable == "" && fit && !strings.Contains(ids.ClientID, "{") && !m.denied(id) && (!guarded || id.Namespace == p.Namespace)
 }
 
-// denied knows the IDs of the model, the odd spellings among them too.
+// denied knows the IDs of the model.
 func (m *reference) denied(id *aadpodidentity.AzureIdentity) bool {
-	deny := m.cfg.Deny
-	return len(deny.ClientIDs) > 0 && strings.EqualFold(id.Spec.ClientID, modelClient0) ||
-		len(deny.ResourceIDs) > 0 && id.Spec.ResourceID == "/subscriptions/r/0" ||
-		len(deny.ClientIDs)+len(deny.ResourceIDs) > 0 && (strings.Contains(id.Spec.ClientID, "{") || strings.Contains(id.Spec.ResourceID, "//"))
+	deny, ids := m.cfg.Deny, plain(id.Spec)
+	return len(deny.ClientIDs) > 0 && ids.ClientID == modelClient0 || len(deny.ResourceIDs) > 0 && ids.ResourceID == modelPath0
 }
 
 // concerns are the pods that a change of one object may bear on: all that the

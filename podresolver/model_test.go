@@ -46,20 +46,22 @@ type machine struct {
 var (
 	modelAddrs     = []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"}
 	modelQuestions = []Selector{
-		{}, {ClientID: strings.ToUpper(modelClient0)}, {ClientID: modelClient1}, {ResourceID: "/Subscriptions/R/0"}, {ObjectID: modelClient0}, {ClientID: "c9"},
+		{}, {ClientID: strings.ToUpper(modelClient0)}, {ClientID: modelClient1}, {ResourceID: strings.ToUpper(modelPath0)}, {ObjectID: modelClient0}, {ClientID: "c9"},
 	}
 )
 
 const (
 	modelClient0 = "c0000000-0000-4000-8000-000000000000"
 	modelClient1 = "c1000000-0000-4000-8000-000000000000"
+	modelPath0   = "/subscriptions/s/resourcegroups/r/providers/microsoft.managedidentity/userassignedidentities/0"
+	modelPath1   = "/subscriptions/S/resourceGroups/R/providers/Microsoft.ManagedIdentity/userAssignedIdentities/1"
 )
 
 func newMachine(tb testing.TB, pick func(int) int) *machine {
 	tb.Helper()
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
 	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
-	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{"/subscriptions/r/0"}}}[pick(4)]
+	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{modelPath0}}}[pick(4)]
 	m := &machine{t: tb, pick: pick, world: drive(tb, cfg), touched: make(map[ref]bool)}
 	s := m.world.stores
 	refs := func(namespaces []string, names ...string) (all []ref) {
@@ -76,7 +78,7 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 		{to: s.identities, make: (*machine).identity, refs: refs(both, "i0", "i1")},
 		{to: s.bindings, make: (*machine).binding, refs: refs(both, "b0", "b1", "b2")},
 		{to: s.exceptions, make: (*machine).exception, refs: refs(both, "e0", "e1")},
-		{to: s.assigned, make: (*machine).assignment, refs: refs([]string{"mic"}, "a0", "a1", "a2", "a3")},
+		{to: s.assigned, make: (*machine).assignment, refs: []ref{{micAssignments, "a0"}, {micAssignments, "a1"}, {"a", "a2"}, {"b", "a3"}}},
 	}
 	for _, s := range m.shelves {
 		s.live = make(map[ref]kubeObject)
@@ -120,8 +122,8 @@ func (m *machine) pod() kubeObject {
 func (m *machine) identity() kubeObject {
 	id := &aadpodidentity.AzureIdentity{Spec: aadpodidentity.AzureIdentitySpec{
 		Type:       choose(m, aadpodidentity.UserAssignedMSI, aadpodidentity.ServicePrincipal),
-		ClientID:   choose(m, strings.ToUpper(modelClient0), modelClient0, modelClient1, "", "{"+modelClient0+"}"),
-		ResourceID: choose(m, "/subscriptions/r/0", "/subscriptions/R/1", "", "/subscriptions//R/0"),
+		ClientID:   choose(m, strings.ToUpper(modelClient0), " "+modelClient0+"\n", modelClient1, "", "{"+modelClient0+"}"),
+		ResourceID: choose(m, modelPath0+" ", modelPath1, " ", modelPath0+"/"),
 	}}
 	if id.Spec.Type == aadpodidentity.ServicePrincipal {
 		id.Spec.TenantID = choose(m, "t", "t", "t", "")

@@ -16,7 +16,7 @@ var ErrUnknownPod = errors.New("no pod of this node is known by this name")
 // An exception is about what the pod sends itself, and changes nothing here.
 //
 // A pod that is not known is waited for as long as Config.PodWait and ctx allow, then it
-// is ErrUnknownPod; an identity that MIC has yet to assign as long as
+// is ErrUnknownPod, or ErrNotSynced where no pod can be known yet; an identity that MIC has yet to assign as long as
 // Config.IdentityWait, then it is ErrNotAssigned. Errors are otherwise those of Resolve
 // and (*Pod).Identity.
 func (r *Resolver) NamedIdentity(ctx context.Context, namespace, name string, want Selector) (Identity, error) {
@@ -26,7 +26,7 @@ func (r *Resolver) NamedIdentity(ctx context.Context, namespace, name string, wa
 	select {
 	case <-r.synced:
 	case <-known.C:
-		return Identity{}, fmt.Errorf("%w: not in sync with the API server yet", ErrUnknownPod)
+		return Identity{}, r.notSynced()
 	case <-ctx.Done():
 		return Identity{}, ctx.Err()
 	}

@@ -26,7 +26,7 @@ func TestAPodIsKnownByItsNameBeforeItHasAnAddress(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, "cart", id.Name)
 		assert.Zero(t, took)
-		_, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{ClientID: "another"})
+		_, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{ClientID: podresolver.GUID("another")})
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 		require.ErrorContains(t, err, "shop/p")
 	})

@@ -32,6 +32,9 @@ var (
 	// ErrSeveral means that the pod has several identities and named none of them,
 	// with Config.StrictSelection.
 	ErrSeveral = errors.New("the pod has several identities, and named none")
+	// ErrNotSynced means that nothing can be decided yet: the API server has not told of
+	// all that decisions need.
+	ErrNotSynced = errors.New("the agent is not in sync with the API server yet")
 	// ErrStale means that the API server has not been heard of for longer than
 	// Config.MaxStaleness.
 	ErrStale = errors.New("what is known of pods and identities is too old")
@@ -89,7 +92,7 @@ type Pod struct {
 	identities []Identity // that the pod may use, the default first
 	pending    []Identity // that it may use once MIC has assigned them
 	unusable   string     // why the pod may not use others that bindings name; "" if there are none
-	refusal    error      // said when identities is empty; wraps ErrNoIdentity
+	refusal    error      // said when both are empty; wraps ErrNoIdentity
 	strict     bool       // Config.StrictSelection
 }
 
@@ -117,20 +120,51 @@ func (p *Pod) Identity(want Selector) (Identity, error) {
 	if id, ok := want.pick(p.pending); ok {
 		return Identity{}, fmt.Errorf("%w: AzureIdentity %s/%s", ErrNotAssigned, id.Namespace, id.Name)
 	}
-	if len(p.identities) == 0 {
-		return Identity{}, p.refusal
+	switch {
+	case len(p.identities) > 0:
+		return Identity{}, &refused{p, p.notAmong(p.identities, "bound to it", want)}
+	case len(p.pending) > 0:
+		return Identity{}, &refused{p, p.notAmong(p.pending, "that bindings give to it", want)}
+	default:
+		return Identity{}, &refused{p, p.refusal}
 	}
-	return Identity{}, p.notAmong(len(p.identities), "bound to it")
 }
 
-// notAmong refuses an identity that is not among the n that the pod has. It may be one
+// refused is an error that wraps ErrNoIdentity, and knows which pod it is about.
+type refused struct {
+	pod *Pod
+	error
+}
+
+// Unwrap makes it an ErrNoIdentity.
+func (e *refused) Unwrap() error { return e.error }
+
+// notAmong refuses an identity that is not among those that the pod has. It may be one
 // that the pod cannot use.
-func (p *Pod) notAmong(n int, which string) error {
-	err := fmt.Errorf("%w: none of the %d %s has the ID that it asked for", ErrNoIdentity, n, which)
+func (p *Pod) notAmong(has []Identity, which string, want Selector) error {
+	var ids []string
+	for _, id := range has {
+		ids = append(ids, id.String())
+	}
+	err := fmt.Errorf("%w: none of the %d %s has the %s that it asked for: %s", ErrNoIdentity, len(has), which, want, some(ids))
 	if p.unusable != "" {
 		err = fmt.Errorf("%w; %s", err, p.unusable)
 	}
 	return err
+}
+
+// String names what is asked for, as far as it is worth reading.
+func (want Selector) String() string {
+	switch {
+	case want.ObjectID != "":
+		return fmt.Sprintf("object ID %.100q", want.ObjectID)
+	case want.ClientID != "":
+		return fmt.Sprintf("client ID %.100q", want.ClientID)
+	case want.ResourceID != "":
+		return fmt.Sprintf("resource ID %.300q", want.ResourceID)
+	default:
+		return "default"
+	}
 }
 
 // pick returns the identity that is named, or the first if none is.

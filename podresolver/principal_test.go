@@ -12,7 +12,7 @@ import (
 
 // principal is a service principal after a change of its spec.
 func principal(change func(*aadpodidentity.AzureIdentitySpec)) *aadpodidentity.AzureIdentity {
-	id := identity("sp", "C1", "")
+	id := identity("sp", guid("C1"), "")
 	id.Spec.Type, id.Spec.TenantID = aadpodidentity.ServicePrincipal, "t"
 	id.Spec.ClientPassword.Name = "s"
 	change(&id.Spec)
@@ -43,9 +43,7 @@ func TestWhatAServicePrincipalNeeds(t *testing.T) {
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, `AzureIdentity "sp", which `+tc.why)
 				world.put(pod)
-				told, err := world.Explain("shop", "p")
-				require.NoError(t, err)
-				assert.Contains(t, told.String(), tc.why)
+				assert.Contains(t, world.explain(t), tc.why)
 			}
 		})
 	}
@@ -54,18 +52,19 @@ func TestWhatAServicePrincipalNeeds(t *testing.T) {
 func TestWhatIsKeptOfAServicePrincipal(t *testing.T) {
 	id := principal(func(s *aadpodidentity.AzureIdentitySpec) {
 		s.Type = aadpodidentity.ServicePrincipalCertificate
-		s.ADEndpoint = "https://login.microsoftonline.us/"
-		s.AuxiliaryTenantIDs = []string{"a", "", "t", "b", "a"}
+		s.ADEndpoint = " https://login.microsoftonline.us/\n"
+		s.TenantID, s.ClientID, s.ClientPassword.Name = " t\t", " "+s.ClientID+"\n", "s\n"
+		s.AuxiliaryTenantIDs = []string{"a", "", " t", "b\n", "a", " "}
 	})
 	assert.Equal(t, &Principal{
 		TenantID: "t", AuxiliaryTenantIDs: []string{"a", "b"}, Authority: "https://login.microsoftonline.us",
 		SecretNamespace: "shop", SecretName: "s", Certificate: true,
 	}, identityRowOf(id).principal)
-	assert.Nil(t, identityRowOf(identity("i", "c", "")).principal, "managed identities carry none")
+	assert.Nil(t, identityRowOf(identity("i", guid("c"), "")).principal, "managed identities carry none")
 
-	got, err := drive(t, Config{}, id, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{ClientID: "c1"})
+	got, err := drive(t, Config{}, id, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{ClientID: guid("c1")})
 	require.NoError(t, err)
-	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID c1, tenant t, secret shop/s)", got.String())
+	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID "+guid("c1")+", tenant t, secret shop/s)", got.String())
 }
 
 // TestWhoseSecretsAnIdentityMayUse: what an AzureIdentity may borrow from other

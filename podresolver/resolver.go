@@ -73,10 +73,10 @@ type Config struct {
 
 	PodWait      time.Duration // how long an unknown address waits for its pod; 0 means DefaultPodWait
 	IdentityWait time.Duration // how long a request waits for MIC's assignment; 0 means DefaultIdentityWait
-	// MaxStaleness is how long decisions are good for while the API server cannot
-	// be watched, counted from when it last sent something. 0 means for ever.
+	// MaxStaleness is how long decisions are good for, counted from when the API server
+	// last sent something of a resource; it does so about once a minute. 0 means for ever.
 	MaxStaleness time.Duration
-	Logger       *slog.Logger // nil means slog.Default
+	Logger       *slog.Logger `json:"-"` // nil means slog.Default
 }
 
 // Resolver resolves addresses of this node's pods. It is safe for concurrent
@@ -141,6 +141,26 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 	return r, nil
 }
 
+// Read returns a Resolver that knows what there is now, and is not kept up to date: it is
+// not for Run, and for Explain. It returns at once where the API server does not tell of
+// everything, with the reason and what to do about it.
+func Read(ctx context.Context, from Sources, cfg Config) (*Resolver, error) {
+	r, err := New(from, cfg)
+	if err != nil {
+		return nil, err
+	}
+	var missing []error
+	for _, s := range r.sources {
+		missing = append(missing, s.fill(ctx))
+	}
+	if err := errors.Join(missing...); err != nil {
+		return nil, err
+	}
+	r.update()
+	close(r.synced)
+	return r, nil
+}
+
 // Run keeps the snapshots up to date until ctx ends, and returns when all its
 // goroutines have.
 func (r *Resolver) Run(ctx context.Context) {
@@ -179,66 +199,11 @@ func (r *Resolver) Run(ctx context.Context) {
 	}
 }
 
-// Synced is closed once every table is filled and lookups are answered.
-func (r *Resolver) Synced() <-chan struct{} { return r.synced }
-
-func (r *Resolver) isSynced() bool {
-	select {
-	case <-r.synced:
-		return true
-	default:
-		return false
-	}
-}
-
-// Ready returns nil once Synced is closed and as long as decisions are not too old,
-// else an error which says what is awaited and what the API server last said about
-// it.
-func (r *Resolver) Ready() error {
-	if r.isSynced() {
-		if r.expired.Load() {
-			return fmt.Errorf("%w:\n%w", ErrStale, r.Stale())
-		}
-		return nil
-	}
-	var waiting []error
-	for _, s := range r.sources {
-		if err := s.pending(); err != nil {
-			waiting = append(waiting, err)
-		}
-	}
-	if len(waiting) == 0 {
-		waiting = append(waiting, errors.New("taking the first snapshot"))
-	}
-	return errors.Join(waiting...)
-}
-
-// Stale returns why decisions may be out of date: what the API server last said
-// where it cannot be watched now. Known pods keep what they were given meanwhile,
-// for as long as Config.MaxStaleness allows. It returns nil when all is well.
-func (r *Resolver) Stale() error {
-	var all []error
-	for _, s := range r.sources {
-		all = append(all, s.trouble())
-	}
-	return errors.Join(all...)
-}
-
-func (r *Resolver) checkStaleness(now time.Time) {
-	expired := false
-	for _, s := range r.sources {
-		silence, broken := s.silence(now)
-		expired = expired || broken && silence > r.cfg.MaxStaleness
-	}
-	if was := r.expired.Swap(expired); expired && !was {
-		r.cfg.Logger.Error("decisions are too old; nobody gets a token until the API server can be watched", "max_staleness", r.cfg.MaxStaleness)
-	}
-}
-
 // Resolve returns the pod that holds addr now. An unknown address is waited for
 // as long as Config.PodWait and ctx allow, and the API server asked once; then it is
-// ErrUnknownAddress. One that several live pods claim is ErrAmbiguousAddress at
-// once. ErrStale means that nothing is known for certain any more.
+// ErrUnknownAddress, or ErrNotSynced where no address can be known yet. One that several
+// live pods claim is ErrAmbiguousAddress at once. ErrStale means that nothing is known for
+// certain any more.
 func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	return r.ResolveCaller(ctx, addr, func(*Pod) error { return nil })
 }
@@ -275,6 +240,8 @@ func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot, err 
 	switch {
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
+	case !r.isSynced():
+		return nil, r.notSynced()
 	case r.expired.Load():
 		return nil, ErrStale
 	}
@@ -339,7 +306,7 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	t := r.tables
 	t.mu.Lock()
 	for pod := range t.dirty {
-		if row := t.pods[pod]; row != nil && len(row.addrs) > 0 {
+		if row := t.pods[pod]; row != nil && row.void == "" && len(row.addrs) > 0 {
 			r.decided[pod] = claimsOf(row, r.decide(row))
 		} else {
 			delete(r.decided, pod)
@@ -368,33 +335,4 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 		expiry = time.After(expires.Sub(now))
 	}
 	return expiry
-}
-
-// Stats are counts since New, and how the watches are now.
-type Stats struct {
-	Addresses int    // that pods of this node hold, or more than one claims
-	Ambiguous uint64 // times that an address came to have more than one owner
-	Lookups   uint64 // times that the API server was asked for an address
-	Found     uint64 // lookups that found a pod that the watch had not told of
-	Watches   []Watch
-}
-
-// Watch is how one resource is watched.
-type Watch struct {
-	Resource string
-	Silence  time.Duration // since the API server last sent something; it does so about once a minute
-}
-
-// Stats returns what has been counted so far.
-func (r *Resolver) Stats() Stats {
-	s := Stats{Addresses: len(r.current.Load().byAddr), Ambiguous: r.ambiguous.Load(), Lookups: r.asked.Load(), Found: r.found.Load()}
-	now := time.Now()
-	for _, source := range r.sources {
-		if !source.hasSynced() {
-			continue
-		}
-		silence, _ := source.silence(now)
-		s.Watches = append(s.Watches, Watch{source.name, silence})
-	}
-	return s
 }

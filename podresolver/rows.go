@@ -27,17 +27,20 @@ func podRowFor(node, micNamespace string) func(*corev1.Pod) *podRow {
 		}
 		row := &podRow{
 			ref: refOf(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels,
-			mic: micPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork,
+			mic: micPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: workloadIdentity(pod),
 		}
 		if pod.DeletionTimestamp != nil {
 			row.until = pod.DeletionTimestamp.Time
 		}
 		var running, any bool
 		row.started, running, any = containersOf(&pod.Status)
-		ended := pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed || // its sandbox is gone
-			pod.DeletionTimestamp != nil && any && !running // or about to go, and its address with it
-		if ended || row.hostNetwork {
-			return row // its address is another's, or the node's
+		switch {
+		case row.hostNetwork:
+			row.void = "it is on the host network"
+		case pod.Status.Phase == corev1.PodSucceeded, pod.Status.Phase == corev1.PodFailed: // its sandbox is gone
+			row.void = "it has ended"
+		case pod.DeletionTimestamp != nil && any && !running: // its sandbox is about to go
+			row.void = "it is being deleted, and all its containers have ended"
 		}
 		add := func(text string) {
 			addr, err := netip.ParseAddr(text)
@@ -76,6 +79,24 @@ func containersOf(status *corev1.PodStatus) (started time.Time, running, any boo
 	return started, running, any
 }
 
+// workloadIdentity names what azure-workload-identity's webhook has set in a pod, or is asked
+// to set; "" for neither. AZURE_CLIENT_ID alone says nothing: pods of this agent's have it
+// too.
+func workloadIdentity(pod *corev1.Pod) string {
+	const variable, label = "AZURE_FEDERATED_TOKEN_FILE", "azure.workload.identity/use"
+	for _, containers := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
+		for _, c := range containers {
+			if slices.ContainsFunc(c.Env, func(env corev1.EnvVar) bool { return env.Name == variable }) {
+				return "the variable " + variable
+			}
+		}
+	}
+	if pod.Labels[label] == "true" {
+		return "the label " + label + "=true"
+	}
+	return ""
+}
+
 // micPod reports whether a pod looks like one of MIC's, the controller that makes
 // AzureAssignedIdentities: it gets what IMDS gives the node, as in the old NMI. That
 // took every pod of MIC's namespace whose owner's name begins with "mic"; here the
@@ -88,10 +109,14 @@ func micPod(pod *corev1.Pod, micNamespace string) bool {
 		owner.Kind == "ReplicaSet" && owner.APIVersion == "apps/v1" && owner.Name == "mic-"+hash
 }
 
+// trim removes what YAML's block scalars and copying bring: in a request to IMDS white space
+// would be a part of the value.
+var trim = strings.TrimSpace
+
 func identityRowOf(in *aadpodidentity.AzureIdentity) *identityRow {
 	return &identityRow{
 		ref: refOf(in), kind: in.Spec.Type, unreadable: in.Spec.Unreadable,
-		clientID: strings.ToLower(in.Spec.ClientID), resourceID: strings.ToLower(in.Spec.ResourceID),
+		clientID: strings.ToLower(trim(in.Spec.ClientID)), resourceID: strings.ToLower(trim(in.Spec.ResourceID)),
 		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
 		principal:  principalOf(in),
 	}
@@ -103,14 +128,14 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 		return nil
 	}
 	p := &Principal{
-		TenantID:        in.Spec.TenantID,
-		Authority:       strings.TrimRight(cmp.Or(in.Spec.ADEndpoint, defaultAuthority), "/"),
-		SecretNamespace: cmp.Or(in.Spec.ClientPassword.Namespace, in.Namespace),
-		SecretName:      in.Spec.ClientPassword.Name,
+		TenantID:        trim(in.Spec.TenantID),
+		Authority:       strings.TrimRight(cmp.Or(trim(in.Spec.ADEndpoint), defaultAuthority), "/"),
+		SecretNamespace: cmp.Or(trim(in.Spec.ClientPassword.Namespace), in.Namespace),
+		SecretName:      trim(in.Spec.ClientPassword.Name),
 		Certificate:     in.Spec.Type == aadpodidentity.ServicePrincipalCertificate,
 	}
 	for _, tenant := range in.Spec.AuxiliaryTenantIDs {
-		if tenant != "" && tenant != p.TenantID && !slices.Contains(p.AuxiliaryTenantIDs, tenant) {
+		if tenant = trim(tenant); tenant != "" && tenant != p.TenantID && !slices.Contains(p.AuxiliaryTenantIDs, tenant) {
 			p.AuxiliaryTenantIDs = append(p.AuxiliaryTenantIDs, tenant)
 		}
 	}

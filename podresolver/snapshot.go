@@ -102,6 +102,9 @@ func settle(addr netip.Addr, by []claim) owner {
 
 // claimsOf lists the addresses that a pod holds.
 func claimsOf(row *podRow, decided *Pod) []claim {
+	if row.void != "" {
+		return nil // they are another's, or the node's
+	}
 	claims := make([]claim, len(row.addrs))
 	for i, addr := range row.addrs {
 		claims[i] = claim{addr: addr, pod: decided, created: row.created, until: row.until}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/wait"
@@ -22,11 +23,13 @@ type source struct {
 	name      string // as in a path of the API server
 	log       *slog.Logger
 	reflector *cache.Reflector
-	synced    chan struct{} // closed when the table has been filled
+	fill      func(context.Context) error // lists once, without a watch
+	synced    chan struct{}               // closed when the table has been filled
 
 	mu       sync.Mutex // guards the rest
 	lastErr  error      // of the list or watch that failed last; nil when the last one did not
-	heard    time.Time  // when the API server last sent something
+	routine  int        // errors in a row that the reflector handles by itself, see persist
+	heard    time.Time  // when the API server last sent an object, a list or a bookmark
 	isSynced bool
 	exists   bool // it has been listed or watched
 }
@@ -51,13 +54,48 @@ func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optio
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (w watch.Interface, err error) {
 			err = s.persist(ctx, missing, func() error { w, err = calls.WatchWithContext(ctx, o); return err })
+			if err == nil && o.TimeoutSeconds != nil {
+				// The API server ends it by then. Something between that accepts watches
+				// and has gone silent does not.
+				time.AfterFunc(time.Duration(*o.TimeoutSeconds)*time.Second+watchOverdue, w.Stop)
+			}
 			return w, err
 		},
+	}
+	s.fill = func(ctx context.Context) error {
+		list, err := calls.ListWithContext(ctx, metav1.ListOptions{})
+		if optional && apierrors.IsNotFound(err) {
+			return t.Replace(nil, "")
+		}
+		if err != nil {
+			return advise(name, err)
+		}
+		objects, err := meta.ExtractList(list)
+		if err != nil {
+			return fmt.Errorf("%s: reading the list: %w", name, err)
+		}
+		items := make([]any, len(objects))
+		for i, o := range objects {
+			items[i] = o
+		}
+		return t.Replace(items, "")
 	}
 	s.reflector = cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(persistent, lw), new(T), t,
 		cache.ReflectorOptions{Name: name})
 	return s
 }
+
+const (
+	// watchOverdue is how long after its time a watch is ended here.
+	watchOverdue = 30 * time.Second
+	// quiet is how long a watch may be silent. The API server sends a bookmark about once
+	// a minute where nothing else is to be sent (k8s.io/apiserver,
+	// pkg/storage/cacher/cacher.go, bookmarkFrequency).
+	quiet = 2 * time.Minute
+	// maxRoutine errors in a row are no reason to worry: streaming is tried, then an old
+	// resource version, then none.
+	maxRoutine = 3
+)
 
 // Between two tries; the longest is short enough for a person who has just
 // mended something, and long enough for an API server that a thousand nodes
@@ -82,7 +120,16 @@ func (s *source) persist(ctx context.Context, missing func(error), call func() e
 			s.succeeded()
 			return nil
 		case apierrors.IsInvalid(err), apierrors.IsResourceExpired(err), apierrors.IsGone(err), apierrors.IsTimeout(err):
-			return err // streaming is not supported, or the resource version is too old or too new
+			// Streaming is not supported, or the resource version is too old or too new. That
+			// is routine, unless it does not end.
+			s.mu.Lock()
+			s.routine++
+			lasting := s.routine > maxRoutine
+			s.mu.Unlock()
+			if lasting {
+				s.failed(err)
+			}
+			return err
 		}
 		s.failed(err)
 		missing(err)
@@ -136,7 +183,7 @@ func (s *source) failed(err error) {
 func (s *source) succeeded() {
 	s.mu.Lock()
 	before := s.lastErr
-	s.lastErr = nil
+	s.lastErr, s.routine = nil, 0
 	s.exists = true
 	s.mu.Unlock()
 	if before != nil {
@@ -163,26 +210,35 @@ func advise(name string, err error) error {
 
 // pending says why the source has not synced yet; nil once it has.
 func (s *source) pending() error {
-	if s.hasSynced() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.isSynced:
 		return nil
-	}
-	if err := s.trouble(); err != nil {
-		return err
+	case s.lastErr != nil:
+		return s.lastErr
 	}
 	return fmt.Errorf("%s: waiting for the first list", s.name)
 }
 
-// trouble is why the resource cannot be watched now; nil if it can.
-func (s *source) trouble() error {
+// stale is why what is known of the resource may be out of date; nil if it is not: the
+// resource cannot be watched now, or its watch is silent.
+func (s *source) stale(now time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.lastErr
+	silence := now.Sub(s.heard)
+	switch {
+	case s.lastErr != nil:
+		return s.lastErr
+	case !s.isSynced || silence <= quiet:
+		return nil
+	}
+	return fmt.Errorf("%s: the API server has sent nothing for %s, not even a bookmark: is a proxy or a firewall between?", s.name, silence.Truncate(time.Second))
 }
 
-// silence is how long the API server has not sent anything, and whether it cannot
-// be watched now. A quiet watch is sent a bookmark about once a minute.
-func (s *source) silence(now time.Time) (_ time.Duration, broken bool) {
+// silence is how long the API server has not sent anything.
+func (s *source) silence(now time.Time) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return now.Sub(s.heard), s.lastErr != nil
+	return now.Sub(s.heard)
 }

@@ -1,12 +1,19 @@
 package podresolver_test
 
 import (
+	"bytes"
+	"context"
+	"log/slog"
+	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/podidentity/nmi/podresolver"
 )
@@ -42,31 +49,95 @@ func TestWhatWasMissedIsMadeUpFor(t *testing.T) {
 	})
 }
 
+// maxStaleness is more than the time between two bookmarks.
+const maxStaleness = 3 * time.Minute
+
+// bookmarks are sent as an API server does where nothing else is to be sent, until the
+// test ends.
+func (w *world) bookmarks(g *gate) {
+	ctx, cancel := context.WithCancel(w.t.Context())
+	done := make(chan struct{})
+	w.t.Cleanup(func() { cancel(); <-done })
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			select {
+			case <-time.After(time.Minute):
+				g.bookmark()
+			case <-ctx.Done():
+			}
+		}
+	}()
+}
+
 func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
+	gone := apierrors.NewGenericServerResponse(http.StatusGone, "list", schema.GroupResource{}, "", "", 0, false)
+	invalid := apierrors.NewInvalid(schema.GroupKind{}, "", nil)
+	for name, tc := range map[string]struct {
+		breaks func(*gate)
+		says   string // what /readyz says of it
+	}{
+		"it cannot be reached": {func(g *gate) { g.fail(assert.AnError) }, assert.AnError.Error()},
+		"it is silent":         {func(g *gate) { g.mute() }, "the API server has sent nothing for 3m"},
+		"it answers 504":       {func(g *gate) { g.fail(apierrors.NewTimeoutError("too large resource version", 1)) }, "too large resource version"},
+		"it answers 410":       {func(g *gate) { g.fail(gone) }, "the API server answered: "},
+		"it answers 422":       {func(g *gate) { g.fail(invalid) }, "the API server answered: "},
+		"it answers 403":       {func(g *gate) { g.fail(forbidden) }, "the agent's service account may not list and watch"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var log bytes.Buffer
+				w := start(t, podresolver.Config{MaxStaleness: maxStaleness, Logger: slog.New(slog.NewTextHandler(&log, nil))}, podresolver.NewPod("p", addr.String(), "cart"))
+				for _, g := range w.sources() {
+					w.bookmarks(g)
+				}
+				time.Sleep(24 * time.Hour)
+				assert.Equal(t, "p", w.name(addr), "a quiet watch is sent bookmarks")
+				require.NoError(t, w.resolver.Stale())
+
+				w.Add(podresolver.NewIdentity("i", podresolver.GUID("c"), ""))
+				synctest.Wait()
+				tc.breaks(w.gates.identities)
+				time.Sleep(maxStaleness - time.Second)
+				assert.Equal(t, "p", w.name(addr))
+				time.Sleep(3 * time.Second)
+				_, err := w.resolver.Resolve(t.Context(), addr)
+				require.ErrorIs(t, err, podresolver.ErrStale)
+				_, err = w.resolver.Resolve(t.Context(), other)
+				require.ErrorIs(t, err, podresolver.ErrStale, "at once, and without a lookup")
+				assert.Empty(t, w.gates.pods.lookups())
+				require.ErrorIs(t, w.resolver.Ready(), podresolver.ErrStale)
+				require.ErrorContains(t, w.resolver.Ready(), "azureidentities"+custom+": ")
+				require.ErrorContains(t, w.resolver.Ready(), tc.says)
+				assert.Equal(t, 1, strings.Count(log.String(), "decisions are too old"), log.String())
+				decision, err := w.resolver.Explain("shop", "p", nil)
+				require.NoError(t, err)
+				require.ErrorIs(t, decision.Refusal, podresolver.ErrStale)
+
+				w.gates.identities.fail(nil)
+				time.Sleep(2 * time.Minute)
+				require.NoError(t, w.resolver.Ready())
+				require.NoError(t, w.resolver.Stale())
+				assert.Equal(t, "p", w.name(addr))
+				assert.Contains(t, log.String(), "the API server has sent news of everything")
+			})
+		})
+	}
+}
+
+// TestASilentWatchIsEnded: something between that has lost the connection to the API
+// server, and keeps the one to the agent.
+func TestASilentWatchIsEnded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{MaxStaleness: time.Minute}, podresolver.NewPod("p", addr.String(), "cart"))
-		time.Sleep(24 * time.Hour)
-		assert.Equal(t, "p", w.name(addr), "a quiet watch is none that fails")
-
-		time.Sleep(time.Millisecond) // out of step with the ticker
-		w.Add(podresolver.NewIdentity("i", "c", ""))
-		synctest.Wait()
-		w.gates.identities.fail(assert.AnError)
-		time.Sleep(time.Minute - 2*time.Millisecond)
-		assert.Equal(t, "p", w.name(addr))
-		time.Sleep(time.Second + 2*time.Millisecond)
-		_, err := w.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, podresolver.ErrStale)
-		_, err = w.resolver.Resolve(t.Context(), other)
-		require.ErrorIs(t, err, podresolver.ErrStale, "at once, and without a lookup")
-		assert.Empty(t, w.gates.pods.lookups())
-		require.ErrorIs(t, w.resolver.Ready(), podresolver.ErrStale)
-		require.ErrorIs(t, w.resolver.Ready(), assert.AnError)
-
-		w.gates.identities.fail(nil)
-		time.Sleep(2 * podresolver.LastRetry)
-		require.NoError(t, w.resolver.Ready())
-		assert.Equal(t, "p", w.name(addr))
+		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w.gates.pods.mute()
+		w.Add(podresolver.NewPod("q", other.String(), "cart"))
+		time.Sleep(3 * time.Minute)
+		require.ErrorContains(t, w.resolver.Stale(), "pods: the API server has sent nothing for 3m")
+		require.NoError(t, w.resolver.Ready(), "without MaxStaleness")
+		w.gates.pods.unmute()
+		time.Sleep(11 * time.Minute) // the reflector's own times are 5 to 10
+		assert.Equal(t, "q", w.name(other))
 	})
 }
 
@@ -74,10 +145,15 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 // are no exceptions.
 func TestAMissingDefinitionIsNotSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, podresolver.Config{MaxStaleness: time.Minute}, podresolver.NewPod("p", addr.String(), "cart"))
+		w := newWorld(t, podresolver.Config{MaxStaleness: maxStaleness}, podresolver.NewPod("p", addr.String(), "cart"))
 		w.gates.exceptions.fail(notFound)
 		w.run()
 		<-w.resolver.Synced()
+		for name, g := range w.sources() {
+			if !strings.HasPrefix(name, "azurepodidentityexceptions") {
+				w.bookmarks(g)
+			}
+		}
 		time.Sleep(time.Hour)
 		_, err := w.resolver.Resolve(t.Context(), addr)
 		require.NoError(t, err)

@@ -1,7 +1,9 @@
 package podresolver
 
 import (
+	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,7 +26,7 @@ func behaviour(value string) func(*azureIdentity) {
 
 func TestWhatAnAssignmentGives(t *testing.T) {
 	var (
-		id     = func() *azureIdentity { return identity("i", "C1", "/R/1") }
+		id     = func() *azureIdentity { return identity("i", guid("C1"), path("/R/1")) }
 		b      = binding("b", "x", "i", 0)
 		abroad = in("bank", id())
 	)
@@ -41,7 +43,6 @@ func TestWhatAnAssignmentGives(t *testing.T) {
 		"to another pod":                     {assigned("a", "cart-1", "Assigned", id(), b), false, ErrNoIdentity},
 		"to a pod of another namespace":      {with(assigned("a", "cart-0", "Assigned", id(), b), func(a *azureAssigned) { a.Spec.PodNamespace = "bank" }), false, ErrNoIdentity},
 		"to a pod of another node":           {with(assigned("a", "cart-0", "Assigned", id(), b), func(a *azureAssigned) { a.Spec.NodeName = "node2" }), false, ErrNoIdentity},
-		"that is itself in another place":    {in("mic", assigned("a", "cart-0", "Assigned", id(), b)), true, nil},
 		"without an identity":                {assigned("a", "cart-0", "Assigned", nil, b), false, ErrNoIdentity},
 		"without a binding":                  {assigned("a", "cart-0", "Assigned", id(), nil), false, nil},
 		"of an identity that names nothing":  {assigned("a", "cart-0", "Assigned", identity("i", "", ""), b), false, ErrNoIdentity},
@@ -58,15 +59,15 @@ func TestWhatAnAssignmentGives(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := drive(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.assigned).of(newPod("cart-0", "", "x"))
-			for _, want := range []Selector{{}, {ClientID: "c1"}, {ClientID: "C1"}, {ResourceID: "/r/1"}, {ResourceID: "/R/1"}} {
+			for _, want := range []Selector{{}, {ClientID: guid("c1")}, {ClientID: guid("C1")}, {ResourceID: path("/r/1")}, {ResourceID: path("/R/1")}} {
 				got, err := p.Identity(want)
 				require.ErrorIs(t, err, tc.want)
 				if tc.want == nil {
 					assert.Equal(t, "i", got.Name)
-					assert.Equal(t, "c1", got.ClientID)
+					assert.Equal(t, guid("c1"), got.ClientID)
 				}
 			}
-			_, err := p.Identity(Selector{ClientID: "c2"})
+			_, err := p.Identity(Selector{ClientID: guid("c2")})
 			require.ErrorIs(t, err, ErrNoIdentity)
 			_, err = p.Identity(Selector{ObjectID: "c1"})
 			require.ErrorIs(t, err, ErrNoIdentity)
@@ -75,7 +76,7 @@ func TestWhatAnAssignmentGives(t *testing.T) {
 }
 
 func TestAManagedResolverIgnoresAssignments(t *testing.T) {
-	p := drive(t, Config{}, assigned("a", "p", "Assigned", identity("i", "c", ""), nil)).of(newPod("p", "", "x"))
+	p := drive(t, Config{}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), nil)).of(newPod("p", "", "x"))
 	_, err := p.Identity(Selector{})
 	assert.ErrorIs(t, err, ErrNoIdentity)
 }
@@ -90,30 +91,30 @@ func TestWhatABindingPromises(t *testing.T) {
 	}{
 		"nothing":                          {nil, false, ErrNoIdentity, `no AzureIdentityBinding has the selector "x"`},
 		"nothing, forced":                  {nil, true, ErrNoIdentity, `no AzureIdentityBinding in namespace "shop" has the selector "x"`},
-		"one of the pod's namespace":       {[]any{identity("i", "C1", ""), binding("b", "x", "i", 0)}, false, ErrNotAssigned, "shop/i"},
-		"one of another selector":          {[]any{identity("i", "C1", ""), binding("b", "y", "i", 0)}, false, ErrNoIdentity, ""},
+		"one of the pod's namespace":       {[]any{identity("i", guid("C1"), ""), binding("b", "x", "i", 0)}, false, ErrNotAssigned, "shop/i"},
+		"one of another selector":          {[]any{identity("i", guid("C1"), ""), binding("b", "y", "i", 0)}, false, ErrNoIdentity, ""},
 		"one whose identity is missing":    {[]any{binding("b", "x", "i", 0)}, false, ErrNoIdentity, "does not exist"},
-		"one of another namespace":         {[]any{in("bank", identity("i", "C1", "")), in("bank", binding("b", "x", "i", 0))}, false, ErrNotAssigned, "bank/i"},
-		"one of another namespace, forced": {[]any{in("bank", identity("i", "C1", "")), in("bank", binding("b", "x", "i", 0))}, true, ErrNoIdentity, ""},
-		"one of another, annotated":        {[]any{with(in("bank", identity("i", "C1", "")), behaviour("namespaced")), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "is for pods of its own namespace only"},
-		"binding and identity are apart":   {[]any{identity("i", "C1", ""), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "does not exist in the binding's namespace"},
+		"one of another namespace":         {[]any{in("bank", identity("i", guid("C1"), "")), in("bank", binding("b", "x", "i", 0))}, false, ErrNotAssigned, "bank/i"},
+		"one of another namespace, forced": {[]any{in("bank", identity("i", guid("C1"), "")), in("bank", binding("b", "x", "i", 0))}, true, ErrNoIdentity, ""},
+		"one of another, annotated":        {[]any{with(in("bank", identity("i", guid("C1"), "")), behaviour("namespaced")), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "is for pods of its own namespace only"},
+		"binding and identity are apart":   {[]any{identity("i", guid("C1"), ""), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "does not exist in the binding's namespace"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := drive(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.objects...).of(newPod("cart-0", "", "x"))
-			for _, want := range []Selector{{}, {ClientID: "c1"}, {ClientID: "C1"}} {
+			for _, want := range []Selector{{}, {ClientID: guid("c1")}, {ClientID: guid("C1")}} {
 				_, err := p.Identity(want)
 				require.ErrorIs(t, err, tc.want)
 				assert.ErrorContains(t, err, tc.why)
 			}
-			_, err := p.Identity(Selector{ClientID: "c2"})
+			_, err := p.Identity(Selector{ClientID: guid("c2")})
 			assert.ErrorIs(t, err, ErrNoIdentity, "nothing to wait for")
 		})
 	}
 }
 
 func TestARefusalDoesNotDenyABindingThatThereIs(t *testing.T) {
-	p := drive(t, Config{Mode: Standard}, identity("i", "c1", ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x"))
-	_, err := p.Identity(Selector{ClientID: "c2"})
+	p := drive(t, Config{Mode: Standard}, identity("i", guid("c1"), ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x"))
+	_, err := p.Identity(Selector{ClientID: guid("c2")})
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.NotContains(t, err.Error(), "no AzureIdentityBinding")
 }
@@ -121,26 +122,26 @@ func TestARefusalDoesNotDenyABindingThatThereIs(t *testing.T) {
 func TestAnAssignmentIsASnapshot(t *testing.T) {
 	pod := newPod("p", "", "x")
 	world := drive(t, Config{Mode: Standard},
-		assigned("a", "p", "Assigned", identity("i", "c-then", ""), binding("b", "x", "i", 0)))
+		assigned("a", "p", "Assigned", identity("i", guid("c-then"), ""), binding("b", "x", "i", 0)))
 	for range 2 { // with the objects gone, then with other ones
 		id, err := world.of(pod).Identity(Selector{})
 		require.NoError(t, err)
-		assert.Equal(t, Identity{Namespace: "shop", Name: "i", ClientID: "c-then", Binding: "b"}, id)
-		world.put(identity("i", "c-now", ""), binding("b", "x", "i", 0))
+		assert.Equal(t, Identity{Namespace: "shop", Name: "i", ClientID: guid("c-then"), Binding: "b"}, id)
+		world.put(identity("i", guid("c-now"), ""), binding("b", "x", "i", 0))
 	}
-	_, err := world.of(pod).Identity(Selector{ClientID: "c-now"})
+	_, err := world.of(pod).Identity(Selector{ClientID: guid("c-now")})
 	require.ErrorIs(t, err, ErrNotAssigned, "MIC will see that it has changed")
-	world.put(assigned("a", "p", "Created", identity("i", "c-then", ""), binding("b", "x", "i", 0)))
+	world.put(assigned("a", "p", "Created", identity("i", guid("c-then"), ""), binding("b", "x", "i", 0)))
 	for _, id := range []string{"c-then", "c-now"} {
-		_, err = world.of(pod).Identity(Selector{ClientID: id})
+		_, err = world.of(pod).Identity(Selector{ClientID: guid(id)})
 		require.ErrorIs(t, err, ErrNotAssigned, id)
 	}
 }
 
 func TestAnAssignmentEndsWithTheLabelOfItsBinding(t *testing.T) {
-	world := drive(t, Config{Mode: Standard}, assigned("a", "p", "Assigned", identity("i", "c", ""), binding("b", "x", "i", 0)))
+	world := drive(t, Config{Mode: Standard}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0)))
 	for label, why := range map[string]string{
-		"y": `AzureAssignedIdentity "a" names AzureIdentity "i", which was assigned by the selector "x"`,
+		"y": `AzureAssignedIdentity default/a names AzureIdentity shop/i, which was assigned by the selector "x"`,
 		"":  `was assigned by the selector "x"`,
 	} {
 		_, err := world.of(newPod("p", "", label)).Identity(Selector{})
@@ -151,7 +152,7 @@ func TestAnAssignmentEndsWithTheLabelOfItsBinding(t *testing.T) {
 
 func TestAssignmentsComeInTheOrderOfTheirBindings(t *testing.T) {
 	one := func(name, identityName, bindingName string, age time.Duration) any {
-		return assigned(name, "p", "Assigned", identity(identityName, identityName, ""), binding(bindingName, "x", identityName, age))
+		return assigned(name, "p", "Assigned", identity(identityName, guid(identityName), ""), binding(bindingName, "x", identityName, age))
 	}
 	all := []any{
 		one("1", "young", "a", 0), one("2", "old", "z", time.Hour), one("3", "twin-b", "n", time.Minute), one("4", "twin-a", "m", time.Minute),
@@ -166,17 +167,69 @@ func TestAssignmentsComeInTheOrderOfTheirBindings(t *testing.T) {
 
 func TestAssignmentsOfOneNameInTwoNamespacesHaveAnOrder(t *testing.T) {
 	one := func(namespace, id string) any {
-		return in(namespace, assigned("a", "p", "Assigned", identity(id, id, ""), binding("b", "x", id, 0)))
+		return in(namespace, assigned("a", "p", "Assigned", identity(id, guid(id), ""), binding("b", "x", id, 0)))
 	}
-	for _, all := range [][]any{{one("m", "i"), one("n", "j")}, {one("n", "j"), one("m", "i")}} {
-		p := drive(t, Config{Mode: Standard}, all...).of(newPod("p", "", "x"))
+	bound := []any{identity("j", guid("j"), ""), binding("b", "x", "j", 0)}
+	for _, all := range [][]any{{one("default", "i"), one("shop", "j")}, {one("shop", "j"), one("default", "i")}} {
+		p := drive(t, Config{Mode: Standard}, append(all, bound...)...).of(newPod("p", "", "x"))
 		assert.Equal(t, []string{"i", "j"}, names(p.identities))
 	}
 }
 
+// TestWhereAssignmentsCount: MIC makes assignments in namespace default, and those of
+// namespaced identities in the pod's own. Whoever may write AzureAssignedIdentities
+// anywhere else gives nobody anything by it.
+func TestWhereAssignmentsCount(t *testing.T) {
+	b := binding("b", "x", "i", 0)
+	id := func() *azureIdentity { return identity("i", guid("c1"), path("1")) }
+	stolen := func() *azureIdentity { return identity("i", guid("kubelet"), "") }
+	for name, tc := range map[string]struct {
+		assigned *azureAssigned
+		bound    []any // to the pod
+		want     error
+		why      string
+	}{
+		"namespace default":                   {assigned("a", "p", "Assigned", id(), b), nil, nil, ""},
+		"another namespace":                   {in("evil", assigned("a", "p", "Assigned", stolen(), b)), nil, ErrNoIdentity, `AzureAssignedIdentity evil/a names AzureIdentity shop/i, which it does not give: assignments of namespace "evil" do not count for this pod`},
+		"another one, as if namespaced":       {in("evil", assigned("a", "p", "Assigned", with(in("evil", stolen()), behaviour("namespaced")), b)), nil, ErrNoIdentity, "do not count"},
+		"another one, of what is bound":       {in("evil", assigned("a", "p", "Assigned", id(), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
+		"MIC's, where it runs":                {in("kube-system", assigned("a", "p", "Assigned", id(), b)), nil, ErrNoIdentity, "do not count"},
+		"the pod's, and nothing is bound":     {in("shop", assigned("a", "p", "Assigned", stolen(), b)), nil, ErrNoIdentity, `no binding of namespace "shop" gives to the pod with these IDs`},
+		"the pod's, of what is bound":         {in("shop", assigned("a", "p", "Assigned", id(), b)), []any{id(), b}, nil, ""},
+		"the pod's, Created":                  {in("shop", assigned("a", "p", "Created", id(), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
+		"the pod's, with another client ID":   {in("shop", assigned("a", "p", "Assigned", stolen(), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
+		"the pod's, with another resource ID": {in("shop", assigned("a", "p", "Assigned", identity("i", guid("c1"), path("kubelet")), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
+		"the pod's, bound by another binding": {in("shop", assigned("a", "p", "Assigned", id(), nil)), []any{id(), binding("c", "x", "i", 0)}, nil, ""},
+		"the pod's, bound from elsewhere":     {in("shop", assigned("a", "p", "Assigned", in("bank", id()), nil)), []any{in("bank", id()), in("bank", binding("b", "x", "i", 0))}, ErrNotAssigned, "bank/i"},
+		"the pod's, of a denied identity":     {in("shop", assigned("a", "p", "Assigned", identity("i", kubeletClient, ""), b)), []any{identity("i", kubeletClient, ""), b}, ErrNoIdentity, "withheld by --deny-identity"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			world := drive(t, Config{Mode: Standard, Deny: denyList(t, kubeletClient)}, append(tc.bound, tc.assigned, newPod("p", addr.String(), "x"))...)
+			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
+			require.ErrorIs(t, err, tc.want)
+			if tc.want == nil {
+				assert.Equal(t, Identity{Namespace: "shop", Name: "i", ClientID: guid("c1"), ResourceID: strings.ToLower(path("1")), Binding: got.Binding}, got)
+				return
+			}
+			require.ErrorContains(t, err, tc.why)
+			if tc.want == ErrNoIdentity { //nolint:errorlint // it is the one that the table has
+				assert.Contains(t, world.explain(t), tc.why)
+			}
+		})
+	}
+	// What somebody wrote elsewhere hides no reason.
+	evil := []any{binding("b", "x", "gone", 0)}
+	for i := range 100 {
+		evil = append(evil, in("evil", assigned(fmt.Sprint("a", i), "p", "Assigned", stolen(), binding("0", "x", "i", time.Hour))))
+	}
+	_, err := drive(t, Config{Mode: Standard}, evil...).of(newPod("p", "", "x")).Identity(Selector{})
+	require.ErrorContains(t, err, `AzureIdentityBinding "b" names AzureIdentity "gone", which does not exist`)
+	assert.Less(t, len(err.Error()), 4000)
+}
+
 func TestAnAssignmentFollowsItsPodName(t *testing.T) {
 	a := func(pod string) any {
-		return assigned("a", pod, "Assigned", identity("i", "c", ""), binding("b", "x", "i", 0))
+		return assigned("a", pod, "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0))
 	}
 	world := drive(t, Config{Mode: Standard}, a("p"), newPod("p", addr.String(), "x"), newPod("q", "10.244.0.8", "x"))
 	world.update()

@@ -27,9 +27,12 @@ type (
 		started     time.Time // see Pod.Started
 		until       time.Time // see claim
 		labels      map[string]string
-		addrs       []netip.Addr // that it holds by its own word; none when it or its containers have ended, or it is on the host network
+		addrs       []netip.Addr // of its status
+		void        string       // why it holds none of addrs; "" if it holds them
 		mic         bool         // it is MIC's own, see micPod
 		hostNetwork bool
+		// workloadIdentity is why its SDKs do not ask IMDS; "" if they do.
+		workloadIdentity string
 	}
 	identityRow struct {
 		ref

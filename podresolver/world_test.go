@@ -1,8 +1,11 @@
 package podresolver
 
 import (
+	"crypto/sha256"
+	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -25,6 +28,27 @@ func named(name string) metav1.ObjectMeta {
 func with[T any](object *T, change func(*T)) *T {
 	change(object)
 	return object
+}
+
+// guid is the client ID that a short text stands for, in the text's case; "" for "".
+func guid(text string) string {
+	if text == "" {
+		return ""
+	}
+	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(strings.ToLower(text))))
+	id := strings.Join([]string{sum[:8], sum[8:12], sum[12:16], sum[16:20], sum[20:32]}, "-")
+	if text != strings.ToLower(text) {
+		return strings.ToUpper(id)
+	}
+	return id
+}
+
+// path is the resource ID that a short text stands for; "" for "".
+func path(text string) string {
+	if text == "" {
+		return ""
+	}
+	return "/subscriptions/S/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + strings.ReplaceAll(strings.Trim(text, "/"), "/", "-")
 }
 
 func identity(name, clientID, resourceID string) *aadpodidentity.AzureIdentity {
@@ -50,10 +74,11 @@ func exception(name string, labels map[string]string) *aadpodidentity.AzurePodId
 	}
 }
 
-// assigned is what MIC makes of an identity and a binding for a pod of node1.
+// assigned is what MIC makes, in its namespace, of an identity and a binding for a pod of
+// node1.
 func assigned(name, podName, state string, id *aadpodidentity.AzureIdentity, b *aadpodidentity.AzureIdentityBinding) *aadpodidentity.AzureAssignedIdentity {
 	return &aadpodidentity.AzureAssignedIdentity{
-		ObjectMeta: named(name),
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
 		Spec: aadpodidentity.AzureAssignedIdentitySpec{
 			AzureIdentityRef: id, AzureBindingRef: b, Pod: podName, PodNamespace: "shop", NodeName: "node1",
 		},
@@ -101,6 +126,7 @@ func drive(tb testing.TB, cfg Config, objects ...any) *driven {
 	}
 	r, err := New(Sources{}, cfg)
 	require.NoError(tb, err)
+	close(r.synced)
 	d, t := &driven{Resolver: r}, r.tables
 	unheard := func(bool) {}
 	d.stores.pods = &table[podRow]{t, t.pods, rowOf(r.podRow), t.changedPod, unheard}
@@ -141,6 +167,15 @@ func (d *driven) storeOf(object any) store {
 
 // of is what is decided for a pod now.
 func (d *driven) of(pod *corev1.Pod) *Pod { return d.decide(d.podRow(pod)) }
+
+// explain is what Explain says of pod "shop/p" when everything has been decided.
+func (d *driven) explain(tb testing.TB) string {
+	tb.Helper()
+	d.update()
+	told, err := d.Explain("shop", "p", nil)
+	require.NoError(tb, err)
+	return told.String()
+}
 
 // names are those of identities, in their order.
 func names(identities []Identity) []string {

@@ -1,0 +1,84 @@
+package podresolver
+
+import (
+	"fmt"
+	"strings"
+	"unicode"
+)
+
+// identityForm is what the resource ID of a user-assigned identity looks like.
+const identityForm = "/subscriptions/<ID>/resourceGroups/<group>/providers/Microsoft.ManagedIdentity/userAssignedIdentities/<name>"
+
+// checkClientID says what is wrong with the client ID of an AzureIdentity, "" if nothing
+// is. IMDS and Entra know no other spelling than a GUID's, and an ID that is not one could
+// not be compared with a DenyList: .NET's Guid.Parse takes braces and leaves hyphens out.
+func checkClientID(id string) string {
+	if id == "" || isGUID(id) {
+		return ""
+	}
+	return fmt.Sprintf("has client ID %.100q, which is not a GUID such as 11111111-2222-3333-4444-555555555555", id)
+}
+
+// checkResourceID is checkClientID for the resource ID of a managed identity. deploy/admission
+// warns the author of an AzureIdentity by the same rules.
+func checkResourceID(id string) string {
+	switch {
+	case id == "" || isIdentityPath(id):
+		return ""
+	case isIdentityPath("/" + id):
+		return fmt.Sprintf("has resource ID %.300q, which lacks its leading slash", id)
+	}
+	return fmt.Sprintf("has resource ID %.300q, which is not that of a user-assigned identity, %s", id, identityForm)
+}
+
+// isGUID reports whether an ID is a GUID with hyphens, 8-4-4-4-12.
+func isGUID(id string) bool {
+	if len(id) != 36 {
+		return false
+	}
+	for i := range len(id) {
+		c := id[i]
+		switch {
+		case i == 8 || i == 13 || i == 18 || i == 23:
+			if c != '-' {
+				return false
+			}
+		case '0' <= c && c <= '9', 'a' <= c && c <= 'f', 'A' <= c && c <= 'F':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// isIdentityPath reports whether an ID is the resource ID of a user-assigned identity, in
+// any case.
+func isIdentityPath(id string) bool {
+	form := strings.Split(identityForm, "/")
+	parts := strings.Split(id, "/")
+	if len(parts) != len(form) || parts[0] != "" {
+		return false
+	}
+	for i, part := range parts[1:] {
+		want := form[i+1]
+		ok := len(part) == len(want) && strings.EqualFold(part, want) // of one length: U+017F folds to s
+		if want[0] == '<' {
+			ok = isResourceName(part)
+		}
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// isResourceName reports whether a name has the characters of names in Azure: letters,
+// digits and "-_.()", and no period at its end (Microsoft, "Naming rules and restrictions
+// for Azure resources", resourceGroups; those of other resources are narrower). So none is
+// empty, a dot segment or percent-encoded: CVE-2022-23551 was a spelling of a path.
+func isResourceName(name string) bool {
+	odd := func(c rune) bool {
+		return !unicode.IsLetter(c) && !unicode.IsDigit(c) && !strings.ContainsRune("-_.()", c)
+	}
+	return name != "" && !strings.HasSuffix(name, ".") && !strings.ContainsFunc(name, odd)
+}
