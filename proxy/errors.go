@@ -57,8 +57,9 @@ var (
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
 )
 
-// errSource means that the caller may be another pod than its address says.
-var errSource = errors.New("its source address cannot be trusted")
+// ErrSource means that the caller may be another pod than its address says, and that no
+// news will tell.
+var ErrSource = errors.New("its source address cannot be trusted")
 
 // retrySoon is the Retry-After for what a moment may change.
 const retrySoon = time.Second
@@ -84,11 +85,13 @@ func asHTTP(err error) *httpError {
 		return errSeveral
 	case errors.Is(err, podresolver.ErrNotAssigned):
 		return notYet("The identity is not assigned to the pod yet", 5*time.Second)
+	case errors.Is(err, podresolver.ErrNotSynced):
+		return notYet("The agent is not in sync with the API server yet", retrySoon)
 	case errors.Is(err, podresolver.ErrStale):
 		return notYet("What is known of pods and identities is too old", 10*time.Second)
 	case errors.Is(err, podresolver.ErrUnconfirmed):
 		return notYet("The pod of this address is not known yet", retrySoon)
-	case errors.Is(err, errSource):
+	case errors.Is(err, ErrSource):
 		return badRequest("The network of this node does not tell which pod is calling; ask the operators of the cluster")
 	case errors.Is(err, podresolver.ErrUnknownPod):
 		return notYet("The pod is not known on this node yet", retrySoon)
@@ -103,6 +106,13 @@ func asHTTP(err error) *httpError {
 	default:
 		return notYet("The metadata service could not be asked", retrySoon)
 	}
+}
+
+// Answer is what a pod is told of an error of podresolver, for texts to operators: the
+// status, and the error's fields.
+func Answer(err error) string {
+	e := asHTTP(err)
+	return fmt.Sprintf("%d %s", e.status, e)
 }
 
 // noToken tells why the cache has no token: in the service's own words where they are
@@ -140,12 +150,16 @@ func noToken(f *tokencache.Failure) *httpError {
 	}
 }
 
-// explain adds for the log what an operator has to do where IMDS's words, which the pod
-// is told, read as if nothing were bound to it.
-func explain(err error) error {
+// withHint adds for the log what an operator has to do: where IMDS's words, which the pod
+// is told, read as if nothing were bound to it, or where something nearly gives the pod
+// what it asked for.
+func (s *Server) withHint(err error) error {
 	var said *upstream.Error
 	if errors.As(err, &said) && said.UnknownIdentity() {
 		return fmt.Errorf("%w (bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity)", err)
+	}
+	if hint := s.cfg.Pods.Hint(err); hint != "" {
+		return fmt.Errorf("%w; near misses: %s", err, hint)
 	}
 	return err
 }
@@ -159,7 +173,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.As(err, &own): // the client's own mistake, and it is told all there is to say
 		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
 	case s.refusals.allow(callerOf(r)):
-		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", explain(err))
+		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", s.withHint(err))
 	}
 	if e.retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int((e.retryAfter+time.Second-1)/time.Second)))

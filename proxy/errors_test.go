@@ -27,9 +27,10 @@ func TestHowErrorsAreTold(t *testing.T) {
 	}{
 		"no identity":            {podresolver.ErrNoIdentity, 400, 0},
 		"several, none named":    {podresolver.ErrSeveral, 400, 0},
-		"a doubtful address":     {errSource, 400, 0},
+		"a doubtful address":     {ErrSource, 400, 0},
 		"unconfirmed":            {podresolver.ErrUnconfirmed, 503, time.Second},
 		"not assigned yet":       {podresolver.ErrNotAssigned, 503, 5 * time.Second},
+		"not in sync":            {podresolver.ErrNotSynced, 503, time.Second},
 		"not known yet":          {podresolver.ErrUnknownAddress, 503, time.Second},
 		"claimed twice":          {podresolver.ErrAmbiguousAddress, 503, 5 * time.Second},
 		"known for too long":     {podresolver.ErrStale, 503, 10 * time.Second},

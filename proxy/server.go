@@ -291,7 +291,7 @@ func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) 
 		case errors.Is(err, podresolver.ErrUnconfirmed):
 			return fmt.Errorf("pod %s: %w", pod, err)
 		}
-		return fmt.Errorf("pod %s: %w: %w", pod, errSource, err)
+		return fmt.Errorf("pod %s: %w: %w", pod, ErrSource, err)
 	})
 	return pod, addr, err
 }

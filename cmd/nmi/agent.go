@@ -82,11 +82,13 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		return listenUnix(ctx, "unix", cfg.probeSocket)
 	})
 	status := newHealth(ctx, resolver, rules, source, after.note, probes.note, measured.note, probeSocket.note)
-	probes.handler, probeSocket.handler = status.handler(), status.handler()
+	probes.handler = status.handler()
 	// What requests need outlives them: it ends when Serve has returned.
 	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBehind()
 	if cfg.probeSocket != "" {
+		explainer := &explainer{resolver: resolver, config: cfg.resolving, confirm: expectCaller(tracker)}
+		probeSocket.handler = explainer.handler(status.handler())
 		own := &part{run: probeSocket.run}
 		own.begin(behind)
 		defer probeSocket.close()
@@ -146,6 +148,9 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 		p.begin(behind)
 	}
 	defer after.end()
+	if before != nil {
+		log.Info("took over from the agent before; this one serves now", "version", version)
+	}
 	var giving sync.WaitGroup
 	giving.Go(func() {
 		if before.outlive(ctx) {

@@ -1,77 +1,170 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"reflect"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"k8s.io/klog/v2"
 
 	"github.com/podidentity/nmi/podresolver"
 )
 
-const explainTimeout = 30 * time.Second
+const (
+	explainTimeout = 30 * time.Second
+	// defaultProbeSocket is that of deploy/manifests.
+	defaultProbeSocket = "/run/nmi-probe/probe.sock"
+)
 
-// explainCommand says what is decided for one pod, and why, by the objects of the
-// cluster as they are now. It asks no agent, and can run anywhere.
+// explainCommand says what a pod gets, and why. In an agent's pod it asks the agent, so
+// that what decides also explains. A pod of another node, or outside of an agent's pod, it
+// explains by the objects of the cluster, with the agent's flags.
 func explainCommand(opts *options) *cobra.Command {
+	var socket string
+	var resolving *pflag.FlagSet
 	cmd := &cobra.Command{
 		Use:   "explain <namespace>/<pod>",
-		Short: "Say which identities a pod may use, and why",
-		Long: `explain reads the cluster as the agent does, and says what is decided for a pod
-and why: which exception applies by which label, which bindings match and which
-nearly do. Of the flags below, give it those that the agent runs with.`,
+		Short: "Say which identities a pod gets, and why",
+		Long: `explain says what a pod is answered and which identities it gets, and why: which
+exception applies by which label, which bindings match and which nearly do.
+
+In the agent's pod it asks the agent, over --probe-socket, and needs no other flag. It
+reads the cluster itself for a pod of another node, with that agent's flags; where no
+agent answers; and with flags that are not the agent's. Where no agent answers, give it
+the agent's flags: --operation-mode is required then.`,
 		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) != 1 || strings.Count(args[0], "/") != 1 {
+			if len(args) != 1 || strings.Count(args[0], "/") != 1 || strings.HasPrefix(args[0], "/") || strings.HasSuffix(args[0], "/") {
 				return errors.New("explain takes one argument: <namespace>/<pod>")
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			log := opts.logger(cmd.ErrOrStderr())
-			namespace, pod, _ := strings.Cut(args[0], "/")
+			opts.logger(cmd.ErrOrStderr())
 			ctx, cancel := context.WithTimeout(cmd.Context(), explainTimeout)
 			defer cancel()
-			restConfig, err := apiServer("nmi/" + version)
+			var given []string
+			resolving.VisitAll(func(f *pflag.Flag) {
+				if f.Changed {
+					given = append(given, f.Name)
+				}
+			})
+			cfg, err := opts.resolving("")
 			if err != nil {
 				return err
 			}
-			node, err := podresolver.NodeOf(ctx, restConfig, namespace, pod)
+			text, err := explain(ctx, args[0], socket, cfg, given, func(note string) { fmt.Fprintln(cmd.ErrOrStderr(), "note:", note) })
 			if err != nil {
 				return err
 			}
-			resolving, err := opts.resolving(node)
-			if err != nil {
-				return err
-			}
-			resolving.Logger = log
-			from, err := podresolver.FromAPIServer(restConfig, node)
-			if err != nil {
-				return err
-			}
-			resolver, err := podresolver.New(from, resolving)
-			if err != nil {
-				return err
-			}
-			done := make(chan struct{})
-			go func() { defer close(done); resolver.Run(ctx) }()
-			defer func() { cancel(); <-done }()
-			select {
-			case <-resolver.Synced():
-			case <-ctx.Done():
-				return fmt.Errorf("reading the cluster: %w", resolver.Ready())
-			}
-			decision, err := resolver.Explain(namespace, pod)
-			if err != nil {
-				return err
-			}
-			_, err = fmt.Fprint(cmd.OutOrStdout(), decision)
+			_, err = fmt.Fprint(cmd.OutOrStdout(), text)
 			return err
 		},
 	}
-	opts.addResolving(cmd.Flags())
+	resolving = pflag.NewFlagSet("", pflag.ContinueOnError)
+	opts.addResolving(resolving)
+	cmd.Flags().AddFlagSet(resolving)
+	cmd.Flags().StringVar(&socket, flagProbeSocket, defaultProbeSocket, "Unix socket of the agent of this pod")
 	opts.addLogging(cmd.Flags())
 	return cmd
+}
+
+// explain asks the agent that listens on the socket, or reads the cluster. given are the
+// names of the flags that cfg was made of; note is called with what to know of the answer.
+func explain(ctx context.Context, pod, socket string, cfg podresolver.Config, given []string, note func(string)) (string, error) {
+	agents, noAgent := agentConfig(ctx, socket)
+	switch {
+	case noAgent != nil && !slices.Contains(given, flagOperationMode):
+		return "", fmt.Errorf("--%s is required where no agent can be asked: give the flags that the agents run with, or run this in an agent's pod (kubectl -n kube-system exec daemonset/nmi -- nmi explain %s): %w", flagOperationMode, pod, noAgent)
+	case noAgent != nil:
+	case len(given) == 0 || reflect.DeepEqual(decisive(cfg), decisive(agents)):
+		text, err := askAgent(ctx, socket, pod)
+		if !errors.Is(err, errNotHere) {
+			return text, err
+		}
+		cfg = agents
+	default:
+		note(fmt.Sprintf("the agent of this pod runs with other flags than these (--%s); leave them out to hear what it decides", strings.Join(given, ", --")))
+	}
+	return readCluster(ctx, pod, cfg)
+}
+
+// decisive is the part of a configuration that decides what a pod gets.
+func decisive(cfg podresolver.Config) podresolver.Config {
+	return podresolver.Config{
+		Mode: cfg.Mode, Namespaced: cfg.Namespaced, MICNamespace: cfg.MICNamespace, StrictSelection: cfg.StrictSelection,
+		ExceptionNamespaces: cfg.ExceptionNamespaces, Deny: cfg.Deny,
+	}
+}
+
+// agentConfig asks the agent what it goes by.
+func agentConfig(ctx context.Context, socket string) (cfg podresolver.Config, err error) {
+	var page bytes.Buffer
+	status, err := getPage(ctx, socket, configPage, &page)
+	if err != nil {
+		return podresolver.Config{}, err
+	}
+	if status != http.StatusOK {
+		return podresolver.Config{}, fmt.Errorf("the agent that listens on %s is of another version: %s says %d", socket, configPage, status)
+	}
+	if err := json.Unmarshal(page.Bytes(), &cfg); err != nil {
+		return podresolver.Config{}, fmt.Errorf("%s: %w", configPage, err)
+	}
+	return cfg, nil
+}
+
+// errNotHere means that a pod is not on the node of the agent that was asked.
+var errNotHere = errors.New("the pod is not on this node")
+
+func askAgent(ctx context.Context, socket, pod string) (string, error) {
+	var page bytes.Buffer
+	switch status, err := getPage(ctx, socket, explainPage+"?pod="+url.QueryEscape(pod), &page); {
+	case err != nil:
+		return "", err
+	case status == http.StatusNotFound:
+		return "", errNotHere
+	case status != http.StatusOK:
+		return "", errors.New(strings.TrimSpace(page.String()))
+	}
+	return page.String(), nil
+}
+
+// readCluster explains by the objects of the cluster as they are now.
+func readCluster(ctx context.Context, pod string, cfg podresolver.Config) (string, error) {
+	restConfig, err := apiServer("nmi/" + version)
+	if err != nil {
+		return "", err
+	}
+	namespace, name, _ := strings.Cut(pod, "/")
+	if cfg.Node, err = podresolver.NodeOf(ctx, restConfig, namespace, name); err != nil {
+		return "", err
+	}
+	from, err := podresolver.FromAPIServer(restConfig, cfg.Node)
+	if err != nil {
+		return "", err
+	}
+	if !slog.Default().Enabled(ctx, slog.LevelDebug) {
+		cfg.Logger = slog.New(slog.DiscardHandler) // what it would warn of is in the text
+		klog.SetSlogLogger(cfg.Logger)
+	}
+	resolver, err := podresolver.Read(ctx, from, cfg)
+	if err != nil {
+		return "", fmt.Errorf("reading the cluster:\n%s", list(err))
+	}
+	e := &explainer{resolver: resolver}
+	text, err := e.explain(pod)
+	if err != nil {
+		return "", err
+	}
+	return text + fmt.Sprintf("(by the objects of the cluster, in %s mode; what the agent of node %s knows besides, such as over which link the pod's requests come, it says itself)\n", cfg.Mode, cfg.Node), nil
 }

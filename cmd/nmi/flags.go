@@ -68,6 +68,8 @@ func newOptions() *options {
 	return o
 }
 
+const flagOperationMode = "operation-mode"
+
 // debugVerbosity is the --v from which debug messages are logged; klog's users
 // know 4 as "debug".
 const debugVerbosity = 4
@@ -100,7 +102,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.BoolVar(&o.blockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
 	fs.DurationVar(&o.podWait, "pod-wait", podresolver.DefaultPodWait, "how long a request from an unknown address waits for its pod")
 	fs.DurationVar(&o.identityWait, "identity-wait", podresolver.DefaultIdentityWait, "how long a request waits for MIC to assign the identity, in standard mode")
-	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server cannot be watched; 0 is for ever")
+	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server sends no news of a resource, of which there is some about once a minute; 0 is for ever")
 	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 	o.addProbeSocket(fs)
 	fs.IntVar(&o.tokensPerSecond, "imds-token-rate", tokencache.DefaultPerSecond, "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
@@ -125,7 +127,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 
 // addResolving adds the flags that bear on what is decided for a pod.
 func (o *options) addResolving(fs *pflag.FlagSet) {
-	fs.StringVar(&o.operationMode, "operation-mode", "standard", `"managed": AzureIdentityBindings decide; "standard": the AzureAssignedIdentities that MIC makes`)
+	fs.StringVar(&o.operationMode, flagOperationMode, "standard", `"managed": AzureIdentityBindings decide; "standard": the AzureAssignedIdentities that MIC makes`)
 	fs.BoolVar(&o.forceNamespaced, "forceNamespaced", os.Getenv("FORCENAMESPACED") == "true", "in standard mode, give identities to pods of their own namespace only; managed mode always does (also the environment's FORCENAMESPACED=true)")
 	fs.StringVar(&o.micNamespace, "MICNamespace", "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; not given, or in managed mode, no pod does")
 	fs.BoolVar(&o.strictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")

@@ -109,10 +109,10 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--entra-authority=a,,b":             `--entra-authority: "https://" is more or less than https://<host>`,
 		"--probe-socket=probe.sock":          "--probe-socket=probe.sock is not usable: give an absolute path",
 		"--deny-identity=kubelet":            `--deny-identity: "kubelet" is neither a client ID nor a resource ID: use a GUID`,
-		"--deny-identity=/subscriptions/s,":  `--deny-identity: "" is neither a client ID nor a resource ID`,
-		"--exception-namespaces=*":           `--exception-namespaces: "*" is not the name of a namespace: give names separated by commas, or "" for none`,
-		"--exception-namespaces=a,,b":        `--exception-namespaces: "" is not the name of a namespace`,
-		"--exception-namespaces=Shop":        `--exception-namespaces: "Shop" is not the name of a namespace`,
+		"--deny-identity=/subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i,": `--deny-identity: "" is neither a client ID nor a resource ID`,
+		"--exception-namespaces=*":    `--exception-namespaces: "*" is not the name of a namespace: give names separated by commas, or "" for none`,
+		"--exception-namespaces=a,,b": `--exception-namespaces: "" is not the name of a namespace`,
+		"--exception-namespaces=Shop": `--exception-namespaces: "Shop" is not the name of a namespace`,
 	} {
 		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
 		require.NoError(t, err, arg)
@@ -142,7 +142,7 @@ func TestAuthoritiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
 }
 
 func TestDeniedIdentitiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
-	const a, b, resource = "0be1e700-0000-4000-8000-00000000000a", "0be1e700-0000-4000-8000-00000000000b", "/subscriptions/s/resourcegroups/g"
+	const a, b, resource = "0be1e700-0000-4000-8000-00000000000a", "0be1e700-0000-4000-8000-00000000000b", "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/i"
 	cfg := parsed(t, "--node=n", "--deny-identity= "+strings.ToUpper(a)+", /Subscriptions/s/resourceGroups/g", "--deny-identity="+b)
 	assert.Equal(t, podresolver.DenyList{ClientIDs: []string{a, b}, ResourceIDs: []string{resource}}, cfg.resolving.Deny)
 	assert.Zero(t, parsed(t, "--node=n", "--deny-identity=").resolving.Deny)
@@ -159,7 +159,7 @@ func TestExceptionNamespacesNotGivenAreAllAndEmptyNone(t *testing.T) {
 }
 
 func TestWarningsAboutFlags(t *testing.T) {
-	const client, resource = "0be1e700-0000-4000-8000-00000000000a", "/subscriptions/s/resourcegroups/g"
+	const client, resource = "0be1e700-0000-4000-8000-00000000000a", "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/i"
 	for name, tc := range map[string]struct {
 		args []string
 		want string // "" for no warning

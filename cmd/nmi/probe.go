@@ -57,6 +57,18 @@ fails if it is not alive (live) or not ready (ready, which is the default).`,
 // probe prints a page of the agent that listens on the socket. Any answer but 200
 // is an error.
 func probe(ctx context.Context, socket, page string, out io.Writer) error {
+	status, err := getPage(ctx, socket, page, out)
+	if err != nil {
+		return err
+	}
+	if status != http.StatusOK {
+		return fmt.Errorf("%s says %d %s", page, status, http.StatusText(status))
+	}
+	return nil
+}
+
+// getPage copies a page of the agent that listens on the socket, and returns its status.
+func getPage(ctx context.Context, socket, page string, out io.Writer) (status int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	client := &http.Client{Transport: &http.Transport{
@@ -67,21 +79,16 @@ func probe(ctx context.Context, socket, page string, out io.Writer) error {
 	}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nmi"+page, nil)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	resp, err := client.Do(req)
 	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("the agent that listens on %s did not answer in %s", socket, probeTimeout)
+		return 0, fmt.Errorf("the agent that listens on %s did not answer in %s", socket, probeTimeout)
 	}
 	if err != nil {
-		return fmt.Errorf("no agent answers: %w", err)
+		return 0, fmt.Errorf("no agent answers: %w", err)
 	}
 	defer resp.Body.Close()
-	if _, err := io.Copy(out, io.LimitReader(resp.Body, maxPage)); err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s says %s", page, resp.Status)
-	}
-	return nil
+	_, err = io.Copy(out, io.LimitReader(resp.Body, maxPage))
+	return resp.StatusCode, err
 }

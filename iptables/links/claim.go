@@ -47,10 +47,23 @@ type iface struct {
 // Of an interface that was there before the Tracker it is not known when it appeared.
 // The first pod that is seen there passes.
 func (t *Tracker) claimLocked(on *iface, pod Pod, now time.Time) error {
+	if err := t.judgeLocked(on, pod, now); err != nil {
+		return err
+	}
 	if on.holder.UID == pod.UID {
 		if pod.Started.After(on.holder.Started) { // a container was restarted
 			on.holder.Started = pod.Started
 		}
+		return nil
+	}
+	on.holder = pod
+	t.departed.Remove(pod.UID)
+	return nil
+}
+
+// judgeLocked is what claimLocked decides, and records nothing.
+func (t *Tracker) judgeLocked(on *iface, pod Pod, now time.Time) error {
+	if on.holder.UID == pod.UID {
 		return nil
 	}
 	switch seen := t.seenElsewhereLocked(pod.UID, on); {
@@ -64,8 +77,6 @@ func (t *Tracker) claimLocked(on *iface, pod Pod, now time.Time) error {
 		return fmt.Errorf("%w: the pod that the API server names was seen on another interface than %s, and its containers have not been restarted since",
 			ErrReused, on.name)
 	}
-	on.holder = pod
-	t.departed.Remove(pod.UID)
 	return nil
 }
 

@@ -210,6 +210,28 @@ func (t *Tracker) routedToLocked(on *iface, addr netip.Addr) string {
 	return other.name
 }
 
+// Expect returns what Check would say of a connection from a pod's address that came in over
+// the interface which the node's route to the address leads to, as far as that can be known
+// without one: of pods behind a bridge it is not. It records nothing.
+func (t *Tracker) Expect(addr netip.Addr, pod Pod) error {
+	now := time.Now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := t.drainLocked(); err != nil {
+		return fmt.Errorf("address %s: %w", addr, err)
+	}
+	delete(t.routes, addr) // what is remembered may be of the interface before
+	route := t.routeLocked(addr, now)
+	on := t.ifaces[route.Index]
+	if route.err != nil || on == nil || route.Shared {
+		return route.err
+	}
+	if err := on.classify(); err != nil || on.kind != kindPod {
+		return err
+	}
+	return t.judgeLocked(on, pod, now)
+}
+
 // routeLocked returns where the route to an address leads, and ErrUnguarded where others
 // can take the address over there.
 func (t *Tracker) routeLocked(addr netip.Addr, now time.Time) *route {

@@ -34,6 +34,8 @@ func TestReusedAddress(t *testing.T) {
 					remove()
 
 					next, _ := n.addPod("10.244.0.7", shape)
+					require.ErrorIs(t, tracker.Expect(next.Addr, before), links.ErrReused)
+					require.NoError(t, tracker.Expect(next.Addr, started("after", 0)))
 					index := n.call(next, next.Addr)
 					for range 1000 { // no news, however often it asks
 						require.ErrorIs(t, tracker.Check(next.Addr, index, before), links.ErrReused)
@@ -43,6 +45,8 @@ func TestReusedAddress(t *testing.T) {
 					require.NoError(t, tracker.Check(next.Addr, index, after), "the API server has heard of it")
 					require.NoError(t, tracker.Check(next.Addr, index, after))
 					require.ErrorIs(t, tracker.Check(next.Addr, index, before), links.ErrReused, "and not again of the one before")
+					require.ErrorIs(t, tracker.Expect(next.Addr, before), links.ErrReused)
+					require.NoError(t, tracker.Expect(next.Addr, after))
 				})
 			}
 		})
