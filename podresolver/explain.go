@@ -166,7 +166,7 @@ func (r *Resolver) explainAddresses(s *snapshot, row *podRow, confirm func(netip
 			p = found
 		case err == nil:
 			err = fmt.Errorf("%w: %s belongs to %s, which is younger", ErrUnconfirmed, addr, found)
-		case errors.Is(err, ErrUnknownAddress) && !row.until.IsZero():
+		case errors.Is(err, ErrUnknownAddress) && !row.until.IsZero() && !row.until.After(time.Now()):
 			err = fmt.Errorf("%w: %s is not its own any more: it is being deleted, and its grace period ended at %s", ErrUnknownAddress, addr, row.until.UTC().Format(time.RFC3339))
 		}
 		if err != nil {

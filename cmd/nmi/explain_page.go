@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/podidentity/nmi/podresolver"
@@ -34,6 +35,8 @@ func (e *explainer) explain(pod string) (string, error) {
 	}
 	if decision.Refusal != nil {
 		decision.Answer = proxy.Answer(decision.Refusal)
+	} else if slices.ContainsFunc(decision.Identities, podresolver.Identity.Managed) {
+		decision.Reasons = append(decision.Reasons, "what is bound here counts only if the node has it: where an identity is not assigned to its virtual machine (scale set), IMDS refuses the token, and the agent's log quotes it")
 	}
 	return decision.String(), nil
 }

@@ -143,7 +143,7 @@ func TestAuthoritiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
 
 func TestDeniedIdentitiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
 	const a, b, resource = "0be1e700-0000-4000-8000-00000000000a", "0be1e700-0000-4000-8000-00000000000b", "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/i"
-	cfg := parsed(t, "--node=n", "--deny-identity= "+strings.ToUpper(a)+", /Subscriptions/s/resourceGroups/g", "--deny-identity="+b)
+	cfg := parsed(t, "--node=n", "--deny-identity= "+strings.ToUpper(a)+", /Subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i", "--deny-identity="+b)
 	assert.Equal(t, podresolver.DenyList{ClientIDs: []string{a, b}, ResourceIDs: []string{resource}}, cfg.resolving.Deny)
 	assert.Zero(t, parsed(t, "--node=n", "--deny-identity=").resolving.Deny)
 }

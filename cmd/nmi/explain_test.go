@@ -1,0 +1,390 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
+	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/upstream"
+	"github.com/podidentity/nmi/tokencache"
+)
+
+const (
+	podAddr   = "10.244.0.7"
+	cartID    = "ca470000-0000-4000-8000-000000000001"
+	reportID  = "4e904700-0000-4000-8000-000000000002"
+	unknownID = "dead0000-0000-4000-8000-000000000003" // that IMDS does not know
+)
+
+// The objects of the situations; all are in namespace shop.
+
+func meta(name string) metav1.ObjectMeta {
+	return metav1.ObjectMeta{Namespace: "shop", Name: name, UID: types.UID("uid-of-" + name)}
+}
+
+func aPod(change ...func(*corev1.Pod)) *corev1.Pod {
+	p := &corev1.Pod{
+		ObjectMeta: meta("p"), Spec: corev1.PodSpec{NodeName: "node1", Containers: []corev1.Container{{Name: "app"}}},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: podAddr},
+	}
+	p.Labels = map[string]string{"aadpodidbinding": "cart"}
+	for _, c := range change {
+		c(p)
+	}
+	return p
+}
+
+func label(key, value string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) { p.Labels = map[string]string{key: value} }
+}
+
+func deleted(after time.Duration) func(*corev1.Pod) {
+	return func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{Time: time.Now().Add(after)} }
+}
+
+func ended(p *corev1.Pod) {
+	p.Status.ContainerStatuses = []corev1.ContainerStatus{{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}}}
+}
+
+func named(name string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) {
+		p.ObjectMeta = meta(name)
+		p.Labels = map[string]string{"aadpodidbinding": "cart"}
+	}
+}
+
+func anIdentity(name, clientID string) *aadpodidentity.AzureIdentity {
+	return &aadpodidentity.AzureIdentity{ObjectMeta: meta(name), Spec: aadpodidentity.AzureIdentitySpec{ClientID: clientID}}
+}
+
+func aBinding(name, identity, selector string) *aadpodidentity.AzureIdentityBinding {
+	return &aadpodidentity.AzureIdentityBinding{ObjectMeta: meta(name), Spec: aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: identity, Selector: selector}}
+}
+
+func inBank[T metav1.Object](o T) T { o.SetNamespace("bank"); return o }
+
+func anException(key, value string) *aadpodidentity.AzurePodIdentityException {
+	return &aadpodidentity.AzurePodIdentityException{ObjectMeta: meta("e"), Spec: aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{key: value}}}
+}
+
+// situation is one that operators ask about: what the agent answers to the pod and logs,
+// and what nmi explain prints.
+type situation struct {
+	config  podresolver.Config
+	objects []runtime.Object // beside AzureIdentity and AzureIdentityBinding "cart"
+	breaks  func(*podresolver.Sources)
+	doubt   error  // what the node's links say
+	asks    string // in the pod's query
+
+	answer  string // as proxy.Answer has it; or "200 " and the token's client ID
+	log     []string
+	explain []string
+	not     []string // neither in the log nor in the explanation
+}
+
+var situations = map[string]situation{
+	"all is well": {
+		objects: []runtime.Object{aPod()}, answer: "200 " + cartID,
+		explain: []string{"gets, unless it names another, AzureIdentity shop/cart", `AzureIdentityBinding "cart" has the selector "cart"`, "counts only if the node has it"},
+	},
+	"IMDS does not know the identity": {
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), anIdentity("odd", unknownID), aBinding("odd", "odd", "odd")},
+		answer:  "400 invalid_request: Identity not found", log: []string{"identity shop/odd", "IMDS answered 400 invalid_request: Identity not found"},
+		explain: []string{"gets, unless it names another, AzureIdentity shop/odd", "where an identity is not assigned to its virtual machine (scale set), IMDS refuses the token"},
+	},
+	"past its grace": {
+		objects: []runtime.Object{aPod(deleted(-time.Minute))}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
+		log:     []string{"no pod of this node is known by this address"},
+		explain: []string{"would get, unless it names another, AzureIdentity shop/cart", podAddr + " is not its own any more: it is being deleted, and its grace period ended at"},
+		not:     []string{"\ngets"},
+	},
+	"terminating, its containers have ended": {
+		objects: []runtime.Object{aPod(deleted(time.Hour), ended)}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
+		explain: []string{"would get", podAddr + " is not its own any more: it is being deleted, and all its containers have ended"},
+	},
+	"terminating, and running": {
+		objects: []runtime.Object{aPod(deleted(time.Hour))}, answer: "200 " + cartID,
+		explain: []string{"gets, unless it names another, AzureIdentity shop/cart"},
+	},
+	"two pods with one address": {
+		objects: []runtime.Object{aPod(), aPod(named("q"))}, answer: "503 temporarily_unavailable: The address is claimed by more than one pod",
+		log:     []string{"several live pods claim this address", "shop/p", "shop/q"},
+		explain: []string{"would get", "several live pods claim this address: shop/", "both hold " + podAddr},
+	},
+	"an address that is a younger pod's": {
+		objects: []runtime.Object{aPod(deleted(time.Hour)), aPod(named("q"))}, answer: "200 " + cartID, // q's
+		explain: []string{"is answered 503 temporarily_unavailable", podAddr + " belongs to shop/q, which is younger"},
+	},
+	"no address": {
+		objects: []runtime.Object{aPod(func(p *corev1.Pod) { p.Status.PodIP = "" })}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
+		explain: []string{"pod shop/p\n", "would get", "its status has none"},
+	},
+	"a caller that its link does not confirm": {
+		objects: []runtime.Object{aPod()}, doubt: fmt.Errorf("%w: eth7 appeared later", podresolver.ErrUnconfirmed),
+		answer: "503 temporarily_unavailable: The pod of this address is not known yet", log: []string{"eth7 appeared later"}, explain: []string{"would get", "eth7 appeared later"},
+	},
+	"a network that tells no pods apart": {
+		objects: []runtime.Object{aPod()}, doubt: fmt.Errorf("%w: bridge br0", proxy.ErrSource),
+		answer: "400 invalid_request: The network of this node does not tell which pod is calling; ask the operators of the cluster", log: []string{"bridge br0"}, explain: []string{"bridge br0"},
+	},
+	"not in sync": {
+		objects: []runtime.Object{aPod()}, breaks: func(s *podresolver.Sources) { s.Bindings = forbidden{} },
+		answer:  "503 temporarily_unavailable: The agent is not in sync with the API server yet",
+		log:     []string{"the agent is not in sync with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource"},
+		explain: []string{"the agent is not in sync with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource: apply its role"},
+		not:     []string{"no pod is known", "no pod of this node"},
+	},
+	"stale": {
+		config: podresolver.Config{MaxStaleness: time.Millisecond}, objects: []runtime.Object{aPod()},
+		answer: "503 temporarily_unavailable: What is known of pods and identities is too old", log: []string{"what is known of pods and identities is too old"},
+		explain: []string{"what is known of pods and identities is too old", "would get"},
+	},
+	"no label": {
+		objects: []runtime.Object{aPod(label("app", "x"))}, answer: "400 invalid_request: Identity not found",
+		log: []string{`it has no label "aadpodidbinding"`}, explain: []string{"may use no identity", `it has no label "aadpodidbinding"`},
+	},
+	"a label key in another case": {
+		objects: []runtime.Object{aPod(label("AadPodIdBinding", "cart"))}, answer: "400 invalid_request: Identity not found",
+		log: []string{`its label "AadPodIdBinding" is not "aadpodidbinding": it differs in case`}, explain: []string{`its label "AadPodIdBinding" is not "aadpodidbinding": it differs in case`},
+	},
+	"a selector in another case": {
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "Cart"))}, answer: "400 invalid_request: Identity not found",
+		log:     []string{`no AzureIdentityBinding in namespace "shop" has the selector "Cart"`, `AzureIdentityBinding shop/cart does not match: its selector "cart" differs in case`},
+		explain: []string{`AzureIdentityBinding shop/cart does not match: its selector "cart" differs in case`},
+	},
+	"a binding of another namespace": {
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "far")), inBank(aBinding("far", "cart", "far"))}, answer: "400 invalid_request: Identity not found",
+		log: []string{"AzureIdentityBinding bank/far does not match: it is in another namespace"}, explain: []string{"AzureIdentityBinding bank/far does not match: it is in another namespace"},
+	},
+	"an identity of another namespace": {
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "far")), aBinding("far", "away", "far"), inBank(anIdentity("away", reportID))}, answer: "400 invalid_request: Identity not found",
+		log:     []string{`AzureIdentityBinding "far" names AzureIdentity "away", which does not exist`, `AzureIdentity bank/away does not match: it is in another namespace`},
+		explain: []string{`AzureIdentity bank/away does not match: it is in another namespace than AzureIdentityBinding "far"`},
+	},
+	"an exception's key in another case": {
+		objects: []runtime.Object{aPod(label("App", "x")), anException("app", "x")}, answer: "400 invalid_request: Identity not found",
+		log: []string{`AzurePodIdentityException shop/e does not except it: its label "App" differs in case from "app"`}, explain: []string{`its label "App" differs in case from "app"`},
+	},
+	"an exception of another namespace": {
+		objects: []runtime.Object{aPod(label("app", "x")), inBank(anException("app", "x"))}, answer: "400 invalid_request: Identity not found",
+		log: []string{"AzurePodIdentityException bank/e lists its label app=x, and does not except it: it is in another namespace"}, explain: []string{"AzurePodIdentityException bank/e lists its label app=x"},
+	},
+	"another ID than is bound": {
+		objects: []runtime.Object{aPod()}, asks: "&client_id=" + reportID, answer: "400 invalid_request: Identity not found",
+		log:     []string{`none of the 1 bound to it has the client ID "` + reportID + `" that it asked for: AzureIdentity shop/cart (user-assigned managed identity, client ID ` + cartID + ")"},
+		explain: []string{"gets, unless it names another, AzureIdentity shop/cart"},
+	},
+	"several, strictly": {
+		config: podresolver.Config{StrictSelection: true}, objects: []runtime.Object{aPod(), anIdentity("report", reportID), aBinding("report", "report", "cart")},
+		answer: "400 invalid_request: Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request",
+		log:    []string{"the pod has several identities, and named none"}, explain: []string{"may use, if it names it, AzureIdentity shop/cart", "may use AzureIdentity shop/report", "a request must name one"},
+	},
+	"a client ID that is none": {
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), anIdentity("odd", "cart"), aBinding("odd", "odd", "odd")}, answer: "400 invalid_request: Identity not found",
+		log: []string{`has client ID "cart", which is not a GUID`}, explain: []string{`has client ID "cart", which is not a GUID`},
+	},
+	"MIC has not assigned it": {
+		config: podresolver.Config{Mode: podresolver.Standard}, objects: []runtime.Object{aPod()},
+		answer: "503 temporarily_unavailable: The identity is not assigned to the pod yet", log: []string{"MIC has not assigned the identity to this pod yet"},
+		explain: []string{"will get AzureIdentity shop/cart", "when MIC has assigned it"},
+	},
+	"excepted": {
+		objects: []runtime.Object{aPod(), anException("aadpodidbinding", "cart")}, answer: "200 " + nodeToken,
+		explain: []string{`is excepted by "e"`, `AzurePodIdentityException "e" lists its label aadpodidbinding=cart`}, not: []string{"is answered"},
+	},
+	"excepted, past its grace": {
+		objects: []runtime.Object{aPod(deleted(-time.Minute)), anException("aadpodidbinding", "cart")}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
+		explain: []string{"its grace period ended at"},
+	},
+	"azure-workload-identity's variables": {
+		objects: []runtime.Object{aPod(func(p *corev1.Pod) {
+			p.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "AZURE_CLIENT_ID"}, {Name: "AZURE_FEDERATED_TOKEN_FILE"}}
+		})}, answer: "200 " + cartID,
+		explain: []string{"azure-workload-identity's settings (the variable AZURE_FEDERATED_TOKEN_FILE)", "never ask IMDS"},
+	},
+	"azure-workload-identity's label": {
+		objects: []runtime.Object{aPod(func(p *corev1.Pod) { p.Labels["azure.workload.identity/use"] = "true" })}, answer: "200 " + cartID,
+		explain: []string{"azure-workload-identity's settings (the label azure.workload.identity/use=true)"},
+	},
+	"on the host network": {
+		objects: []runtime.Object{aPod(func(p *corev1.Pod) { p.Spec.HostNetwork = true })}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
+		explain: []string{"does not ask the agent: it is on the host network"}, not: []string{"may use", "gets, unless", "is answered"},
+	},
+}
+
+const nodeToken = "the node's"
+
+// forbidden is a source that the agent may not read.
+type forbidden struct{ cache.ListerWatcher }
+
+func (forbidden) List(metav1.ListOptions) (runtime.Object, error) {
+	return nil, apierrors.NewForbidden(schema.GroupResource{Resource: "azureidentitybindings"}, "", errors.New("no role"))
+}
+
+func (forbidden) IsWatchListSemanticsUnSupported() bool { return true }
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+type lockedLog struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *lockedLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *lockedLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.ReplaceAll(l.text.String(), `\"`, `"`)
+}
+
+// agentAnswer is what an agent answers to the pod, as proxy.Answer has it.
+func agentAnswer(t *testing.T, server *proxy.Server, query string) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net/"+query, nil)
+	r.RemoteAddr = podAddr + ":40000"
+	r.Header.Set("Metadata", "true")
+	server.ServeHTTP(w, r)
+	var said struct {
+		ClientID    string `json:"client_id"`
+		Code        string `json:"error"`
+		Description string `json:"error_description"`
+	}
+	require.NoError(t, json.Unmarshal(w.Body.Bytes(), &said), w.Body.String())
+	if w.Code == http.StatusOK {
+		return "200 " + said.ClientID
+	}
+	return fmt.Sprintf("%d %s: %s", w.Code, said.Code, said.Description)
+}
+
+// TestExplainAndTheAgentAgree: one code path decides both.
+func TestExplainAndTheAgentAgree(t *testing.T) {
+	for name, tc := range situations {
+		t.Run(name, func(t *testing.T) {
+			ctx, stop := context.WithCancel(t.Context())
+			log := &lockedLog{}
+			logger := slog.New(slog.NewTextHandler(log, nil))
+			cluster := resolvertest.NewCluster(append([]runtime.Object{anIdentity("cart", cartID), aBinding("cart", "cart", "cart")}, tc.objects...)...)
+			defer cluster.Close()
+			sources := cluster.Sources()
+			if tc.breaks != nil {
+				tc.breaks(&sources)
+			}
+			cfg := tc.config
+			cfg.Node, cfg.PodWait, cfg.IdentityWait, cfg.Logger = "node1", 20*time.Millisecond, 20*time.Millisecond, logger
+			resolver, err := podresolver.New(sources, cfg)
+			require.NoError(t, err)
+			tokens := tokencache.New(func(_ context.Context, r tokencache.Request) (*tokencache.Token, error) {
+				if r.Key.ClientID == unknownID {
+					return nil, &upstream.Error{Source: "IMDS", Status: 400, Code: "invalid_request", Description: "Identity not found"}
+				}
+				now := time.Now()
+				return &tokencache.Token{AccessToken: "t", ClientID: r.Key.ClientID, NotBefore: now, ExpiresOn: now.Add(time.Hour), ExtExpiresOn: now.Add(time.Hour)}, nil
+			}, tokencache.Config{})
+			defer tokens.Close()
+			confirm := func(netip.Addr, *podresolver.Pod) error { return tc.doubt }
+			server := proxy.New(proxy.Config{
+				Pods: resolver, Tokens: tokens, Logger: logger,
+				Upstream: roundTrip(func(*http.Request) (*http.Response, error) {
+					return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(`{"client_id":"` + nodeToken + `"}`))}, nil
+				}),
+				CheckSource: func(addr netip.Addr, _ int, pod *podresolver.Pod) error { return confirm(addr, pod) },
+			})
+			agent := &explainer{resolver: resolver, config: cfg, confirm: confirm}
+			socket := filepath.Join(t.TempDir(), "probe.sock")
+			ln, err := listenUnix(ctx, "unix", socket)
+			require.NoError(t, err)
+			page := servePage(ln, agent.handler(http.NotFoundHandler()))
+			page.begin(ctx)
+			var running sync.WaitGroup
+			running.Go(func() { resolver.Run(ctx) })
+			defer func() { page.end(); stop(); running.Wait() }()
+			switch {
+			case tc.breaks != nil:
+				require.Eventually(t, func() bool { return strings.Contains(resolver.Ready().Error(), "service account") }, 30*time.Second, time.Millisecond)
+			default:
+				<-resolver.Synced()
+			}
+			if cfg.MaxStaleness > 0 {
+				require.Eventually(t, func() bool { return resolver.Ready() != nil }, 30*time.Second, time.Millisecond)
+			}
+
+			answer := agentAnswer(t, server, tc.asks)
+			assert.Equal(t, tc.answer, answer)
+			for _, text := range tc.log {
+				assert.Contains(t, log.String(), text)
+			}
+
+			explained, err := explain(ctx, "shop/p", socket, podresolver.Config{}, nil, func(note string) { t.Error(note) })
+			if tc.breaks != nil {
+				require.Error(t, err)
+				explained = err.Error()
+			} else {
+				require.NoError(t, err)
+			}
+			for _, text := range tc.explain {
+				assert.Contains(t, explained, text)
+			}
+			for _, text := range tc.not {
+				assert.NotContains(t, log.String()+explained, text)
+			}
+			differs := strings.HasPrefix(name, "an address that is a younger pod's") || // the request is that pod's
+				tc.breaks != nil || tc.asks != "" || strings.HasPrefix(name, "IMDS") || strings.HasPrefix(name, "on the host network")
+			switch status, id, _ := strings.Cut(answer, " "); {
+			case differs:
+			case id == nodeToken:
+				assert.Contains(t, explained, "is excepted by")
+			case status == "200":
+				assert.Regexp(t, `(?m)^gets, unless it names another, .*`+id, explained)
+			default:
+				assert.Contains(t, explained, "\nis answered "+answer+"\n")
+				assert.NotRegexp(t, "(?m)^gets", explained)
+			}
+
+			// Whoever reads the cluster says the same, as far as it is in there.
+			if tc.doubt == nil && cfg.MaxStaleness == 0 {
+				read, err := podresolver.Read(ctx, sources, cfg)
+				if tc.breaks != nil {
+					require.ErrorContains(t, err, "the agent's service account may not list and watch this resource", "at once")
+					return
+				}
+				require.NoError(t, err)
+				text, err := (&explainer{resolver: read}).explain("shop/p")
+				require.NoError(t, err)
+				assert.Equal(t, explained, text)
+			}
+		})
+	}
+}
