@@ -88,6 +88,7 @@ func TestSilenceExpires(t *testing.T) {
 			require.NoError(t, err)
 			w := &world{t: t, resolver: r}
 			w.run()
+			defer w.stop() // before the server, which waits for its connections
 			<-r.Synced()
 			_, err = r.Resolve(t.Context(), addr)
 			require.NoError(t, err)
@@ -98,7 +99,6 @@ func TestSilenceExpires(t *testing.T) {
 				return assert.ObjectsAreEqual(podresolver.ErrStale, err)
 			}, 30*time.Second, 10*time.Millisecond)
 			require.ErrorIs(t, r.Ready(), podresolver.ErrStale)
-			w.stop()
 		})
 	}
 }

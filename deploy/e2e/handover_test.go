@@ -149,18 +149,20 @@ func (s *scenario) metric(name string) (value int) {
 func TestNewFlagsAreInForceAsSoonAsTheSuccessorIsReady(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
-	s.agent()
+	first := s.agent()
 	instance := "http://" + testbed.MetadataAddress + "/metadata/instance?api-version=2021-02-01"
 	ask := func() int { return p.get(instance, patience).status }
 	for range 3 {
 		require.Equal(t, 200, ask())
 		hardened := s.successor("--block-instance-metadata")
+		s.says(hardened, "took over from the agent before; this one serves now")
 		for range 100 {
 			require.Equal(t, 403, ask(), "the old agent still answers")
 		}
 		s.stops(hardened)
 	}
 	assert.Equal(t, 200, ask(), "back to what it was")
+	assert.NotContains(t, first.Log(), "took over")
 }
 
 func TestPortsCanBeChangedThereAndBack(t *testing.T) {

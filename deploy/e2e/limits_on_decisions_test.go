@@ -103,7 +103,7 @@ func TestADeniedIdentityIsGivenByNoBinding(t *testing.T) {
 		"by client ID, named by client ID":    {third.ClientID, byClient, 0, byClientID, byClientID},
 		"by client ID, named by resource ID":  {third.ClientID, byResource, 1, "the token is for client ID " + third.ClientID + ", withheld by --deny-identity", `AzureIdentity "denied" gives no client ID: if its tokens are for one that --deny-identity withholds, the agent hands out none`},
 		"by resource ID, named by that":       {third.ResourceID, byResource, 0, byResourceID, byResourceID},
-		"by both, in a spelling of their own": {third.ClientID + "," + third.ResourceID, imdstest.Identity{ResourceID: third.ResourceID + "/"}, 0, "is malformed and cannot be compared with --deny-identity", "is malformed and cannot be compared with --deny-identity"},
+		"by both, in a spelling of their own": {third.ClientID + "," + third.ResourceID, imdstest.Identity{ResourceID: third.ResourceID + "/"}, 0, "is not that of a user-assigned identity", "is not that of a user-assigned identity"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := begin(t)
