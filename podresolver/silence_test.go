@@ -42,7 +42,7 @@ func (s *silentServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if query.Get("watch") != "" {
 		s.watches.Add(1)
-		w.(http.Flusher).Flush() //nolint:errcheck // it is one
+		w.(http.Flusher).Flush()
 		for s.failure.Load() == nil {
 			select {
 			case <-r.Context().Done():

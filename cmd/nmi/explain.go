@@ -63,7 +63,7 @@ the agent's flags: --operation-mode is required then.`,
 			if err != nil {
 				return err
 			}
-			text, err := explain(ctx, args[0], socket, cfg, given, func(note string) { fmt.Fprintln(cmd.ErrOrStderr(), "note:", note) })
+			text, err := explain(ctx, args[0], socket, cfg, given, func(note string) { cmd.PrintErrln("note:", note) })
 			if err != nil {
 				return err
 			}

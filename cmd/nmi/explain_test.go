@@ -307,11 +307,11 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			resolver, err := podresolver.New(sources, cfg)
 			require.NoError(t, err)
 			tokens := tokencache.New(func(_ context.Context, r tokencache.Request) (*tokencache.Token, error) {
-				if r.Key.ClientID == unknownID {
+				if r.ClientID == unknownID {
 					return nil, &upstream.Error{Source: "IMDS", Status: 400, Code: "invalid_request", Description: "Identity not found"}
 				}
 				now := time.Now()
-				return &tokencache.Token{AccessToken: "t", ClientID: r.Key.ClientID, NotBefore: now, ExpiresOn: now.Add(time.Hour), ExtExpiresOn: now.Add(time.Hour)}, nil
+				return &tokencache.Token{AccessToken: "t", ClientID: r.ClientID, NotBefore: now, ExpiresOn: now.Add(time.Hour), ExtExpiresOn: now.Add(time.Hour)}, nil
 			}, tokencache.Config{})
 			defer tokens.Close()
 			confirm := func(netip.Addr, *podresolver.Pod) error { return tc.doubt }
