@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -324,13 +325,13 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			})
 			agent := &explainer{resolver: resolver, config: cfg, confirm: confirm}
 			socket := filepath.Join(t.TempDir(), "probe.sock")
-			ln, err := listenUnix(ctx, "unix", socket)
-			require.NoError(t, err)
-			page := servePage(ln, agent.handler(http.NotFoundHandler()))
-			page.begin(ctx)
+			page := newPage(flagProbeSocket, logger, func(ctx context.Context) (pageListener, error) { return listenUnix(ctx, "unix", socket) })
+			page.handler = agent.handler(http.NotFoundHandler())
 			var running sync.WaitGroup
+			running.Go(func() { page.run(ctx) })
 			running.Go(func() { resolver.Run(ctx) })
-			defer func() { page.end(); stop(); running.Wait() }()
+			defer func() { stop(); running.Wait(); page.close() }()
+			require.Eventually(t, func() bool { _, err := os.Stat(socket); return err == nil }, 30*time.Second, time.Millisecond)
 			switch {
 			case tc.breaks != nil:
 				require.Eventually(t, func() bool { return strings.Contains(resolver.Ready().Error(), "service account") }, 30*time.Second, time.Millisecond)
