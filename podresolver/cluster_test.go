@@ -127,7 +127,8 @@ type gate struct {
 
 	mu       sync.Mutex
 	err      error // of both calls; nil for none
-	muted    bool  // watches are accepted, and nothing is sent
+	muted    bool  // watches are accepted, and nothing is sent over them
+	hanging  bool  // lists are accepted, and not answered
 	delay    time.Duration
 	lists    []metav1.ListOptions
 	watchers []*gatedWatch
@@ -200,6 +201,13 @@ func (g *gate) ListWithContext(ctx context.Context, o metav1.ListOptions) (runti
 			return nil, ctx.Err()
 		}
 	}
+	for g.isHanging() {
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -229,17 +237,18 @@ func (g *gate) isMuted() bool {
 	return g.muted
 }
 
-// mute keeps watches open, and everything from being sent over them.
-func (g *gate) mute() {
+func (g *gate) isHanging() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.muted = true
+	return g.hanging
 }
 
-func (g *gate) unmute() {
+// mute keeps watches open, and everything from being sent over them; hang does so with
+// lists.
+func (g *gate) mute(hang bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.muted = false
+	g.muted, g.hanging = true, hang
 }
 
 // bookmark sends one over each watch.
@@ -267,7 +276,7 @@ func (g *gate) Watch(o metav1.ListOptions) (watch.Interface, error) {
 func (g *gate) fail(err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.err, g.muted = err, false
+	g.err, g.muted, g.hanging = err, false, false
 	for _, w := range g.watchers {
 		w.Stop()
 	}

@@ -74,7 +74,8 @@ type Config struct {
 	PodWait      time.Duration // how long an unknown address waits for its pod; 0 means DefaultPodWait
 	IdentityWait time.Duration // how long a request waits for MIC's assignment; 0 means DefaultIdentityWait
 	// MaxStaleness is how long decisions are good for, counted from when the API server
-	// last sent something of a resource; it does so about once a minute. 0 means for ever.
+	// last sent something of a resource, if only a bookmark. After two thirds of it the
+	// resource is listed anew. 0 means for ever.
 	MaxStaleness time.Duration
 	Logger       *slog.Logger `json:"-"` // nil means slog.Default
 }
@@ -179,19 +180,19 @@ func (r *Resolver) Run(ctx context.Context) {
 	}
 	expiry := r.update()
 	close(r.synced)
-	var staleness <-chan time.Time
+	every := quietLimit / 30
 	if r.cfg.MaxStaleness > 0 {
-		tick := time.NewTicker(min(time.Second, r.cfg.MaxStaleness))
-		defer tick.Stop()
-		staleness = tick.C
+		every = min(time.Second, r.cfg.MaxStaleness/10)
 	}
+	staleness := time.NewTicker(every)
+	defer staleness.Stop()
 	for {
 		select {
 		case <-r.tables.wake:
 			expiry = r.update()
 		case <-expiry:
 			expiry = r.update()
-		case now := <-staleness:
+		case now := <-staleness.C:
 			r.checkStaleness(now)
 		case <-ctx.Done():
 			return

@@ -22,10 +22,11 @@ import (
 )
 
 // silentServer is what is left of an API server behind a proxy that has lost it: it has
-// given lists once, accepts watches and sends nothing, or answers all with one error.
+// given lists once, accepts requests and sends nothing, or answers all with one error.
 type silentServer struct {
 	pods    []corev1.Pod
 	failure atomic.Pointer[metav1.Status] // of everything; nil for silence
+	hanging atomic.Bool                   // lists are accepted, and not answered
 	watches atomic.Int32
 }
 
@@ -40,8 +41,10 @@ func (s *silentServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.status(w, *failure)
 		return
 	}
-	if query.Get("watch") != "" {
-		s.watches.Add(1)
+	if watch := query.Get("watch") != ""; watch || s.hanging.Load() {
+		if watch {
+			s.watches.Add(1)
+		}
 		w.(http.Flusher).Flush()
 		for s.failure.Load() == nil {
 			select {
@@ -94,6 +97,7 @@ func TestSilenceExpires(t *testing.T) {
 			require.NoError(t, err)
 			require.Eventually(t, func() bool { return api.watches.Load() == 4 }, 30*time.Second, time.Millisecond, "all watches are accepted")
 			api.failure.Store(failure)
+			api.hanging.Store(failure == nil)
 			require.Eventually(t, func() bool {
 				_, err := r.Resolve(t.Context(), addr)
 				return assert.ObjectsAreEqual(podresolver.ErrStale, err)

@@ -31,7 +31,10 @@ type source struct {
 	routine  int        // errors in a row that the reflector handles by itself, see persist
 	heard    time.Time  // when the API server last sent an object, a list or a bookmark
 	isSynced bool
-	exists   bool // it has been listed or watched
+	exists   bool            // it has been listed or watched
+	watch    watch.Interface // the latest; nil for none
+	ended    time.Time       // when attend last ended a watch
+	relist   bool            // attend wants a list
 }
 
 // newSource returns a source for a table of R that are parsed from T. A resource
@@ -49,16 +52,20 @@ func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optio
 	}
 	persistent := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (list runtime.Object, err error) {
-			err = s.persist(ctx, missing, func() error { list, err = calls.ListWithContext(ctx, o); return err })
+			err = s.persist(ctx, missing, func() error {
+				ctx, cancel := context.WithTimeout(ctx, listTimeout)
+				defer cancel()
+				list, err = calls.ListWithContext(ctx, o)
+				return err
+			})
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (w watch.Interface, err error) {
-			err = s.persist(ctx, missing, func() error { w, err = calls.WatchWithContext(ctx, o); return err })
-			if err == nil && o.TimeoutSeconds != nil {
-				// The API server ends it by then. Something between that accepts watches
-				// and has gone silent does not.
-				time.AfterFunc(time.Duration(*o.TimeoutSeconds)*time.Second+watchOverdue, w.Stop)
+			if err := s.startWatch(o); err != nil {
+				return nil, err
 			}
+			err = s.persist(ctx, missing, func() error { w, err = calls.WatchWithContext(ctx, o); return err })
+			s.watches(w, err)
 			return w, err
 		},
 	}
@@ -86,16 +93,57 @@ func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optio
 }
 
 const (
-	// watchOverdue is how long after its time a watch is ended here.
-	watchOverdue = 30 * time.Second
-	// quiet is how long a watch may be silent. The API server sends a bookmark about once
-	// a minute where nothing else is to be sent (k8s.io/apiserver,
-	// pkg/storage/cacher/cacher.go, bookmarkFrequency).
-	quiet = 2 * time.Minute
+	// listTimeout bounds a list, which may be of tens of thousands of objects.
+	listTimeout = 2 * time.Minute
 	// maxRoutine errors in a row are no reason to worry: streaming is tried, then an old
 	// resource version, then none.
 	maxRoutine = 3
 )
+
+// The API server sends a bookmark over each watch about once a minute, if it knows of a
+// newer resource version by then. That takes etcd's progress notifications, and not every
+// cluster has them (k8s.io/apiserver v0.35, pkg/storage/cacher, cacheWatcher.process). So
+// silence alone says nothing yet. When it has lasted, everything is listed anew, and if
+// that does not come either, the API server is away, or something between is broken: a
+// proxy, say, that accepts watches and sends nothing.
+
+// attend ends a watch over which nothing has come for longer than patience, so that
+// everything is listed anew. It is called again and again.
+func (s *source) attend(now time.Time, patience time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.isSynced || now.Sub(s.heard) <= patience || now.Sub(s.ended) <= relistPause {
+		return
+	}
+	s.ended, s.relist = now, true
+	if s.watch != nil {
+		s.watch.Stop()
+	}
+}
+
+// relistPause is how long a list that was asked for may take before it is asked for again.
+const relistPause = 30 * time.Second
+
+// startWatch returns an error that makes the reflector list, if that is what is to be done.
+func (s *source) startWatch(o metav1.ListOptions) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	relist := s.relist && o.SendInitialEvents == nil // such a watch begins with a list
+	s.relist = false
+	if relist {
+		return apierrors.NewResourceExpired("nothing has been sent for long")
+	}
+	return nil
+}
+
+// watches notes the watch that has begun.
+func (s *source) watches(w watch.Interface, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.watch = nil; err == nil {
+		s.watch = w
+	}
+}
 
 // Between two tries; the longest is short enough for a person who has just
 // mended something, and long enough for an API server that a thousand nodes
@@ -222,18 +270,18 @@ func (s *source) pending() error {
 }
 
 // stale is why what is known of the resource may be out of date; nil if it is not: the
-// resource cannot be watched now, or its watch is silent.
-func (s *source) stale(now time.Time) error {
+// resource cannot be watched now, or nothing has come for longer than limit.
+func (s *source) stale(now time.Time, limit time.Duration) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	silence := now.Sub(s.heard)
 	switch {
 	case s.lastErr != nil:
 		return s.lastErr
-	case !s.isSynced || silence <= quiet:
+	case !s.isSynced || silence <= limit:
 		return nil
 	}
-	return fmt.Errorf("%s: the API server has sent nothing for %s, not even a bookmark: is a proxy or a firewall between?", s.name, silence.Truncate(time.Second))
+	return fmt.Errorf("%s: the API server has sent nothing for %s, neither over a watch nor as a list: is a proxy or a firewall between?", s.name, silence.Truncate(time.Second))
 }
 
 // silence is how long the API server has not sent anything.

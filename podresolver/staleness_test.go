@@ -1,11 +1,11 @@
 package podresolver_test
 
 import (
-	"bytes"
 	"context"
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -49,6 +49,24 @@ func TestWhatWasMissedIsMadeUpFor(t *testing.T) {
 	})
 }
 
+// lockedLog is read while it is written.
+type lockedLog struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *lockedLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *lockedLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
 // maxStaleness is more than the time between two bookmarks.
 const maxStaleness = 3 * time.Minute
 
@@ -78,7 +96,7 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 		says   string // what /readyz says of it
 	}{
 		"it cannot be reached": {func(g *gate) { g.fail(assert.AnError) }, assert.AnError.Error()},
-		"it is silent":         {func(g *gate) { g.mute() }, "the API server has sent nothing for 3m"},
+		"it is silent":         {func(g *gate) { g.mute(true) }, "the API server has sent nothing for 3m"},
 		"it answers 504":       {func(g *gate) { g.fail(apierrors.NewTimeoutError("too large resource version", 1)) }, "too large resource version"},
 		"it answers 410":       {func(g *gate) { g.fail(gone) }, "the API server answered: "},
 		"it answers 422":       {func(g *gate) { g.fail(invalid) }, "the API server answered: "},
@@ -86,8 +104,8 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				var log bytes.Buffer
-				w := start(t, podresolver.Config{MaxStaleness: maxStaleness, Logger: slog.New(slog.NewTextHandler(&log, nil))}, podresolver.NewPod("p", addr.String(), "cart"))
+				log := &lockedLog{}
+				w := start(t, podresolver.Config{MaxStaleness: maxStaleness, Logger: slog.New(slog.NewTextHandler(log, nil))}, podresolver.NewPod("p", addr.String(), "cart"))
 				for _, g := range w.sources() {
 					w.bookmarks(g)
 				}
@@ -125,19 +143,49 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 	}
 }
 
-// TestASilentWatchIsEnded: something between that has lost the connection to the API
-// server, and keeps the one to the agent.
-func TestASilentWatchIsEnded(t *testing.T) {
+// TestASilentWatchIsMadeUpForByLists: no bookmarks come where etcd sends no progress
+// notifications, and nothing at all where a proxy holds watches up. What lists bring is as
+// good.
+func TestASilentWatchIsMadeUpForByLists(t *testing.T) {
+	for maxStaleness, patience := range map[time.Duration]time.Duration{0: 12 * time.Minute, maxStaleness: 2 * time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			w := start(t, podresolver.Config{MaxStaleness: maxStaleness}, podresolver.NewPod("p", addr.String(), "cart"))
+			for _, g := range w.sources() {
+				g.mute(false)
+			}
+			w.gates.pods.mu.Lock()
+			lists := len(w.gates.pods.lists)
+			w.gates.pods.mu.Unlock()
+			w.Add(podresolver.NewPod("q", other.String(), "cart"))
+			time.Sleep(patience - time.Second)
+			assert.Nil(t, w.resolver.Holder(other))
+			time.Sleep(time.Minute)
+			known := w.resolver.Holder(other) // no lookup
+			require.NotNil(t, known)
+			assert.Equal(t, "q", known.Name)
+			for range 600 {
+				time.Sleep(time.Minute)
+				require.NoError(t, w.resolver.Ready())
+				require.NoError(t, w.resolver.Stale())
+			}
+			w.gates.pods.mu.Lock()
+			defer w.gates.pods.mu.Unlock()
+			assert.LessOrEqual(t, len(w.gates.pods.lists)-lists, int(601*time.Minute/patience)+1, "no more often than needed")
+		})
+	}
+}
+
+// TestAListThatHangsIsGivenUp: what took it to the API server may be gone.
+func TestAListThatHangsIsGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
-		w.gates.pods.mute()
-		w.Add(podresolver.NewPod("q", other.String(), "cart"))
-		time.Sleep(3 * time.Minute)
-		require.ErrorContains(t, w.resolver.Stale(), "pods: the API server has sent nothing for 3m")
-		require.NoError(t, w.resolver.Ready(), "without MaxStaleness")
-		w.gates.pods.unmute()
-		time.Sleep(11 * time.Minute) // the reflector's own times are 5 to 10
-		assert.Equal(t, "q", w.name(other))
+		w := newWorld(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w.gates.bindings.mute(true)
+		w.run()
+		time.Sleep(10 * time.Minute)
+		require.ErrorContains(t, w.resolver.Ready(), "azureidentitybindings"+custom+": ")
+		w.gates.bindings.mu.Lock()
+		assert.Greater(t, len(w.gates.bindings.lists), 2)
+		w.gates.bindings.mu.Unlock()
 	})
 }
 
@@ -165,8 +213,8 @@ func TestWhoWaitsLearnsThatAllIsTooOld(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{MaxStaleness: time.Second, PodWait: time.Minute})
 		w.gates.bindings.fail(assert.AnError)
-		w.Pods.AddDropWatch(podresolver.NewPod("p", addr.String(), "cart"))
 		_, err := w.resolver.Resolve(t.Context(), addr)
-		assert.ErrorIs(t, err, podresolver.ErrStale, "what a lookup finds is decided by what is too old")
+		require.ErrorIs(t, err, podresolver.ErrStale, "what a lookup finds is decided by what is too old")
+		assert.Empty(t, w.gates.pods.lookups())
 	})
 }

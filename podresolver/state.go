@@ -1,6 +1,7 @@
 package podresolver
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -57,14 +58,28 @@ func (r *Resolver) Stale() error {
 	var all []error
 	now := time.Now()
 	for _, s := range r.sources {
-		all = append(all, s.stale(now))
+		all = append(all, s.stale(now, r.maxSilence()))
 	}
 	return errors.Join(all...)
 }
 
+// quietLimit is Config.MaxStaleness for the notes of a Resolver that has none. The API server
+// ends each watch after ten minutes at most, as reflectors ask it to.
+const quietLimit = 18 * time.Minute
+
+// maxSilence is after how long without any news something is wrong.
+func (r *Resolver) maxSilence() time.Duration { return cmp.Or(r.cfg.MaxStaleness, quietLimit) }
+
 // checkStaleness goes by silence alone: an API server that answers with errors, or a proxy
-// that accepts a watch and then sends nothing, brings no news either.
+// that accepts a watch and then sends nothing, brings no news either. After two thirds of
+// the time everything is asked for anew.
 func (r *Resolver) checkStaleness(now time.Time) {
+	for _, s := range r.sources {
+		s.attend(now, r.maxSilence()/3*2)
+	}
+	if r.cfg.MaxStaleness == 0 {
+		return
+	}
 	expired := slices.ContainsFunc(r.sources, func(s *source) bool { return s.silence(now) > r.cfg.MaxStaleness })
 	switch was := r.expired.Swap(expired); {
 	case expired && !was:

@@ -86,8 +86,9 @@ const (
 	maxWait            = time.Minute
 	maxTokenRate       = 1000
 	maxConnections     = 1_000_000
-	// The API server sends something about once a minute.
-	minStaleness = 2 * time.Minute
+	// The API server mostly sends something about once a minute; after two thirds of the time
+	// it is asked.
+	minStaleness = 3 * time.Minute
 )
 
 // config validates the options. Its error names the flag and says what it takes.

@@ -102,7 +102,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.BoolVar(&o.blockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
 	fs.DurationVar(&o.podWait, "pod-wait", podresolver.DefaultPodWait, "how long a request from an unknown address waits for its pod")
 	fs.DurationVar(&o.identityWait, "identity-wait", podresolver.DefaultIdentityWait, "how long a request waits for MIC to assign the identity, in standard mode")
-	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server sends no news of a resource, of which there is some about once a minute; 0 is for ever")
+	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server sends no news of a resource, not even when asked; 0 is for ever")
 	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 	o.addProbeSocket(fs)
 	fs.IntVar(&o.tokensPerSecond, "imds-token-rate", tokencache.DefaultPerSecond, "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")

@@ -84,7 +84,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--operation-mode=x":                 `--operation-mode=x is unknown: use "managed" or "standard"`,
 		"--pod-wait=0s":                      "--pod-wait=0s is not usable: use more than 0s, at most 1m0s",
 		"--identity-wait=2m":                 "--identity-wait=2m0s is not usable",
-		"--max-staleness=1m":                 "--max-staleness=1m0s is not usable: use 0 to turn it off, or at least 2m0s",
+		"--max-staleness=1m":                 "--max-staleness=1m0s is not usable: use 0 to turn it off, or at least 3m0s",
 		"--log-format=xml":                   `--log-format=xml is unknown: use "text" or "json"`,
 		"--ipt-update-interval-sec=0":        "--ipt-update-interval-sec=0 is not usable: use 1 to 86400",
 		"--ipt-update-interval-sec=86401":    "--ipt-update-interval-sec=86401 is not usable",
