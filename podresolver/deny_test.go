@@ -90,7 +90,7 @@ func TestDenyList(t *testing.T) {
 				assert.ErrorContains(t, err, prefix)
 				assert.ErrorContains(t, err, tc.why)
 				world.put(p)
-				_, err = world.named(refOf(p), Selector{}, time.Now())
+				_, _, err = world.named(refOf(p), Selector{}, time.Now())
 				assert.ErrorIs(t, err, ErrNoIdentity, "nor to a program of the node that acts for it")
 			}
 		})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 )
 
@@ -19,48 +20,51 @@ var ErrUnknownPod = errors.New("no pod of this node is known by this name")
 // is ErrUnknownPod, or ErrNotSynced where no pod can be known yet; an identity that MIC has yet to assign as long as
 // Config.IdentityWait, then it is ErrNotAssigned. Errors are otherwise those of Resolve
 // and (*Pod).Identity.
-func (r *Resolver) NamedIdentity(ctx context.Context, namespace, name string, want Selector) (Identity, error) {
+//
+// addr is the address that the pod holds, which its own requests come from; the zero one if
+// it has none yet.
+func (r *Resolver) NamedIdentity(ctx context.Context, namespace, name string, want Selector) (id Identity, addr netip.Addr, err error) {
 	pod := ref{namespace, name}
 	known := time.NewTimer(r.cfg.PodWait)
 	defer known.Stop()
 	select {
 	case <-r.synced:
 	case <-known.C:
-		return Identity{}, r.notSynced()
+		return Identity{}, netip.Addr{}, r.notSynced()
 	case <-ctx.Done():
-		return Identity{}, ctx.Err()
+		return Identity{}, netip.Addr{}, ctx.Err()
 	}
 	assigned := time.NewTimer(r.cfg.IdentityWait)
 	defer assigned.Stop()
 	for {
 		if r.expired.Load() {
-			return Identity{}, ErrStale
+			return Identity{}, netip.Addr{}, ErrStale
 		}
 		changed := r.current.Load().replaced // before the tables are looked at, so that no change is missed
-		id, err := r.named(pod, want, time.Now())
+		id, addr, err := r.named(pod, want, time.Now())
 		patience := known.C
 		switch {
 		case errors.Is(err, ErrNotAssigned):
 			patience = assigned.C
 		case !errors.Is(err, ErrUnknownPod):
-			return id, err
+			return id, addr, err
 		}
 		select {
 		case <-changed:
 		case <-patience:
-			return Identity{}, err
+			return Identity{}, netip.Addr{}, err
 		case <-ctx.Done():
-			return Identity{}, errors.Join(ctx.Err(), err)
+			return Identity{}, netip.Addr{}, errors.Join(ctx.Err(), err)
 		}
 	}
 }
 
-func (r *Resolver) named(pod ref, want Selector, now time.Time) (Identity, error) {
+func (r *Resolver) named(pod ref, want Selector, now time.Time) (Identity, netip.Addr, error) {
 	r.tables.mu.Lock()
 	defer r.tables.mu.Unlock()
 	row := r.tables.pods[pod]
 	if row == nil || !row.until.IsZero() && !row.until.After(now) {
-		return Identity{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, pod.namespace, pod.name)
+		return Identity{}, netip.Addr{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, pod.namespace, pod.name)
 	}
 	decided := &Pod{Namespace: row.namespace, Name: row.name, UID: row.uid, strict: r.cfg.StrictSelection}
 	if r.cfg.Mode == Standard {
@@ -72,5 +76,9 @@ func (r *Resolver) named(pod ref, want Selector, now time.Time) (Identity, error
 	if err != nil {
 		err = fmt.Errorf("pod %s: %w", decided, err)
 	}
-	return id, err
+	var addr netip.Addr
+	if row.void == "" && len(row.addrs) > 0 { // on the host network it is the node's
+		addr = row.addrs[0]
+	}
+	return id, addr, err
 }

@@ -2,6 +2,7 @@ package podresolver_test
 
 import (
 	"context"
+	"net/netip"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,7 +16,7 @@ import (
 // named asks by the pod's name, and says how long that took.
 func (w *world) named(ctx context.Context, name string) (podresolver.Identity, time.Duration, error) {
 	begin := time.Now()
-	id, err := w.resolver.NamedIdentity(ctx, "shop", name, podresolver.Selector{})
+	id, _, err := w.resolver.NamedIdentity(ctx, "shop", name, podresolver.Selector{})
 	return id, time.Since(begin), err
 }
 
@@ -26,7 +27,7 @@ func TestAPodIsKnownByItsNameBeforeItHasAnAddress(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, "cart", id.Name)
 		assert.Zero(t, took)
-		_, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{ClientID: podresolver.GUID("another")})
+		_, _, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{ClientID: podresolver.GUID("another")})
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 		require.ErrorContains(t, err, "shop/p")
 	})
@@ -86,5 +87,20 @@ func TestAnAssignmentIsWaitedForByNameToo(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, "cart", id.Name)
 		assert.Equal(t, 4*time.Second, took)
+	})
+}
+
+// Requests on behalf of a pod count as its own, which come from its address. That of a pod
+// on the host network is the node's.
+func TestNamedIdentityAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		onHost := podresolver.NewPod("host", "10.0.0.4", "cart")
+		onHost.Spec.HostNetwork = true
+		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"), podresolver.NewPod("new", "", "cart"), onHost)...)
+		for name, want := range map[string]netip.Addr{"p": addr, "new": {}, "host": {}} {
+			_, got, err := w.resolver.NamedIdentity(t.Context(), "shop", name, podresolver.Selector{})
+			require.NoError(t, err, name)
+			assert.Equal(t, want, got, name)
+		}
 	})
 }

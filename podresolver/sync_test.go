@@ -46,7 +46,7 @@ func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
 				require.NotErrorIs(t, err, podresolver.ErrUnknownAddress, "nobody knows")
 				require.ErrorContains(t, err, "the agent is not in sync with the API server yet: "+name+": the agent's service account may not list and watch this resource", "what is missing")
-				_, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{})
+				_, _, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{})
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
 				require.ErrorContains(t, err, name+": ")
 				_, err = w.resolver.Explain("shop", "p", nil)

@@ -70,6 +70,7 @@ func asHTTP(err error) *httpError {
 	var own *httpError
 	var failed *tokencache.Failure
 	var long *http.MaxBytesError
+	var byProxy *upstream.Error
 	switch {
 	case errors.As(err, &own):
 		return own
@@ -103,6 +104,8 @@ func asHTTP(err error) *httpError {
 		return badRequest("The resource is too long")
 	case errors.As(err, &failed):
 		return noToken(failed)
+	case errors.As(err, &byProxy): // of what was passed on
+		return notYet("The metadata service is not available", retrySoon)
 	default:
 		return notYet("The metadata service could not be asked", retrySoon)
 	}

@@ -41,6 +41,7 @@ func FuzzFront(f *testing.F) {
 		{"GET", tokenURL, "Metadata: true\nX-Forwarded-For: 1.2.3.4\nConnection: X-Forwarded-For, close"},
 		{"GET", "/METADATA/identity/oauth2/token" + query, "Metadata: true"},
 		{"GET", "//metadata/identity/oauth2/token" + query, "Metadata: true"},
+		{"GET", "/metadata/identity/oauth2/token/" + query, "Metadata: true"},
 		{"GET", `/metadata/instance\..\identity\oauth2\token` + query, "Metadata: true"},
 		{"GET", "/metadata/instance/%2e%2e/identity/oauth2/token" + query, "Metadata: true"},
 		{"GET", "/metadata/instance/..;/identity%252finfo" + query, "Metadata: true"},

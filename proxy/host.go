@@ -56,16 +56,17 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 	if namespace == "" || name == "" {
 		return badRequest("The headers 'podns' and 'podname' must name the pod")
 	}
-	want, err := parseQuery(r, false)
+	want, err := parseTokenRequest(r, queryRules{unversioned: true})
 	if err != nil {
 		return err
 	}
-	identity, err := s.cfg.Pods.NamedIdentity(r.Context(), namespace, name, want.selector)
+	identity, addr, err := s.cfg.Pods.NamedIdentity(r.Context(), namespace, name, want.selector)
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
 	}
-	// The node's own: it asks for all pods that start, and may do so at once.
-	token, err := s.cached(r.Context(), keyOf(identity, want.resource), netip.Addr{}, tokenRequest{})
+	// It counts towards the pod's own bounds. One without an address is about to start: how
+	// often the provider asks for it, the kubelet decides.
+	token, err := s.cached(r.Context(), keyOf(identity, want.resource), addr, tokenRequest{})
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}

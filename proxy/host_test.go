@@ -184,3 +184,26 @@ func TestHostTokensAreNotForProxies(t *testing.T) {
 	assert.Contains(t, body, "X-Forwarded-For")
 	assert.Zero(t, w.imds.Requests())
 }
+
+// What the node asks for on behalf of a pod counts towards that pod's bounds, and no
+// other's.
+func TestHostTokensCountTowardsThePodsBounds(t *testing.T) {
+	w := newWorld(t, withHost)
+	statuses := map[int]int{}
+	ask := func(from, raw string) int {
+		resp, _ := w.send(from, raw)
+		return resp.StatusCode
+	}
+	named := func(name string, i int) string {
+		return strings.Replace(hostRequest(name, ""), "vault", fmt.Sprint("made-up-", i), 1)
+	}
+	for i := range 60 {
+		statuses[ask(ownHost, named("bound", i))]++
+	}
+	assert.GreaterOrEqual(t, statuses[200], 20, "its burst")
+	assert.Positive(t, statuses[429], "%v", statuses)
+	assert.Equal(t, 60, statuses[200]+statuses[429], "%v", statuses)
+	assert.Equal(t, 429, ask(bound, request("GET", tokenURL+"made-up", "Metadata: true")), "the pod itself")
+	assert.Equal(t, 200, ask(alsoBound, request("GET", tokenURL+"made-up", "Metadata: true")), "another pod")
+	assert.Equal(t, 200, ask(ownHost, named("also-bound", 61)), "on behalf of it")
+}

@@ -84,49 +84,54 @@ func TestTokenRequests(t *testing.T) {
 		body   string // exact; "" means it is not compared
 		whose  string // of the token
 	}{
-		"no header":                            {request("GET", tokenURL), "", 400, noHeader, ""},
-		"no header, from nobody":               {request("GET", tokenURL), stranger, 400, noHeader, ""},
-		"bare probe":                           {request("GET", base), "", 400, noHeader, ""},
-		"probe with api-version":               {request("GET", base+"?api-version=2018-02-01"), "", 400, noHeader, ""},
-		"header True":                          {request("GET", tokenURL, "Metadata: True"), "", 400, noHeader, ""},
-		"header twice":                         {request("GET", tokenURL, "Metadata: true", "Metadata: true"), "", 400, noHeader, ""},
-		"header name in lower case":            {request("GET", tokenURL, "metadata: true"), "", 200, "", one.ClientID},
-		"X-Forwarded-For":                      {request("GET", tokenURL, "Metadata: true", "X-Forwarded-For: 1.2.3.4"), "", 400, "", ""},
-		"empty X-Forwarded-For":                {request("GET", tokenURL, "Metadata: true", "X-Forwarded-For:"), "", 400, "", ""},
-		"no resource":                          {request("GET", base+"?api-version=2018-02-01", "Metadata: true"), "", 400, `{"error":"invalid_request","error_description":"Required query variable 'resource' is missing"}`, ""},
-		"no api-version":                       {request("GET", base+"?resource=r", "Metadata: true"), "", 400, "", ""},
-		"client_id":                            {request("GET", tokenURL+"&client_id="+one.ClientID, "Metadata: true"), "", 200, "", one.ClientID},
-		"client_id in capitals":                {request("GET", tokenURL+"&client_id="+strings.ToUpper(one.ClientID), "Metadata: true"), "", 200, "", one.ClientID},
-		"unknown client_id":                    {request("GET", tokenURL+"&client_id=other", "Metadata: true"), "", 400, noID, ""},
-		"another's client_id":                  {request("GET", tokenURL+"&client_id="+two.ClientID, "Metadata: true"), "", 400, noID, ""},
-		"object_id":                            {request("GET", tokenURL+"&object_id=o1", "Metadata: true"), "", 400, noID, ""},
-		"msi_res_id":                           {request("GET", tokenURL+"&msi_res_id="+two.ResourceID, "Metadata: true"), "", 200, "", two.ClientID},
-		"mi_res_id in capitals":                {request("GET", tokenURL+"&mi_res_id="+strings.ToUpper(two.ResourceID), "Metadata: true"), "", 200, "", two.ClientID},
-		"msi-res-id without header":            {request("GET", tokenURL+"&msi-res-id=x"), "", 400, noHeader, ""},
-		"two selectors":                        {request("GET", tokenURL+"&client_id="+one.ClientID+"&msi_res_id="+one.ResourceID, "Metadata: true"), "", 400, "", ""},
-		"both resource IDs":                    {request("GET", tokenURL+"&mi_res_id="+two.ResourceID+"&msi_res_id="+two.ResourceID, "Metadata: true"), "", 400, "", ""},
-		"resource twice":                       {request("GET", tokenURL+"&resource=x", "Metadata: true"), "", 400, "", ""},
-		"client_id twice":                      {request("GET", tokenURL+"&client_id=a&client_id=b", "Metadata: true"), "", 400, "", ""},
-		"client_id twice, once empty":          {request("GET", tokenURL+"&client_id=&client_id="+one.ClientID, "Metadata: true"), "", 400, "", ""},
-		"query that cannot be parsed":          {request("GET", tokenURL+"&x=%zz", "Metadata: true"), "", 400, "", ""},
-		"semicolon for ampersand":              {request("GET", tokenURL+";client_id=a", "Metadata: true"), "", 400, "", ""},
-		"unknown parameters and SDK headers":   {request("GET", tokenURL+"&xms_cc=cp1&foo=bar", "Metadata: true", "x-client-SKU: MSAL.x", "Content-Type: application/x-www-form-urlencoded"), "", 200, "", one.ClientID},
-		"POST":                                 {request("POST", tokenURL, "Metadata: true", "Content-Length: 0"), "", 405, "", ""},
-		"PUT":                                  {request("PUT", tokenURL, "Metadata: true", "Content-Length: 0"), "", 405, "", ""},
-		"DELETE":                               {request("DELETE", tokenURL, "Metadata: true"), "", 405, "", ""},
-		"METADATA":                             {request("GET", strings.Replace(tokenURL, "metadata", "METADATA", 1), "Metadata: true"), "", 200, "", one.ClientID},
-		"doubled slash":                        {request("GET", "/"+tokenURL, "Metadata: true"), "", 200, "", one.ClientID},
-		"absolute form, foreign host":          {request("GET", "http://example.com"+tokenURL, "Metadata: true"), "", 200, "", one.ClientID},
-		"absolute form of a pod without any":   {request("GET", "http://example.com"+tokenURL, "Metadata: true"), unbound, 400, noID, ""},
-		"no binding":                           {request("GET", tokenURL, "Metadata: true"), unbound, 400, noID, ""},
-		"unusable service principal":           {request("GET", tokenURL, "Metadata: true"), secret, 400, noID, ""},
-		"excepted pod":                         {request("GET", tokenURL, "Metadata: true"), excepted, 200, "", imdstest.Node},
-		"excepted pod, its errors are IMDS's":  {request("GET", base+"?api-version=2018-02-01", "Metadata: true"), excepted, 400, `{"error":"invalid_request","error_description":"Required query variable 'resource' is missing"}`, ""},
-		"excepted pod, odd spelling":           {request("GET", strings.Replace(tokenURL, "/identity", "//identity", 1), "Metadata: true"), excepted, 200, "", imdstest.Node},
-		"excepted pod, X-Forwarded-For":        {request("GET", "/metadata//identity/oauth2/token?api-version=2018-02-01&resource=r", "Metadata: true", "X-Forwarded-For: 1.2.3.4"), excepted, 400, `{"error":"invalid_request","error_description":"X-Forwarded-For header is not allowed"}`, ""},
-		"excepted pod, POST of its own":        {request("POST", "/metadata/scheduledevents?api-version=2020-07-01", "Metadata: true", "Content-Length: 0"), excepted, 200, "", ""},
-		"a resource that is not UTF-8":         {request("GET", base+"?api-version=2018-02-01&resource=%ff", "Metadata: true"), "", 400, `{"error":"invalid_request","error_description":"Query variable 'resource' is not UTF-8"}`, ""},
-		"a resource that must not be unquoted": {request("GET", base+"?api-version=2018-02-01&resource=%22%2c%22access_token%22%3a%22x", "Metadata: true"), "", 200, "", one.ClientID},
+		"no header":                          {request("GET", tokenURL), "", 400, noHeader, ""},
+		"no header, from nobody":             {request("GET", tokenURL), stranger, 400, noHeader, ""},
+		"bare probe":                         {request("GET", base), "", 400, noHeader, ""},
+		"probe with api-version":             {request("GET", base+"?api-version=2018-02-01"), "", 400, noHeader, ""},
+		"header True":                        {request("GET", tokenURL, "Metadata: True"), "", 400, noHeader, ""},
+		"header twice":                       {request("GET", tokenURL, "Metadata: true", "Metadata: true"), "", 400, noHeader, ""},
+		"header name in lower case":          {request("GET", tokenURL, "metadata: true"), "", 200, "", one.ClientID},
+		"X-Forwarded-For":                    {request("GET", tokenURL, "Metadata: true", "X-Forwarded-For: 1.2.3.4"), "", 400, "", ""},
+		"empty X-Forwarded-For":              {request("GET", tokenURL, "Metadata: true", "X-Forwarded-For:"), "", 400, "", ""},
+		"no resource":                        {request("GET", base+"?api-version=2018-02-01", "Metadata: true"), "", 400, `{"error":"invalid_request","error_description":"Required query variable 'resource' is missing"}`, ""},
+		"no api-version":                     {request("GET", base+"?resource=r", "Metadata: true"), "", 400, "", ""},
+		"client_id":                          {request("GET", tokenURL+"&client_id="+one.ClientID, "Metadata: true"), "", 200, "", one.ClientID},
+		"client_id in capitals":              {request("GET", tokenURL+"&client_id="+strings.ToUpper(one.ClientID), "Metadata: true"), "", 200, "", one.ClientID},
+		"unknown client_id":                  {request("GET", tokenURL+"&client_id=other", "Metadata: true"), "", 400, noID, ""},
+		"another's client_id":                {request("GET", tokenURL+"&client_id="+two.ClientID, "Metadata: true"), "", 400, noID, ""},
+		"object_id":                          {request("GET", tokenURL+"&object_id=o1", "Metadata: true"), "", 400, noID, ""},
+		"msi_res_id":                         {request("GET", tokenURL+"&msi_res_id="+two.ResourceID, "Metadata: true"), "", 200, "", two.ClientID},
+		"mi_res_id in capitals":              {request("GET", tokenURL+"&mi_res_id="+strings.ToUpper(two.ResourceID), "Metadata: true"), "", 200, "", two.ClientID},
+		"msi-res-id without header":          {request("GET", tokenURL+"&msi-res-id=x"), "", 400, noHeader, ""},
+		"two selectors":                      {request("GET", tokenURL+"&client_id="+one.ClientID+"&msi_res_id="+one.ResourceID, "Metadata: true"), "", 400, "", ""},
+		"both resource IDs":                  {request("GET", tokenURL+"&mi_res_id="+two.ResourceID+"&msi_res_id="+two.ResourceID, "Metadata: true"), "", 400, "", ""},
+		"resource twice":                     {request("GET", tokenURL+"&resource=x", "Metadata: true"), "", 400, "", ""},
+		"client_id twice":                    {request("GET", tokenURL+"&client_id=a&client_id=b", "Metadata: true"), "", 400, "", ""},
+		"client_id twice, once empty":        {request("GET", tokenURL+"&client_id=&client_id="+one.ClientID, "Metadata: true"), "", 400, "", ""},
+		"query that cannot be parsed":        {request("GET", tokenURL+"&x=%zz", "Metadata: true"), "", 400, "", ""},
+		"semicolon for ampersand":            {request("GET", tokenURL+";client_id=a", "Metadata: true"), "", 400, "", ""},
+		"unknown parameters and SDK headers": {request("GET", tokenURL+"&xms_cc=cp1&foo=bar", "Metadata: true", "x-client-SKU: MSAL.x", "Content-Type: application/x-www-form-urlencoded"), "", 200, "", one.ClientID},
+		"POST":                               {request("POST", tokenURL, "Metadata: true", "Content-Length: 0"), "", 405, "", ""},
+		"PUT":                                {request("PUT", tokenURL, "Metadata: true", "Content-Length: 0"), "", 405, "", ""},
+		"DELETE":                             {request("DELETE", tokenURL, "Metadata: true"), "", 405, "", ""},
+		"METADATA":                           {request("GET", strings.Replace(tokenURL, "metadata", "METADATA", 1), "Metadata: true"), "", 200, "", one.ClientID},
+		"doubled slash":                      {request("GET", "/"+tokenURL, "Metadata: true"), "", 200, "", one.ClientID},
+		"slash at the end":                   {request("GET", strings.Replace(tokenURL, "?", "/?", 1), "Metadata: true"), "", 200, "", one.ClientID},
+		"slash at the end, doubled one, no header": {request("GET", "/"+base+"/"), "", 400, noHeader, ""},
+		"slash at the end, another's client_id":    {request("GET", strings.Replace(tokenURL, "?", "/?", 1)+"&client_id="+two.ClientID, "Metadata: true"), "", 400, noID, ""},
+		"slash at the end, no binding":             {request("GET", strings.Replace(tokenURL, "?", "/?", 1), "Metadata: true"), unbound, 400, noID, ""},
+		"slash at the end, excepted pod":           {request("GET", strings.Replace(tokenURL, "?", "/?", 1), "Metadata: true"), excepted, 200, "", imdstest.Node},
+		"absolute form, foreign host":              {request("GET", "http://example.com"+tokenURL, "Metadata: true"), "", 200, "", one.ClientID},
+		"absolute form of a pod without any":       {request("GET", "http://example.com"+tokenURL, "Metadata: true"), unbound, 400, noID, ""},
+		"no binding":                               {request("GET", tokenURL, "Metadata: true"), unbound, 400, noID, ""},
+		"unusable service principal":               {request("GET", tokenURL, "Metadata: true"), secret, 400, noID, ""},
+		"excepted pod":                             {request("GET", tokenURL, "Metadata: true"), excepted, 200, "", imdstest.Node},
+		"excepted pod, its errors are IMDS's":      {request("GET", base+"?api-version=2018-02-01", "Metadata: true"), excepted, 400, `{"error":"invalid_request","error_description":"Required query variable 'resource' is missing"}`, ""},
+		"excepted pod, odd spelling":               {request("GET", strings.Replace(tokenURL, "/identity", "//identity", 1), "Metadata: true"), excepted, 200, "", imdstest.Node},
+		"excepted pod, X-Forwarded-For":            {request("GET", "/metadata//identity/oauth2/token?api-version=2018-02-01&resource=r", "Metadata: true", "X-Forwarded-For: 1.2.3.4"), excepted, 400, `{"error":"invalid_request","error_description":"X-Forwarded-For header is not allowed"}`, ""},
+		"excepted pod, POST of its own":            {request("POST", "/metadata/scheduledevents?api-version=2020-07-01", "Metadata: true", "Content-Length: 0"), excepted, 200, "", ""},
+		"a resource that is not UTF-8":             {request("GET", base+"?api-version=2018-02-01&resource=%ff", "Metadata: true"), "", 400, `{"error":"invalid_request","error_description":"Query variable 'resource' is not UTF-8"}`, ""},
+		"a resource that must not be unquoted":     {request("GET", base+"?api-version=2018-02-01&resource=%22%2c%22access_token%22%3a%22x", "Metadata: true"), "", 200, "", one.ClientID},
 	} {
 		t.Run(name, func(t *testing.T) {
 			from := tc.from
@@ -172,7 +177,7 @@ func TestNoSpellingIsPassedOn(t *testing.T) {
 		"/metadata/instance;/../identity/oauth2/token", "/metadata/versions/../identity/oauth2/token",
 		"/metadata/identity;x=1/oauth2/token", "/metadata/identity/oauth2/token;x", "/metadata/identity/oauth2/tok%65n",
 		"/metadata/Identity/oauth2/token", "/metadata/identity/OAuth2/token", "/metadata/identity/oauth2/Token",
-		"/metadata/identity/oauth2/tokenfoo", "/metadata/identity/oauth2/token/", "/metadata/identity/oauth2/token%20",
+		"/metadata/identity/oauth2/tokenfoo", "/metadata/identity/oauth2/token//", "/metadata/identity/oauth2/token/.", "/metadata/identity/oauth2/token%2f", `/metadata/identity/oauth2/token\`, "/metadata/identity/oauth2/token%20",
 		"/metadata/identity/oauth2/token%00", "/metadata/identity/oauth2/token%3f", "/METADATA/instance/../identity/oauth2/token",
 		"http://169.254.169.254//metadata//identity/oauth2/token", "http:///metadata/identity/oauth2/token",
 		"/metadata/identity", "/metadata/identity/", "/metadata/identity/info", "/metadata/identity/issuecredential",
@@ -273,6 +278,42 @@ func TestMetadataHeaderOptional(t *testing.T) {
 	assert.Equal(t, one.ClientID, whose(body))
 }
 
+// A client of App Service names its identity in that service's words, and never gets
+// another's token for them.
+func TestAppServiceSelectors(t *testing.T) {
+	for name, tc := range map[string]struct {
+		query    string
+		optional string // whose token where the header is optional; "" if none
+		says     string // otherwise
+	}{
+		"another identity of the pod's": {"&clientid=" + one.ClientID, one.ClientID, "use 'client_id'"},
+		"in capitals":                   {"&ClientID=" + strings.ToUpper(one.ClientID), one.ClientID, "use 'client_id'"},
+		"not the pod's":                 {"&clientid=" + "00000000-dead-4000-8000-000000000000", "", "use 'client_id'"},
+		"the principal":                 {"&principal_id=" + one.ObjectID, "", "use 'client_id'"},
+		"beside client_id":              {"&clientid=" + one.ClientID + "&client_id=" + one.ClientID, "", "use 'client_id'"},
+		"beside mi_res_id":              {"&clientid=" + one.ClientID + "&mi_res_id=" + two.ResourceID, "", "use 'client_id'"},
+		"twice":                         {"&clientid=" + one.ClientID + "&clientid=" + one.ClientID, "", "more than once"},
+		"with a space":                  {"&clientid=%20", "", "use 'client_id'"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, optional := range []bool{true, false} {
+				w := newWorld(t, func(c *Config) { c.MetadataHeaderOptional = optional })
+				resp, body := w.get(bound, tokenURL+tc.query)
+				if optional {
+					assert.Equal(t, tc.optional, whose(body), body)
+					if tc.optional == "" {
+						assert.Equal(t, 400, resp.StatusCode, body)
+					}
+					continue
+				}
+				assert.Equal(t, 400, resp.StatusCode, body)
+				assert.Contains(t, body, tc.says)
+				assert.Zero(t, w.imds.Requests())
+			}
+		})
+	}
+}
+
 func TestUpstreamErrorsReachThePod(t *testing.T) {
 	w := newWorld(t, nil)
 	fault := func(f imdstest.Fault) (*http.Response, string) {
@@ -356,4 +397,23 @@ func TestParametersHaveNoCase(t *testing.T) {
 	assert.Equal(t, noID, body)
 	resp, _ = w.get(bound, tokenURL+"&client_id="+one.ClientID+"&Client_Id="+one.ClientID)
 	assert.Equal(t, 400, resp.StatusCode, "twice")
+}
+
+// A metadata security proxy's refusal is not IMDS's: the pod may come back, and the log says
+// what to allow.
+func TestAProxyBeforeIMDSRefusesWhatIsPassedThrough(t *testing.T) {
+	w := newWorld(t, nil)
+	w.imds.Inject(imdstest.Fault{Status: 403})
+	resp, body := w.get(excepted, tokenURL)
+	assert.Equal(t, 503, resp.StatusCode)
+	assert.JSONEq(t, `{"error":"temporarily_unavailable","error_description":"The metadata service is not available"}`, body)
+	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
+	assert.Contains(t, w.log.String(), "allow this agent's process GET /metadata/identity/oauth2/token in the InVMAccessControlProfile")
+
+	resp, body = w.get(excepted, tokenURL)
+	assert.Equal(t, 200, resp.StatusCode)
+	assert.Equal(t, imdstest.Node, whose(body))
+	w.imds.ForgetConnections()
+	resp, _ = w.get(bound, "/metadata/versions")
+	assert.Equal(t, 200, resp.StatusCode)
 }

@@ -28,19 +28,32 @@ const (
 	miResID  // the name that it takes as well
 	bypassCache
 	tokenToRefresh // sent by MSAL when a service has rejected a token
+	// App Service's names of the client and the object ID (Microsoft, "How to use managed
+	// identities for App Service and Azure Functions", REST endpoint reference, API
+	// versions 2017-09-01 and 2019-08-01).
+	appClientID
+	appPrincipalID
 	parameters
 )
 
-var parameterNames = [parameters]string{"api-version", "resource", "client_id", "object_id", "msi_res_id", "mi_res_id", "bypass_cache", "token_sha256_to_refresh"}
+var parameterNames = [parameters]string{
+	"api-version", "resource", "client_id", "object_id", "msi_res_id", "mi_res_id", "bypass_cache", "token_sha256_to_refresh",
+	"clientid", "principal_id",
+}
+
+// queryRules are where the queries of two endpoints differ.
+type queryRules struct {
+	unversioned bool // an api-version need not be there: the old NMI did not ask for one everywhere
+	// appService accepts App Service's names of IDs. IMDS ignores them, and answers with
+	// the default identity, which is not the one that was asked for: without appService
+	// they are refused.
+	appService bool
+}
 
 // parseTokenRequest reads the query of a request for a token. What is required
 // must be there, nothing may come twice, and at most one identity be named: a
 // request that could be read in two ways is refused.
-func parseTokenRequest(r *http.Request) (tokenRequest, error) { return parseQuery(r, true) }
-
-// parseQuery is parseTokenRequest, but an api-version need not be there: the old NMI did
-// not ask for one everywhere.
-func parseQuery(r *http.Request, versioned bool) (tokenRequest, error) {
+func parseTokenRequest(r *http.Request, rules queryRules) (tokenRequest, error) {
 	if r.Method != http.MethodGet {
 		return tokenRequest{}, errMethod
 	}
@@ -70,28 +83,33 @@ func parseQuery(r *http.Request, versioned bool) (tokenRequest, error) {
 	}
 
 	named := 0
-	for _, i := range []int{clientID, objectID, msiResID, miResID} {
+	for _, i := range []int{clientID, objectID, msiResID, miResID, appClientID, appPrincipalID} {
 		if value[i] != "" {
 			named++
 		}
 	}
 	switch {
-	case value[apiVersion] == "" && versioned:
+	case value[apiVersion] == "" && !rules.unversioned:
 		return tokenRequest{}, badRequest("Required query variable 'api-version' is missing")
 	case value[resource] == "":
 		return tokenRequest{}, badRequest("Required query variable 'resource' is missing")
 	case !utf8.ValidString(value[resource]):
 		// JSON cannot echo it (RFC 8259, 8.1), so that no answer of IMDS's would match.
 		return tokenRequest{}, badRequest("Query variable 'resource' is not UTF-8")
+	case !rules.appService && value[appClientID] != "":
+		return tokenRequest{}, badRequest("Query variable 'clientid' is not supported: use 'client_id'")
+	case !rules.appService && value[appPrincipalID] != "":
+		return tokenRequest{}, badRequest("Query variable 'principal_id' is not supported: use 'client_id'")
 	case named > 1:
 		return tokenRequest{}, badRequest("client_id, object_id, msi_res_id and mi_res_id exclude each other: name the identity by one of them")
 	}
 	return tokenRequest{
 		resource: value[resource],
 		selector: podresolver.Selector{
-			ClientID:   value[clientID],
-			ObjectID:   value[objectID],
-			ResourceID: value[msiResID] + value[miResID], // at most one is set
+			// At most one of all these is set.
+			ClientID:   value[clientID] + value[appClientID],
+			ObjectID:   value[objectID] + value[appPrincipalID],
+			ResourceID: value[msiResID] + value[miResID],
 		},
 		bypass:  strings.EqualFold(value[bypassCache], "true"),
 		refresh: value[tokenToRefresh],

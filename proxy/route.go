@@ -17,12 +17,17 @@ const (
 	routeSensitive             // passed on for known pods, where Config.Allow has the path
 )
 
-const scheduledEvents = "/metadata/scheduledevents"
+const (
+	scheduledEvents = "/metadata/scheduledevents"
+	thim            = "/metadata/THIM"
+)
 
 // Sensitive are the paths that Config.Allow may have: the events of the node's
-// maintenance, which a POST approves; a document that the node signs; and the node's
-// tenant.
-var Sensitive = []string{scheduledEvents, "/metadata/attested/document", "/metadata/identity/info"}
+// maintenance, which a POST approves; a document that the node signs; the node's tenant;
+// and, for the paths below it, Trusted Hardware Identity Management: the certificates of
+// the node's processor, which confidential containers attest themselves with (Microsoft,
+// "Trusted Hardware Identity Management").
+var Sensitive = []string{scheduledEvents, "/metadata/attested/document", "/metadata/identity/info", thim}
 
 // route matches a raw request target against the list of what is served. IMDS
 // forgives spellings: it folds case, and reads "\", "%5c" and "//" as a slash.
@@ -31,9 +36,10 @@ var Sensitive = []string{scheduledEvents, "/metadata/attested/document", "/metad
 // (CVE-2022-23551). So nothing is decoded or cleaned here: a path is on the list
 // to the letter, or it is refused.
 //
-// Two spellings are taken for the token path because real clients use them: the
-// first segment in any case (the old NMI's route), and a doubled first slash
-// (MSAL4J).
+// Three other spellings of the token path are served because clients send them: the
+// first segment in any case (the old NMI's route), a doubled first slash (MSAL4J), and a
+// slash at the end (msal-node and @azure/identity where AZURE_POD_IDENTITY_AUTHORITY_HOST
+// is set).
 func route(target string) kind {
 	path, _, _ := strings.Cut(originForm(target), "?")
 	if strings.HasPrefix(path, "//") {
@@ -45,13 +51,13 @@ func route(target string) kind {
 	}
 	rest := path[len(root):]
 	switch {
-	case rest == "identity/oauth2/token":
+	case rest == "identity/oauth2/token", rest == "identity/oauth2/token/":
 		return routeToken
 	case path[:len(root)] != root:
 		return routeNone
 	case rest == "versions", rest == "loadbalancer":
 		return routeOpen
-	case slices.Contains(Sensitive, path):
+	case sensitive(path) != "":
 		return routeSensitive
 	case rest == "instance":
 		return routeInstance
@@ -59,6 +65,19 @@ func route(target string) kind {
 		return routeInstance
 	default:
 		return routeNone
+	}
+}
+
+// sensitive returns which of Sensitive a path is, or is below; "" if it is none.
+func sensitive(path string) string {
+	const root = "/metadata/"
+	switch {
+	case strings.HasPrefix(path, thim+"/") && plain(path[len(root):]):
+		return thim
+	case path != thim && slices.Contains(Sensitive, path):
+		return path
+	default:
+		return ""
 	}
 }
 
@@ -84,8 +103,8 @@ func originForm(target string) string {
 	return target
 }
 
-// plain reports whether a path below /metadata/instance is made of names and
-// single slashes alone, so that it cannot lead out of there.
+// plain reports whether a path, relative to /metadata/, is made of names and single
+// slashes alone, so that it cannot lead out of its first folder.
 func plain(path string) bool {
 	for i := range len(path) {
 		switch c := path[i]; {

@@ -45,10 +45,13 @@ type Config struct {
 	Upstream http.RoundTripper // to IMDS, for what is passed on
 
 	// MetadataHeaderOptional turns off the check for "Metadata: true". Without
-	// it a pod that fetches URLs for others can be led to fetch tokens.
+	// it a pod that fetches URLs for others can be led to fetch tokens. Clients of App
+	// Service, who do not send that header, may then use that service's names of IDs, too.
 	MetadataHeaderOptional bool
-	// BlockInstanceMetadata answers 403 to /metadata/instance.
-	BlockInstanceMetadata bool
+	// BlockInstanceMetadata answers 403 to /metadata/instance, except to excepted pods and
+	// to those of InstanceMetadataNamespaces.
+	BlockInstanceMetadata      bool
+	InstanceMetadataNamespaces []string
 	// Allow lists those of Sensitive that pods may have; none by default.
 	Allow []string
 	// PodsOnly answers nothing but to pods of this node. Without it what every
@@ -216,8 +219,8 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 	case kind == routeOpen, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
 		return s.open(w, r, s.cfg.PodsOnly)
 	case kind == routeInstance:
-		return s.exceptedOnly(w, r, errBlocked)
-	case kind == routeSensitive && slices.Contains(s.cfg.Allow, pathOf(r)):
+		return s.blockedInstance(w, r)
+	case kind == routeSensitive && slices.Contains(s.cfg.Allow, sensitive(pathOf(r))):
 		return s.open(w, r, true)
 	default:
 		return s.exceptedOnly(w, r, errNotFound)
@@ -244,6 +247,21 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request, podsOnly bool) err
 	dropOddHeaders(r.Header)
 	s.passOn(w, r, "path", r.URL.Path)
 	return nil
+}
+
+// blockedInstance serves instance metadata where it is blocked: to the pods of some
+// namespaces, and to excepted pods.
+func (s *Server) blockedInstance(w http.ResponseWriter, r *http.Request) error {
+	if len(s.cfg.InstanceMetadataNamespaces) > 0 {
+		pod, _, err := s.resolve(r)
+		if err != nil {
+			return err
+		}
+		if pod.Exception() == "" && slices.Contains(s.cfg.InstanceMetadataNamespaces, pod.Namespace) {
+			return s.open(w, r, false) // the pod is known
+		}
+	}
+	return s.exceptedOnly(w, r, errBlocked)
 }
 
 // exceptedOnly passes the request on if its pod is excepted, else returns refusal.

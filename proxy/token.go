@@ -29,7 +29,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 		s.passOn(w, r, "pod", pod, "exception", pod.Exception())
 		return nil
 	}
-	want, err := parseTokenRequest(r)
+	want, err := parseTokenRequest(r, queryRules{appService: s.cfg.MetadataHeaderOptional})
 	if err != nil {
 		return err
 	}

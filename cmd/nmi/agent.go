@@ -115,7 +115,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	server := proxy.New(proxy.Config{
 		Pods: resolver, Tokens: tokens, Upstream: source,
 		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
-		PodsOnly: cfg.mode == iptables.None, CheckSource: confirmCaller(tracker),
+		InstanceMetadataNamespaces: cfg.instanceNamespaces,
+		PodsOnly:                   cfg.mode == iptables.None, CheckSource: confirmCaller(tracker),
 		HostTokenUIDs:  cfg.hostTokenUIDs,
 		Allow:          cfg.allow,
 		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,

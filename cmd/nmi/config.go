@@ -20,19 +20,20 @@ import (
 
 // config is what the flags come to, validated.
 type config struct {
-	node           string
-	metadata       netip.AddrPort
-	pods           endpoint // where redirected connections arrive
-	probes         endpoint
-	metrics        endpoint
-	mode           iptables.Mode
-	address        netip.Addr
-	backend        iptables.Backend
-	interval       time.Duration
-	blockInstance  bool
-	headerOptional bool
-	userAgent      string
-	authorities    []string // hosts, see upstream.Config
+	node               string
+	metadata           netip.AddrPort
+	pods               endpoint // where redirected connections arrive
+	probes             endpoint
+	metrics            endpoint
+	mode               iptables.Mode
+	address            netip.Addr
+	backend            iptables.Backend
+	interval           time.Duration
+	blockInstance      bool
+	instanceNamespaces []string
+	headerOptional     bool
+	userAgent          string
+	authorities        []string // hosts, see upstream.Config
 
 	blockWireserver bool
 	allowUnguarded  bool
@@ -156,6 +157,12 @@ func (o *options) config() (config, error) {
 			return config{}, fmt.Errorf("--allow-path=%s is not one that can be allowed: use %s", path, strings.Join(proxy.Sensitive, ", "))
 		}
 		cfg.allow = append(cfg.allow, path)
+	}
+	if cfg.instanceNamespaces, err = parseNamespaces(flagInstanceNamespaces, o.instanceNamespaces); err != nil {
+		return config{}, err
+	}
+	if len(cfg.instanceNamespaces) > 0 && !cfg.blockInstance {
+		return config{}, fmt.Errorf("--%s limits nothing without --block-instance-metadata: give both, or neither", flagInstanceNamespaces)
 	}
 	if cfg.hostTokenUIDs, err = parseUIDs(o.hostTokenUIDs); err != nil {
 		return config{}, err

@@ -30,6 +30,7 @@ type options struct {
 	probePort             uint16
 	intervalSeconds       int
 	blockInstanceMetadata bool
+	instanceNamespaces    []string
 	headerRequired        bool
 	userAgent             string
 	logFormat             string
@@ -68,7 +69,10 @@ func newOptions() *options {
 	return o
 }
 
-const flagOperationMode = "operation-mode"
+const (
+	flagOperationMode      = "operation-mode"
+	flagInstanceNamespaces = "instance-metadata-namespaces"
+)
 
 // debugVerbosity is the --v from which debug messages are logged; klog's users
 // know 4 as "debug".
@@ -87,6 +91,7 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.Uint16Var(&o.prometheusPort, flagPrometheusPort, 9090, "port of /metrics")
 	fs.IntVar(&o.intervalSeconds, "ipt-update-interval-sec", 60, "seconds between checks of the iptables rules")
 	fs.BoolVar(&o.blockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
+	fs.StringSliceVar(&o.instanceNamespaces, flagInstanceNamespaces, nil, "with --block-instance-metadata, namespaces whose pods may have /metadata/instance all the same; repeat it or separate several by commas")
 	fs.BoolVar(&o.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
 	fs.BoolVar(&o.allowKubenet, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
 	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")

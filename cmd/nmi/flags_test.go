@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -80,35 +81,38 @@ func TestEveryFlagOfTheOldNMIIsTaken(t *testing.T) {
 
 func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	for arg, want := range map[string]string{
-		"--node=":                            "--node is required",
-		"--operation-mode=x":                 `--operation-mode=x is unknown: use "managed" or "standard"`,
-		"--pod-wait=0s":                      "--pod-wait=0s is not usable: use more than 0s, at most 1m0s",
-		"--identity-wait=2m":                 "--identity-wait=2m0s is not usable",
-		"--max-staleness=1m":                 "--max-staleness=1m0s is not usable: use 0 to turn it off, or at least 3m0s",
-		"--log-format=xml":                   `--log-format=xml is unknown: use "text" or "json"`,
-		"--ipt-update-interval-sec=0":        "--ipt-update-interval-sec=0 is not usable: use 1 to 86400",
-		"--ipt-update-interval-sec=86401":    "--ipt-update-interval-sec=86401 is not usable",
-		"--nmi-port=0":                       "--nmi-port=0 is not a port",
-		"--http-probe-port=2579":             "--nmi-port and --http-probe-port are both 2579",
-		"--metadata-ip=fe80::1":              "--metadata-ip=fe80::1 is not usable",
-		"--redirect-address=127.0.0.1":       "--redirect-address=127.0.0.1 is not usable",
-		"--redirect-address=169.254.169.254": "is the metadata service's own address",
-		"--iptables-backend=x":               `--iptables-backend: "x" is not an iptables backend: use "auto", "nft" or "legacy"`,
-		"--redirect-mode=magic":              `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
-		"--prometheus-port=2579":             "--nmi-port and --prometheus-port are both 2579",
-		"--http-probe-address=localhost":     "--http-probe-address=localhost is not usable: give an IP address of the node, 127.0.0.1 for the node alone",
-		"--metrics-address=224.0.0.1":        "--metrics-address=224.0.0.1 is not usable",
-		"--metrics-address=fe80::1%eth0":     "--metrics-address=fe80::1%eth0 is not usable",
-		"--handover-dir=run/nmi":             "--handover-dir=run/nmi is not usable: give an absolute path",
-		"--imds-token-rate=0":                "--imds-token-rate=0 is not usable: give a number from 1 to 1000",
-		"--max-connections=-1":               "--max-connections=-1 is not usable",
-		"--allow-path=/metadata/identity":    "--allow-path=/metadata/identity is not one that can be allowed: use /metadata/scheduledevents",
-		"--host-token-uids=0,root":           "--host-token-uids=0,root is not usable: give user IDs as numbers",
-		"--entra-authority=http://entra":     `--entra-authority: "http://entra" is not https`,
-		"--entra-authority=https://entra/x":  `--entra-authority: "https://entra/x" is more or less than https://<host>`,
-		"--entra-authority=a,,b":             `--entra-authority: "https://" is more or less than https://<host>`,
-		"--probe-socket=probe.sock":          "--probe-socket=probe.sock is not usable: give an absolute path",
-		"--deny-identity=kubelet":            `--deny-identity: "kubelet" is neither a client ID nor a resource ID: use a GUID`,
+		"--node=":                             "--node is required",
+		"--operation-mode=x":                  `--operation-mode=x is unknown: use "managed" or "standard"`,
+		"--pod-wait=0s":                       "--pod-wait=0s is not usable: use more than 0s, at most 1m0s",
+		"--identity-wait=2m":                  "--identity-wait=2m0s is not usable",
+		"--max-staleness=1m":                  "--max-staleness=1m0s is not usable: use 0 to turn it off, or at least 3m0s",
+		"--log-format=xml":                    `--log-format=xml is unknown: use "text" or "json"`,
+		"--ipt-update-interval-sec=0":         "--ipt-update-interval-sec=0 is not usable: use 1 to 86400",
+		"--ipt-update-interval-sec=86401":     "--ipt-update-interval-sec=86401 is not usable",
+		"--nmi-port=0":                        "--nmi-port=0 is not a port",
+		"--http-probe-port=2579":              "--nmi-port and --http-probe-port are both 2579",
+		"--metadata-ip=fe80::1":               "--metadata-ip=fe80::1 is not usable",
+		"--redirect-address=127.0.0.1":        "--redirect-address=127.0.0.1 is not usable",
+		"--redirect-address=169.254.169.254":  "is the metadata service's own address",
+		"--iptables-backend=x":                `--iptables-backend: "x" is not an iptables backend: use "auto", "nft" or "legacy"`,
+		"--redirect-mode=magic":               `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
+		"--prometheus-port=2579":              "--nmi-port and --prometheus-port are both 2579",
+		"--http-probe-address=localhost":      "--http-probe-address=localhost is not usable: give an IP address of the node, 127.0.0.1 for the node alone",
+		"--metrics-address=224.0.0.1":         "--metrics-address=224.0.0.1 is not usable",
+		"--metrics-address=fe80::1%eth0":      "--metrics-address=fe80::1%eth0 is not usable",
+		"--handover-dir=run/nmi":              "--handover-dir=run/nmi is not usable: give an absolute path",
+		"--imds-token-rate=0":                 "--imds-token-rate=0 is not usable: give a number from 1 to 1000",
+		"--max-connections=-1":                "--max-connections=-1 is not usable",
+		"--allow-path=/metadata/identity":     "--allow-path=/metadata/identity is not one that can be allowed: use /metadata/scheduledevents",
+		"--allow-path=/metadata/THIM/amd":     "--allow-path=/metadata/THIM/amd is not one that can be allowed",
+		"--instance-metadata-namespaces=shop": "--instance-metadata-namespaces limits nothing without --block-instance-metadata",
+		"--instance-metadata-namespaces=*":    `--instance-metadata-namespaces: "*" is not the name of a namespace`,
+		"--host-token-uids=0,root":            "--host-token-uids=0,root is not usable: give user IDs as numbers",
+		"--entra-authority=http://entra":      `--entra-authority: "http://entra" is not https`,
+		"--entra-authority=https://entra/x":   `--entra-authority: "https://entra/x" is more or less than https://<host>`,
+		"--entra-authority=a,,b":              `--entra-authority: "https://" is more or less than https://<host>`,
+		"--probe-socket=probe.sock":           "--probe-socket=probe.sock is not usable: give an absolute path",
+		"--deny-identity=kubelet":             `--deny-identity: "kubelet" is neither a client ID nor a resource ID: use a GUID`,
 		"--deny-identity=/subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i,": `--deny-identity: "" is neither a client ID nor a resource ID`,
 		"--exception-namespaces=*":    `--exception-namespaces: "*" is not the name of a namespace: give names separated by commas, or "" for none`,
 		"--exception-namespaces=a,,b": `--exception-namespaces: "" is not the name of a namespace`,
@@ -244,4 +248,24 @@ func TestProbes(t *testing.T) {
 	check("/readyz", 503, "not ready:\n- the agent is stopping\n")
 	status, _ := get("/debug/pprof/")
 	assert.Equal(t, 404, status)
+}
+
+// What deploy/manifests give the agent is understood, and hands no tokens to programs of the
+// node unless that is asked for.
+func TestFlagsOfTheManifest(t *testing.T) {
+	manifest, err := os.ReadFile("../../deploy/manifests/daemonset.yaml")
+	require.NoError(t, err)
+	var args []string
+	for _, arg := range regexp.MustCompile(`(?m)^ +- (--\S+)$`).FindAllSubmatch(manifest, -1) {
+		args = append(args, string(arg[1]))
+	}
+	assert.Contains(t, args, "--operation-mode=managed")
+	assert.Empty(t, parsed(t, args...).hostTokenUIDs)
+	assert.Equal(t, []uint32{0}, parsed(t, "--node=n").hostTokenUIDs, "the flag's own default is the old NMI's")
+}
+
+func TestInstanceMetadataNamespaces(t *testing.T) {
+	cfg := parsed(t, "--node=n", "--block-instance-metadata", "--instance-metadata-namespaces=a, b", "--allow-path=/metadata/THIM")
+	assert.Equal(t, []string{"a", "b"}, cfg.instanceNamespaces)
+	assert.Equal(t, []string{"/metadata/THIM"}, cfg.allow)
 }

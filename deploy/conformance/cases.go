@@ -4,7 +4,7 @@ import "slices"
 
 // Cases is the table: all cases, by number.
 func Cases() []Case {
-	return slices.Concat(tokenCases, requestCases, identityCases, upstreamCases, errorCases, pathCases, otherPathCases, limitCases)
+	return slices.Concat(tokenCases, requestCases, identityCases, upstreamCases, errorCases, pathCases, otherPathCases, limitCases, clientCases)
 }
 
 // What cases are known from: pages of learn.microsoft.com by the ends of their

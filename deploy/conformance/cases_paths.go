@@ -60,7 +60,7 @@ var spellings = []string{
 	"/metadata;x/identity/oauth2/token", "/metadata/identity;x=1/oauth2/token", "/metadata/identity/oauth2/token;x",
 	"/metadata/identity/oauth2/tok%65n", "/%6detadata/identity/oauth2/token", "/metadata/%69dentity/oauth2/token",
 	"/metadata/Identity/oauth2/token", "/metadata/identity/OAuth2/token", "/metadata/identity/oauth2/TOKEN",
-	"/metadata/identity/oauth2/tokenfoo", "/metadata/identity/oauth2/token/", "/metadata/identity/oauth2/token/x", "/metadata/identity/oauth2/token.json",
+	"/metadata/identity/oauth2/tokenfoo", "/metadata/identity/oauth2/token//", "/metadata/identity/oauth2/token/x", "/metadata/identity/oauth2/token.json",
 	"/metadata/identity/oauth2/token%00", "/metadata/identity/oauth2/token%20", "/metadata/identity/oauth2/token%0a", "/metadata/identity/oauth2/token%3f",
 }
 

@@ -28,16 +28,31 @@ type client struct {
 	program string   // "go" or "js"
 	by      []string // the kinds of ID that it can name an identity by
 	says    string   // when it is refused; docs/troubleshooting.md quotes it
+	env     string   // a variable that the program has beside its own, NAME=value
+}
+
+// authorityHost is the variable that aad-pod-identity's users were told to set.
+const authorityHost = "AZURE_POD_IDENTITY_AUTHORITY_HOST=http://169.254.169.254"
+
+// String is the client's name in the report.
+func (c client) String() string {
+	if name, _, ok := strings.Cut(c.env, "="); ok {
+		return c.name + ", " + name
+	}
+	return c.name
 }
 
 var clients = []client{
-	{"azidentity", "go", []string{"client", "resource", "object"}, "the requested identity isn't assigned to this resource"},
-	{"azidentity default", "go", []string{"client"}, "DefaultAzureCredential: failed to acquire a token."},
-	{"msal", "go", []string{"client", "resource", "object"}, "error: reply status code was 400:"},
-	{"adal", "go", []string{"client", "resource"}, "adal: Refresh request failed. Status Code = '400'."},
-	{"@azure/identity", "js", []string{"client", "resource", "object"}, "CredentialUnavailableError: ManagedIdentityCredential: Authentication failed. Message invalid_request"},
-	{"@azure/identity default", "js", []string{"client"}, "AggregateAuthenticationError: ChainedTokenCredential authentication failed."},
-	{"@azure/msal-node", "js", []string{"client", "resource", "object"}, "ServerError: invalid_request:"},
+	{"azidentity", "go", []string{"client", "resource", "object"}, "the requested identity isn't assigned to this resource", ""},
+	{"azidentity default", "go", []string{"client"}, "DefaultAzureCredential: failed to acquire a token.", ""},
+	{"msal", "go", []string{"client", "resource", "object"}, "error: reply status code was 400:", ""},
+	{"adal", "go", []string{"client", "resource"}, "adal: Refresh request failed. Status Code = '400'.", ""},
+	{"@azure/identity", "js", []string{"client", "resource", "object"}, "CredentialUnavailableError: ManagedIdentityCredential: Authentication failed. Message invalid_request", ""},
+	{"@azure/identity default", "js", []string{"client"}, "AggregateAuthenticationError: ChainedTokenCredential authentication failed.", ""},
+	{"@azure/msal-node", "js", []string{"client", "resource", "object"}, "ServerError: invalid_request:", ""},
+	{"@azure/identity", "js", []string{"client", "resource", "object"}, "CredentialUnavailableError: ManagedIdentityCredential: Authentication failed. Message invalid_request", authorityHost},
+	{"@azure/identity default", "js", []string{"client"}, "AggregateAuthenticationError: ChainedTokenCredential authentication failed.", authorityHost},
+	{"@azure/msal-node", "js", []string{"client", "resource", "object"}, "ServerError: invalid_request:", authorityHost},
 }
 
 // clientIn is a client in a pod, where it reports to, and the agent that it meets.
@@ -116,6 +131,9 @@ func (c client) run(p *testbed.Pod, j job) ([]outcome, error) {
 	defer os.RemoveAll(home)
 	var out, trouble bytes.Buffer
 	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = home, []string{"HOME=" + home, "PATH=" + home}, &out, &trouble
+	if c.env != "" {
+		cmd.Env = append(cmd.Env, c.env)
+	}
 	if err := p.Start(cmd); err != nil {
 		return nil, fmt.Errorf("%w: run make sdks", err)
 	}
@@ -151,17 +169,17 @@ func newClientReport() *clientReport {
 }
 
 func (r *clientReport) took(c client, column string, o outcome) {
-	if r.times[c.name] == nil {
-		r.times[c.name] = map[string]outcome{}
+	if r.times[c.String()] == nil {
+		r.times[c.String()] = map[string]outcome{}
 	}
-	r.times[c.name][column] = o
+	r.times[c.String()][column] = o
 }
 
 func (r *clientReport) byID(c client, by string, o outcome) { r.took(c, "by "+by+" ID", o) }
 
 func (r *clientReport) refused(c client, what string, o outcome) {
 	r.took(c, what, o)
-	fmt.Fprintf(&r.errors, "%s, a pod that %s:\n\n```\n%s\n```\n\n", c.name, what, strings.TrimSpace(o.Error))
+	fmt.Fprintf(&r.errors, "%s, a pod that %s:\n\n```\n%s\n```\n\n", c, what, strings.TrimSpace(o.Error))
 }
 
 // table is the times of some columns in Markdown, in milliseconds.
@@ -169,9 +187,9 @@ func (r *clientReport) table(columns ...string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "| client | %s |\n|---|%s\n", strings.Join(columns, " | "), strings.Repeat("---:|", len(columns)))
 	for _, c := range clients {
-		fmt.Fprintf(&b, "| %s |", c.name)
+		fmt.Fprintf(&b, "| %s |", c)
 		for _, column := range columns {
-			o, ok := r.times[c.name][column]
+			o, ok := r.times[c.String()][column]
 			switch {
 			case !ok:
 				b.WriteString(" - |")
@@ -221,7 +239,8 @@ Command: ` + "`sudo make clients`" + `. Machine: %d virtual cores, Linux %s, %s,
 same cores. The service in Azure's place takes %d ms for a token. Versions of the SDKs:
 [deploy/clients](../../deploy/clients).
 
-All times in milliseconds, of the call that gets a token, the making of the connection and, in the first call of a
+A client with a variable has it in its environment, with the address that SDKs ask anyway; those of JavaScript then end
+the token path with a slash. All times in milliseconds, of the call that gets a token, the making of the connection and, in the first call of a
 process, the SDK's own start included. *second*: in the same process, from the SDK's memory. *another process*: from the
 agent's memory. *throttled once*: the service answers 429 once with Retry-After: 1. *3 min left*: the token has three
 minutes to live, *again*: and is asked for again.

@@ -31,7 +31,7 @@ func TestClients(t *testing.T) {
 	require.NoError(t, err)
 	agent := s.agent()
 	for i, c := range clients {
-		t.Run(c.name, func(t *testing.T) {
+		t.Run(c.String(), func(t *testing.T) {
 			// Pods of its own: of each the agent logs no more than some refusals, and when
 			// they are gone it does not refresh their tokens while the next client is at it.
 			s := &scenario{t: t}
@@ -176,7 +176,7 @@ func (s *scenario) areAssignedLater(results *clientReport, column string, addres
 	}
 	asking.Wait()
 	for i, c := range clients {
-		s.t.Run(column+", "+c.name, func(t *testing.T) {
+		s.t.Run(column+", "+c.String(), func(t *testing.T) {
 			require.Len(t, heard[i], 1)
 			clientIn{nil, c, t, results, nil}.got(heard[i][0], column, cart)
 		})
@@ -197,11 +197,11 @@ func (s *scenario) clientsWork() error {
 	for _, c := range clients {
 		results, err := c.run(p.Pod, job{Resource: vault, Times: 1})
 		if err != nil {
-			return fmt.Errorf("%s: %w", c.name, err)
+			return fmt.Errorf("%s: %w", c, err)
 		}
 		if len(results) != 1 || results[0].Subject != cart.ClientID {
 			text, _ := json.Marshal(results)
-			return fmt.Errorf("%s: %s, expected a token", c.name, text)
+			return fmt.Errorf("%s: %s, expected a token", c, text)
 		}
 	}
 	return nil

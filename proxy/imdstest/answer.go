@@ -95,6 +95,8 @@ func (s *Server) answer(r *http.Request, call *Call) answer {
 		return answer{status: 200, body: `{"DocumentIncarnation":1,"Events":[]}`}
 	case p == "/metadata/attested/document":
 		return answer{status: 200, body: `{"encoding":"pkcs7","signature":"the node's own signature"}`}
+	case strings.HasPrefix(p, "/metadata/thim/"):
+		return answer{status: 200, body: `{"vcekCert":"the processor's own"}`}
 	case p == "/metadata/identity/info":
 		return answer{status: 200, body: `{"tenantId":"the node's own tenant"}`}
 	case p == "/metadata/identity/issuecredential":

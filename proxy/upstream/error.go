@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -30,13 +31,14 @@ type Error struct {
 	Description string        // "" if it gave none
 	RetryAfter  time.Duration // 0 if it gave none
 
-	empty bool // the answer had no body
+	empty bool   // the answer had no body
+	asked string // method and path; "" for the agent's own requests for tokens
 }
 
 func (e *Error) Error() string {
 	if e.Source == sourceIMDS && e.byProxy() {
 		return fmt.Sprintf("a proxy before IMDS answered %d (%s); if this node has the Metadata Security Protocol (GuestProxyAgent), "+
-			"allow this agent's process GET %s in the InVMAccessControlProfile for IMDS", e.Status, http.StatusText(e.Status), tokenPath)
+			"allow this agent's process %s in the InVMAccessControlProfile for IMDS", e.Status, http.StatusText(e.Status), cmp.Or(e.asked, "GET "+tokenPath))
 	}
 	if e.Code == "" {
 		return fmt.Sprintf("%s answered %d %s", e.Source, e.Status, http.StatusText(e.Status))

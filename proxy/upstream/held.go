@@ -113,6 +113,16 @@ func (b *heldBody) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// empty reports whether nothing is left to read.
+func (b *heldBody) empty() bool {
+	for _, part := range b.parts {
+		if len(part) > 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // Close implements io.Closer.
 func (b *heldBody) Close() error {
 	b.closed.Do(func() { b.held.giveBack(b.from, b.size) })

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strings"
 	"time"
 )
 
@@ -62,7 +63,7 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 		out.Body = body
 	}
 	slots := u.passing
-	if r.URL.Path == tokenPath { // other spellings get no slot of these, and lose nothing else
+	if strings.TrimSuffix(r.URL.Path, "/") == tokenPath { // other spellings get no slot of these, and lose nothing else
 		slots = u.passingTokens
 	}
 	release, err := slots.acquire(r.Context(), from)
@@ -78,9 +79,14 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 	return u.exchange(out.WithContext(ctx), from)
 }
 
-// exchange is what takes a slot.
+// exchange is what takes a slot. An answer of a metadata security proxy on the way is an
+// *Error, see (*Error).byProxy.
 func (u *Upstream) exchange(r *http.Request, from netip.Addr) (*http.Response, error) {
 	resp, err := u.transport.RoundTrip(r) // which closes the request's body
+	if err == nil && resp.StatusCode == http.StatusMisdirectedRequest && r.Body == nil {
+		_ = resp.Body.Close()
+		resp, err = onNewConnections(u.transport).RoundTrip(r)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -95,6 +101,11 @@ func (u *Upstream) exchange(r *http.Request, from netip.Addr) (*http.Response, e
 	body, err := u.held.read(from, resp.Body, length, maxPassed, ErrLongAnswer)
 	if err != nil {
 		return nil, err
+	}
+	// The answer to HEAD has no body, whoever it is from.
+	answer := &Error{Source: sourceIMDS, Status: resp.StatusCode, empty: body.empty() && r.Method != http.MethodHead, asked: r.Method + " " + r.URL.Path}
+	if answer.byProxy() {
+		return nil, errors.Join(answer, body.Close())
 	}
 	resp.Body = body
 	return resp, nil

@@ -62,8 +62,9 @@ func TestOnlySoManyArePassedOnAtOnce(t *testing.T) {
 		path string
 		most int
 	}{
-		"token path": {tokenPath, tokenSlots},
-		"others":     {otherPath, passingSlots},
+		"token path":                         {tokenPath, tokenSlots},
+		"token path with a slash at its end": {tokenPath + "/", tokenSlots},
+		"others":                             {otherPath, passingSlots},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -101,7 +102,7 @@ func TestOnlySoManyArePassedOnAtOnce(t *testing.T) {
 				_, err = u.Token(t.Context(), asking(key))
 				require.NoError(t, err, "the agent's own tokens do not wait behind what is passed on")
 				for _, path := range []string{tokenPath, otherPath} {
-					if path != tc.path {
+					if path != strings.TrimSuffix(tc.path, "/") {
 						begin = time.Now()
 						_, err = sent(u, request(t.Context(), path))
 						require.NoError(t, err)
@@ -305,5 +306,66 @@ func TestABodyThatTurnsOutLongIsCut(t *testing.T) {
 		_, err := sent(u, passed(t.Context(), t))
 		require.ErrorIs(t, err, want)
 		assertIdle(t, u)
+	}
+}
+
+// Where a metadata security proxy has lost whose the kept connections are (421), a request
+// is sent once more on a new one.
+func TestPassThroughOnANewConnection(t *testing.T) {
+	imds := imdstest.NewServer(imdstest.Config{})
+	u := upstreamOf(t, imds.Start())
+	for _, path := range []string{tokenPath, "/metadata/versions"} {
+		for range 2 {
+			r := passed(t.Context(), t)
+			r.URL.Path = path
+			body, err := sent(u, r)
+			require.NoError(t, err)
+			assert.NotEmpty(t, body)
+			imds.ForgetConnections()
+		}
+	}
+	var statuses []int
+	for _, call := range imds.Calls() {
+		statuses = append(statuses, call.Status)
+	}
+	assert.Equal(t, []int{200, 421, 200, 200, 421, 200}, statuses)
+	assertIdle(t, u)
+}
+
+// What the proxy answers instead of IMDS is an error, with what to allow.
+func TestPassThroughRefusedByAProxy(t *testing.T) {
+	for name, tc := range map[string]struct {
+		method   string
+		answer   imdstest.Fault
+		requests int
+		want     string // in the error; "" if the answer is passed on
+	}{
+		"421 twice":         {"GET", imdstest.Fault{Status: 421}, 2, "a proxy before IMDS answered 421 (Misdirected Request); if this node has the Metadata Security Protocol (GuestProxyAgent), allow this agent's process GET " + tokenPath},
+		"421 with a body":   {"POST", imdstest.Fault{Status: 421}, 1, "allow this agent's process POST " + tokenPath},
+		"403 without words": {"GET", imdstest.Fault{Status: 403}, 1, "a proxy before IMDS answered 403 (Forbidden)"},
+		"403 of IMDS's":     {"GET", imdstest.Fault{Status: 403, Body: `{"error":"forbidden"}`}, 1, ""},
+		"403 to HEAD":       {"HEAD", imdstest.Fault{Status: 403}, 1, ""},
+		"404 without words": {"GET", imdstest.Fault{Status: 404}, 1, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var requests atomic.Int32
+			u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				requests.Add(1)
+				w.WriteHeader(tc.answer.Status)
+				_, _ = io.WriteString(w, tc.answer.Body)
+			})))
+			r := passed(t.Context(), t)
+			if r.Method = tc.method; tc.method == "POST" {
+				r.Body, r.ContentLength = io.NopCloser(strings.NewReader("{}")), 2
+			}
+			_, err := sent(u, r)
+			if tc.want == "" {
+				require.NoError(t, err)
+			} else {
+				require.ErrorContains(t, err, tc.want)
+			}
+			assert.EqualValues(t, tc.requests, requests.Load())
+			assertIdle(t, u)
+		})
 	}
 }
