@@ -26,8 +26,8 @@ var misuses = []misuse{
 	{"sends headers a byte a second, on 1,000 connections", slowloris},
 	{"opens 10,000 connections and says nothing", silence},
 	{"asks 5,000 times a second for tokens that are not in memory", misses},
-	{"asks up to 32,000 times a second for its token", hurry(1)},
-	{"the same, ten times before it reads", hurry(10)},
+	{"asks up to 32,000 times a second for its token", tokenLoad(1)},
+	{"the same, ten times before it reads", tokenLoad(10)},
 	{"two pods: heads of 1,300 fields, on 1,200 connections, reads nothing", neverReads(testbed.TinyFields(1300))},
 	{"two pods: heads of 8 KiB, on 1,200 connections, reads nothing", neverReads(testbed.LargeHead())},
 	{"half a request, on 10,400 connections to the metrics and probe ports", pages},
@@ -67,9 +67,9 @@ func neverReads(text string) func(context.Context, []*testbed.Namespace, chan<- 
 	}
 }
 
-// hurry asks on as many connections as a pod may have, on each so many times before it
+// tokenLoad asks on as many connections as a pod may have, on each so many times before it
 // reads the answers.
-func hurry(batch int) func(context.Context, []*testbed.Namespace, chan<- struct{}) string {
+func tokenLoad(batch int) func(context.Context, []*testbed.Namespace, chan<- struct{}) string {
 	return func(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
 		const workers, perSecond = 64, 32_000
 		path := strings.TrimPrefix(tokenURL, "http://"+testbed.MetadataAddress)

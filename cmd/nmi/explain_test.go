@@ -205,7 +205,7 @@ var situations = map[string]situation{
 		answer: "400 invalid_request: Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request",
 		log:    []string{"the pod has several identities, and named none"}, explain: []string{"may use, if it names it, AzureIdentity shop/cart", "may use AzureIdentity shop/report", "a request must name one"},
 	},
-	"a client ID that is none": {
+	"a malformed client ID": {
 		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), anIdentity("odd", "cart"), aBinding("odd", "odd", "odd")}, answer: "400 invalid_request: Identity not found",
 		log: []string{`has client ID "cart", which is not a GUID`}, explain: []string{`has client ID "cart", which is not a GUID`},
 	},
@@ -374,7 +374,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 				assert.NotRegexp(t, "(?m)^gets", explained)
 			}
 
-			// Whoever reads the cluster says the same, as far as it is in there.
+			// Reading the cluster says the same, as far as the objects show it.
 			if tc.doubt == nil && cfg.MaxStaleness == 0 {
 				read, err := podresolver.Read(ctx, sources, cfg)
 				if tc.breaks != nil {

@@ -78,7 +78,7 @@ func (p *page) run(ctx context.Context) {
 	}
 }
 
-// open returns the listener, and makes it if there is none.
+// open returns the listener, and opens one first where needed.
 func (p *page) open(ctx context.Context) (pageListener, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -124,7 +124,7 @@ func (p *page) tryNow() {
 	}
 }
 
-// tcp is the listener for a successor; nil where there is none.
+// tcp is the listener for a successor; nil if none is open.
 func (p *page) tcp() *net.TCPListener {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -196,7 +196,7 @@ func (c *admissionCluster) testControllers(t *testing.T) {
 	}
 	require.NoError(t, c.user(t, "system:kube-controller-manager", "system:masters").dryRun(workload("Pod", "made", excepted)))
 
-	// A service account of that name in a namespace of bob's is somebody else.
+	// A service account of that name in a namespace of bob's is another subject.
 	c.grant(t, "shop", everything, "system:serviceaccount:shop:replicaset-controller")
 	refused(t, c.user(t, "system:serviceaccount:shop:replicaset-controller").dryRun(workload("Pod", "made", excepted)), "nmi-excepted-pods")
 

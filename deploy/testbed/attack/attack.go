@@ -58,7 +58,7 @@ type Config struct {
 type Result struct {
 	Port   uint16
 	Answer string // the body of an answer, whoever gave it
-	Err    string // why there is none
+	Err    string // why there is no answer
 }
 
 // Env is the environment variable that holds the Config of a process that is to
