@@ -20,12 +20,6 @@ const (
 	passedTimeout = 3 * time.Minute
 	// maxIgnored is how much is read of a client whose connection ends.
 	maxIgnored = 8 << 10
-	// pipelinePause is between the requests of a client that does not wait for answers. Its
-	// goroutine would not come to an end, and while one can run, Go's scheduler looks for
-	// what others have sent only every 10 ms (runtime/proc.go, findRunnable and sysmon).
-	// At 64 connections a pod, it gets some 3,000 answers a second in this way, a tenth of
-	// what the agent can do. No SDK pipelines.
-	pipelinePause = 20 * time.Millisecond
 )
 
 // conn is a connection that is counted until the kernel, too, holds nothing of it.
@@ -95,9 +89,6 @@ func (c *conn) awaitRequest() {
 	c.handled.Store(false)
 	c.head.begin()
 	c.answerBy = time.Time{}
-	if len(c.head.ahead) > 0 {
-		time.Sleep(pipelinePause)
-	}
 }
 
 // Read implements net.Conn. Of a head it returns no more than the rest, so that none is

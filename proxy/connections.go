@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Defaults of a Config that leaves them out. What each connection may hold, and what that
@@ -29,6 +30,7 @@ type connections struct {
 	open     int
 	byAddr   map[netip.Addr]*source // none of them empty
 	draining bool                   // Serve is about to return: Close waits for no client
+	pace     pace
 
 	refused, evicted atomic.Uint64
 }
@@ -44,7 +46,7 @@ func newConnections(perPod, total int) *connections {
 	if total <= 0 {
 		total = DefaultMaxConnections
 	}
-	return &connections{perPod: perPod, total: total, byAddr: make(map[netip.Addr]*source)}
+	return &connections{perPod: perPod, total: total, byAddr: make(map[netip.Addr]*source), pace: newPace()}
 }
 
 // limit wraps a listener so that what it accepts is within the bounds.
@@ -161,6 +163,16 @@ func (cs *connections) setBusy(c *conn, busy bool) {
 	}
 }
 
+// begin notes that a request has come on a connection, and returns how long it must wait
+// for the requests of others.
+func (cs *connections) begin(c *conn) time.Duration {
+	now := time.Now()
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c.busy = true
+	return cs.pace.delay(c.from, now)
+}
+
 // trackState is called by http.Server when the state of a connection changes. One whose
 // header is still coming is idle: it is active for http.Server when that is in, and a
 // client that sends it slowly keeps no place.
@@ -171,7 +183,9 @@ func (cs *connections) trackState(nc net.Conn, state http.ConnState) {
 	}
 	switch state {
 	case http.StateActive:
-		cs.setBusy(c, true)
+		if delay := cs.begin(c); delay > 0 {
+			time.Sleep(delay)
+		}
 	case http.StateIdle:
 		c.awaitRequest()
 		cs.setBusy(c, false)

@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -46,6 +47,7 @@ var identity = imdstest.Identity{ClientID: "ca470000-0000-4000-8000-000000000001
 
 func main() {
 	seconds := flag.Int("seconds", 10, "length of one measurement")
+	only := flag.String("only", "", "measure only what has this in its name, and the quiet")
 	number := flag.Int("bad", -1, "play the bad pods; for this program's own use")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -55,7 +57,7 @@ func main() {
 	case *number >= 0:
 		err = playBad(ctx, *number)
 	default:
-		err = run(ctx, time.Duration(*seconds)*time.Second)
+		err = run(ctx, time.Duration(*seconds)*time.Second, *only)
 	}
 	stop()
 	if err != nil {
@@ -64,7 +66,7 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, length time.Duration) (err error) {
+func run(ctx context.Context, length time.Duration, only string) (err error) {
 	w, err := testbed.NewWorld(ctx, imdstest.Config{Identities: []imdstest.Identity{identity}, Latency: 20 * time.Millisecond})
 	if err != nil {
 		return err
@@ -85,8 +87,8 @@ func run(ctx context.Context, length time.Duration) (err error) {
 		}
 		pods = append(pods, pod)
 	}
-	broken := measureMisuse(ctx, w, good, pods, length)
-	if broken != nil && !errors.Is(broken, errBroken) {
+	broken := measureMisuse(ctx, w, good, pods, length, only)
+	if only != "" || broken != nil && !errors.Is(broken, errBroken) {
 		return broken
 	}
 	return errors.Join(broken, measureCold(ctx, w, good))
@@ -124,13 +126,16 @@ func withAgent(ctx context.Context, w *testbed.World, measure func(*testbed.Agen
 }
 
 // measureMisuse prints a table, and returns errBroken if a bound in it is.
-func measureMisuse(ctx context.Context, w *testbed.World, good *testbed.Pod, pods []*testbed.Pod, length time.Duration) error {
+func measureMisuse(ctx context.Context, w *testbed.World, good *testbed.Pod, pods []*testbed.Pod, length time.Duration, only string) error {
 	var quiet result
 	broken := false
 	fmt.Printf("A good pod asks for its token %d times a second for %s, on %d connections, while another does this:\n\n", goodRate, length, goodConnections)
 	fmt.Printf("| the other pod | p50 | ratio | p99 | ratio | at most %d | failed | most memory, MiB | bounds | what came of it |\n", maxRatio)
 	fmt.Println("|---|---:|---:|---:|---:|---|---:|---:|---|---|")
 	for number, misuse := range misuses {
+		if number > 0 && !strings.Contains(misuse.name, only) {
+			continue
+		}
 		err := withAgent(ctx, w, func(agent *testbed.Agent, limit *testbed.MemoryLimit) error {
 			if _, err := ask(ctx, good, length/5); err != nil { // warm
 				return err

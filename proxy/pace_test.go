@@ -1,0 +1,150 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net/http"
+	"net/netip"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+var (
+	start          = time.Unix(1e9, 0)
+	greedy, modest = netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")
+)
+
+// asks makes requests on so many connections, each as soon as the last has been handled
+// (which takes no time here), for a second, and returns how many there were.
+func asks(p *pace, from netip.Addr, connections int, meanwhile func(time.Time)) int {
+	ready := make([]time.Time, connections)
+	requests := 0
+	for now := start; now.Before(start.Add(time.Second)); now = now.Add(25 * time.Microsecond) {
+		meanwhile(now)
+		for i := range ready {
+			if !ready[i].After(now) {
+				ready[i] = now.Add(p.delay(from, now))
+				requests++
+				break // a core handles one at a time
+			}
+		}
+	}
+	return requests
+}
+
+func TestOnePodMayAskAsFastAsItCan(t *testing.T) {
+	p := newPace()
+	requests := asks(&p, greedy, 64, func(time.Time) {})
+	assert.Equal(t, 40_000, requests, "as many as a core handles")
+}
+
+func TestPodsThatAskAtTheSameTimeShare(t *testing.T) {
+	p := newPace()
+	next := start
+	var waits []time.Duration
+	requests := asks(&p, greedy, 64, func(now time.Time) {
+		if now.Before(next) {
+			return
+		}
+		waits = append(waits, p.delay(modest, now))
+		next = next.Add(2 * time.Millisecond)
+	})
+	assert.InDelta(t, sharedRate/2, requests, 200)
+	require.Len(t, waits, 500)
+	for _, wait := range waits {
+		require.Zero(t, wait, "a pod that asks for less than its share waits for nothing")
+	}
+}
+
+func TestNoWaitIsLong(t *testing.T) {
+	p := newPace()
+	for i := range 250 {
+		p.delay(netip.AddrFrom4([4]byte{10, 0, 1, byte(i)}), start)
+	}
+	var longest time.Duration
+	for range DefaultMaxConnectionsPerPod {
+		longest = max(longest, p.delay(greedy, start))
+	}
+	assert.Equal(t, (DefaultMaxConnectionsPerPod-paceBurst)*time.Second/leastRate, longest, "for all of its connections at once")
+}
+
+func TestSharesEndWhenTheOthersAreQuiet(t *testing.T) {
+	p, now := newPace(), start
+	many := func(now time.Time) (last time.Duration) {
+		for range 100 {
+			last = p.delay(greedy, now)
+		}
+		return last
+	}
+	p.delay(modest, now)
+	assert.Positive(t, many(now))
+	assert.Positive(t, many(now.Add(paceWindow)), "the other has asked just now")
+	assert.Zero(t, many(now.Add(2*paceWindow)))
+	p.delay(modest, now.Add(2*paceWindow))
+	assert.Positive(t, many(now.Add(2*paceWindow)))
+	assert.Zero(t, many(now.Add(4*paceWindow)), "and after a long silence")
+}
+
+func TestAddressesThatAskNoMoreAreForgotten(t *testing.T) {
+	p := newPace()
+	for i := range 1000 {
+		p.delay(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), start)
+	}
+	p.delay(greedy, start.Add(paceWindow))
+	known := func() int { return len(p.byAddr) } // the map itself would be a long failure
+	assert.Equal(t, 1000, known(), "they may have waited until now")
+	p.delay(greedy, start.Add(2*paceWindow))
+	assert.Equal(t, 1, known())
+}
+
+// The requests of one connection wait like those of many, and without end or harm.
+func TestTheServerPacesRequests(t *testing.T) {
+	for name, shape := range map[string]struct{ connections, each int }{
+		"many connections": {DefaultMaxConnectionsPerPod, 4},
+		"pipelined":        {1, 4 * DefaultMaxConnectionsPerPod},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ln := newPipes()
+				ctx, stop := context.WithCancel(t.Context())
+				var serving, asking sync.WaitGroup
+				serving.Go(func() { assert.NoError(t, New(Config{}).Serve(ctx, ln)) })
+				defer serving.Wait()
+				defer stop()
+				ask := func(from string, requests int) {
+					conn := ln.dial(from)
+					defer conn.Close()
+					asking.Go(func() {
+						for range requests {
+							_, _ = io.WriteString(conn, "GET "+tokenURL+" HTTP/1.1\r\nHost: imds\r\n\r\n")
+						}
+					})
+					answers := bufio.NewReader(conn)
+					for range requests {
+						resp, err := http.ReadResponse(answers, nil)
+						if !assert.NoError(t, err) {
+							return
+						}
+						assert.Equal(t, http.StatusBadRequest, resp.StatusCode)
+						_, _ = io.Copy(io.Discard, resp.Body)
+					}
+				}
+				began := time.Now()
+				ask(alsoBound, paceBurst)
+				assert.Zero(t, time.Since(began), "one pod alone")
+				for range shape.connections {
+					asking.Go(func() { ask(bound, shape.each) })
+				}
+				asking.Wait()
+				all := shape.connections * shape.each
+				assert.Equal(t, time.Duration(all-paceBurst)*time.Second*2/sharedRate, time.Since(began))
+			})
+		})
+	}
+}
