@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -22,25 +23,27 @@ import (
 // misuses are what bad pods do, of which there are badPods. do closes started when it is
 // at its worst, and returns, when ctx ends, what came of it.
 var misuses = []misuse{
-	{"nothing", nothing},
-	{"sends headers a byte a second, on 1,000 connections", slowloris},
-	{"opens 10,000 connections and says nothing", silence},
-	{"asks 5,000 times a second for tokens that are not in memory", misses},
-	{"asks up to 32,000 times a second for its token", tokenLoad(1)},
-	{"the same, ten times before it reads", tokenLoad(10)},
-	{"two pods: heads of 1,300 fields, on 1,200 connections, reads nothing", neverReads(testbed.TinyFields(1300))},
-	{"two pods: heads of 8 KiB, on 1,200 connections, reads nothing", neverReads(testbed.LargeHead())},
-	{"half a request, on 10,400 connections to the metrics and probe ports", pages},
-	{"dials the node's address up to 10,000 times a second", dials},
-	{"nothing, again", nothing},
+	{name: "nothing", do: nothing},
+	{name: "sends headers a byte a second, on 1,000 connections", do: slowloris},
+	{name: "opens 10,000 connections and says nothing", do: silence},
+	{name: "asks 5,000 times a second for tokens that are not in memory", do: misses},
+	{name: "asks up to 32,000 times a second for its token", do: tokenLoad(1)},
+	{name: "the same, ten times before it reads", do: tokenLoad(10)},
+	{name: "two pods: heads of 1,300 fields, on 1,200 connections, reads nothing", do: neverReads(testbed.TinyFields(1300))},
+	{name: "two pods: heads of 8 KiB, on 1,200 connections, reads nothing", do: neverReads(testbed.LargeHead())},
+	{name: "half a request, on 10,400 connections to the metrics and probe ports", do: pages},
+	{name: "ten pods: ask for new tokens that do not come, hang up, and come again", do: hangUps, hang: true},
+	{name: "dials the node's address up to 10,000 times a second", do: dials},
+	{name: "nothing, again", do: nothing},
 }
 
 type misuse struct {
 	name string
 	do   func(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string
+	hang bool // IMDS gives no tokens meanwhile
 }
 
-const badPods = 2
+const badPods = 10
 
 func nothing(ctx context.Context, _ []*testbed.Namespace, started chan<- struct{}) string {
 	close(started)
@@ -52,7 +55,7 @@ func nothing(ctx context.Context, _ []*testbed.Namespace, started chan<- struct{
 func neverReads(text string) func(context.Context, []*testbed.Namespace, chan<- struct{}) string {
 	return func(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
 		var floods []*testbed.Flood
-		for _, pod := range pods {
+		for _, pod := range pods[:2] {
 			floods = append(floods, pod.StartFlood(ctx, 600, text))
 		}
 		pause(ctx, time.Second)
@@ -167,11 +170,47 @@ func pages(ctx context.Context, pods []*testbed.Namespace, started chan<- struct
 	return result
 }
 
+// hangUps asks for tokens that are not in memory, each time with more behind the request,
+// and resets the connection before there is an answer. Then http.Server does not notice
+// that the client has gone.
+func hangUps(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
+	const workers, hold = 64, 100 * time.Millisecond
+	head := testbed.LargeHead()
+	var asked atomic.Int64
+	var running sync.WaitGroup
+	for i, pod := range pods {
+		for j := range workers {
+			running.Go(func() {
+				for n := 0; ctx.Err() == nil; n++ {
+					conn := dial(ctx, pod, testbed.MetadataAddress)
+					if conn == nil {
+						continue
+					}
+					request := strings.Replace(head, "vault", fmt.Sprintf("hung-%d-%d-%d", i, j, n), 1)
+					if _, err := io.WriteString(conn, request+"G"); err == nil {
+						asked.Add(1)
+						pause(ctx, hold)
+					}
+					if tcp, ok := conn.(*net.TCPConn); ok {
+						_ = tcp.SetLinger(0)
+					}
+					_ = conn.Close()
+				}
+			})
+		}
+	}
+	pause(ctx, time.Second)
+	close(started)
+	<-ctx.Done()
+	running.Wait()
+	return fmt.Sprintf("%d requests", asked.Load())
+}
+
 // dials opens connections to the agent's port on the node's address, which nothing has
 // redirected. It does so in the pod's namespace, without Go's net, which needs more of
 // its core for a dial than the agent to refuse it.
 func dials(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
-	const workers, perSecond = 4, 10_000
+	const workers, perSecond = 16, 10_000
 	var dialled atomic.Int64
 	var running sync.WaitGroup
 	to := &unix.SockaddrInet4{Port: 2579, Addr: netip.MustParseAddr(testbed.NodeAddress).As4()}
@@ -183,11 +222,12 @@ func dials(ctx context.Context, pods []*testbed.Namespace, started chan<- struct
 					if ahead := time.Duration(n)*time.Second*workers/perSecond - time.Since(began); ahead > time.Millisecond {
 						time.Sleep(ahead)
 					}
-					fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+					fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 					if err != nil {
 						return err
 					}
-					if unix.Connect(fd, to) == nil {
+					if err := unix.Connect(fd, to); err == nil || errors.Is(err, unix.EINPROGRESS) {
+						_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 1) // #nosec G115 -- file descriptors are small
 						dialled.Add(1)
 					}
 					_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})

@@ -36,6 +36,8 @@ const (
 	metricsAddress = testbed.NodeAddress + ":9090"
 	probeAddress   = testbed.NodeAddress + ":8085"
 
+	latency = 20 * time.Millisecond // of IMDS
+
 	maxMemory = 100 << 20 // bytes
 	maxRatio  = 3         // of the 99th percentile to its quiet value
 )
@@ -67,7 +69,7 @@ func main() {
 }
 
 func run(ctx context.Context, length time.Duration, only string) (err error) {
-	w, err := testbed.NewWorld(ctx, imdstest.Config{Identities: []imdstest.Identity{identity}, Latency: 20 * time.Millisecond})
+	w, err := testbed.NewWorld(ctx, imdstest.Config{Identities: []imdstest.Identity{identity}, Latency: latency})
 	if err != nil {
 		return err
 	}
@@ -139,6 +141,10 @@ func measureMisuse(ctx context.Context, w *testbed.World, good *testbed.Pod, pod
 		err := withAgent(ctx, w, func(agent *testbed.Agent, limit *testbed.MemoryLimit) error {
 			if _, err := ask(ctx, good, length/5); err != nil { // warm
 				return err
+			}
+			if misuse.hang {
+				w.IMDS.SetLatency(time.Minute)
+				defer w.IMDS.SetLatency(latency)
 			}
 			others, err := startBad(ctx, number, pods)
 			if err != nil {
