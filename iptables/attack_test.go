@@ -49,6 +49,7 @@ func fencesToTry(backend iptables.Backend) []fences {
 func (n *node) fenced(mode iptables.Mode, f fences) {
 	n.t.Helper()
 	n.redirect(mode)()
+	n.iptablesOn(n.backend, "raw", "-F") // it would stop forged packets before either fence
 	if !f.routing {
 		for _, pref := range []string{"11", "10", "12"} {
 			n.run("", "ip", "rule", "del", "pref", pref)

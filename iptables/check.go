@@ -16,21 +16,12 @@ const (
 	partGuard      = "guard"      // the guard chain
 	partRedirect   = "redirect"   // the redirect
 	partWireserver = "wireserver" // the rule of BlockWireserver
+	partInput      = "input"      // the rule against connections that were not redirected
+	partAntispoof  = "antispoof"  // the rule against forged packets
 )
 
 // Parts lists what Run keeps in place, in the order in which it is written.
-var Parts = []string{partRouting, partGuard, partRedirect, partWireserver}
-
-func (c chain) part() string {
-	switch c.name {
-	case guardName:
-		return partGuard
-	case wireserverName:
-		return partWireserver
-	default:
-		return partRedirect
-	}
-}
+var Parts = []string{partRouting, partGuard, partRedirect, partWireserver, partInput, partAntispoof}
 
 // check is one check of everything that Run keeps in place.
 type check struct {
@@ -50,30 +41,45 @@ type check struct {
 func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
 	var c check
 	r.checkRoutingFence(&c)
-	redirected := r.checkChains(ctx, &c, status)
+	redirected := r.checkRequired(ctx, &c, status)
 	r.logGone(ctx, &c)
+	r.logWritten(ctx, c.written, status)
+	if r.kernel != nil {
+		required := len(c.written)
+		c.gone = nil
+		r.checkChains(ctx, &c, hardening(r.cfg, status.Mode))
+		r.logGone(ctx, &c)
+		r.logWritten(ctx, c.written[required:], status)
+	}
 	if len(c.written) > 0 {
 		r.repairs.Add(1)
 		r.written = append(r.written, time.Now())
-		level := slog.LevelInfo
-		if len(r.written) > contested {
-			level = slog.LevelDebug // it is said once a minute, see contest
-		}
-		r.cfg.Logger.Log(ctx, level, "routing and iptables rules put in place", "rules", c.written, "mode", status.Mode, "why", status.Why)
+		r.settled = false
 	}
 	status.rules = c.notes
 	if c.optional != nil {
 		if text := c.optional.Error(); text != r.optional {
-			r.cfg.Logger.Warn("mode none goes on without a fence", "error", c.optional)
+			r.cfg.Logger.Warn("running without rules that are not required", "error", c.optional)
 		}
-		status.rules = append(status.rules, "not all is in place that keeps pods from the metadata service where the redirect of others fails: "+
-			strings.ReplaceAll(c.optional.Error(), "\n", "; "))
+		status.rules = append(status.rules, "running without rules that are not required: "+strings.ReplaceAll(c.optional.Error(), "\n", "; "))
 	}
 	r.optional = errorText(c.optional)
 	if !r.settled && redirected {
 		r.settle(ctx)
 	}
 	return len(c.written) > 0, c.err
+}
+
+// logWritten says which parts have just been written.
+func (r *Reconciler) logWritten(ctx context.Context, written []string, status *Status) {
+	if len(written) == 0 {
+		return
+	}
+	level := slog.LevelInfo
+	if len(r.written) >= contested {
+		level = slog.LevelDebug // it is said once a minute, see contest
+	}
+	r.cfg.Logger.Log(ctx, level, "routing and iptables rules put in place", "rules", written, "mode", status.Mode, "why", status.Why)
 }
 
 // Fence writes the fences now where there are none, and returns why one could not be
@@ -103,9 +109,10 @@ func (r *Reconciler) Fence(ctx context.Context) error {
 }
 
 // failed records the error of a part. In mode None nothing is required but what was
-// asked for.
+// asked for. What hardens is nowhere: a node whose kernel lacks a module for it is
+// better off with an agent that serves.
 func (r *Reconciler) failed(c *check, part string, err error) {
-	if r.cfg.Mode == None && part != partWireserver {
+	if r.cfg.Mode == None && part != partWireserver || part == partInput || part == partAntispoof {
 		c.optional = errors.Join(c.optional, err)
 	} else {
 		c.err = errors.Join(c.err, err)
@@ -128,8 +135,9 @@ func (r *Reconciler) checkRoutingFence(c *check) {
 	c.notes = append(c.notes, notes...)
 }
 
-// checkChains reports whether the redirect, if there is to be one, is in place now.
-func (r *Reconciler) checkChains(ctx context.Context, c *check, status *Status) (redirected bool) {
+// checkRequired checks the chains that are required, and reports whether the redirect,
+// if there is to be one, is in place now.
+func (r *Reconciler) checkRequired(ctx context.Context, c *check, status *Status) (redirected bool) {
 	err := r.open()
 	if status.Mode == AutoMode {
 		status.Mode = DNAT
@@ -146,21 +154,24 @@ func (r *Reconciler) checkChains(ctx context.Context, c *check, status *Status) 
 		r.failed(c, part, fmt.Errorf("no iptables rules can be written: %w", err))
 		return false
 	}
+	return r.checkChains(ctx, c, desired(r.cfg, status.Mode))
+}
+
+// checkChains checks some chains, and reports whether the redirect, if it is among
+// them, is in place now.
+func (r *Reconciler) checkChains(ctx context.Context, c *check, chains []chain) (redirected bool) {
 	redirected = true
-	chains := desired(r.cfg, status.Mode)
 	found := r.kernel.readAll(chains)
 	for i, want := range chains {
-		part := want.part()
 		standing, err := r.checkChain(ctx, c, want, found[i])
-		if part == partGuard && !standing {
-			c.down = append(c.down, part)
+		if want.part == partGuard && !standing {
+			c.down = append(c.down, want.part)
 		}
 		if err != nil {
-			redirected = redirected && part != partRedirect
-			r.failed(c, part, fmt.Errorf("%s (chain %s, first in %s of the table %s) is not in place: %w", described[part], want.name, want.hook, want.table, err))
+			redirected = redirected && want.part != partRedirect
+			r.failed(c, want.part, fmt.Errorf("%s (chain %s, %s) is not in place: %w", want.purpose, want.name, want.place(), err))
 		}
 	}
-	r.settled = r.settled && len(c.written) == 0
 	return redirected
 }
 
@@ -170,19 +181,13 @@ func (r *Reconciler) inPlace(want chain) bool {
 	return err == nil && s.install(want.rules) == ""
 }
 
-var described = map[string]string{
-	partGuard:      "the guard that drops what is forwarded to or from the metadata service",
-	partRedirect:   "the redirect of pods' requests to the agent",
-	partWireserver: "the rule that rejects what pods send to the wireserver",
-}
-
 // checkChain makes a chain and its jump as they should be, and reports whether they
 // were.
 func (r *Reconciler) checkChain(ctx context.Context, c *check, want chain, found stateOrError) (standing bool, err error) {
 	if found.err != nil {
 		return false, found.err
 	}
-	s, part := found.state, want.part()
+	s, part := found.state, want.part
 	if part == partRedirect && strings.Contains(want.rules[0], "-j DNAT") {
 		if err := ensureAddress(r.cfg.Address); err != nil {
 			return false, err
@@ -229,8 +234,14 @@ func meanwhile(gone, down []string) string {
 	case slices.Contains(gone, partRouting) || slices.Contains(gone, partGuard):
 		said = append(said, "pods' requests for tokens were served; the other fence stood, and none reached the metadata service")
 	}
-	if slices.Contains(gone, partWireserver) {
-		said = append(said, "pods may have reached the wireserver")
+	for _, tc := range []struct{ part, text string }{
+		{partWireserver, "pods may have reached the wireserver"},
+		{partInput, "connections to the agent's port that were not redirected were refused by the agent itself"},
+		{partAntispoof, "forged packets may have kept the node from the metadata service"},
+	} {
+		if slices.Contains(gone, tc.part) {
+			said = append(said, tc.text)
+		}
 	}
 	return strings.Join(said, "; ")
 }

@@ -23,17 +23,14 @@ func (r *Reconciler) settle(ctx context.Context) {
 	}
 	// An NMI that used the other backend left a chain there, which would send
 	// pods to a port or an address of its own; an agent with --block-wireserver
-	// left that behind.
-	elsewhere := ours
+	// left that behind, and one in another mode than None a rule that would drop what
+	// others redirect.
+	elsewhere := slices.Clone(ours)
 	if r.cfg.Mode == None {
-		elsewhere = []chain{wireserverChain, guardChain}
+		elsewhere = slices.DeleteFunc(elsewhere, func(c chain) bool { return c.part == partRedirect })
 	}
 	removed, removeErr := removeFrom(ctx, r.backend().other(), elsewhere)
-	var stale bool
-	var staleErr error
-	if !r.cfg.BlockWireserver {
-		stale, staleErr = removeFrom(ctx, r.backend(), []chain{wireserverChain})
-	}
+	stale, staleErr := removeFrom(ctx, r.backend(), unwanted(r.cfg))
 	if removed || stale {
 		r.cfg.Logger.Info("removed chains of another agent")
 	}
@@ -42,6 +39,18 @@ func (r *Reconciler) settle(ctx context.Context) {
 		return
 	}
 	r.settled = true
+}
+
+// unwanted are the chains of ours that the configuration does not ask for in any mode
+// that it leaves open. A redirect from before stays in mode None.
+func unwanted(cfg Config) (chains []chain) {
+	if !cfg.BlockWireserver {
+		chains = append(chains, wireserverChain)
+	}
+	if cfg.Mode == None {
+		chains = append(chains, inputChain)
+	}
+	return chains
 }
 
 // removeFrom removes the jumps to the chains and then the chains from a backend,

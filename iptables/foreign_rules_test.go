@@ -47,7 +47,7 @@ func (n *node) otherRules() []string {
 		line = strings.TrimSpace(line)
 		chain, made := strings.CutSuffix(line, " - [0:0]")
 		switch {
-		case strings.Contains(line, "aad-metadata"), strings.Contains(line, "nmi-guard"):
+		case strings.Contains(line, "aad-metadata"), strings.Contains(line, "nmi-"):
 		case strings.HasPrefix(line, "*"):
 			table = line
 		case made:

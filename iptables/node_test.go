@@ -149,22 +149,16 @@ func (n *node) ask() string { return ask(n.pod) }
 func ask(pod *testbed.Pod) string { return askFor(pod, patience) }
 
 // askFor is ask for a pod that gives up; "" when it has heard nothing by then.
-func askFor(pod *testbed.Pod, patience time.Duration) string {
-	client := pod.Client(patience)
-	defer client.CloseIdleConnections()
-	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
-	if err != nil {
-		return ""
-	}
-	defer resp.Body.Close()
-	body, _ := io.ReadAll(resp.Body)
-	return string(body)
-}
+func askFor(pod *testbed.Pod, patience time.Duration) string { return get(pod.Client(patience)) }
 
 // askFromNode is what the node itself hears from the metadata service.
 func (n *node) askFromNode() string {
-	n.t.Helper()
-	client := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}
+	return get(&http.Client{Timeout: patience, Transport: &http.Transport{}})
+}
+
+// get asks the metadata service over a new connection; "" when nothing comes.
+func get(client *http.Client) string {
+	defer client.CloseIdleConnections()
 	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
 	if err != nil {
 		return ""

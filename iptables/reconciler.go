@@ -261,8 +261,10 @@ func (r *Reconciler) tables() (names []string) {
 	if mode == AutoMode {
 		mode = DNAT // either
 	}
-	for _, c := range desired(r.cfg, mode) {
-		names = append(names, c.table)
+	for _, c := range slices.Concat(desired(r.cfg, mode), hardening(r.cfg, mode)) {
+		if !slices.Contains(names, c.table) {
+			names = append(names, c.table)
+		}
 	}
 	return names
 }

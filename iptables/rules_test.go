@@ -34,6 +34,32 @@ func TestDesired(t *testing.T) {
 	assert.Equal(t, "filter", wireserverChain.table)
 }
 
+func TestHardening(t *testing.T) {
+	const (
+		input     = "-A nmi-input ! -i lo -p tcp -m tcp --dport 2579 -m conntrack ! --ctstate DNAT -j DROP"
+		antispoof = "-A nmi-antispoof -s 169.254.169.254/32 -m rpfilter --invert -j DROP"
+	)
+	for mode, want := range map[Mode][]string{Redirect: {input, antispoof}, DNAT: {input, antispoof}, None: {antispoof}} {
+		assert.Equal(t, want, rulesOf(hardening(config, mode)), mode)
+	}
+	assert.Equal(t, "-A INPUT -j nmi-input", inputChain.jump())
+	assert.Equal(t, "mangle", inputChain.table)
+	assert.Equal(t, "-A PREROUTING -j nmi-antispoof", antispoofChain.jump())
+	assert.Equal(t, "raw", antispoofChain.table)
+}
+
+// Calico's raw chain may come first: it drops forged packets itself.
+func TestAntispoofMayComeAfterOthers(t *testing.T) {
+	const calico, jump = "-A PREROUTING -j cali-PREROUTING", "-A PREROUTING -j nmi-antispoof"
+	want := hardening(config, None)[0]
+	for _, hook := range [][]string{{jump}, {calico, jump}, {jump, calico}} {
+		assert.Empty(t, state{chain: want, hookRules: hook, exists: true}.install(want.rules), hook)
+	}
+	for _, hook := range [][]string{nil, {calico}, {calico, jump, jump}, {calico, "-A PREROUTING -i eth0 -j nmi-antispoof"}} {
+		assert.Contains(t, state{chain: want, hookRules: hook, exists: true}.install(want.rules), "-I PREROUTING 1 -j nmi-antispoof\n", hook)
+	}
+}
+
 func rulesOf(chains []chain) (rules []string) {
 	for _, c := range chains {
 		rules = append(rules, c.rules...)
@@ -128,6 +154,8 @@ func TestMeanwhile(t *testing.T) {
 		"all":                    {[]string{partRouting, partGuard, partRedirect}, []string{partRouting, partGuard}, "tokens of the node's identities"},
 		"one, the other refused": {[]string{partRouting}, []string{partRouting, partGuard}, "tokens of the node's identities"},
 		"the wireserver's":       {[]string{partWireserver}, nil, "may have reached the wireserver"},
+		"input":                  {[]string{partInput}, nil, "refused by the agent itself"},
+		"antispoof":              {[]string{partAntispoof}, nil, "may have kept the node from the metadata service"},
 	} {
 		assert.Contains(t, meanwhile(tc.gone, tc.down), tc.want, name)
 	}

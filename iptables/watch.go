@@ -135,7 +135,7 @@ type getInfo struct {
 }
 
 // layouts are those of the legacy tables that matter.
-type layouts [3]getInfo
+type layouts [4]getInfo
 
 func (w *watcher) layouts() (all layouts) {
 	for i, table := range w.legacy {

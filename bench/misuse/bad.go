@@ -207,8 +207,8 @@ func hangUps(ctx context.Context, pods []*testbed.Namespace, started chan<- stru
 }
 
 // dials opens connections to the agent's port on the node's address, which nothing has
-// redirected. It does so in the pod's namespace, without Go's net, which needs more of
-// its core for a dial than the agent to refuse it.
+// redirected, and waits a moment for an answer. It does so in the pod's namespace,
+// without Go's net, which needs more of its core for a dial than the agent to refuse it.
 func dials(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
 	const workers, perSecond = 16, 10_000
 	var dialled atomic.Int64

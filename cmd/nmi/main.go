@@ -69,8 +69,9 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 		Use:   "cleanup",
 		Short: "Remove the agent's rules and address from this node",
 		Long: `cleanup removes, in this order, the redirect (the iptables chain aad-metadata), the
-rule of --block-wireserver (nmi-wireserver), the fences (the chain nmi-guard and the
-policy routing rules 10, 11 and 12), and the agent's own address from lo; nothing else.
+rule of --block-wireserver (nmi-wireserver), the rules against floods (nmi-input and
+nmi-antispoof), the fences (the chain nmi-guard and the policy routing rules 10, 11
+and 12), and the agent's own address from lo; nothing else.
 Chains are removed from both iptables backends, with the jumps to them.
 
 Run it after the agent has been uninstalled. Pods are refused until the last fence is

@@ -50,6 +50,9 @@ type Config struct {
 	// port of the node that leads to the first of Ports. The others follow one by one.
 	Host     netip.Addr
 	HostPort uint16
+	// Flood is how many ports of Host, from HostPort on, are sent a forged packet each.
+	// Nothing else is done then.
+	Flood    uint16
 	Patience time.Duration // for one attempt, from the pod's SYN to the last byte of the answer
 	Path     string        // to ask for
 }
@@ -108,6 +111,15 @@ func run(cfg Config) ([]Result, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), cfg.Patience)
 	defer cancel()
 
+	for i := range cfg.Flood {
+		to := netip.AddrPortFrom(cfg.Host, cfg.HostPort+i)
+		if err := w.send(segment{from: cfg.Metadata, to: to, seq: forgedSeq, ack: 1, flags: flagACK, ttl: 64, md5: true}); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Flood > 0 {
+		return nil, nil
+	}
 	forged := make(map[uint16]segment) // by the pod's port
 	for i, port := range cfg.Ports {
 		to := netip.AddrPortFrom(cfg.Pod, port)

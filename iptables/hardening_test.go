@@ -1,0 +1,220 @@
+package iptables_test
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/deploy/testbed/attack"
+	"github.com/podidentity/nmi/iptables"
+)
+
+// dial connects a pod, or with nil the node itself, with an address of the node.
+func dial(pod *testbed.Pod, address string, patience time.Duration) (err error) {
+	connect := func() error {
+		conn, err := net.DialTimeout("tcp4", address, patience)
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	}
+	if pod == nil {
+		return connect()
+	}
+	return pod.Do(connect)
+}
+
+// unanswered reports whether a connection attempt got no answer at all.
+func unanswered(err error) bool {
+	var timeout net.Error
+	return errors.As(err, &timeout) && timeout.Timeout()
+}
+
+func TestDirectConnectionsToTheAgentsPort(t *testing.T) {
+	for _, backend := range backends {
+		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
+			t.Run(fmt.Sprintf("%s, mode %s", backend, mode), func(t *testing.T) {
+				n := newNode(t, backend, testbed.Ptp)
+				n.agent(iptables.Redirect) // on all addresses
+				stop := n.redirect(mode)
+				direct := []string{testbed.NodeAddress + ":2579", "10.244.0.1:2579"} // by the pod's gateway, too
+				if mode == iptables.DNAT {
+					direct = append(direct, "169.254.169.252:2579")
+				}
+				for _, address := range direct {
+					assert.True(t, unanswered(dial(n.pod, address, aMoment)), address)
+				}
+				assert.Equal(t, "agent", n.ask(), "what is redirected is served")
+				for _, address := range []string{"127.0.0.1:2579", testbed.NodeAddress + ":2579"} {
+					assert.NoError(t, dial(nil, address, patience), "the node itself, over lo, at %s", address)
+				}
+
+				n.iptablesOn(backend, "mangle", "-F", "nmi-input")
+				n.eventually(func() bool { return unanswered(dial(n.pod, direct[0], aMoment)) }, "repaired")
+				n.iptablesOn(backend, "mangle", "-I", "INPUT", "1", "-j", "ACCEPT")
+				n.eventually(func() bool { return unanswered(dial(n.pod, direct[0], aMoment)) }, "first again")
+				n.iptablesOn(backend, "mangle", "-D", "INPUT", "-j", "ACCEPT")
+
+				stop()
+				n.iptablesOn(backend, "mangle", "-F", "nmi-input")
+				assert.NoError(t, dial(n.pod, direct[0], patience), "without the rule the kernel shakes hands")
+				n.redirect(mode)()
+				require.True(t, unanswered(dial(n.pod, direct[0], aMoment)))
+				require.NoError(t, iptables.Cleanup(t.Context(), n.config(mode)))
+				assert.NoError(t, dial(n.pod, direct[0], patience))
+				assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-")
+			})
+		}
+	}
+}
+
+// A redirect of others may leave no trace in conntrack.
+func TestModeNoneTakesDirectConnections(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect) // on all addresses
+			const address = testbed.NodeAddress + ":2579"
+			n.redirect(iptables.DNAT)()
+			require.True(t, unanswered(dial(n.pod, address, aMoment)))
+			n.redirect(iptables.None) // the agent before had another mode
+			n.eventually(func() bool { return dial(n.pod, address, patience) == nil }, "taken away")
+			assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-input")
+		})
+	}
+}
+
+// Whoever takes over may have another port. Connections that the predecessor has still
+// to answer are not cut.
+func TestAnotherPort(t *testing.T) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect)
+			stop := n.redirect(iptables.Redirect)
+			before := connect(t, n.pod.DialContext)
+			answer, err := before.ask()
+			require.NoError(t, err)
+			require.Equal(t, "agent", answer)
+			stop()
+
+			ln, err := net.Listen("tcp4", "0.0.0.0:2580")
+			require.NoError(t, err)
+			n.serve(ln, func(string) string { return "next agent" })
+			cfg := n.config(iptables.Redirect)
+			cfg.Port = 2580
+			n.reconcile(cfg)
+			assert.Equal(t, "next agent", n.ask())
+			answer, err = before.ask()
+			require.NoError(t, err)
+			assert.Equal(t, "agent", answer, "from before")
+			assert.True(t, unanswered(dial(n.pod, testbed.NodeAddress+":2580", aMoment)))
+			assert.NoError(t, dial(n.pod, testbed.NodeAddress+":2579", patience), "the old port may be somebody else's now")
+		})
+	}
+}
+
+// The ports that the node's own connections are made from, so that a flood of all of
+// them is short.
+const firstPort, ports = 40000, 500
+
+// Forged answers of the metadata service to connections that the node has yet to make
+// spoil these where the node drops what conntrack finds invalid.
+func TestAFloodOfForgedAnswersToTheNode(t *testing.T) {
+	const ranges = "/proc/sys/net/ipv4/ip_local_port_range"
+	before, err := os.ReadFile(ranges)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(ranges, []byte(fmt.Sprint(firstPort, firstPort+ports-1)), 0o644))
+	t.Cleanup(func() { assert.NoError(t, os.WriteFile(ranges, before, 0o644)) })
+	for _, backend := range backends {
+		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT, iptables.None} {
+			t.Run(fmt.Sprintf("%s, mode %s", backend, mode), func(t *testing.T) {
+				n := newNode(t, backend, testbed.Ptp)
+				n.rpFilter(n.pod.Link, "0")
+				n.iptablesOn(backend, "filter", "-A", "INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+				t.Cleanup(func() { n.iptablesOn(backend, "filter", "-F", "INPUT") })
+				n.agent(iptables.Redirect) // on all addresses
+				stop := n.redirect(mode)
+				flood := func() {
+					t.Helper()
+					require.NoError(t, netlink.ConntrackTableFlush(netlink.ConntrackTable))
+					for _, to := range []string{testbed.NodeAddress, "169.254.169.252"} {
+						_, err := n.pod.Attack(t.Context(), attack.Config{Host: netip.MustParseAddr(to), HostPort: firstPort, Flood: ports})
+						require.NoError(t, err)
+					}
+				}
+				for _, setting := range []string{"0", "2"} {
+					n.rpFilter(n.network.Uplink.Name, setting)
+					flood()
+					assert.Empty(t, forgedEntries(t), "uplink's rp_filter %s", setting)
+					for range 5 {
+						assert.Equal(t, "imds", n.askFromNode(), "uplink's rp_filter %s", setting)
+					}
+				}
+				if mode != iptables.None {
+					assert.Equal(t, "agent", n.ask())
+				}
+				n.iptablesOn(backend, "raw", "-F")
+				n.eventually(func() bool { flood(); return len(forgedEntries(t)) == 0 }, "repaired")
+
+				stop()
+				n.iptablesOn(backend, "raw", "-F")
+				flood()
+				require.GreaterOrEqual(t, len(forgedEntries(t)), ports, "without the rule")
+				assert.Error(t, dial(nil, testbed.MetadataAddress, aMoment), "the flood keeps the node from it")
+				require.NoError(t, netlink.ConntrackTableFlush(netlink.ConntrackTable))
+
+				n.redirect(mode)()
+				require.NoError(t, iptables.Cleanup(t.Context(), n.config(mode)))
+				assert.NotContains(t, n.iptablesOn(backend, "raw", "-S"), "nmi-")
+			})
+		}
+	}
+}
+
+// A second way to the metadata service is the node's choice, and no forgery.
+func TestAnswersComeByTheRouteThatTheNodeHas(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	second, err := n.network.AddUplink()
+	require.NoError(t, err)
+	n.redirect(iptables.Redirect)
+	for _, uplink := range []*testbed.Uplink{second, n.network.Uplink} {
+		require.NoError(t, uplink.Route("169.254.169.254/32"))
+		assert.Equal(t, "imds", n.askFromNode(), uplink.Name)
+	}
+}
+
+// A kernel without a module is no reason to hand out no tokens.
+func TestWithoutModulesForHardening(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	bin := t.TempDir()
+	writeScript(t, bin+"/iptables-nft", `exec /usr/sbin/iptables-nft "$@"`)
+	writeScript(t, bin+"/iptables-nft-restore", `input=$(cat)
+case "$input" in *rpfilter*|*ctstate*)
+	echo "iptables-nft-restore v1.8.9 (nf_tables): line 4: RULE_APPEND failed (No such file or directory): rule in chain x" >&2
+	exit 4
+esac
+printf '%s\n' "$input" | exec /usr/sbin/iptables-nft-restore "$@"`)
+	setPath(t, bin+":/usr/bin:/bin")
+	n.agent(iptables.Redirect)
+	r, _ := n.reconcile(n.config(iptables.Redirect))
+	assert.Equal(t, "agent", n.ask())
+	require.Len(t, r.Status().Notes, 1)
+	for _, says := range []string{
+		"running without rules that are not required: ",
+		"(chain nmi-input, first in INPUT of the table mangle) is not in place",
+		"(chain nmi-antispoof, in PREROUTING of the table raw) is not in place",
+		"the kernel lacks a module",
+	} {
+		assert.Contains(t, r.Status().Notes[0], says)
+	}
+}
