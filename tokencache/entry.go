@@ -79,12 +79,16 @@ func newEntry(key Key, token *Token, now time.Time, jitter float64) *entry {
 	default:
 		e.refreshAt = e.deadline.Add(-lastMinutes - spread(lastMinutes))
 	}
-	e.freshUntil.wall = token.ExpiresOn.Add(-lastMinutes).Round(0)
+	e.setFreshUntil()
+	return e
+}
+
+func (e *entry) setFreshUntil() {
+	e.freshUntil.wall = e.token.ExpiresOn.Add(-lastMinutes).Round(0)
 	e.freshUntil.monotonic = e.deadline.Add(-lastMinutes)
 	if e.refreshAt.Before(e.freshUntil.monotonic) {
 		e.freshUntil.monotonic = e.refreshAt
 	}
-	return e
 }
 
 // left is how long the token is good for: by the clock that says less.

@@ -1,6 +1,10 @@
 package tokencache
 
-import "time"
+import (
+	"fmt"
+	"io"
+	"time"
+)
 
 // Token is an access token and what its issuer said about it. Tokens are shared
 // between callers and must not be changed.
@@ -24,3 +28,14 @@ type Token struct {
 	// an outage of its own; the same as ExpiresOn where it grants none.
 	ExtExpiresOn time.Time
 }
+
+// String names the token without giving it away.
+func (t Token) String() string {
+	return fmt.Sprintf("token of client %q for %q until %s", t.ClientID, t.Resource, t.ExpiresOn.UTC().Format(time.RFC3339))
+}
+
+// Format implements fmt.Formatter: all verbs print String.
+func (t Token) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, t.String()) }
+
+// MarshalText implements encoding.TextMarshaler, for encoders such as JSON's and slog's.
+func (t Token) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
