@@ -124,7 +124,7 @@ func newFuzzedFront(f *testing.F) *fuzzedFront {
 		f.Cleanup(server.Close)
 		base, err := url.Parse(server.URL)
 		require.NoError(f, err)
-		up := upstream.New(upstream.Config{IMDS: base})
+		up := upstream.New(upstream.Config{IMDS: base, PerSecond: 1 << 20, AtOnce: 1 << 10})
 		f.Cleanup(up.Close)
 		return imds, up
 	}
@@ -133,7 +133,7 @@ func newFuzzedFront(f *testing.F) *fuzzedFront {
 	front.passed, passOn = serve()
 	front.tokens, fetch = serve()
 	// No limit to what IMDS may be asked, and little memory.
-	tokens := tokencache.New(fetch.Token, tokencache.Config{Size: 16, PerSecond: 1 << 20, AtOnce: 1 << 10})
+	tokens := tokencache.New(fetch.Token, tokencache.Config{Size: 16})
 	f.Cleanup(tokens.Close)
 
 	ctx, cancel := context.WithCancel(context.Background())

@@ -17,7 +17,7 @@ func throttledFor(t *testing.T, err error) time.Duration {
 	t.Helper()
 	var failure *Failure
 	require.ErrorAs(t, err, &failure)
-	var over *overRateError
+	var over *rateError
 	require.ErrorAs(t, err, &over)
 	assert.Equal(t, Throttled, failure.Class)
 	return failure.RetryAfter
@@ -27,12 +27,12 @@ func throttledFor(t *testing.T, err error) time.Duration {
 // were fetched.
 func flood(t *testing.T, c *Cache, name string, caller netip.Addr, lasts time.Duration) (fetched int) {
 	t.Helper()
-	before := c.Stats().Flights
+	before := c.Stats().Fetches
 	for n := range int(lasts / (10 * time.Millisecond)) {
 		_, _ = c.Get(t.Context(), numberedFor(name, n), caller)
 		time.Sleep(10 * time.Millisecond)
 	}
-	return int(c.Stats().Flights - before)
+	return int(c.Stats().Fetches - before)
 }
 
 func numberedFor(name string, i int) Key {
@@ -93,7 +93,7 @@ func TestRefusalsInARowSlowTheirCallerDown(t *testing.T) {
 		assert.InDelta(t, 100*time.Second/(3200*time.Millisecond), flood(t, c, "b", alice, 100*time.Second), 1)
 		_, err := c.Get(t.Context(), key, alice)
 		assert.LessOrEqual(t, throttledFor(t, err), 3200*time.Millisecond)
-		require.ErrorContains(t, err, "requests for new tokens were refused, so that it may make one in 3.2s")
+		require.ErrorContains(t, err, "requests for new tokens were refused; it is limited to one every 3.2s")
 		assert.InDelta(t, callerBurst+callerRate, flood(t, c, "a bob", bob, time.Second), callerRate, "for it alone")
 
 		up.fail(nil)
@@ -158,7 +158,7 @@ func TestAGoodKeyIsServedBesideMadeUpOnes(t *testing.T) {
 // Tokens in memory are refreshed however much their pod asks for.
 func TestRefreshesAreNotCharged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, life: time.Hour}
+		up := &fakeUpstream{imds: slots(), entra: slots(), life: time.Hour}
 		c := drawn(New(up.fetch, Config{InUse: (&inUse{}).ask}), 0)
 		defer c.Close()
 		for i := range callerBurst {
@@ -203,9 +203,9 @@ func TestBudgetsAreBounded(t *testing.T) {
 	up := &fakeUpstream{err: classed{class: Refused}}
 	c := New(up.fetch, Config{})
 	defer c.Close()
-	for i := range 3 * maxBudgets {
+	for i := range 3 * maxQuotas {
 		_, err := c.Get(t.Context(), numbered(i), pod(i))
 		require.Error(t, err)
 	}
-	assert.Equal(t, maxBudgets, c.budgets.byCaller.Len())
+	assert.Equal(t, maxQuotas, c.quotas.Len())
 }

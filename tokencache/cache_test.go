@@ -14,6 +14,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 func TestSecondCallerIsAnsweredFromMemory(t *testing.T) {
@@ -25,13 +27,13 @@ func TestSecondCallerIsAnsweredFromMemory(t *testing.T) {
 		begin := time.Now()
 		assert.Equal(t, "token-1", get(t, c))
 		assert.Zero(t, time.Since(begin), "no waiting on a hit")
-		assert.Equal(t, Stats{Fresh: 1, Misses: 1, Flights: 1, Entries: 1}, c.Stats())
+		assert.Equal(t, Stats{Fresh: 1, Misses: 1, Fetches: 1, Entries: 1}, c.Stats())
 	})
 }
 
 func TestManyCallersOfAColdKeyMakeOneCall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{takes: time.Second, turns: true}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		var wg sync.WaitGroup
@@ -71,72 +73,34 @@ func TestACallerThatLeavesFailsNoOther(t *testing.T) {
 	})
 }
 
-func TestAFlightThatNobodyWaitsForEnds(t *testing.T) {
+// Its token is there when they come back.
+func TestAFetchGoesOnWithoutCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var ended error
-		c := New(func(ctx context.Context, _ Request) (*Token, error) {
-			<-ctx.Done()
-			ended = ctx.Err()
-			return nil, ctx.Err()
-		}, Config{})
+		up := &fakeUpstream{takes: 2 * time.Second}
+		c := New(up.fetch, Config{})
 		defer c.Close()
 		impatient, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		_, err := c.Get(impatient, key, alice)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		synctest.Wait()
-		assert.ErrorIs(t, ended, context.Canceled)
-		assert.Zero(t, c.Stats().Failures, "it says nothing of the upstream")
-		assert.Zero(t, c.Stats().Failing)
-		assert.Empty(t, c.wants)
-		assert.Empty(t, c.started)
+		time.Sleep(time.Second / 2)
+		begin := time.Now()
+		assert.Equal(t, "token-1", get(t, c))
+		assert.Equal(t, time.Second/2, time.Since(begin), "it is joined")
+		assert.Equal(t, "token-1", get(t, c))
+		assertIdle(t, c)
 	})
 }
 
-func TestWhoComesAsTheLastOneLeavesGetsAFlightOfItsOwn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{takes: time.Second}
-		c := New(func(ctx context.Context, req Request) (*Token, error) {
-			token, err := up.fetch(ctx, req)
-			if ctx.Err() != nil {
-				time.Sleep(time.Second / 2) // slow to notice that it is not wanted
-			}
-			return token, err
-		}, Config{})
-		defer c.Close()
-		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
-		defer cancel()
-		_, err := c.Get(impatient, key, alice)
-		require.Error(t, err)
-		for _, later := range []time.Duration{0, 3 * time.Second / 4} { // before the first has noticed, and after
-			go func() {
-				time.Sleep(later)
-				assert.Equal(t, "token-2", get(t, c))
-			}()
-		}
-		time.Sleep(2 * time.Second)
-		assert.Equal(t, 2, up.asked())
-	})
-}
-
-func TestAFlightHasItsOwnDeadline(t *testing.T) {
-	for _, turns := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) { flightHasItsOwnDeadline(t, turns) })
-	}
-}
-
-func flightHasItsOwnDeadline(t *testing.T, turns bool) {
+// assertIdle asserts that nothing is kept of calls that have ended.
+func assertIdle(t *testing.T, c *Cache) {
 	t.Helper()
-	up := &fakeUpstream{takes: time.Hour, turns: turns}
-	c := New(up.fetch, Config{FetchTimeout: 3 * time.Second})
-	defer c.Close()
-	begin := time.Now()
-	_, err := c.Get(t.Context(), key, alice)
-	require.ErrorIs(t, err, context.DeadlineExceeded)
-	var failure *Failure
-	require.ErrorAs(t, err, &failure)
-	assert.Equal(t, Unavailable, failure.Class)
-	assert.Equal(t, 3*time.Second, time.Since(begin))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	assert.Empty(t, c.calls)
+	for _, q := range c.quotas.Values() {
+		assert.Zero(t, q.calls)
+	}
 }
 
 func TestAPanicIsAnErrorOfThatFlight(t *testing.T) {
@@ -164,7 +128,6 @@ func TestTheLeastRecentlyUsedLeaves(t *testing.T) {
 		for _, resource := range []string{"a", "b", "a", "c", "a"} {
 			_, err := c.Get(t.Context(), Key{Resource: resource}, alice)
 			require.NoError(t, err)
-			time.Sleep(2 * touchEvery)
 		}
 		assert.Equal(t, 3, up.asked(), "a, b and c once each: a was used when c came")
 		_, err := c.Get(t.Context(), Key{Resource: "b"}, alice)
@@ -182,27 +145,31 @@ func TestACallerWhoWantsTooManyTokensDrivesOutItsOwn(t *testing.T) {
 		c := New(up.fetch, Config{Size: 300})
 		defer c.Close()
 		get(t, c)
-		for i := range 2 * maxHolding {
-			time.Sleep(2 * touchEvery)
+		for i := range 2 * maxOwned {
+			time.Sleep(time.Second / callerRate)
 			_, err := c.Get(t.Context(), numbered(i), bob)
 			require.NoError(t, err)
 		}
-		assert.Equal(t, maxHolding+1, c.Stats().Entries)
-		assert.Equal(t, map[netip.Addr]int{alice: 1, bob: maxHolding}, c.holding)
+		assert.Equal(t, maxOwned+1, c.Stats().Entries)
+		owned := make(map[netip.Addr]int)
+		for _, e := range c.entries.Values() {
+			owned[e.owner]++
+		}
+		assert.Equal(t, map[netip.Addr]int{alice: 1, bob: maxOwned}, owned)
 		assert.Equal(t, "token-1", get(t, c))
-		_, err := c.Get(t.Context(), numbered(maxHolding), bob)
+		_, err := c.Get(t.Context(), numbered(maxOwned), bob)
 		require.NoError(t, err)
-		assert.Equal(t, 2*maxHolding+1, up.asked(), "the oldest of bob's left")
+		assert.Equal(t, 2*maxOwned+1, up.asked(), "the oldest of bob's left")
 		time.Sleep(25 * time.Hour)
 		synctest.Wait()
-		assert.Empty(t, c.holding)
+		assert.Zero(t, c.Stats().Entries)
 	})
 }
 
 func TestCloseEndsFlightsAndKeepsTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
-		c := New(up.fetch, Config{FetchTimeout: time.Hour})
+		c := New(up.fetch, Config{})
 		get(t, c)
 		up.slow(time.Hour)
 		other := Key{Resource: "other"}
@@ -224,9 +191,9 @@ func TestCloseEndsFlightsAndKeepsTokens(t *testing.T) {
 // and waiting for them.
 func TestCloseLeavesNothingBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, life: time.Hour}
+		up := &fakeUpstream{imds: limiter.New(3, 3), entra: limiter.New(3, 3), life: time.Hour}
 		node := &inUse{gone: make(map[netip.Addr]bool)}
-		c := drawn(New(up.fetch, Config{AtOnce: 3, PerSecond: 3, InUse: node.ask}), 0)
+		c := drawn(New(up.fetch, Config{InUse: node.ask}), 0)
 		of := func(i int) Key {
 			k := numbered(i)
 			if i%2 == 1 {
@@ -248,12 +215,8 @@ func TestCloseLeavesNothingBehind(t *testing.T) {
 		c.Close()
 		assert.Zero(t, up.out, "no fetch is under way")
 		synctest.Wait() // singleflight's own goroutines have told all by then; else the bubble says so
-		for _, turns := range []*turns{c.managedTurns, c.principalTurns} {
-			assert.False(t, turns.alarm.Stop(), "no timer runs")
-			assert.Zero(t, turns.out)
-		}
-		assert.Empty(t, c.wants)
-		assert.Empty(t, c.started)
+		assert.Zero(t, up.imds.Backlog()+up.entra.Backlog(), "no fetch waits")
+		assertIdle(t, c)
 	})
 }
 
@@ -278,12 +241,12 @@ func TestWhatIsKeptKeepsNoRequest(t *testing.T) {
 		own := func(kept Key) bool { return unsafe.StringData(kept.Resource) != unsafe.StringData(wanted.Resource) }
 		_, err := c.Get(t.Context(), wanted, alice)
 		require.NoError(t, err)
-		assert.True(t, own(c.lookup(wanted).key))
+		assert.True(t, own(c.entries.Keys()[0]))
 		time.Sleep(time.Hour)
 		up.fail(classed{class: Refused})
 		_, err = c.Get(t.Context(), wanted, alice)
 		require.Error(t, err)
-		assert.True(t, own(c.failures.byKey.Keys()[0]))
+		assert.True(t, own(c.failed.byKey.Keys()[0]))
 	})
 }
 

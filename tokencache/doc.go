@@ -2,23 +2,23 @@
 //
 // The life of a token here:
 //
-//  1. Get looks for the key. A fresh token is returned at once, and no lock taken.
-//  2. On a miss the caller joins the key's flight: however many callers wait, the
-//     upstream is asked once. A flight that nobody waits for any more ends; a renewal
-//     and a refresh do not.
-//  3. The flight looks again (another may just have landed), waits for its turn at
-//     the upstream, fetches under a context and a deadline of its own, and stores
-//     what it got. Turns go round between the callers who wait.
+//  1. Get looks the key up. A fresh token is returned at once.
+//  2. On a miss the negative cache is asked whether the key's last fetch has just
+//     failed; if not, the caller joins the call for the key, or starts one. However many
+//     callers wait, the upstream is asked once.
+//  3. Fetch waits for its slot at the upstream, asks, and what it brings is stored. A call
+//     belongs to no caller: it goes on when all of them have left.
 //  4. From half of its life on a token is due: it is still served, and the refresher
-//     fetches another behind everybody's back. It does so too when nobody asks, as
-//     long as a caller who was given the token is still there.
-//  5. In its last five minutes a token is urgent: who asks waits for the refresh, but
-//     a second at most, and is given the old token if it fails.
-//  6. A refresh that fails leaves the token where it is and is tried again later and
-//     later. An expired token is never served, by whichever clock.
-//  7. Failures of keys that have no token are remembered briefly, apart from tokens.
-//  8. The least recently used token leaves when the cache is full.
+//     replaces it in the background. It does so without any request, too, as long as a
+//     caller that was given the token is still there.
+//  5. In its last five minutes a token is expiring: callers wait for its refresh, for a
+//     second at most, and are given the old token if it fails.
+//  6. A refresh that fails leaves the token in memory and is tried again with
+//     exponential backoff. An expired token is never served, by whichever clock.
+//  7. Failed fetches of keys without a token are remembered for seconds in the negative
+//     cache, which has its own bound.
+//  8. The least recently used token is evicted when the cache is full.
 //
-// A flight belongs to no caller: one that goes away fails nobody else.
-// Tokens are immutable once stored, keys hold no secret and may be logged.
+// One mutex guards all of it. Tokens are immutable once stored. Keys hold no secret and
+// may be logged.
 package tokencache

@@ -25,22 +25,22 @@ func TestFreshness(t *testing.T) {
 	}{
 		"a day": {of(24*time.Hour, 0), map[time.Duration]freshness{
 			0: fresh, 12*time.Hour - 1: fresh, 12 * time.Hour: due, 24*time.Hour - 5*time.Minute - 1: due,
-			24*time.Hour - 5*time.Minute: urgent, 24*time.Hour - 1: urgent, 24 * time.Hour: expired, 1000 * time.Hour: expired,
+			24*time.Hour - 5*time.Minute: expiring, 24*time.Hour - 1: expiring, 24 * time.Hour: expired, 1000 * time.Hour: expired,
 		}},
 		"a day, drawn early": {of(24*time.Hour, 1), map[time.Duration]freshness{
 			10*time.Hour + 48*time.Minute - 1: fresh, 10*time.Hour + 48*time.Minute: due,
 		}},
 		"an hour": {of(time.Hour, 0), map[time.Duration]freshness{
-			55*time.Minute - 1: fresh, 55 * time.Minute: urgent, time.Hour: expired,
+			55*time.Minute - 1: fresh, 55 * time.Minute: expiring, time.Hour: expired,
 		}},
 		"an hour, drawn early": {of(time.Hour, 1), map[time.Duration]freshness{
-			50*time.Minute - 1: fresh, 50 * time.Minute: due, 55 * time.Minute: urgent,
+			50*time.Minute - 1: fresh, 50 * time.Minute: due, 55 * time.Minute: expiring,
 		}},
-		"two hours are not long":          {of(2*time.Hour, 0), map[time.Duration]freshness{115*time.Minute - 1: fresh, 115 * time.Minute: urgent}},
-		"three minutes":                   {of(3*time.Minute, 0), map[time.Duration]freshness{0: urgent, 3 * time.Minute: expired}},
+		"two hours are not long":          {of(2*time.Hour, 0), map[time.Duration]freshness{115*time.Minute - 1: fresh, 115 * time.Minute: expiring}},
+		"three minutes":                   {of(3*time.Minute, 0), map[time.Duration]freshness{0: expiring, 3 * time.Minute: expired}},
 		"as the issuer wishes, or later":  {wished, map[time.Duration]freshness{time.Hour + 36*time.Minute - 1: fresh, time.Hour + 36*time.Minute: due}},
-		"the node's clock an hour behind": {asIssued(25*time.Hour, 24*time.Hour), map[time.Duration]freshness{24*time.Hour - 1: urgent, 24 * time.Hour: expired}},
-		"the node's clock an hour ahead":  {asIssued(23*time.Hour, 24*time.Hour), map[time.Duration]freshness{23*time.Hour - 1: urgent, 23 * time.Hour: expired}},
+		"the node's clock an hour behind": {asIssued(25*time.Hour, 24*time.Hour), map[time.Duration]freshness{24*time.Hour - 1: expiring, 24 * time.Hour: expired}},
+		"the node's clock an hour ahead":  {asIssued(23*time.Hour, 24*time.Hour), map[time.Duration]freshness{23*time.Hour - 1: expiring, 23 * time.Hour: expired}},
 	} {
 		for at, want := range tc.at {
 			assert.Equal(t, want, tc.entry.freshness(begin.Add(at)), "%s, at %s", name, at)
@@ -78,11 +78,11 @@ func TestAJumpOfTheClockNeverServesAnExpiredToken(t *testing.T) {
 		}{
 			{time.Hour, -48 * time.Hour, fresh},
 			{13 * time.Hour, -48 * time.Hour, due},
-			{24*time.Hour - 1, -48 * time.Hour, urgent},
+			{24*time.Hour - 1, -48 * time.Hour, expiring},
 			{24 * time.Hour, -48 * time.Hour, expired},
 			{time.Hour, 48 * time.Hour, expired},
 			{time.Hour, 23 * time.Hour, expired},
-			{time.Hour, 23*time.Hour - time.Minute, urgent},
+			{time.Hour, 23*time.Hour - time.Minute, expiring},
 		} {
 			assert.Equal(t, tc.want, e.freshness(set(begin.Add(tc.at), tc.jump)), "%s, at %s, set by %s", name, tc.at, tc.jump)
 		}
@@ -94,31 +94,45 @@ func TestARefreshThatFailsIsPostponed(t *testing.T) {
 	e := newEntry(key, &Token{ExpiresOn: begin.Add(24 * time.Hour).Round(0)}, begin, 0)
 	now := begin.Add(12 * time.Hour)
 	for _, want := range []time.Duration{30 * time.Second, time.Minute, 2 * time.Minute, 4 * time.Minute, 5 * time.Minute, 5 * time.Minute} {
-		e.postpone(now, 0)
-		assert.Equal(t, want, e.askAfter.Sub(now))
+		e.backOff(now, 0)
+		assert.Equal(t, want, e.notBefore.Sub(now))
 	}
-	e.postpone(now, time.Hour)
-	assert.Equal(t, time.Hour, e.askAfter.Sub(now), "Retry-After is honoured")
+	e.backOff(now, time.Hour)
+	assert.Equal(t, time.Hour, e.notBefore.Sub(now), "Retry-After is honoured")
 	now = begin.Add(24*time.Hour - 6*time.Minute)
-	e.postpone(now, 0)
-	assert.Equal(t, time.Minute, e.askAfter.Sub(now), "tried again as soon as it is urgent")
+	e.backOff(now, 0)
+	assert.Equal(t, time.Minute, e.notBefore.Sub(now), "tried again as soon as it is expiring")
 	now = begin.Add(24*time.Hour - 4*time.Minute)
-	e.postpone(now, 0)
-	assert.Equal(t, 30*time.Second, e.askAfter.Sub(now))
+	e.backOff(now, 0)
+	assert.Equal(t, 30*time.Second, e.notBefore.Sub(now))
 }
 
-func TestUsersAreFewAndLeave(t *testing.T) {
-	var u users
-	assert.False(t, u.keep(func(netip.Addr) bool { return true }))
+func TestUsersAreBounded(t *testing.T) {
+	e := newEntry(key, &Token{ExpiresOn: time.Now().Add(time.Hour)}, time.Now(), 0)
 	for i := range 2 * maxUsers {
-		u.add(pod(i))
-		u.add(pod(0))
+		e.addUser(pod(i))
+		e.addUser(pod(0))
 	}
-	u.add(netip.Addr{})
-	assert.Len(t, *u.list.Load(), maxUsers)
-	assert.True(t, u.keep(func(a netip.Addr) bool { return a == pod(3) }))
-	assert.Equal(t, []netip.Addr{pod(3)}, *u.list.Load())
-	assert.False(t, u.keep(func(netip.Addr) bool { return false }))
-	u.add(pod(7))
-	assert.Equal(t, []netip.Addr{pod(7)}, *u.list.Load())
+	assert.Len(t, e.users, maxUsers)
+	e = newEntry(key, e.token, time.Now(), 0)
+	e.addUser(netip.Addr{})
+	e.addUser(refresher)
+	assert.Empty(t, e.users)
+}
+
+func TestUsersThatAreGoneAreForgotten(t *testing.T) {
+	node := &inUse{gone: map[netip.Addr]bool{alice: true}}
+	c := New((&fakeUpstream{}).fetch, Config{InUse: node.ask})
+	defer c.Close()
+	e := newEntry(key, &Token{ExpiresOn: time.Now().Add(time.Hour)}, time.Now(), 0)
+	assert.False(t, c.wanted(e))
+	e.addUser(alice)
+	e.addUser(bob)
+	assert.True(t, c.wanted(e))
+	assert.Equal(t, map[netip.Addr]struct{}{bob: {}}, e.users)
+	node.leave(bob)
+	assert.False(t, c.wanted(e))
+	assert.Empty(t, e.users)
+	e.demanded = true
+	assert.True(t, c.wanted(e))
 }

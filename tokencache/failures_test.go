@@ -26,7 +26,7 @@ func TestAFailureSaysWhenToComeBack(t *testing.T) {
 		}
 		assert.Equal(t, 1, up.asked())
 		s := c.Stats()
-		assert.Equal(t, Stats{Misses: 2, Remembered: 1, Flights: 1, Failures: [3]uint64{Refused: 1}, Failing: 1}, s)
+		assert.Equal(t, Stats{Misses: 2, NegativeHits: 1, Fetches: 1, Failures: [3]uint64{Refused: 1}, Failing: 1}, s)
 	})
 }
 
@@ -49,7 +49,7 @@ func TestAFailureThatNobodyAsksAboutIsForgotten(t *testing.T) {
 		defer c.Close()
 		_, err := c.Get(t.Context(), key, alice)
 		require.Error(t, err)
-		time.Sleep(refusedFor + forgotten - 1)
+		time.Sleep(refusedFor + failureReset - 1)
 		assert.Equal(t, 1, c.Stats().Failing)
 		time.Sleep(time.Nanosecond)
 		assert.Zero(t, c.Stats().Failing)

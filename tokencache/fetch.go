@@ -4,31 +4,28 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 )
 
-// Fetch asks the upstream for one token. It must honour ctx. Its error may say of
-// what class it is, see Class, by a method Class() Class; and, by a method
-// Wait() time.Duration, how long the upstream wants to be left alone.
+// Fetch asks the upstream for one token. It must end some seconds after the upstream was
+// first asked, and at once when ctx ends. Its error may say of what class it is, see
+// Class, by a method Class() Class; and, by a method Wait() time.Duration, how long the
+// upstream wants to be left alone. ErrBusy in it means that the upstream was not asked.
 type Fetch func(ctx context.Context, req Request) (*Token, error)
 
-// Request is what a flight wants of the upstream.
+// Request is for one token.
 type Request struct {
 	Key
 	// Fresh asks for a token that no cache on the way has had already.
 	Fresh bool
-	// Turn is called before each request to an upstream whose rate is limited, the
-	// repeated ones included; by one goroutine at a time.
-	Turn Turn
+	// Waiting returns the callers that wait for the token, one at least, and until when
+	// the request may wait for the upstream's rate limit: 18 s after the last caller
+	// joined. Both may be more when it is called again.
+	Waiting func() (callers []netip.Addr, until time.Time)
 }
 
-// Turn waits until the upstream may be asked once more, fairly between all callers
-// that wait. done is to be called, once, when the answer is in, with how long the
-// upstream wants to be left alone by all: zero but for a throttled answer. It
-// returns ctx's error.
-type Turn func(ctx context.Context) (done func(leaveAlone time.Duration), err error)
-
-// Class says what a failure means for those who ask again.
+// Class says what a failure means for clients that ask again.
 type Class int
 
 const (
@@ -54,8 +51,8 @@ func (c Class) String() string {
 	}
 }
 
-// Failure is what Get returns when no token can be had. It wraps the fetch's
-// error, be it of now or remembered.
+// Failure is what Get returns when it has no token. It wraps the fetch's error, of this
+// fetch or from the negative cache.
 type Failure struct {
 	Class Class
 	// RetryAfter is how long the upstream will not be asked for this token again.
@@ -64,13 +61,13 @@ type Failure struct {
 }
 
 func (f *Failure) Error() string {
-	return fmt.Sprintf("no token (%s, again in %s): %v", f.Class, f.RetryAfter.Round(time.Second), f.Err)
+	return fmt.Sprintf("no token (%s, retry after %s): %v", f.Class, f.RetryAfter.Round(time.Second), f.Err)
 }
 
 // Unwrap returns the fetch's error.
 func (f *Failure) Unwrap() error { return f.Err }
 
-// classOf asks an error what it says of itself.
+// classOf returns what an error says of itself.
 func classOf(err error) (c Class, wait time.Duration) {
 	var classed interface{ Class() Class }
 	if errors.As(err, &classed) {

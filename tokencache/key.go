@@ -40,6 +40,8 @@ func (k Key) ServicePrincipal() (Principal, bool) {
 	return k.Principal.Value(), true
 }
 
+func (k Key) tooLong() bool { return len(k.ClientID)+len(k.ResourceID)+len(k.Resource) > maxKey }
+
 // String returns the key with each field quoted, so that no two keys share a
 // string, whatever a caller put into Resource.
 func (k Key) String() string {

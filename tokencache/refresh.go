@@ -2,40 +2,39 @@ package tokencache
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
 )
 
-// maxRefreshes is how many refreshes that take the same turns are under way when the
-// refresher begins no more: fewer than DefaultAtOnce, so that callers who wait find a place.
+// maxRefreshes bounds the background refreshes under way at one upstream, IMDS or Entra:
+// fewer than its slots, so that callers find one.
 const maxRefreshes = 3
 
-// refresher stands for the refresher among the callers who wait for turns. It is an
-// address that nobody has.
+// refresher stands for the refresher among the callers. No pod has that address.
 var refresher = netip.IPv6Unspecified()
 
-// refreshAhead refreshes what is due and in use, and removes what has expired, until
+// refreshAhead refreshes tokens that are due and in use, and removes expired ones, until
 // the cache is closed. It sleeps in between: a node's tokens are due twice a day.
 func (c *Cache) refreshAhead() {
-	var alarm <-chan time.Time
+	var timer <-chan time.Time
 	for {
 		select {
 		case <-c.wake:
-		case <-alarm:
+		case <-timer:
 		case <-c.ctx.Done():
 			return
 		}
 		now := time.Now()
-		alarm = nil
+		timer = nil
 		if next := c.refreshDue(now); !next.IsZero() {
-			alarm = time.After(next.Sub(now))
+			timer = time.After(next.Sub(now))
 		}
 	}
 }
 
-// wakeRefresher makes it look at once. It looks at everything, so that one reminder
-// is as good as many.
+// wakeRefresher makes it look at all entries, so that one signal is as good as many.
 func (c *Cache) wakeRefresher() {
 	select {
 	case c.wake <- struct{}{}:
@@ -51,77 +50,79 @@ func (c *Cache) refreshDue(now time.Time) (next time.Time) {
 			next = at
 		}
 	}
-	ready, running := c.survey(now, later)
-	for _, e := range ready {
-		// Whoever was given it when it was due wants it; else who was given it at all,
-		// and is still there.
-		if !e.asked.Load() && !e.users.keep(func(user netip.Addr) bool { return c.cfg.InUse(user, e.key) }) {
-			later(now.Add(e.left(now)))
+	for _, e := range c.surveyEntries(now, later) {
+		if !c.wanted(e) {
+			later(now.Add(e.left(now))) // to remove it
 			continue
 		}
-		from := c.turnsOf(e.key)
-		if running[from] >= maxRefreshes {
-			continue // the next to land reminds of it
+		c.mu.Lock()
+		if c.refreshesLocked(e.key) < maxRefreshes { // else the next to end wakes the refresher
+			c.refreshLocked(e, refresher, now)
 		}
-		if c.refresh(e, refresher) {
-			running[from]++
-		}
+		c.mu.Unlock()
 	}
 	return next
 }
 
-// survey removes what has expired, and returns what could be refreshed, the most
-// urgent first. It calls later for the rest.
-func (c *Cache) survey(now time.Time, later func(time.Time)) (ready []*entry, running map[*turns]int) {
-	running = make(map[*turns]int)
+// surveyEntries removes expired entries, and returns those that may be refreshed now, the
+// first to expire first. It calls later for the others.
+func (c *Cache) surveyEntries(now time.Time, later func(time.Time)) (ready []*entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var gone []Key
-	for key, e := range *c.byKey.Load() {
+	for _, e := range c.entries.Values() {
 		switch state := e.freshness(now); {
-		case e.refreshing:
-			running[c.turnsOf(e.key)]++
+		case c.calls[callID{Key: e.key}] != nil: // its end wakes the refresher
 		case state == expired:
-			gone = append(gone, key)
-			c.remove(e)
-		case state == fresh || now.Before(e.askAfter):
-			later(e.attention(now))
+			c.entries.Remove(e.key)
+		case state == fresh || now.Before(e.notBefore):
+			later(e.nextCheck(now))
 		default:
 			ready = append(ready, e)
 		}
 	}
-	if len(gone) > 0 {
-		c.publish(nil, gone...)
-	}
 	slices.SortFunc(ready, func(a, b *entry) int { return cmp.Compare(a.left(now), b.left(now)) })
-	return ready, running
+	return ready
 }
 
-// refresh has a token fetched in e's place, and does not wait for it. It reports
-// whether one is on its way, be it through this call or another.
-func (c *Cache) refresh(e *entry, caller netip.Addr) bool {
+// wanted reports whether anybody was given the token when it was due, or was given it
+// before and is still there.
+func (c *Cache) wanted(e *entry) bool {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if e.refreshing {
+	demanded, users := e.demanded, slices.Collect(maps.Keys(e.users))
+	c.mu.Unlock()
+	if demanded {
 		return true
 	}
-	if time.Now().Before(e.askAfter) {
+	gone := slices.DeleteFunc(slices.Clone(users), func(user netip.Addr) bool { return c.cfg.InUse(user, e.key) })
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, user := range gone {
+		delete(e.users, user)
+	}
+	return len(gone) < len(users)
+}
+
+// refreshesLocked is how many refreshes are under way at the key's upstream.
+func (c *Cache) refreshesLocked(key Key) (count int) {
+	_, principal := key.ServicePrincipal()
+	for id, cl := range c.calls {
+		if _, ok := id.ServicePrincipal(); ok == principal && cl.stale != nil && !id.renewal {
+			count++
+		}
+	}
+	return count
+}
+
+// refreshLocked starts a fetch to replace an entry, and does not wait for it. It reports
+// whether one is under way.
+func (c *Cache) refreshLocked(e *entry, caller netip.Addr, now time.Time) bool {
+	id := callID{Key: e.key}
+	if c.calls[id] != nil {
+		return true
+	}
+	if current, _ := c.entries.Peek(e.key); current != e || now.Before(e.notBefore) {
 		return false
 	}
-	f := flight{Key: e.key}
-	w, landed, err := c.join(f, e, caller)
-	if err != nil {
-		return false
-	}
-	c.stats.refreshes.Add(1)
-	e.refreshing = true
-	c.background.Go(func() {
-		<-landed
-		c.leave(f, w)
-		c.mu.Lock()
-		e.refreshing = false
-		c.mu.Unlock()
-		c.wakeRefresher()
-	})
-	return true
+	_, err := c.joinLocked(id, e, caller, now)
+	return err == nil
 }

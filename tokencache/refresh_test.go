@@ -35,7 +35,7 @@ func (n *inUse) leave(caller netip.Addr) {
 
 func TestKeysInUseAreRefreshedWithoutTraffic(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, takes: 50 * time.Millisecond}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: 50 * time.Millisecond}
 		node := &inUse{gone: make(map[netip.Addr]bool)}
 		c := New(up.fetch, Config{InUse: node.ask})
 		defer c.Close()
@@ -51,7 +51,7 @@ func TestKeysInUseAreRefreshedWithoutTraffic(t *testing.T) {
 		node.leave(bob)
 		time.Sleep(72 * time.Hour)
 		assert.Equal(t, 5, up.asked(), "nobody is")
-		assert.Zero(t, c.Stats().Entries, "and it is forgotten when it has expired")
+		assert.Zero(t, c.Stats().Entries, "and it is failureReset when it has expired")
 	})
 }
 
@@ -77,7 +77,7 @@ func TestARolloutOfManyPodsKeepsTheirKeyInUse(t *testing.T) {
 func TestADayOfANode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const pods = 250
-		up := &fakeUpstream{turns: true, takes: 50 * time.Millisecond}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: 50 * time.Millisecond}
 		c := New(up.fetch, Config{InUse: func(netip.Addr, Key) bool { return true }})
 		defer c.Close()
 		begin := time.Now()
@@ -119,7 +119,7 @@ func TestADayOfANode(t *testing.T) {
 func TestAnHourWithoutTheUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const keys = 100
-		up := &fakeUpstream{turns: true, takes: 10 * time.Millisecond}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: 10 * time.Millisecond}
 		c := New(up.fetch, Config{InUse: func(netip.Addr, Key) bool { return true }})
 		defer c.Close()
 		for i := range keys {
@@ -148,12 +148,12 @@ func TestAnHourWithoutTheUpstream(t *testing.T) {
 		}
 		// Of one key in an hour: at 0, 0:30, 1:30, 3:30, 7:30, and then every 5 minutes.
 		assert.LessOrEqual(t, up.asked()-before, keys*16)
-		assert.LessOrEqual(t, up.mostInASecond(), DefaultPerSecond)
+		assert.LessOrEqual(t, up.mostInASecond(), perSecond)
 		up.fail(nil)
 		time.Sleep(6 * time.Minute)
 		assert.Zero(t, func() (stale int) {
-			for _, e := range *c.byKey.Load() {
-				if e.freshness(time.Now()) != fresh && e.failed > 0 {
+			for _, e := range c.entries.Values() {
+				if e.freshness(time.Now()) != fresh && e.failures > 0 {
 					stale++
 				}
 			}

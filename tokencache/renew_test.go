@@ -145,7 +145,7 @@ func TestARenewalThatIsTurnedAwayKeepsNobodyFromAnother(t *testing.T) {
 		defer c.Close()
 		get(t, c)
 		up.slow(time.Second)
-		for i := range maxFlights {
+		for i := range maxCalls {
 			go func() { _, _ = c.Get(t.Context(), numbered(i), bob) }()
 		}
 		synctest.Wait()

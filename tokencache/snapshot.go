@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
+	"slices"
 	"time"
 	"unique"
 )
@@ -51,13 +53,10 @@ func (c *Cache) Export() []Snapshot {
 		}
 		r := &record{
 			ClientID: e.key.ClientID, ResourceID: e.key.ResourceID, Resource: e.key.Resource,
-			Token: plainToken(*e.token), Left: e.left(now), RefreshAt: e.refreshAt, Owner: e.holder,
+			Token: plainToken(*e.token), Left: e.left(now), RefreshAt: e.refreshAt, Owner: e.owner, Users: slices.Collect(maps.Keys(e.users)),
 		}
 		if p, ok := e.key.ServicePrincipal(); ok {
 			r.Principal = &p
-		}
-		if list := e.users.list.Load(); list != nil {
-			r.Users = *list
 		}
 		all = append(all, newSnapshot(r))
 	}
@@ -72,7 +71,7 @@ func (c *Cache) Import(snapshots []Snapshot) (stored int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range snapshots {
-		if s.record == nil || !c.importRecord(s.record(), now) {
+		if s.record == nil || !c.importLocked(s.record(), now) {
 			continue
 		}
 		stored++
@@ -83,37 +82,29 @@ func (c *Cache) Import(snapshots []Snapshot) (stored int) {
 	return stored
 }
 
-func (c *Cache) importRecord(r *record, now time.Time) bool {
+func (c *Cache) importLocked(r *record, now time.Time) bool {
 	key := Key{ClientID: r.ClientID, ResourceID: r.ResourceID, Resource: r.Resource}
 	if r.Principal != nil {
 		key.Principal = unique.Make(*r.Principal)
 	}
 	token := Token(r.Token)
-	if token.AccessToken == "" || len(key.ClientID)+len(key.ResourceID)+len(key.Resource) > maxKey {
+	if token.AccessToken == "" || key.tooLong() {
 		return false
 	}
 	e := newEntry(key, &token, now, c.jitter())
 	e.deadline = now.Add(min(r.Left, token.ExpiresOn.Sub(now)))
 	e.refreshAt = now.Add(r.RefreshAt.Sub(now)) // by the monotonic clock
 	e.setFreshUntil()
-	e.holder = r.Owner
+	e.owner = r.Owner
 	for _, caller := range r.Users {
-		e.users.add(caller)
+		e.addUser(caller)
 	}
-	before := c.lookup(key)
-	if e.freshness(now) == expired || before != nil && before.left(now) >= e.left(now) {
+	if before, ok := c.entries.Peek(key); e.freshness(now) == expired || ok && before.left(now) >= e.left(now) {
 		return false
+	} else if ok {
+		e.owner = before.owner
 	}
-	var evicted []Key
-	if before == nil {
-		evicted = c.makeRoom(e.holder)
-		c.holding[e.holder]++
-	} else {
-		e.holder = before.holder
-	}
-	c.entries.Add(key, e)
-	c.publish(e, evicted...)
-	c.failures.forget(key)
+	c.addLocked(e)
 	return true
 }
 
@@ -149,24 +140,3 @@ func (s Snapshot) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, s.Strin
 
 // MarshalText implements encoding.TextMarshaler, for encoders such as JSON's and slog's.
 func (s Snapshot) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
-
-// PausedUntil returns when managed identities' tokens can be asked for again, in the
-// past unless IMDS has throttled this node.
-func (c *Cache) PausedUntil() time.Time {
-	c.managedTurns.mu.Lock()
-	defer c.managedTurns.mu.Unlock()
-	return c.managedTurns.quiet
-}
-
-// PauseUntil asks for no token of a managed identity before then. It shortens no pause,
-// and makes none of more than an hour.
-func (c *Cache) PauseUntil(until time.Time) {
-	c.managedTurns.mu.Lock()
-	defer c.managedTurns.mu.Unlock()
-	if most := time.Now().Add(time.Hour); until.After(most) {
-		until = most
-	}
-	if until.After(c.managedTurns.quiet) {
-		c.managedTurns.quiet = until
-	}
-}

@@ -108,14 +108,14 @@ func TestImportKeepsTheCachesBounds(t *testing.T) {
 		assert.Equal(t, before, up.asked(), "the most recently used are kept")
 
 		var many []Snapshot
-		for i := range maxHolding + 50 {
+		for i := range maxOwned + 50 {
 			s := from.Export()[0]
 			r := *s.record()
 			r.Resource, r.Owner = fmt.Sprintf("r%d", i), alice
 			many = append(many, newSnapshot(&r))
 		}
 		owned.Import(many)
-		assert.Equal(t, maxHolding, owned.Stats().Entries)
+		assert.Equal(t, maxOwned, owned.Stats().Entries)
 	})
 }
 
@@ -139,25 +139,4 @@ func TestNothingPrintsAToken(t *testing.T) {
 	assert.NotContains(t, buf.String(), fmt.Sprintf("%x", "token-1"))
 	var s Snapshot
 	assert.EqualError(t, s.UnmarshalBinary([]byte(`{"token":{"ExpiresOn":"token-1"}}`)), "malformed token snapshot")
-}
-
-func TestAPauseIsHandedOver(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, err: classed{Throttled, 7 * time.Second}}
-		c := New(up.fetch, Config{})
-		defer c.Close()
-		_, err := c.Get(t.Context(), key, alice)
-		require.Error(t, err)
-		assert.Equal(t, 7*time.Second, time.Until(c.PausedUntil()))
-		next := New(up.fetch, Config{})
-		defer next.Close()
-		next.PauseUntil(c.PausedUntil())
-		up.fail(nil)
-		begin := time.Now()
-		get(t, next)
-		assert.Equal(t, 7*time.Second, time.Since(begin))
-		next.PauseUntil(time.Now().Add(100 * time.Hour))
-		next.PauseUntil(time.Now().Add(time.Minute))
-		assert.Equal(t, time.Hour, time.Until(next.PausedUntil()), "the longest there is")
-	})
 }

@@ -1,84 +1,72 @@
 package tokencache
 
 import (
-	"maps"
 	"net/netip"
 	"time"
 )
 
-// store keeps what a flight that began on seen has brought, and returns what is in
-// memory then: another flight may have landed first, and have asked later.
-func (c *Cache) store(f flight, seen *entry, starter netip.Addr, token *Token, now time.Time) *entry {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.budgets.succeeded(starter, now)
-	before := c.lookup(f.Key)
-	if before != nil && before != seen && !f.renewal && before.freshness(now) != expired {
-		return before
+// maxOwned bounds the tokens in memory that one caller's fetches brought first: the pod
+// chooses the resource, and must not evict everybody else's.
+const maxOwned = 250
+
+// storeLocked keeps the token that a call has brought, and returns the key's entry. A
+// renewal that landed first stays: it was asked for later than a refresh.
+func (c *Cache) storeLocked(cl *call, token *Token, now time.Time) *entry {
+	e, _ := c.entries.Peek(cl.id.Key)
+	if e == nil || e == cl.stale || cl.id.renewal || e.freshness(now) == expired {
+		e = c.replaceLocked(cl, e, token, now)
 	}
-	e := newEntry(f.Key, token, now, c.jitter())
-	e.holder = starter
-	e.touched.Store(int64(now.Sub(c.began)))
-	if before != nil {
-		e.users, e.renewedAt, e.holder = before.users, before.renewedAt, before.holder
+	for _, caller := range cl.callers {
+		e.addUser(caller)
 	}
-	if f.renewal {
-		e.renewed, e.renewedAt = true, now
-	}
-	var evicted []Key
-	if before == nil {
-		evicted = c.makeRoom(starter)
-		c.holding[starter]++
-	}
-	c.entries.Add(f.Key, e)
-	c.publish(e, evicted...)
-	c.failures.forget(f.Key)
-	c.wakeRefresher()
 	return e
 }
 
-// makeRoom removes what has to leave for one more entry: the least recently used of the
-// caller's own if it holds too many, else of all if the cache is full. mu is held.
-func (c *Cache) makeRoom(starter netip.Addr) (evicted []Key) {
-	leaves := func(e *entry) {
-		c.remove(e)
-		c.stats.evictions.Add(1)
-		evicted = append(evicted, e.key)
+func (c *Cache) replaceLocked(cl *call, before *entry, token *Token, now time.Time) *entry {
+	e := newEntry(cl.id.Key, token, now, c.jitter())
+	switch {
+	case before != nil:
+		e.owner, e.users, e.renewedAt = before.owner, before.users, before.renewedAt
+	case cl.stale != nil: // evicted meanwhile
+		e.owner = cl.stale.owner
+	default:
+		e.owner = cl.callers[0]
 	}
-	if starter.IsValid() && c.holding[starter] >= maxHolding {
-		for _, e := range c.entries.Values() { // the oldest first
-			if e.holder == starter {
-				leaves(e)
-				break
-			}
-		}
+	if cl.id.renewal {
+		e.renewedAt = now
 	}
-	if c.entries.Len() == c.cfg.Size {
-		if _, oldest, ok := c.entries.GetOldest(); ok {
-			leaves(oldest)
-		}
-	}
-	return evicted
+	c.addLocked(e)
+	return e
 }
 
-// remove forgets an entry; publish is to be told. mu is held.
-func (c *Cache) remove(e *entry) {
-	c.entries.Remove(e.key)
-	if c.holding[e.holder]--; c.holding[e.holder] == 0 {
-		delete(c.holding, e.holder)
+// addLocked puts an entry into the cache, in the place of the key's last one or of the
+// least recently used: of its owner's, if those are too many, else of all.
+func (c *Cache) addLocked(e *entry) {
+	if !c.entries.Contains(e.key) {
+		c.evictForLocked(e.owner)
 	}
+	if c.entries.Add(e.key, e) {
+		c.stats.Evictions++
+	}
+	c.failed.remove(e.key)
 }
 
-// publish tells the readers of an entry that has come, if any, and of those that have
-// gone. mu is held. Copying 2,000 entries takes 0.1 ms, and happens as often as the
-// upstream may be asked.
-func (c *Cache) publish(e *entry, gone ...Key) {
-	next := maps.Clone(*c.byKey.Load())
-	for _, key := range gone {
-		delete(next, key)
+func (c *Cache) evictForLocked(owner netip.Addr) {
+	if !owner.IsValid() {
+		return
 	}
-	if e != nil {
-		next[e.key] = e
+	var oldest *entry
+	owned := 0
+	for _, e := range c.entries.Values() { // the oldest first
+		if e.owner != owner {
+			continue
+		}
+		if owned++; oldest == nil {
+			oldest = e
+		}
 	}
-	c.byKey.Store(&next)
+	if owned >= maxOwned {
+		c.entries.Remove(oldest.key)
+		c.stats.Evictions++
+	}
 }

@@ -145,7 +145,7 @@ func TestTimeline(t *testing.T) {
 
 func TestManyCallersOfADueTokenStartOneRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{takes: time.Second, turns: true}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		get(t, c)
@@ -158,7 +158,7 @@ func TestManyCallersOfADueTokenStartOneRefresh(t *testing.T) {
 		time.Sleep(time.Minute)
 		assert.Equal(t, 2, up.asked())
 		assert.Equal(t, "token-2", get(t, c))
-		assert.Equal(t, Stats{Fresh: 1, Due: 1000, Misses: 1, Flights: 2, Refreshes: 1, Entries: 1}, c.Stats())
+		assert.Equal(t, Stats{Fresh: 1, Due: 1000, Misses: 1, Fetches: 2, Refreshes: 1, Entries: 1}, c.Stats())
 	})
 }
 
@@ -175,7 +175,7 @@ func TestAnUrgentTokenIsServedWhenItsRefreshIsSlow(t *testing.T) {
 			wg.Go(func() {
 				begin := time.Now()
 				assert.Equal(t, "token-1", get(t, c))
-				assert.Equal(t, urgentWait, time.Since(begin))
+				assert.Equal(t, refreshWait, time.Since(begin))
 			})
 		}
 		wg.Wait()
@@ -183,7 +183,7 @@ func TestAnUrgentTokenIsServedWhenItsRefreshIsSlow(t *testing.T) {
 		synctest.Wait()
 		assert.Equal(t, 2, up.asked())
 		assert.Equal(t, "token-2", get(t, c))
-		assert.Equal(t, Stats{Fresh: 1, Urgent: 100, Misses: 1, Joined: 100, Flights: 2, Refreshes: 1, Entries: 1}, c.Stats())
+		assert.Equal(t, Stats{Fresh: 1, Expiring: 100, Misses: 1, Joined: 100, Fetches: 2, Refreshes: 1, Entries: 1}, c.Stats())
 	})
 }
 

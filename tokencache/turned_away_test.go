@@ -1,6 +1,7 @@
 package tokencache
 
 import (
+	"fmt"
 	"net/netip"
 	"sync"
 	"testing"
@@ -9,21 +10,23 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, takes: time.Second}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		var wg sync.WaitGroup
 		defer wg.Wait()
-		for i := range maxFlights {
+		for i := range maxCalls {
 			wg.Go(func() { _, _ = c.Get(t.Context(), numbered(i), alice) })
 		}
 		synctest.Wait()
 		begin := time.Now()
-		_, err := c.Get(t.Context(), numbered(maxFlights), alice)
+		_, err := c.Get(t.Context(), numbered(maxCalls), alice)
 		var failure *Failure
 		require.ErrorAs(t, err, &failure)
 		assert.Equal(t, Throttled, failure.Class)
@@ -31,7 +34,7 @@ func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
 		assert.Equal(t, uint64(1), c.Stats().TurnedAway)
 		_, err = c.Get(t.Context(), numbered(0), alice)
 		require.NoError(t, err, "what is on its way costs nothing")
-		_, err = c.Get(t.Context(), numbered(maxFlights), bob)
+		_, err = c.Get(t.Context(), numbered(maxCalls), bob)
 		require.NoError(t, err, "never for others")
 	})
 }
@@ -39,11 +42,11 @@ func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
 // It asks on behalf of all pods that start.
 func TestTheNodeMayAskForManyAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, takes: time.Second}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		var wg sync.WaitGroup
-		for i := range 2 * maxFlights {
+		for i := range 2 * maxCalls {
 			wg.Go(func() {
 				_, err := c.Get(t.Context(), numbered(i), netip.Addr{})
 				assert.NoError(t, err)
@@ -55,7 +58,7 @@ func TestTheNodeMayAskForManyAtOnce(t *testing.T) {
 
 func TestNobodyIsBlamedForAnUpstreamThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, takes: time.Hour}
+		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Hour}
 		c := New(up.fetch, Config{})
 		defer c.Close()
 		var wg sync.WaitGroup
@@ -67,18 +70,18 @@ func TestNobodyIsBlamedForAnUpstreamThatHangs(t *testing.T) {
 				if assert.ErrorAs(t, err, &failure) {
 					assert.Equal(t, Unavailable, failure.Class)
 				}
-				assert.LessOrEqual(t, time.Since(begin), maxWait+DefaultFetchTimeout)
+				assert.LessOrEqual(t, time.Since(begin), maxWait+fetchTimeout)
 			})
 		}
 		wg.Wait()
 	})
 }
 
-// Patience is for the turn. Whose turn has come waits for the answer.
-func TestWhoHasHadATurnIsNotTurnedAway(t *testing.T) {
+// maxWait is for the slot. Once a fetch has it, its callers wait for the answer.
+func TestWaitingEndsWithTheSlot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, takes: maxWait - time.Second}
-		c := New(up.fetch, Config{AtOnce: 1, FetchTimeout: maxWait})
+		up := &fakeUpstream{imds: limiter.New(perSecond, 1), takes: fetchTimeout - 1}
+		c := New(up.fetch, Config{})
 		defer c.Close()
 		go func() { _, _ = c.Get(t.Context(), numbered(1), bob) }()
 		synctest.Wait()
@@ -88,11 +91,37 @@ func TestWhoHasHadATurnIsNotTurnedAway(t *testing.T) {
 	})
 }
 
+// A caller that has joined a fetch is not kept waiting by others that join it later.
+func TestPatienceEndsThoughOthersJoin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{imds: limiter.New(1, 1), takes: fetchTimeout - 1}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		for i := range 6 { // of each caller, an older fetch
+			go func() { _, _ = c.Get(t.Context(), numbered(i), pod(i)) }()
+		}
+		synctest.Wait()
+		for i := range 6 {
+			go func() {
+				time.Sleep(time.Duration(i) * 5 * time.Second)
+				_, _ = c.Get(t.Context(), key, pod(i))
+			}()
+		}
+		time.Sleep(time.Millisecond)
+		begin := time.Now()
+		_, err := c.Get(t.Context(), key, pod(0))
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		require.ErrorIs(t, err, ErrBusy)
+		assert.Equal(t, maxPatience, time.Since(begin))
+	})
+}
+
 // Neither many requests for one token are too much, nor the one in whose place it is
 // refreshed in its last second.
 func TestWhoWantsOneTokenIsNotBlamed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, life: time.Hour}
+		up := &fakeUpstream{imds: slots(), entra: slots(), life: time.Hour}
 		c := drawn(New(up.fetch, Config{}), 0)
 		defer c.Close()
 		get(t, c)
@@ -120,19 +149,34 @@ func TestWhoWantsOneTokenIsNotBlamed(t *testing.T) {
 	})
 }
 
-// Who is turned away is told to come back when the lines have ended.
-func TestTheBacklogIsWhatWaits(t *testing.T) {
+func TestWhenToRetryAfterTooManyFetches(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		up := &fakeUpstream{turns: true, takes: time.Second}
-		c := New(up.fetch, Config{PerSecond: 2, AtOnce: 1})
+		up := &fakeUpstream{imds: slots(), takes: time.Second}
+		c := New(up.fetch, Config{})
 		defer c.Close()
-		for i := range maxFlights {
+		for i := range maxCalls {
 			go func() { _, _ = c.Get(t.Context(), numbered(i), alice) }()
 		}
 		synctest.Wait()
-		_, err := c.Get(t.Context(), numbered(maxFlights), alice)
+		_, err := c.Get(t.Context(), numbered(maxCalls), alice)
 		var failure *Failure
 		require.ErrorAs(t, err, &failure)
-		assert.Equal(t, (maxFlights-1)*time.Second/2, failure.RetryAfter)
+		assert.Equal(t, maxCalls*time.Second/callerRate, failure.RetryAfter, "what its fetches take at its rate")
+	})
+}
+
+// That the upstream was not asked says nothing of the key.
+func TestABusyUpstreamIsNoFailureOfTheKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{err: fmt.Errorf("%w: %w", ErrBusy, classed{Unavailable, 12 * time.Second})}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		_, err := c.Get(t.Context(), key, alice)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Equal(t, Failure{Class: Unavailable, RetryAfter: 12 * time.Second, Err: ErrBusy}, *failure)
+		assert.Equal(t, Stats{Misses: 1, TurnedAway: 1, Fetches: 1}, c.Stats())
+		up.fail(nil)
+		get(t, c)
 	})
 }

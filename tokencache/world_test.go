@@ -2,6 +2,7 @@ package tokencache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -11,40 +12,63 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
+
+// What proxy/upstream gives its limiters and a fetch.
+const (
+	perSecond, atOnce = 18, 4
+	fetchTimeout      = 10 * time.Second
+)
+
+func slots() *limiter.Limiter { return limiter.New(perSecond, atOnce) }
 
 // fakeUpstream counts its calls and hands out numbered tokens.
 type fakeUpstream struct {
 	mu    sync.Mutex // guards all below
-	calls []call
+	calls []request
 	life  time.Duration // of the tokens it gives; 0 means 24 hours
 	takes time.Duration // how long a call lasts
 	err   error
-	turns bool // it takes turns, as IMDS does
+	// imds and entra are the limiters, for both kinds of keys; nil means none.
+	imds, entra *limiter.Limiter
 
 	out, peak int // calls under way, now and at most
 }
 
-type call struct {
+type request struct {
 	Request
 	at time.Time
 }
 
 func (u *fakeUpstream) fetch(ctx context.Context, req Request) (*Token, error) {
-	if u.turns {
-		done, err := req.Turn(ctx)
-		if err != nil {
+	slots := u.imds
+	if _, ok := req.ServicePrincipal(); ok {
+		slots = u.entra
+	}
+	if slots != nil {
+		release, err := slots.Acquire(ctx, time.Now(), req.Waiting)
+		var paused *limiter.PausedError
+		switch {
+		case errors.As(err, &paused):
+			return nil, classed{Throttled, paused.For}
+		case errors.Is(err, limiter.ErrTimeout):
+			return nil, fmt.Errorf("%w: %w", ErrBusy, classed{Unavailable, slots.Backlog()})
+		case err != nil:
 			return nil, err
 		}
 		defer func() {
 			u.mu.Lock()
 			_, wait := classOf(u.err)
 			u.mu.Unlock()
-			done(wait)
+			release(wait)
 		}()
 	}
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
 	u.mu.Lock()
-	u.calls = append(u.calls, call{req, time.Now()})
+	u.calls = append(u.calls, request{req, time.Now()})
 	n, life, takes, err := len(u.calls), u.life, u.takes, u.err
 	u.out++
 	u.peak = max(u.peak, u.out)
@@ -94,8 +118,8 @@ func (u *fakeUpstream) slow(takes time.Duration) {
 // keptItsLimits asserts that it was not asked more than IMDS may be.
 func (u *fakeUpstream) keptItsLimits(t *testing.T) {
 	t.Helper()
-	assert.LessOrEqual(t, u.peak, DefaultAtOnce)
-	assert.LessOrEqual(t, u.mostInASecond(), DefaultPerSecond)
+	assert.LessOrEqual(t, u.peak, atOnce)
+	assert.LessOrEqual(t, u.mostInASecond(), perSecond)
 }
 
 // mostInASecond is how many calls began within the worst second.
@@ -142,7 +166,7 @@ func get(t *testing.T, c *Cache) string {
 }
 
 // made are the calls so far.
-func (u *fakeUpstream) made() []call {
+func (u *fakeUpstream) made() []request {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return slices.Clone(u.calls)

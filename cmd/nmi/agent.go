@@ -73,8 +73,8 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	after := &handover{dir: cfg.handoverDir, log: log}
 	source := upstream.New(upstream.Config{
 		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
-		UserAgent: cfg.userAgent,
-		Secret:    secrets.read, Authorities: cfg.authorities, Logger: log,
+		UserAgent: cfg.userAgent, PerSecond: cfg.tokensPerSecond, AtOnce: cfg.tokensAtOnce,
+		Secret: secrets.read, Authorities: cfg.authorities, Logger: log,
 	})
 	defer source.Close()
 	probes, measured := newPortPage(cfg.probes, log), newPortPage(cfg.metrics, log)
@@ -108,9 +108,7 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	defer front.Close() //nolint:errcheck // nobody can be told
 
-	tokens := tokencache.New(source.Token, tokencache.Config{
-		PerSecond: cfg.tokensPerSecond, AtOnce: cfg.tokensAtOnce, InUse: proxy.InUse(resolver),
-	})
+	tokens := tokencache.New(source.Token, tokencache.Config{InUse: proxy.InUse(resolver)})
 	defer tokens.Close()
 	server := proxy.New(proxy.Config{
 		Pods: resolver, Tokens: tokens, Upstream: source,

@@ -16,7 +16,6 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/upstream"
-	"github.com/podidentity/nmi/tokencache"
 )
 
 // options are the flags as they were given.
@@ -110,8 +109,8 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server sends no news of a resource, not even when asked; 0 is for ever")
 	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 	o.addProbeSocket(fs)
-	fs.IntVar(&o.tokensPerSecond, "imds-token-rate", tokencache.DefaultPerSecond, "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
-	fs.IntVar(&o.tokensAtOnce, "imds-token-concurrency", tokencache.DefaultAtOnce, "most requests at once for tokens to IMDS, which allows 5 per virtual machine; the rest is for the node's own programs")
+	fs.IntVar(&o.tokensPerSecond, "imds-token-rate", upstream.DefaultPerSecond, "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
+	fs.IntVar(&o.tokensAtOnce, "imds-token-concurrency", upstream.DefaultAtOnce, "most requests at once for tokens to IMDS, which allows 5 per virtual machine; the rest is for the node's own programs")
 	fs.IntVar(&o.maxConnections, "max-connections", proxy.DefaultMaxConnections, "most connections that pods have open; one more takes the place of one of the pod that has the most")
 	fs.IntVar(&o.maxConnectionsPerPod, "max-connections-per-pod", proxy.DefaultMaxConnectionsPerPod, "most connections that one pod has open; one more takes the place of one of its own that is idle")
 	fs.StringSliceVar(&o.allow, "allow-path", nil, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.Sensitive, ", "))

@@ -156,13 +156,13 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 		all = errors.Join(all, err)
 	}
 	labelled("token.hits", "Requests answered from memory, by how fresh the token was", "freshness", func(s tokencache.Stats) map[string]uint64 {
-		return map[string]uint64{"fresh": s.Fresh, "due": s.Due, "urgent": s.Urgent}
+		return map[string]uint64{"fresh": s.Fresh, "due": s.Due, "urgent": s.Expiring}
 	})
 	counter("token.misses", "Requests for which no token was in memory", func(s tokencache.Stats) uint64 { return s.Misses })
 	counter("token.joined", "Requests that waited for a fetch which another had started", func(s tokencache.Stats) uint64 { return s.Joined })
-	counter("token.remembered_failures", "Requests that were told of a failure from memory", func(s tokencache.Stats) uint64 { return s.Remembered })
+	counter("token.remembered_failures", "Requests that were told of a failure from memory", func(s tokencache.Stats) uint64 { return s.NegativeHits })
 	counter("token.turned_away", "Requests that were not served because their pod asked too fast, or too much was asked of IMDS or Entra", func(s tokencache.Stats) uint64 { return s.TurnedAway })
-	counter("token.fetches", "Fetches from IMDS or Entra, refreshes included", func(s tokencache.Stats) uint64 { return s.Flights })
+	counter("token.fetches", "Fetches from IMDS or Entra, refreshes included", func(s tokencache.Stats) uint64 { return s.Fetches })
 	counter("token.refreshes", "Fetches in the place of a token that was still good", func(s tokencache.Stats) uint64 { return s.Refreshes })
 	counter("token.renewals", "Requests that did not want the token in memory", func(s tokencache.Stats) uint64 { return s.Renewals })
 	counter("token.evictions", "Tokens that had to leave memory for others", func(s tokencache.Stats) uint64 { return s.Evictions })

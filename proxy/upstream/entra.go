@@ -61,11 +61,11 @@ func newEntra(cfg Config) *entra {
 	return e
 }
 
-// fetch gets one token: is its authority allowed, what does the secret hold, what
-// says Entra. A turn is for the last alone, so that nobody's secret keeps one from
-// others. The error is an *Error (Entra refused), a *CredentialError (it could
-// not even be asked), or wraps ErrEntra.
-func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
+// token gets one token: is its authority allowed, what does the Secret hold, what does
+// Entra say. Only the last takes a slot, so that reading and decoding a Secret delays no
+// other pod. The error is an *Error (Entra refused), a *CredentialError (Entra could not
+// even be asked), or wraps ErrEntra.
+func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
 	host, err := e.allowed(p.Authority)
 	if err != nil {
 		return nil, refusedCredential(p, err)
@@ -74,13 +74,13 @@ func (e *entra) fetch(ctx context.Context, turn tokencache.Turn, key tokencache.
 	if err != nil {
 		return nil, err
 	}
-	// One turn for the few requests of a fetch: Entra has no limit for a node, and yet
+	// One slot for the few requests of a fetch: Entra has no limit for a node, and yet
 	// no pod is to make the node flood it.
-	done, err := turn(ctx)
+	release, err := f.slot(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer done(0) // a throttle is for one tenant or application, not for all
+	defer release(0) // Entra throttles one tenant or application, not all
 	x := &exchange{
 		client: &http.Client{
 			Transport: e.transport,

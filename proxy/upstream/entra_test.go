@@ -22,6 +22,7 @@ import (
 	"github.com/podidentity/nmi/proxy/entratest"
 	"github.com/podidentity/nmi/proxy/imdstest"
 	"github.com/podidentity/nmi/tokencache"
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 const (
@@ -122,17 +123,12 @@ func classOf(err error) tokencache.Class {
 func TestATokenByClientSecret(t *testing.T) {
 	p := newPrincipals(t, nil)
 	ask := asking(p.key(nil))
-	taken, ended := 0, 0
-	ask.Turn = func(context.Context) (func(time.Duration), error) {
-		taken++
-		return func(leaveAlone time.Duration) {
-			assert.Zero(t, leaveAlone)
-			ended++
-		}, nil
-	}
+	slots := &countedLimiter{Limiter: limiter.New(1000, 1000)}
+	p.Upstream.entraLimiter = slots
 	token, err := p.Token(t.Context(), ask)
 	require.NoError(t, err)
-	assert.Equal(t, [2]int{1, 1}, [2]int{taken, ended}, "one turn for all requests of a fetch")
+	slots.check(t, 1) // for all requests of a fetch
+	assert.Zero(t, slots.PausedUntil())
 	assert.Equal(t, clientID, imdstest.Subject(token.AccessToken))
 	assert.Equal(t, tenant, entratest.Tenant(token.AccessToken))
 	assert.Equal(t, clientID, token.ClientID)
@@ -305,7 +301,6 @@ func TestEntraIsDown(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	ask := asking(p.key(func(k *tokencache.Principal) { k.Authority = hanging.URL }))
-	ask.Turn = func(context.Context) (func(time.Duration), error) { return func(time.Duration) {}, nil } // however late it is
 	_, err = p.Token(ctx, ask)
 	require.ErrorIs(t, err, ErrEntra)
 	require.ErrorIs(t, err, context.DeadlineExceeded)

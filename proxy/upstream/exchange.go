@@ -11,8 +11,6 @@ import (
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
-
-	"github.com/podidentity/nmi/tokencache"
 )
 
 const (
@@ -24,47 +22,36 @@ const (
 	maxAnswer = 1 << 20
 )
 
-// flight is what the tries of one fetch share; it travels with azcore's request.
-type flight struct {
-	turn  tokencache.Turn
-	began time.Time // the first try
-	tries int
-	last  error // why the last try brought nothing, unless ctx ended it
-}
-
 // perTry stands below azcore's retry policy, and so has each try of a fetch:
 //
-//  1. take its turn, for as long as the fetch's ctx allows;
+//  1. wait for a slot;
 //  2. have tryTimeout for request and answer, see wholeAnswers;
-//  3. end its turn, and say for how long IMDS wants to be left alone.
+//  3. release the slot, and say for how long IMDS wants to be left alone.
 //
-// azcore's own TryTimeout would count the wait for the turn.
+// azcore's own TryTimeout would count the wait for the slot.
 type perTry struct{}
 
 // Do implements azcore's policy.Policy.
 func (perTry) Do(req *policy.Request) (*http.Response, error) {
-	var f *flight
+	var f *fetch
 	if !req.OperationValue(&f) {
-		return nil, &finalError{errors.New("a request for IMDS without a turn")}
+		return nil, &finalError{errors.New("a request for IMDS that is no fetch's")}
 	}
-	fetch := req.Raw().Context()
-	done, err := f.turn(fetch)
+	whole := req.Raw().Context()
+	release, err := f.slot(whole)
 	if err != nil {
 		return nil, &finalError{err}
 	}
-	var leaveAlone time.Duration
-	defer func() { done(leaveAlone) }()
+	var retryAfter time.Duration
+	defer func() { release(retryAfter) }()
 
-	if f.tries == 0 {
-		f.began = time.Now()
-	}
-	ctx, cancel := context.WithTimeout(fetch, tryTimeout)
+	ctx, cancel := context.WithTimeout(whole, tryTimeout)
 	defer cancel()
 	resp, err := req.WithContext(ctx).Next()
 	f.tries++
 	switch {
 	case err != nil:
-		if fetch.Err() == nil {
+		if whole.Err() == nil {
 			f.last = err
 		}
 		return nil, err
@@ -72,7 +59,7 @@ func (perTry) Do(req *policy.Request) (*http.Response, error) {
 		answer := asError(resp)
 		f.last = answer
 		if answer.Status == http.StatusTooManyRequests {
-			leaveAlone = answer.Wait()
+			retryAfter = answer.Wait()
 		}
 		pace(resp, answer)
 	}
@@ -146,7 +133,7 @@ type wholeAnswers struct{ transport *http.Transport }
 func (t wholeAnswers) Do(req *http.Request) (*http.Response, error) {
 	resp, err := send(req, t.transport)
 	if err == nil && resp.StatusCode == http.StatusMisdirectedRequest {
-		// Not of IMDS, which has not seen the request, so that it takes no other turn.
+		// Not of IMDS, which has not seen the request, so that it takes no other slot.
 		resp.Body.Close()
 		resp, err = send(req, onNewConnections(t.transport))
 	}

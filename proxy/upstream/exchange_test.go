@@ -16,80 +16,128 @@ import (
 
 	"github.com/podidentity/nmi/proxy/imdstest"
 	"github.com/podidentity/nmi/tokencache"
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
-func TestTheWaitForATurnIsNotTakenFromTheTry(t *testing.T) {
+func TestTheWaitForASlotIsNotTakenFromTheTry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}, Latency: 4 * time.Second})
 		u, stop := inMemory(t, imds)
 		defer stop()
-		limiter := turns{wait: time.Minute}
-		_, err := u.Token(t.Context(), tokencache.Request{Key: key, Turn: limiter.take})
+		slots := counted(u)
+		slots.delay = 50 * time.Second
+		_, err := u.Token(t.Context(), asking(key))
 		require.NoError(t, err)
-		limiter.check(t, 1)
+		slots.check(t, 1)
 	})
 }
 
-func TestNoTurnNoRequest(t *testing.T) {
-	throttled := errors.New("throttled for an hour")
+func TestNoSlotNoRequest(t *testing.T) {
+	refused := errors.New("no")
 	for name, tc := range map[string]struct {
-		turn tokencache.Turn
-		want error
+		delay time.Duration // of the limiter
+		err   error
+		want  error
+		takes time.Duration
 	}{
-		"the fetch ends":      {(&turns{wait: time.Minute}).take, context.DeadlineExceeded},
-		"the limiter refuses": {func(context.Context) (func(time.Duration), error) { return nil, throttled }, throttled},
+		"ctx ends":            {time.Minute, nil, context.DeadlineExceeded, 10 * time.Second},
+		"the limiter refuses": {0, refused, refused, 0},
+		"no slot in time":     {0, limiter.ErrTimeout, tokencache.ErrBusy, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 				u, stop := inMemory(t, imds)
 				defer stop()
+				slots := counted(u)
+				slots.delay, slots.err = tc.delay, tc.err
 				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 				defer cancel()
 				begin := time.Now()
-				_, err := u.Token(ctx, tokencache.Request{Key: key, Turn: tc.turn})
+				_, err := u.Token(ctx, asking(key))
 				require.ErrorIs(t, err, tc.want)
 				assert.Zero(t, imds.Requests())
-				if errors.Is(tc.want, throttled) {
-					assert.Zero(t, time.Since(begin), "not tried again")
-				}
+				assert.Equal(t, tc.takes, time.Since(begin), "not tried again")
+				assert.NoError(t, u.Unavailable(), "it says nothing of IMDS")
 			})
 		})
 	}
 }
 
-func TestALimiterThatRefusesLaterIsHeard(t *testing.T) {
+func TestALimiterThatRefusesARetryIsHeard(t *testing.T) {
+	for _, refused := range []error{errors.New("no"), limiter.ErrTimeout, &limiter.PausedError{For: time.Hour}} {
+		synctest.Test(t, func(t *testing.T) {
+			imds := imdstest.NewServer(imdstest.Config{})
+			imds.Inject(imdstest.Fault{Status: 404})
+			u, stop := inMemory(t, imds)
+			defer stop()
+			slots := counted(u)
+			slots.err, slots.after = refused, 1
+			_, err := u.Token(t.Context(), asking(key))
+			require.ErrorIs(t, err, refused)
+			assert.ErrorContains(t, err, "404", "what came before it is told too")
+			assert.NotErrorIs(t, err, tokencache.ErrBusy, "IMDS was asked")
+			slots.check(t, 1)
+		})
+	}
+}
+
+// The deadline starts with the first slot, and stands still while a retry waits for its own.
+func TestAFetchHasADeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		imds := imdstest.NewServer(imdstest.Config{})
-		imds.Inject(imdstest.Fault{Status: 404})
+		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
+		imds.Inject(always(imdstest.Fault{Hang: true})...)
 		u, stop := inMemory(t, imds)
 		defer stop()
-		refused := errors.New("throttled for an hour")
-		var limiter turns
-		_, err := u.Token(t.Context(), tokencache.Request{Key: key, Turn: func(ctx context.Context) (func(time.Duration), error) {
-			if limiter.taken > 0 {
-				return nil, refused
-			}
-			return limiter.take(ctx)
-		}})
-		require.ErrorIs(t, err, refused)
-		assert.ErrorContains(t, err, "404", "what came before it is told too")
-		limiter.check(t, 1)
+		slots := counted(u)
+		slots.delay = 8 * time.Second
+		begin := time.Now()
+		_, err := u.Token(t.Context(), asking(key))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorContains(t, err, "context deadline exceeded after 10s")
+		assert.InDelta(t, 2*slots.delay+fetchTimeout, time.Since(begin), float64(time.Second))
+		slots.check(t, 2)
+		assert.Error(t, u.Unavailable())
+	})
+}
+
+// IMDS's 429 keeps all pods from asking, and is what a handover carries.
+func TestAThrottleIsKnown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
+		imds.Inject(imdstest.Fault{Status: 429, RetryAfter: "7"})
+		u, stop := inMemory(t, imds)
+		defer stop()
+		_, err := u.Token(t.Context(), asking(key))
+		require.Error(t, err)
+		assert.Equal(t, 7*time.Second, time.Until(u.PausedUntil()))
+		u.PauseUntil(time.Now().Add(20 * time.Second))
+		begin := time.Now()
+		_, err = u.Token(t.Context(), asking(key))
+		require.NoError(t, err)
+		assert.Equal(t, 20*time.Second, time.Since(begin))
+		u.PauseUntil(time.Now().Add(10 * time.Minute))
+		_, err = u.Token(t.Context(), asking(key))
+		assert.Equal(t, tokencache.Throttled, classOf(err))
+		var patient interface{ Wait() time.Duration }
+		require.ErrorAs(t, err, &patient)
+		assert.Equal(t, 10*time.Minute, patient.Wait())
+		assert.Equal(t, 2, imds.Requests())
 	})
 }
 
 // net/http sends a GET again by itself if it was sent on a connection that turns out to
 // be closed; IMDS would count two requests, the limiter one.
-func TestARequestThatIsSentAgainHasATurnOfItsOwn(t *testing.T) {
+func TestARequestThatIsSentAgainHasASlotOfItsOwn(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 	u := upstreamOf(t, imds.Start())
-	var limiter turns
+	slots := counted(u)
 	for range 5 {
-		_, err := u.Token(t.Context(), tokencache.Request{Key: key, Turn: limiter.take})
+		_, err := u.Token(t.Context(), asking(key))
 		require.NoError(t, err)
 		imds.Inject(imdstest.Fault{Reset: true}) // on the connection that is kept
 	}
-	limiter.check(t, imds.Requests())
+	slots.check(t, imds.Requests())
 	assert.Equal(t, 9, imds.Requests())
 }
 

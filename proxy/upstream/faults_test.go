@@ -55,7 +55,7 @@ type outcome struct {
 	requests int
 	took     time.Duration // give or take what is random in it, 0.3 s a try
 	wait     time.Duration // that the error asks for
-	leave    time.Duration // for which all are to leave IMDS alone
+	pause    time.Duration // of all requests to IMDS
 }
 
 func TestFaults(t *testing.T) {
@@ -123,19 +123,17 @@ func checkFault(t *testing.T, faults []imdstest.Fault, want outcome) {
 	imds.Inject(faults...)
 	u, stop := inMemory(t, imds)
 	defer stop()
-	var limiter turns
+	slots := counted(u)
 	begin := time.Now()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	token, err := u.Token(ctx, tokencache.Request{Key: key, Turn: limiter.take})
+	token, err := u.Token(ctx, asking(key))
 	random := time.Millisecond + time.Duration(want.requests-1)*300*time.Millisecond
 	assert.InDelta(t, want.took, time.Since(begin), float64(random))
 	synctest.Wait() // until IMDS knows of all that has come
 	assert.Equal(t, want.requests, imds.Requests())
-	limiter.check(t, want.requests)
-	if !t.Failed() {
-		assert.Equal(t, want.leave, limiter.leaveAlone[want.requests-1])
-	}
+	slots.check(t, want.requests)
+	assert.Equal(t, want.pause, max(time.Until(u.PausedUntil()), 0))
 	if want.text == "" {
 		require.NoError(t, err)
 		assert.Equal(t, known.ClientID, imdstest.Subject(token.AccessToken))

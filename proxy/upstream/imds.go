@@ -42,15 +42,32 @@ func newPipeline(transport *http.Transport) runtime.Pipeline {
 	})
 }
 
-// Token fetches one token; the signature is tokencache.Fetch. ctx bounds the call and
-// all its tries, each of which takes a turn (at Entra they share one). An answer other
-// than a token, by IMDS or Entra, is an *Error, wrapped where ctx ended the tries after
-// it.
-func (u *Upstream) Token(ctx context.Context, ask tokencache.Request) (*tokencache.Token, error) {
-	key := ask.Key
-	if principal, ok := key.ServicePrincipal(); ok {
-		return u.entra.fetch(ctx, ask.Turn, key, principal)
+// Token fetches one token; the signature is tokencache.Fetch. The fetch waits for its
+// first slot as long as req.Waiting says, and then has fetchTimeout for all its tries, each
+// of which takes a slot (those at Entra share one). An answer other than a token, by IMDS
+// or Entra, is an *Error, wrapped where the deadline ended the tries after it.
+func (u *Upstream) Token(ctx context.Context, req tokencache.Request) (token *tokencache.Token, err error) {
+	principal, ok := req.ServicePrincipal()
+	limiter := u.imdsLimiter
+	if ok {
+		limiter = u.entraLimiter
 	}
+	ctx, f := newFetch(ctx, limiter, req)
+	defer f.end()
+	if ok {
+		token, err = u.entra.token(ctx, f, req.Key, principal)
+	} else {
+		token, err = u.imdsToken(ctx, f, req)
+	}
+	if err != nil && errors.Is(context.Cause(ctx), errFetchTimeout) {
+		return nil, fmt.Errorf("%w: %w", errFetchTimeout, err)
+	}
+	return token, err
+}
+
+// imdsToken fetches the token of a managed identity.
+func (u *Upstream) imdsToken(ctx context.Context, f *fetch, ask tokencache.Request) (*tokencache.Token, error) {
+	key := ask.Key
 	req, err := runtime.NewRequest(ctx, http.MethodGet, u.base.JoinPath(tokenPath).String())
 	if err != nil {
 		return nil, fmt.Errorf("request for IMDS: %w", err)
@@ -71,12 +88,11 @@ func (u *Upstream) Token(ctx context.Context, ask tokencache.Request) (*tokencac
 	req.Raw().URL.RawQuery = query.Encode()
 	req.Raw().Header.Set("Metadata", "true")
 	req.Raw().Header.Set("User-Agent", u.userAgent)
-	f := &flight{turn: ask.Turn}
 	req.SetOperationValue(f)
 
 	resp, err := u.pipeline.Do(req)
-	// A fetch that its callers left says something of IMDS only if a try of it had failed.
-	if left := errors.Is(context.Cause(ctx), context.Canceled); f.tries > 0 && (f.last != nil || !left) {
+	// A fetch that Close ended says something of IMDS only if a try of it had failed.
+	if closed := errors.Is(context.Cause(ctx), context.Canceled); f.tries > 0 && (f.last != nil || !closed) {
 		u.outage.fetched(f.began, unanswered(resp, err, f))
 	}
 	switch {

@@ -78,6 +78,7 @@ func TestAnotherSpellingOfTheResourceIsLoggedOnce(t *testing.T) {
 func TestAForgottenConnectionIsReplaced(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}, Latency: 20 * time.Millisecond})
 	u := upstreamOf(t, imds.Start())
+	_ = counted(u)
 	var all sync.WaitGroup
 	for range 5 { // each has a connection, and they are kept
 		all.Go(func() { _, err := u.Token(t.Context(), asking(key)); assert.NoError(t, err) })
@@ -86,13 +87,13 @@ func TestAForgottenConnectionIsReplaced(t *testing.T) {
 	for range 3 {
 		imds.ForgetConnections()
 		imds.Reset()
-		var limiter turns
-		_, err := u.Token(t.Context(), tokencache.Request{Key: key, Turn: limiter.take})
+		slots := counted(u)
+		_, err := u.Token(t.Context(), asking(key))
 		require.NoError(t, err)
 		calls := imds.Calls()
 		require.Len(t, calls, 2)
 		assert.Equal(t, []int{421, 200}, []int{calls[0].Status, calls[1].Status})
-		limiter.check(t, 1) // the other was not for IMDS
+		slots.check(t, 1) // the other was not for IMDS
 		_, err = u.Token(t.Context(), asking(key))
 		require.NoError(t, err)
 	}
@@ -253,27 +254,45 @@ func TestOneFailingKeyIsNoOutage(t *testing.T) {
 	})
 }
 
-// Neither is a caller that leaves before IMDS can have answered; what it saw fail is.
-func TestACallerThatLeavesSaysNothingOfIMDS(t *testing.T) {
+// The fetch goes on when its callers have left, and so tells of an IMDS that hangs.
+func TestAnOutageIsNoticedWithoutCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}, Latency: 3 * time.Second})
+		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
+		imds.Inject(always(imdstest.Fault{Hang: true})...)
 		u, stop := inMemory(t, imds)
 		defer stop()
 		cache := tokencache.New(u.Token, tokencache.Config{})
 		defer cache.Close()
-		leave := func(after time.Duration) {
-			ctx, cancel := context.WithTimeout(t.Context(), after)
-			defer cancel()
-			_, err := cache.Get(ctx, key, netip.Addr{})
-			require.ErrorIs(t, err, context.DeadlineExceeded)
-			synctest.Wait()
-		}
-		leave(time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := cache.Get(ctx, key, netip.Addr{})
+		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.NoError(t, u.Unavailable())
-		imds.Inject(always(imdstest.Fault{Hang: true})...)
-		leave(tryTimeout + time.Second)
+		time.Sleep(fetchTimeout)
 		require.ErrorContains(t, u.Unavailable(), "no answer within 5s")
 	})
+}
+
+// A fetch that Close ends says nothing of IMDS; a try of it that failed before does.
+func TestCloseIsNoOutage(t *testing.T) {
+	for name, tc := range map[string]struct {
+		after time.Duration
+		want  bool
+	}{"during the first try": {time.Second, false}, "during the second": {tryTimeout + time.Second, true}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
+				imds.Inject(always(imdstest.Fault{Hang: true})...)
+				u, stop := inMemory(t, imds)
+				defer stop()
+				cache := tokencache.New(u.Token, tokencache.Config{})
+				go func() { _, _ = cache.Get(t.Context(), key, netip.Addr{}) }()
+				time.Sleep(tc.after)
+				cache.Close()
+				assert.Equal(t, tc.want, u.Unavailable() != nil)
+			})
+		})
+	}
 }
 
 // An IMDS that fails now and then must not fill the log.

@@ -70,7 +70,7 @@ func (o *outage) err() error {
 }
 
 // unanswered is why a fetch got no answer from IMDS; nil if it got one, be it a refusal.
-func unanswered(resp *http.Response, err error, f *flight) error {
+func unanswered(resp *http.Response, err error, f *fetch) error {
 	var answer *Error
 	var unusable *finalError
 	switch {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/podidentity/nmi/proxy/entratest"
 	"github.com/podidentity/nmi/tokencache"
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 // counting makes c count its decodings.
@@ -129,7 +130,7 @@ func TestADecoderThatPanicsEndsNothing(t *testing.T) {
 	require.NoError(t, err)
 }
 
-// While a certificate is decoded no turn is taken, and neither its callers nor Close wait
+// While a certificate is decoded no slot is taken, and neither its callers nor Close wait
 // for longer than they would.
 func TestADecoderHoldsNobodyUp(t *testing.T) {
 	p := newPrincipals(t, nil)
@@ -141,7 +142,8 @@ func TestADecoderHoldsNobodyUp(t *testing.T) {
 		<-release
 		return certificate{}, errors.New("no")
 	}
-	cache := tokencache.New(p.Token, tokencache.Config{AtOnce: 1})
+	p.Upstream.entraLimiter = limiter.New(1, 1)
+	cache := tokencache.New(p.Token, tokencache.Config{})
 	slow := p.key(func(k *tokencache.Principal) { k.Certificate, k.SecretName = true, "slow" })
 	var waiting sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
@@ -155,7 +157,7 @@ func TestADecoderHoldsNobodyUp(t *testing.T) {
 	}
 	<-began
 	_, err := cache.Get(t.Context(), p.key(nil), netip.Addr{})
-	require.NoError(t, err, "the only turn is free")
+	require.NoError(t, err, "the only slot is free")
 	cancel()
 	cache.Close()
 	waiting.Wait()

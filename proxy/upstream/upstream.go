@@ -2,7 +2,7 @@
 //
 // The way of a managed identity's token through here: the key becomes a request to
 // the instance metadata service (IMDS), an azcore pipeline sends it and tries again
-// where the service asks for that, each time after a turn of the limiter, and the
+// where the service asks for that, each time with a slot of the limiter, and the
 // answer is checked field by field before anyone may keep it. What the service
 // refuses comes back as an *Error with the service's own words.
 //
@@ -15,6 +15,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"log/slog"
@@ -24,6 +25,16 @@ import (
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
+
+	"github.com/podidentity/nmi/tokencache/limiter"
+)
+
+// IMDS allows a virtual machine 20 requests for tokens a second and 5 at once
+// (learn.microsoft.com, "Azure Instance Metadata Service", Rate limiting). The difference
+// is for the node's own programs.
+const (
+	DefaultPerSecond = 18
+	DefaultAtOnce    = 4
 )
 
 // Config says where IMDS is, what Entra needs, and who asks.
@@ -33,6 +44,10 @@ type Config struct {
 	IMDS *url.URL
 	// UserAgent is sent with each token request.
 	UserAgent string
+
+	// PerSecond and AtOnce bound the requests for tokens to IMDS, and, apart from them,
+	// the fetches from Entra; 0 means DefaultPerSecond and DefaultAtOnce.
+	PerSecond, AtOnce int
 
 	// Secret reads a Kubernetes Secret, whenever a token of a service principal is
 	// fetched. Its error wraps ErrNoSecret where asking again changes nothing. nil
@@ -54,6 +69,9 @@ type Upstream struct {
 	transport *http.Transport
 	pipeline  runtime.Pipeline
 	entra     *entra
+	// Two, so that fetches which hang at Entra delay none from IMDS.
+	imdsLimiter, entraLimiter slotLimiter
+
 	outage    outage
 	spellings spellings
 
@@ -67,6 +85,7 @@ func New(cfg Config) *Upstream {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
+	perSecond, atOnce := cmp.Or(cfg.PerSecond, DefaultPerSecond), cmp.Or(cfg.AtOnce, DefaultAtOnce)
 	transport := &http.Transport{
 		// No Proxy: IMDS must be reached directly, whatever the environment
 		// says (learn.microsoft.com, "Azure Instance Metadata Service", Proxies).
@@ -77,10 +96,11 @@ func New(cfg Config) *Upstream {
 		MaxResponseHeaderBytes: maxHeader,
 	}
 	return &Upstream{
-		base:      &url.URL{Scheme: cfg.IMDS.Scheme, Host: cfg.IMDS.Host},
-		userAgent: cfg.UserAgent,
-		transport: transport,
-		entra:     newEntra(cfg),
+		base:        &url.URL{Scheme: cfg.IMDS.Scheme, Host: cfg.IMDS.Host},
+		userAgent:   cfg.UserAgent,
+		transport:   transport,
+		entra:       newEntra(cfg),
+		imdsLimiter: limiter.New(perSecond, atOnce), entraLimiter: limiter.New(perSecond, atOnce),
 		pipeline:  newPipeline(transport),
 		outage:    outage{log: cfg.Logger},
 		spellings: spellings{to: cfg.Logger, told: make(map[string]bool)},
@@ -94,6 +114,14 @@ func New(cfg Config) *Upstream {
 // Unavailable returns an error while IMDS gives no tokens: since when, and why. It is
 // learnt from fetches, and so as late as they are.
 func (u *Upstream) Unavailable() error { return u.outage.err() }
+
+// PausedUntil returns until when IMDS asked to be left alone (429), the zero time or one
+// in the past if it does not.
+func (u *Upstream) PausedUntil() time.Time { return u.imdsLimiter.PausedUntil() }
+
+// PauseUntil asks IMDS for no token until then, an hour from now at most. It shortens no
+// pause.
+func (u *Upstream) PauseUntil(until time.Time) { u.imdsLimiter.PauseUntil(until) }
 
 // Close drops the idle connections, and what is remembered of Secrets.
 func (u *Upstream) Close() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"sync"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/podidentity/nmi/proxy/imdstest"
 	"github.com/podidentity/nmi/tokencache"
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 var (
@@ -25,34 +27,53 @@ var (
 // somebody else's soon.
 const nobody = "127.0.0.1:1"
 
-// asking is a request that never has to wait for its turn.
+// asking is a request of one pod, which waits for a minute.
 func asking(k tokencache.Key) tokencache.Request {
-	return tokencache.Request{Key: k, Turn: new(turns).take}
+	until := time.Now().Add(time.Minute)
+	return tokencache.Request{Key: k, Waiting: func() ([]netip.Addr, time.Time) { return []netip.Addr{podAddr(0)}, until }}
 }
 
-// turns gives a turn to whoever asks, and remembers them.
-type turns struct {
-	wait time.Duration // before each
+// countedLimiter counts the slots that it gives out.
+type countedLimiter struct {
+	*limiter.Limiter
+	delay time.Duration // before each
+	err   error         // instead of one
+	after int           // slots that are given out before err
 
-	mu         sync.Mutex // guards all below
-	taken      int
-	out        int             // not given back
-	leaveAlone []time.Duration // what each was given back with
+	mu            sync.Mutex // guards all following fields
+	acquired, out int
 }
 
-func (l *turns) take(ctx context.Context) (done func(time.Duration), err error) {
-	if err := pause(ctx, l.wait); err != nil {
+// counted makes an upstream's fetches from IMDS take counted slots.
+func counted(u *Upstream) *countedLimiter {
+	l := &countedLimiter{Limiter: limiter.New(1000, 1000)}
+	u.imdsLimiter = l
+	return l
+}
+
+func (l *countedLimiter) Acquire(ctx context.Context, since time.Time, waiting func() ([]netip.Addr, time.Time)) (func(time.Duration), error) {
+	if err := pause(ctx, l.delay); err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	if l.err != nil && l.acquired == l.after {
+		defer l.mu.Unlock()
+		return nil, l.err
+	}
+	l.mu.Unlock()
+	release, err := l.Limiter.Acquire(ctx, since, waiting)
+	if err != nil {
 		return nil, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.taken++
+	l.acquired++
 	l.out++
-	return func(d time.Duration) {
+	return func(retryAfter time.Duration) {
+		release(retryAfter)
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.out--
-		l.leaveAlone = append(l.leaveAlone, d)
 	}, nil
 }
 
@@ -70,14 +91,13 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// check says that every request had its own turn, and gave it back once.
-func (l *turns) check(t *testing.T, requests int) {
+// check asserts that every request had its own slot, and released it once.
+func (l *countedLimiter) check(t *testing.T, requests int) {
 	t.Helper()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	assert.Equal(t, requests, l.taken, "one turn for each request")
-	assert.Zero(t, l.out, "turns not given back")
-	assert.Len(t, l.leaveAlone, l.taken, "each is given back once")
+	assert.Equal(t, requests, l.acquired, "one slot for each request")
+	assert.Zero(t, l.out, "each is released once")
 }
 
 func upstreamOf(t *testing.T, srv *httptest.Server) *Upstream {

@@ -1,0 +1,99 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/podidentity/nmi/tokencache"
+	"github.com/podidentity/nmi/tokencache/limiter"
+)
+
+// fetchTimeout is for one fetch, its retries included, from when it has its first slot.
+// It stands still while a retry waits for its slot.
+const fetchTimeout = 10 * time.Second
+
+var errFetchTimeout = fmt.Errorf("%w after %s", context.DeadlineExceeded, fetchTimeout)
+
+// slotLimiter is a *limiter.Limiter, whose slots tests count.
+type slotLimiter interface {
+	Acquire(ctx context.Context, since time.Time, waiting func() ([]netip.Addr, time.Time)) (release func(retryAfter time.Duration), err error)
+	Backlog() time.Duration
+	PausedUntil() time.Time
+	PauseUntil(until time.Time)
+}
+
+// fetch is one fetch of a token: its slots and its deadline, and what its tries share.
+type fetch struct {
+	limiter slotLimiter
+	waiting func() ([]netip.Addr, time.Time)
+	since   time.Time // the fetch has been wanted
+	cancel  context.CancelCauseFunc
+	timer   *time.Timer // calls cancel
+	ends    time.Time
+
+	began time.Time // the first try
+	tries int
+	last  error // why the last try brought nothing, unless ctx ended it
+}
+
+// newFetch returns a fetch and its context. fetchTimeout also bounds what comes before
+// its first slot, but for the wait.
+func newFetch(ctx context.Context, l slotLimiter, req tokencache.Request) (context.Context, *fetch) {
+	now := time.Now()
+	f := &fetch{limiter: l, waiting: req.Waiting, since: now, ends: now.Add(fetchTimeout)}
+	ctx, f.cancel = context.WithCancelCause(ctx)
+	f.timer = time.AfterFunc(fetchTimeout, func() { f.cancel(errFetchTimeout) })
+	return ctx, f
+}
+
+// slot waits for a slot for the next try. release is limiter.Limiter's.
+func (f *fetch) slot(ctx context.Context) (release func(retryAfter time.Duration), err error) {
+	f.timer.Stop()
+	left := time.Until(f.ends)
+	spent := fetchTimeout - left // otherwise than in the queue
+	release, err = f.limiter.Acquire(ctx, f.since, func() ([]netip.Addr, time.Time) {
+		callers, until := f.waiting()
+		return callers, until.Add(spent)
+	})
+	first := f.began.IsZero()
+	if first {
+		left = fetchTimeout
+	}
+	now := time.Now()
+	f.ends = now.Add(left)
+	f.timer.Reset(left)
+	var paused *limiter.PausedError
+	switch {
+	case err == nil && first:
+		f.began = now
+	case errors.As(err, &paused):
+		err = &slotError{tokencache.Throttled, paused.For, err}
+	case first && errors.Is(err, limiter.ErrTimeout):
+		err = &slotError{tokencache.Unavailable, f.limiter.Backlog(), tokencache.ErrBusy}
+	}
+	return release, err
+}
+
+// end releases the fetch's context.
+func (f *fetch) end() {
+	f.timer.Stop()
+	f.cancel(nil)
+}
+
+// slotError is why a fetch had no slot.
+type slotError struct {
+	class tokencache.Class
+	wait  time.Duration
+	error
+}
+
+func (e *slotError) Unwrap() error { return e.error }
+
+// Class is what tokencache looks for.
+func (e *slotError) Class() tokencache.Class { return e.class }
+
+// Wait is what tokencache looks for.
+func (e *slotError) Wait() time.Duration { return e.wait }

@@ -1,0 +1,369 @@
+package limiter
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const patience = 18 * time.Second
+
+var (
+	alice = netip.MustParseAddr("10.0.0.1")
+	bob   = netip.MustParseAddr("10.0.0.2")
+)
+
+func pod(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}) }
+
+// request is one that others may join.
+type request struct {
+	mu      sync.Mutex // guards all following fields
+	callers []netip.Addr
+	until   time.Time
+}
+
+func of(callers ...netip.Addr) *request {
+	return &request{callers: callers, until: time.Now().Add(patience)}
+}
+
+func (r *request) waiting() ([]netip.Addr, time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.callers, r.until
+}
+
+func (r *request) join(caller netip.Addr) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.callers = append(r.callers, caller)
+	r.until = time.Now().Add(patience)
+}
+
+// acquire fails the test if there is no slot.
+func acquire(t *testing.T, l *Limiter, r *request) (release func(time.Duration)) {
+	t.Helper()
+	release, err := l.Acquire(t.Context(), time.Now(), r.waiting)
+	require.NoError(t, err)
+	return release
+}
+
+// idle asserts that all slots have been released.
+func idle(t *testing.T, l *Limiter) {
+	t.Helper()
+	assert.Zero(t, l.inFlight)
+	assert.Len(t, l.available, l.perSecond)
+	assert.Empty(t, l.waiters)
+	assert.Zero(t, l.Backlog())
+}
+
+func TestRateAndConcurrency(t *testing.T) {
+	for _, latency := range []time.Duration{0, 10 * time.Millisecond, 300 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			l := New(18, 4)
+			var (
+				mu             sync.Mutex // guards all following fields
+				begun          []time.Time
+				inFlight, peak int
+				all            sync.WaitGroup
+			)
+			for i := range 200 {
+				all.Go(func() {
+					release := acquire(t, l, of(pod(i)))
+					mu.Lock()
+					begun = append(begun, time.Now())
+					inFlight++
+					peak = max(peak, inFlight)
+					mu.Unlock()
+					if latency > 0 { // go.dev/issue/78156
+						time.Sleep(latency)
+					}
+					mu.Lock()
+					inFlight--
+					mu.Unlock()
+					release(0)
+				})
+			}
+			all.Wait()
+			assert.LessOrEqual(t, peak, 4)
+			for i, first := range begun {
+				if i+18 < len(begun) {
+					assert.GreaterOrEqual(t, begun[i+18].Sub(first), time.Second, "19 requests within a second")
+				}
+			}
+			idle(t, l)
+		})
+	}
+}
+
+// Wherever on the way the service notices a request, that is before its answer is in.
+func TestASlotCountsForASecondAfterItsRelease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(1, 1)
+		release := acquire(t, l, of(alice))
+		time.Sleep(5 * time.Second)
+		release(0)
+		begin := time.Now()
+		acquire(t, l, of(alice))(0)
+		assert.Equal(t, time.Second, time.Since(begin))
+	})
+}
+
+// A thousand requests of a hundred callers want 50 seconds of the service. A caller with
+// one request of its own, and one that joins the last request of another, wait for a round.
+func TestACallerWithOneRequestWaitsForOneRound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(20, 4)
+		ctx, cancel := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		defer all.Wait()
+		defer cancel()
+		requests := make([]*request, 1000)
+		for i := range requests {
+			requests[i] = of(pod(i % 100))
+			all.Go(func() {
+				if release, err := l.Acquire(ctx, time.Now(), requests[i].waiting); err == nil {
+					time.Sleep(10 * time.Millisecond)
+					release(0)
+				}
+			})
+			synctest.Wait() // in this order
+		}
+		begin := time.Now()
+		alices := of(alice)
+		release := acquire(t, l, alices)
+		assert.LessOrEqual(t, time.Since(begin), 6*time.Second)
+		release(0)
+
+		begin = time.Now()
+		last := requests[999]
+		last.join(bob)
+		for served := false; !served && time.Since(begin) < patience; time.Sleep(10 * time.Millisecond) {
+			l.mu.Lock()
+			served = true
+			for _, w := range l.waiters {
+				callers, _ := w.waiting()
+				served = served && len(callers) == 1
+			}
+			l.mu.Unlock()
+		}
+		assert.LessOrEqual(t, time.Since(begin), 6*time.Second)
+	})
+}
+
+// One that always has another request may not go first each time.
+func TestTurnsRotate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(100, 1)
+		held := acquire(t, l, of(pod(9)))
+		var order []netip.Addr
+		var all sync.WaitGroup
+		wait := func(caller netip.Addr) {
+			all.Go(func() {
+				release := acquire(t, l, of(caller))
+				order = append(order, caller)
+				release(0)
+			})
+			synctest.Wait()
+		}
+		for range 3 {
+			wait(alice)
+		}
+		wait(bob)
+		wait(bob)
+		wait(pod(3))
+		held(0)
+		all.Wait()
+		assert.Equal(t, []netip.Addr{alice, bob, pod(3), alice, bob, alice}, order)
+		idle(t, l)
+	})
+}
+
+func TestARetryKeepsItsPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(10, 1)
+		since := time.Now()
+		time.Sleep(time.Second)
+		held := acquire(t, l, of(bob))
+		var order []string
+		var all sync.WaitGroup
+		for _, r := range []struct {
+			name  string
+			since time.Time
+		}{{"first", time.Now()}, {"second", time.Now()}, {"retry", since}} {
+			all.Go(func() {
+				release, err := l.Acquire(t.Context(), r.since, of(alice).waiting)
+				assert.NoError(t, err)
+				order = append(order, r.name)
+				release(0)
+			})
+			synctest.Wait()
+		}
+		held(0)
+		all.Wait()
+		assert.Equal(t, []string{"retry", "first", "second"}, order)
+	})
+}
+
+func TestAThrottleAppliesToAllCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(18, 4)
+		begin := time.Now()
+		release := acquire(t, l, of(alice))
+		other := acquire(t, l, of(alice))
+		release(7 * time.Second)
+		other(time.Second) // shortens nothing
+		assert.Equal(t, 7*time.Second, l.Backlog())
+		assert.Equal(t, begin.Add(7*time.Second), l.PausedUntil())
+		acquire(t, l, of(bob))(0)
+		assert.Equal(t, 7*time.Second, time.Since(begin))
+	})
+}
+
+func TestAThrottleThatOutlastsAllPatienceFailsAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(18, 4)
+		acquire(t, l, of(alice))(time.Minute)
+		time.Sleep(10 * time.Second)
+		begin := time.Now()
+		_, err := l.Acquire(t.Context(), begin, of(bob).waiting)
+		var paused *PausedError
+		require.ErrorAs(t, err, &paused)
+		assert.Equal(t, 50*time.Second, paused.For)
+		assert.Zero(t, time.Since(begin))
+		idle := l.inFlight == 0 && len(l.waiters) == 0
+		assert.True(t, idle)
+	})
+}
+
+func TestAPauseIsHandedOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first, next := New(18, 4), New(18, 4)
+		assert.Zero(t, first.PausedUntil())
+		acquire(t, first, of(alice))(7 * time.Second)
+		next.PauseUntil(first.PausedUntil().Round(0)) // as on the wire
+		next.PauseUntil(time.Time{})
+		begin := time.Now()
+		acquire(t, next, of(bob))(0)
+		assert.Equal(t, 7*time.Second, time.Since(begin))
+		next.PauseUntil(time.Now().Add(100 * time.Hour))
+		next.PauseUntil(time.Now().Add(time.Minute))
+		assert.Equal(t, time.Hour, time.Until(next.PausedUntil()))
+	})
+}
+
+func TestARequestWaitsAsLongAsItsLastCaller(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(1, 1)
+		held := acquire(t, l, of(pod(0)))
+		begin := time.Now()
+		alices := of(alice)
+		go func() {
+			time.Sleep(patience - time.Second)
+			alices.join(bob)
+		}()
+		_, err := l.Acquire(t.Context(), begin, alices.waiting)
+		require.ErrorIs(t, err, ErrTimeout)
+		assert.Equal(t, 2*patience-time.Second, time.Since(begin))
+		held(0)
+		time.Sleep(time.Second)
+		idle(t, l)
+	})
+}
+
+// A retry whose callers have waited long enough takes a slot that is free.
+func TestAFreeSlotNeedsNoPatience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(100, 100)
+		r := of(alice)
+		time.Sleep(patience)
+		for range 50 {
+			acquire(t, l, r)(0)
+		}
+	})
+}
+
+func TestACancelledRequestTakesNoSlot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(1, 1)
+		held := acquire(t, l, of(alice))
+		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		_, err := l.Acquire(impatient, time.Now(), of(alice, bob).waiting)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		begin := time.Now()
+		held(0)
+		acquire(t, l, of(bob))(0)
+		assert.Equal(t, time.Second, time.Since(begin))
+		idle(t, l)
+	})
+}
+
+func TestASlotGivenAtTheMomentOfCancellationIsReleased(t *testing.T) {
+	l := New(1000, 1000)
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 100 {
+		if release, err := l.Acquire(gone, time.Now(), of(alice).waiting); err == nil {
+			release(0)
+		}
+	}
+	idle(t, l)
+}
+
+func TestBacklog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(2, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		for range 20 {
+			go func() { _, _ = l.Acquire(ctx, time.Now(), of(alice).waiting) }()
+		}
+		synctest.Wait()
+		assert.Equal(t, 19*time.Second/2, l.Backlog())
+	})
+}
+
+// Requests come, are joined and are given up at random; each slot is released once.
+func TestStress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(18, 4)
+		var all sync.WaitGroup
+		for i := range 2000 {
+			all.Go(func() {
+				time.Sleep(time.Duration(i*7919%60_000) * time.Millisecond)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i*104729%3000)*time.Millisecond)
+				defer cancel()
+				r := of(pod(i % 23))
+				go r.join(pod(i % 7))
+				if release, err := l.Acquire(ctx, time.Now(), r.waiting); err == nil {
+					time.Sleep(time.Duration(i%60) * time.Millisecond)
+					release(0)
+				}
+			})
+		}
+		all.Wait()
+		time.Sleep(time.Second)
+		idle(t, l)
+	})
+}
+
+// BenchmarkDispatch is the worst that pods can do: 250 of them with 20 requests each.
+func BenchmarkDispatch(b *testing.B) {
+	l := New(18, 4)
+	for i := range 5000 {
+		r := of(pod(i % 250))
+		l.waiters = append(l.waiters, &waiter{waiting: r.waiting})
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		l.mu.Lock()
+		l.nextLocked()
+		l.mu.Unlock()
+	}
+}

@@ -1,0 +1,205 @@
+package tokencache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+)
+
+const (
+	// maxWait is how long a fetch waits for its slot at the upstream after the last
+	// caller has joined it. With 250 pods on a node that all want one token, and an IMDS
+	// that takes 0.1 s for each, a round takes 14.7 s; the rest is for refreshes, retries
+	// and pods that want more.
+	maxWait = 18 * time.Second
+	// maxPatience is how long a caller waits in all: maxWait, and 10 s for the fetch. It
+	// ends the wait for a fetch that others keep joining. proxy's writeTimeout, within
+	// which there may be two such waits, allows no more.
+	maxPatience = 28 * time.Second
+)
+
+// callID is what singleflight runs one of: a fetch for a key. Renewals, which no cache on
+// the way may answer, are apart from the others.
+type callID struct {
+	Key
+	renewal bool
+}
+
+func (id callID) String() string {
+	if id.renewal {
+		return "renewal of " + id.Key.String()
+	}
+	return id.Key.String()
+}
+
+// call is a fetch under way. The cache's mutex guards callers and until.
+type call struct {
+	id    callID
+	quota *quota // of the caller that started it
+	stale *entry // to be replaced; nil for a miss
+	// callers are those that wait or have waited, the one that started it first. The limiter
+	// serves the call in the turn of whichever comes first.
+	callers []netip.Addr
+	until   time.Time // it waits for its slot
+}
+
+// loading is what one caller waits for.
+type loading struct {
+	result <-chan singleflight.Result
+	busy   Class // of the failure if the wait takes too long
+}
+
+// joinLocked makes the caller wait for a call, which it starts if there is none.
+func (c *Cache) joinLocked(id callID, stale *entry, caller netip.Addr, now time.Time) (*loading, error) {
+	q := c.quotaLocked(caller)
+	l := &loading{busy: Unavailable}
+	cl := c.calls[id]
+	// Waiting too long is the doing of a caller that wants other tokens as well; one that
+	// wants a single token waits for others.
+	if others := q.calls; others > 1 || others == 1 && (cl == nil || cl.quota != q) {
+		l.busy = Throttled
+	}
+	if cl != nil {
+		c.stats.Joined++
+	} else {
+		var err error
+		if cl, err = c.startLocked(id, stale, q, now); err != nil {
+			return nil, err
+		}
+	}
+	if !slices.Contains(cl.callers, caller) {
+		cl.callers = append(cl.callers, caller)
+	}
+	cl.until = now.Add(maxWait)
+	l.result = c.group.DoChan(cl.id.String(), func() (any, error) { return c.load(cl) })
+	return l, nil
+}
+
+// startLocked adds a call, which joinLocked has singleflight run.
+func (c *Cache) startLocked(id callID, stale *entry, q *quota, now time.Time) (*call, error) {
+	if c.closed {
+		return nil, ErrClosed
+	}
+	refresh := stale != nil && !id.renewal
+	if err := q.admit(refresh, now); err != nil {
+		c.stats.TurnedAway++
+		return nil, err
+	}
+	id.Resource = strings.Clone(id.Resource) // it is part of a request, which must not be kept
+	cl := &call{id: id, quota: q, stale: stale}
+	c.calls[id] = cl
+	q.calls++
+	c.background.Add(1)
+	c.stats.Fetches++
+	if refresh {
+		c.stats.Refreshes++
+	}
+	if stale != nil && id.renewal {
+		stale.renewedAt = now
+	}
+	return cl, nil
+}
+
+// forgetLocked removes a call that has ended; later callers start a new one.
+func (c *Cache) forgetLocked(cl *call) {
+	delete(c.calls, cl.id)
+	c.group.Forget(cl.id.String())
+	cl.quota.calls--
+	c.wakeRefresher() // it may have waited for this one to end
+}
+
+// wait returns what the call brings.
+func (c *Cache) wait(ctx context.Context, l *loading) (*Token, error) {
+	patience := time.NewTimer(maxPatience)
+	defer patience.Stop()
+	var err error
+	select {
+	case r := <-l.result:
+		if r.Err == nil {
+			return r.Val.(*entry).token, nil //nolint:errcheck // load returns nothing else
+		}
+		err = r.Err
+	case <-patience.C:
+		err = ErrBusy
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if errors.Is(err, ErrBusy) {
+		c.mu.Lock()
+		c.stats.TurnedAway++
+		c.mu.Unlock()
+		_, backlog := classOf(err)
+		return nil, &Failure{Class: l.busy, RetryAfter: max(backlog, time.Second), Err: ErrBusy}
+	}
+	return nil, err
+}
+
+// load fetches a call's token, and stores it or its failure.
+func (c *Cache) load(cl *call) (*entry, error) {
+	defer c.background.Done()
+	token, err := c.fetchToken(cl)
+	now := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.forgetLocked(cl)
+	switch {
+	case err == nil:
+		cl.quota.succeeded(now)
+		return c.storeLocked(cl, token, now), nil
+	case c.ctx.Err() != nil:
+		return nil, ErrClosed
+	case errors.Is(err, ErrBusy): // which says nothing of the key
+		return nil, err
+	default:
+		return nil, c.failLocked(cl, err, now)
+	}
+}
+
+func (c *Cache) fetchToken(cl *call) (token *Token, err error) {
+	// singleflight would end the process for a panic.
+	defer func() {
+		if p := recover(); p != nil {
+			token, err = nil, fmt.Errorf("fetching a token panicked: %v", p)
+		}
+	}()
+	token, err = c.fetch(c.ctx, Request{Key: cl.id.Key, Fresh: cl.id.renewal, Waiting: func() ([]netip.Addr, time.Time) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return cl.callers, cl.until
+	}})
+	if err == nil && !time.Now().Before(token.ExpiresOn) {
+		return nil, fmt.Errorf("the upstream's token expired at %s, before it arrived; check the node's clock",
+			token.ExpiresOn.UTC().Format(time.RFC3339))
+	}
+	return token, err
+}
+
+// failLocked remembers that a fetch has failed. A token that is still valid stays.
+func (c *Cache) failLocked(cl *call, err error, now time.Time) *Failure {
+	class, wait := classOf(err)
+	c.stats.Failures[class]++
+	if class == Refused {
+		cl.quota.refused(now)
+	}
+	e, ok := c.entries.Peek(cl.id.Key)
+	if !ok || e.freshness(now) == expired {
+		return c.failed.record(cl.id.Key, err, now)
+	}
+	if wait >= e.left(now) {
+		_ = c.failed.record(cl.id.Key, err, now) // for when the token has expired
+	}
+	again := max(renewPause, wait)
+	if cl.id.renewal { // more would let any caller delay the refreshes
+		e.delayRefresh(now.Add(wait))
+	} else {
+		e.backOff(now, wait)
+		again = e.notBefore.Sub(now)
+	}
+	return &Failure{Class: class, RetryAfter: again, Err: err}
+}
