@@ -152,7 +152,7 @@ func TestACallerWhoWantsTooManyTokensDrivesOutItsOwn(t *testing.T) {
 		}
 		assert.Equal(t, maxOwned+1, c.Stats().Entries)
 		owned := make(map[netip.Addr]int)
-		for _, e := range c.entries.Values() {
+		for _, e := range stored(c) {
 			owned[e.owner]++
 		}
 		assert.Equal(t, map[netip.Addr]int{alice: 1, bob: maxOwned}, owned)
@@ -241,7 +241,7 @@ func TestWhatIsKeptKeepsNoRequest(t *testing.T) {
 		own := func(kept Key) bool { return unsafe.StringData(kept.Resource) != unsafe.StringData(wanted.Resource) }
 		_, err := c.Get(t.Context(), wanted, alice)
 		require.NoError(t, err)
-		assert.True(t, own(c.entries.Keys()[0]))
+		assert.True(t, own(stored(c)[0].key))
 		time.Sleep(time.Hour)
 		up.fail(classed{class: Refused})
 		_, err = c.Get(t.Context(), wanted, alice)

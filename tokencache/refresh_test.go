@@ -152,7 +152,7 @@ func TestAnHourWithoutTheUpstream(t *testing.T) {
 		up.fail(nil)
 		time.Sleep(6 * time.Minute)
 		assert.Zero(t, func() (stale int) {
-			for _, e := range c.entries.Values() {
+			for _, e := range stored(c) {
 				if e.freshness(time.Now()) != fresh && e.failures > 0 {
 					stale++
 				}

@@ -96,22 +96,22 @@ func TestPatienceEndsThoughOthersJoin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: limiter.New(1, 1), takes: fetchTimeout - 1}
 		c := New(up.fetch, Config{})
+		var wg sync.WaitGroup
+		defer wg.Wait()
 		defer c.Close()
-		for i := range 6 { // of each caller, an older fetch
-			go func() { _, _ = c.Get(t.Context(), numbered(i), pod(i)) }()
+		for i := range 3 * 6 { // of each caller, older fetches
+			wg.Go(func() { _, _ = c.Get(t.Context(), numbered(i), pod(i%6)) })
 		}
 		synctest.Wait()
 		for i := range 6 {
-			go func() {
+			wg.Go(func() {
 				time.Sleep(time.Duration(i) * 5 * time.Second)
 				_, _ = c.Get(t.Context(), key, pod(i))
-			}()
+			})
 		}
-		time.Sleep(time.Millisecond)
+		synctest.Wait()
 		begin := time.Now()
 		_, err := c.Get(t.Context(), key, pod(0))
-		var failure *Failure
-		require.ErrorAs(t, err, &failure)
 		require.ErrorIs(t, err, ErrBusy)
 		assert.Equal(t, maxPatience, time.Since(begin))
 	})

@@ -165,6 +165,13 @@ func get(t *testing.T, c *Cache) string {
 	return token.AccessToken
 }
 
+// stored are the entries in memory, the least recently used first.
+func stored(c *Cache) []*entry {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.entries.Values()
+}
+
 // made are the calls so far.
 func (u *fakeUpstream) made() []request {
 	u.mu.Lock()

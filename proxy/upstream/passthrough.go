@@ -10,9 +10,20 @@ import (
 	"net/url"
 	"strings"
 	"time"
+
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 const (
+	// passThroughSlots is how many requests are passed on at once, each on a connection of
+	// its own, and passThroughTokenSlots how many more of those are for the token path,
+	// which only excepted pods' are. Together with the agent's own for tokens, which have
+	// their limiter, they are all that IMDS gets. It asks for 5 requests a second at most,
+	// and answers in milliseconds.
+	passThroughSlots      = 32
+	passThroughTokenSlots = 8
+	// slotTimeout is how long a request waits for its slot.
+	slotTimeout = 5 * time.Second
 	// passTimeout is for one request and its whole answer. The first one for
 	// scheduled events takes up to two minutes (Microsoft, "Scheduled Events for
 	// Linux VMs", Enabling and disabling).
@@ -38,9 +49,9 @@ var errSwitched = errors.New("IMDS switched to another protocol, which it never 
 // nobody else waits for a client:
 //
 //  1. the request's body is read to its end;
-//  2. a slot is waited for; those that wait get one in turn, by RemoteAddr;
+//  2. it waits for a slot; waiting clients, by RemoteAddr, take turns;
 //  3. IMDS is asked, and its answer read to its end, for 150 s and 1 MiB at most;
-//  4. the slot is given back.
+//  4. the slot is released.
 //
 // What is in memory for one address is bounded by what is free, see held.
 func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -62,18 +73,24 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		out.Body = body
 	}
-	slots := u.passing
+	slots, size := u.passThrough, passThroughSlots
 	if strings.TrimSuffix(r.URL.Path, "/") == tokenPath { // other spellings get no slot of these, and lose nothing else
-		slots = u.passingTokens
+		slots, size = u.passThroughTokens, passThroughTokenSlots
 	}
-	release, err := slots.acquire(r.Context(), from)
+	now := time.Now()
+	release, err := slots.Acquire(r.Context(), now, func() ([]netip.Addr, time.Time) {
+		return []netip.Addr{from}, now.Add(slotTimeout)
+	})
+	if errors.Is(err, limiter.ErrTimeout) {
+		err = fmt.Errorf("%d requests are being passed on already", size)
+	}
 	if err != nil {
 		if out.Body != nil {
 			_ = out.Body.Close()
 		}
 		return nil, err
 	}
-	defer release()
+	defer release(0)
 	ctx, cancel := context.WithTimeout(r.Context(), passTimeout)
 	defer cancel()
 	return u.exchange(out.WithContext(ctx), from)

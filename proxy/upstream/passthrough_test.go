@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/proxy/imdstest"
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 // passed is a request that is passed on; imdstest's faults are for this path.
@@ -62,9 +63,9 @@ func TestOnlySoManyArePassedOnAtOnce(t *testing.T) {
 		path string
 		most int
 	}{
-		"token path":                         {tokenPath, tokenSlots},
-		"token path with a slash at its end": {tokenPath + "/", tokenSlots},
-		"others":                             {otherPath, passingSlots},
+		"token path":                         {tokenPath, passThroughTokenSlots},
+		"token path with a slash at its end": {tokenPath + "/", passThroughTokenSlots},
+		"others":                             {otherPath, passThroughSlots},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -94,7 +95,7 @@ func TestOnlySoManyArePassedOnAtOnce(t *testing.T) {
 				begin := time.Now()
 				_, err := sent(u, request(t.Context(), tc.path))
 				require.ErrorContains(t, err, "are being passed on already")
-				assert.Equal(t, slotPatience, time.Since(begin))
+				assert.Equal(t, slotTimeout, time.Since(begin))
 				gone, leave := context.WithTimeout(t.Context(), time.Second)
 				defer leave()
 				_, err = sent(u, request(gone, tc.path))
@@ -124,12 +125,14 @@ func TestOnlySoManyArePassedOnAtOnce(t *testing.T) {
 // assertIdle checks that all that was taken has been given back.
 func assertIdle(t *testing.T, u *Upstream) {
 	t.Helper()
-	for _, s := range []*slots{u.passing, u.passingTokens} {
-		s.mu.Lock()
-		assert.Zero(t, s.inUse)
-		assert.Empty(t, s.waiting)
-		assert.Empty(t, s.rotation)
-		s.mu.Unlock()
+	for l, size := range map[*limiter.Limiter]int{u.passThrough: passThroughSlots, u.passThroughTokens: passThroughTokenSlots} {
+		begin := time.Now()
+		for range size {
+			release, err := l.Acquire(t.Context(), begin, func() ([]netip.Addr, time.Time) { return []netip.Addr{podAddr(0)}, begin })
+			if assert.NoError(t, err, "all slots are free") {
+				defer release(0)
+			}
+		}
 	}
 	u.held.mu.Lock()
 	defer u.held.mu.Unlock()
@@ -142,7 +145,7 @@ func TestASlotCoversIMDSsTimeAlone(t *testing.T) {
 	answer := strings.Repeat("x", 200<<10)
 	u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) })))
 	var unread []*http.Response
-	for i := range 2 * passingSlots {
+	for i := range 2 * passThroughSlots {
 		r := passed(t.Context(), t)
 		r.URL.Path, r.RemoteAddr = "/metadata/instance", fmt.Sprintf("10.0.0.%d:1", i/8)
 		resp, err := u.RoundTrip(r)
@@ -152,10 +155,7 @@ func TestASlotCoversIMDSsTimeAlone(t *testing.T) {
 		require.NoError(t, err)
 		unread = append(unread, resp)
 	}
-	assert.Greater(t, len(unread), passingSlots/2)
-	u.passing.mu.Lock()
-	assert.Zero(t, u.passing.inUse)
-	u.passing.mu.Unlock()
+	assert.Greater(t, len(unread), passThroughSlots/2)
 	for _, resp := range unread {
 		body, err := io.ReadAll(resp.Body)
 		require.NoError(t, err)
@@ -164,43 +164,6 @@ func TestASlotCoversIMDSsTimeAlone(t *testing.T) {
 		require.NoError(t, resp.Body.Close(), "once more")
 	}
 	assertIdle(t, u)
-}
-
-func TestSlotsRotateBetweenAddresses(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSlots(1)
-		release, err := s.acquire(t.Context(), netip.Addr{})
-		require.NoError(t, err)
-		var mu sync.Mutex // guards order
-		var order []string
-		var asking sync.WaitGroup
-		for _, name := range []string{"a", "a", "a", "gone", "b", "a", "c", "c"} {
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			asking.Go(func() {
-				done, err := s.acquire(ctx, netip.AddrFrom4([4]byte{10, 0, 0, name[0]}))
-				if name == "gone" {
-					assert.ErrorIs(t, err, context.Canceled)
-					return
-				}
-				assert.NoError(t, err)
-				mu.Lock()
-				order = append(order, name)
-				mu.Unlock()
-				done()
-			})
-			synctest.Wait()
-			if name == "gone" {
-				cancel()
-				synctest.Wait()
-			}
-		}
-		release()
-		asking.Wait()
-		assert.Equal(t, []string{"a", "b", "c", "a", "c", "a", "a"}, order)
-		assert.Zero(t, s.inUse)
-		assert.Empty(t, s.waiting)
-	})
 }
 
 // An address may hold as much as is free, so that there is something left for the next.

@@ -76,8 +76,8 @@ type Upstream struct {
 	spellings spellings
 
 	// For what is passed on; see RoundTrip.
-	passing, passingTokens *slots
-	held                   *held
+	passThrough, passThroughTokens *limiter.Limiter
+	held                           *held
 }
 
 // New returns an Upstream. It opens no connection yet.
@@ -105,9 +105,9 @@ func New(cfg Config) *Upstream {
 		outage:    outage{log: cfg.Logger},
 		spellings: spellings{to: cfg.Logger, told: make(map[string]bool)},
 
-		passing:       newSlots(passingSlots),
-		passingTokens: newSlots(tokenSlots),
-		held:          newHeld(maxHeld),
+		passThrough:       limiter.New(0, passThroughSlots),
+		passThroughTokens: limiter.New(0, passThroughTokenSlots),
+		held:              newHeld(maxHeld),
 	}
 }
 

@@ -68,8 +68,8 @@ type waiter struct {
 	ready   chan struct{} // closed when it has a slot
 }
 
-// New returns a Limiter for a service that allows perSecond requests a second, atOnce
-// of them at the same time.
+// New returns a Limiter for a service that allows perSecond requests a second, 0 for any
+// number, and atOnce of them at the same time.
 func New(perSecond, atOnce int) *Limiter {
 	return &Limiter{
 		perSecond: perSecond, atOnce: atOnce,
@@ -142,8 +142,9 @@ func (l *Limiter) release(retryAfter time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	l.inFlight--
-	l.available = append(l.available, now.Add(window))
+	if l.inFlight--; l.perSecond > 0 {
+		l.available = append(l.available, now.Add(window))
+	}
 	if retryAfter > 0 {
 		l.pauseLocked(now.Add(retryAfter))
 	}
@@ -152,10 +153,10 @@ func (l *Limiter) release(retryAfter time.Duration) {
 
 // dispatchLocked gives out the slots that are free now, and sets the timer for the next.
 func (l *Limiter) dispatchLocked() {
-	for l.inFlight < l.atOnce && len(l.available) > 0 && len(l.waiters) > 0 {
-		at := l.available[0]
-		if l.pausedUntil.After(at) {
-			at = l.pausedUntil
+	for l.inFlight < l.atOnce && len(l.waiters) > 0 && (l.perSecond == 0 || len(l.available) > 0) {
+		at := l.pausedUntil
+		if l.perSecond > 0 && l.available[0].After(at) {
+			at = l.available[0]
 		}
 		if wait := time.Until(at); wait > 0 {
 			if l.timer == nil {
@@ -168,8 +169,9 @@ func (l *Limiter) dispatchLocked() {
 		i := l.nextLocked()
 		close(l.waiters[i].ready)
 		l.waiters = slices.Delete(l.waiters, i, i+1)
-		l.available = l.available[1:]
-		l.inFlight++
+		if l.inFlight++; l.perSecond > 0 {
+			l.available = l.available[1:]
+		}
 	}
 }
 
@@ -207,11 +209,11 @@ func (l *Limiter) nextLocked() (next int) {
 	return next
 }
 
-// Backlog returns about how long a request that came now would wait.
+// Backlog returns about how long a request that came now would wait for the rate.
 func (l *Limiter) Backlog() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return max(time.Until(l.pausedUntil), time.Duration(len(l.waiters))*window/time.Duration(l.perSecond))
+	return max(time.Until(l.pausedUntil), time.Duration(len(l.waiters))*window/time.Duration(max(l.perSecond, 1)))
 }
 
 // PausedUntil returns until when the service asked to be left alone, the zero time or

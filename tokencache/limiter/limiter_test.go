@@ -184,6 +184,23 @@ func TestTurnsRotate(t *testing.T) {
 	})
 }
 
+func TestWithoutARate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(0, 2)
+		begin := time.Now()
+		for range 1000 {
+			one, two := acquire(t, l, of(alice)), acquire(t, l, of(alice))
+			one(0)
+			two(0)
+		}
+		assert.Zero(t, time.Since(begin))
+		held, _ := acquire(t, l, of(alice)), acquire(t, l, of(alice))
+		time.AfterFunc(time.Second, func() { held(0) })
+		acquire(t, l, of(bob))(0)
+		assert.Equal(t, time.Second, time.Since(begin), "one at a time is left")
+	})
+}
+
 func TestARetryKeepsItsPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(10, 1)
