@@ -18,7 +18,7 @@ import (
 	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
-func TestSecondCallerIsAnsweredFromMemory(t *testing.T) {
+func TestHit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{takes: 50 * time.Millisecond}
 		c := New(up.fetch, Config{})
@@ -31,7 +31,7 @@ func TestSecondCallerIsAnsweredFromMemory(t *testing.T) {
 	})
 }
 
-func TestManyCallersOfAColdKeyMakeOneCall(t *testing.T) {
+func TestManyCallersShareOneFetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
@@ -50,7 +50,7 @@ func TestManyCallersOfAColdKeyMakeOneCall(t *testing.T) {
 	})
 }
 
-func TestACallerThatLeavesFailsNoOther(t *testing.T) {
+func TestCancelledCallerDoesNotFailOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{takes: time.Second}
 		c := New(up.fetch, Config{})
@@ -58,7 +58,7 @@ func TestACallerThatLeavesFailsNoOther(t *testing.T) {
 		impatient, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
 		var wg sync.WaitGroup
-		wg.Go(func() { // the first caller, whose request started the flight
+		wg.Go(func() { // the first caller, whose request started the fetch
 			_, err := c.Get(impatient, key, alice)
 			assert.ErrorIs(t, err, context.DeadlineExceeded)
 		})
@@ -74,7 +74,7 @@ func TestACallerThatLeavesFailsNoOther(t *testing.T) {
 }
 
 // Its token is there when they come back.
-func TestAFetchGoesOnWithoutCallers(t *testing.T) {
+func TestFetchOutlivesItsCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{takes: 2 * time.Second}
 		c := New(up.fetch, Config{})
@@ -103,7 +103,7 @@ func assertIdle(t *testing.T, c *Cache) {
 	}
 }
 
-func TestAPanicIsAnErrorOfThatFlight(t *testing.T) {
+func TestPanicInFetch(t *testing.T) {
 	c := New(func(context.Context, Request) (*Token, error) { panic("boom") }, Config{})
 	defer c.Close()
 	_, err := c.Get(t.Context(), key, alice)
@@ -111,7 +111,7 @@ func TestAPanicIsAnErrorOfThatFlight(t *testing.T) {
 	assert.Equal(t, [3]uint64{Unavailable: 1}, c.Stats().Failures)
 }
 
-func TestATokenThatArrivesExpiredIsAnError(t *testing.T) {
+func TestTokenExpiredOnArrival(t *testing.T) {
 	up := &fakeUpstream{life: -time.Second}
 	c := New(up.fetch, Config{})
 	defer c.Close()
@@ -120,7 +120,7 @@ func TestATokenThatArrivesExpiredIsAnError(t *testing.T) {
 	assert.Zero(t, c.Stats().Entries)
 }
 
-func TestTheLeastRecentlyUsedLeaves(t *testing.T) {
+func TestLeastRecentlyUsedIsEvicted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{Size: 2})
@@ -132,14 +132,14 @@ func TestTheLeastRecentlyUsedLeaves(t *testing.T) {
 		assert.Equal(t, 3, up.asked(), "a, b and c once each: a was used when c came")
 		_, err := c.Get(t.Context(), Key{Resource: "b"}, alice)
 		require.NoError(t, err)
-		assert.Equal(t, 4, up.asked(), "b had left")
+		assert.Equal(t, 4, up.asked(), "b was evicted")
 		assert.Equal(t, uint64(2), c.Stats().Evictions)
 		assert.Equal(t, 2, c.Stats().Entries)
 	})
 }
 
-// A pod chooses its resources, and so could drive everybody's tokens out.
-func TestACallerWhoWantsTooManyTokensDrivesOutItsOwn(t *testing.T) {
+// A pod chooses its resources, and so could evict everybody else's tokens.
+func TestCallerWithTooManyTokensEvictsItsOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{Size: 300})
@@ -159,14 +159,14 @@ func TestACallerWhoWantsTooManyTokensDrivesOutItsOwn(t *testing.T) {
 		assert.Equal(t, "token-1", get(t, c))
 		_, err := c.Get(t.Context(), numbered(maxOwned), bob)
 		require.NoError(t, err)
-		assert.Equal(t, 2*maxOwned+1, up.asked(), "the oldest of bob's left")
+		assert.Equal(t, 2*maxOwned+1, up.asked(), "bob's oldest was evicted")
 		time.Sleep(25 * time.Hour)
 		synctest.Wait()
 		assert.Zero(t, c.Stats().Entries)
 	})
 }
 
-func TestCloseEndsFlightsAndKeepsTokens(t *testing.T) {
+func TestCloseCancelsFetchesAndKeepsTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{})
@@ -187,8 +187,8 @@ func TestCloseEndsFlightsAndKeepsTokens(t *testing.T) {
 	})
 }
 
-// Whatever is under way: misses, refreshes of both kinds and renewals, in their turns
-// and waiting for them.
+// Whatever is under way: misses, refreshes of both kinds and renewals, with a slot or
+// waiting for one.
 func TestCloseLeavesNothingBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: limiter.New(3, 3), entra: limiter.New(3, 3), life: time.Hour}
@@ -214,13 +214,13 @@ func TestCloseLeavesNothingBehind(t *testing.T) {
 		time.Sleep(time.Second / 2)
 		c.Close()
 		assert.Zero(t, up.out, "no fetch is under way")
-		synctest.Wait() // singleflight's own goroutines have told all by then; else the bubble says so
+		synctest.Wait() // singleflight's goroutines end, or the bubble fails
 		assert.Zero(t, up.imds.Backlog()+up.entra.Backlog(), "no fetch waits")
 		assertIdle(t, c)
 	})
 }
 
-func TestAKeyThatNoUpstreamWouldKnowIsRefused(t *testing.T) {
+func TestKeyTooLong(t *testing.T) {
 	up := &fakeUpstream{}
 	c := New(up.fetch, Config{})
 	defer c.Close()
@@ -231,7 +231,7 @@ func TestAKeyThatNoUpstreamWouldKnowIsRefused(t *testing.T) {
 }
 
 // A resource is part of a request line of some kilobytes.
-func TestWhatIsKeptKeepsNoRequest(t *testing.T) {
+func TestStoredKeysDoNotRetainTheRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: time.Hour}
 		c := New(up.fetch, Config{})
@@ -250,7 +250,7 @@ func TestWhatIsKeptKeepsNoRequest(t *testing.T) {
 	})
 }
 
-func TestServicePrincipalsHaveKeysOfTheirOwn(t *testing.T) {
+func TestServicePrincipalKeys(t *testing.T) {
 	of := func(tenant string) Key {
 		k := key
 		k.Principal = unique.Make(Principal{TenantID: tenant, SecretName: "s"})
@@ -267,7 +267,7 @@ func TestServicePrincipalsHaveKeysOfTheirOwn(t *testing.T) {
 	assert.Equal(t, "a", p.TenantID)
 }
 
-func TestAHitAllocatesNothing(t *testing.T) {
+func TestHitDoesNotAllocate(t *testing.T) {
 	up := &fakeUpstream{}
 	c := New(up.fetch, Config{})
 	defer c.Close()

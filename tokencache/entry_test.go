@@ -60,7 +60,7 @@ func set(now time.Time, by time.Duration) time.Time {
 	return now
 }
 
-func TestAJumpOfTheClockNeverServesAnExpiredToken(t *testing.T) {
+func TestClockChangesNeverServeAnExpiredToken(t *testing.T) {
 	begin := time.Now()
 	end := begin.Add(24 * time.Hour)
 	require.Equal(t, time.Hour, set(begin, time.Hour).Round(0).Sub(begin.Round(0)))
@@ -89,7 +89,7 @@ func TestAJumpOfTheClockNeverServesAnExpiredToken(t *testing.T) {
 	}
 }
 
-func TestARefreshThatFailsIsPostponed(t *testing.T) {
+func TestRefreshBackoff(t *testing.T) {
 	begin := time.Now()
 	e := newEntry(key, &Token{ExpiresOn: begin.Add(24 * time.Hour).Round(0)}, begin, 0)
 	now := begin.Add(12 * time.Hour)
@@ -120,7 +120,7 @@ func TestUsersAreBounded(t *testing.T) {
 	assert.Empty(t, e.users)
 }
 
-func TestUsersThatAreGoneAreForgotten(t *testing.T) {
+func TestUsersThatAreGoneAreRemoved(t *testing.T) {
 	node := &inUse{gone: map[netip.Addr]bool{alice: true}}
 	c := New((&fakeUpstream{}).fetch, Config{InUse: node.ask})
 	defer c.Close()

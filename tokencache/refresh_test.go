@@ -33,7 +33,7 @@ func (n *inUse) leave(caller netip.Addr) {
 	n.gone[caller] = true
 }
 
-func TestKeysInUseAreRefreshedWithoutTraffic(t *testing.T) {
+func TestTokensInUseAreRefreshedWithoutRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: 50 * time.Millisecond}
 		node := &inUse{gone: make(map[netip.Addr]bool)}
@@ -50,12 +50,12 @@ func TestKeysInUseAreRefreshedWithoutTraffic(t *testing.T) {
 		assert.Equal(t, 5, up.asked(), "bob is still there")
 		node.leave(bob)
 		time.Sleep(72 * time.Hour)
-		assert.Equal(t, 5, up.asked(), "nobody is")
+		assert.Equal(t, 5, up.asked(), "none is")
 		assert.Zero(t, c.Stats().Entries, "and it is failureReset when it has expired")
 	})
 }
 
-func TestARolloutOfManyPodsKeepsTheirKeyInUse(t *testing.T) {
+func TestRolloutKeepsATokenInUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		node := &inUse{gone: make(map[netip.Addr]bool)}
@@ -73,8 +73,8 @@ func TestARolloutOfManyPodsKeepsTheirKeyInUse(t *testing.T) {
 	})
 }
 
-// TestADayOfANode is 250 pods with a key each, who ask every ten minutes.
-func TestADayOfANode(t *testing.T) {
+// TestOneDayOnANode is 250 pods with a key each, which ask every ten minutes.
+func TestOneDayOnANode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const pods = 250
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: 50 * time.Millisecond}
@@ -115,8 +115,8 @@ func TestADayOfANode(t *testing.T) {
 	})
 }
 
-// TestAnHourWithoutTheUpstream is 100 keys whose refreshes come due when it is down.
-func TestAnHourWithoutTheUpstream(t *testing.T) {
+// TestUpstreamDownForAnHour is 100 keys whose refreshes come due when it is down.
+func TestUpstreamDownForAnHour(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const keys = 100
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: 10 * time.Millisecond}
@@ -142,7 +142,7 @@ func TestAnHourWithoutTheUpstream(t *testing.T) {
 				token, err := c.Get(t.Context(), numbered(i), pod(i))
 				require.NoError(t, err)
 				require.True(t, token.ExpiresOn.After(asked))
-				require.Zero(t, time.Since(asked), "nobody notices")
+				require.Zero(t, time.Since(asked), "callers do not notice")
 			}
 			time.Sleep(time.Minute)
 		}
@@ -162,7 +162,7 @@ func TestAnHourWithoutTheUpstream(t *testing.T) {
 	})
 }
 
-func TestTheRefresherLeavesRoomForCallers(t *testing.T) {
+func TestRefresherLeavesSlotsForCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: 6 * time.Minute}
 		c := drawn(New(up.fetch, Config{InUse: (&inUse{}).ask}), 0)
@@ -181,11 +181,11 @@ func TestTheRefresherLeavesRoomForCallers(t *testing.T) {
 		assert.Equal(t, 40, up.asked())
 		assert.Equal(t, maxRefreshes+6, up.peak)
 		last := up.made()[38:]
-		assert.ElementsMatch(t, []string{"r18", "r19"}, []string{last[0].Resource, last[1].Resource}, "who ends first comes first")
+		assert.ElementsMatch(t, []string{"r18", "r19"}, []string{last[0].Resource, last[1].Resource}, "the first to expire come first")
 	})
 }
 
-func TestRefreshesThatHangAtEntraHoldUpNoneAtIMDS(t *testing.T) {
+func TestHangingEntraDoesNotDelayIMDSRefreshes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		entra, imds := &fakeUpstream{life: 6 * time.Minute}, &fakeUpstream{life: 6 * time.Minute}
 		c := drawn(New(func(ctx context.Context, req Request) (*Token, error) {
@@ -211,8 +211,8 @@ func TestRefreshesThatHangAtEntraHoldUpNoneAtIMDS(t *testing.T) {
 	})
 }
 
-// Who asked for a token that no cache has had is given that one, whichever of the two lands first.
-func TestARefreshNeverTakesThePlaceOfARenewal(t *testing.T) {
+// A caller of Renew is given the token of the renewal, whichever of the two fetches ends first.
+func TestRefreshDoesNotReplaceARenewal(t *testing.T) {
 	const s = time.Second
 	for _, takes := range []struct{ refresh, renewal time.Duration }{{3 * s, s}, {s, 3 * s}} {
 		synctest.Test(t, func(t *testing.T) {

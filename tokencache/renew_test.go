@@ -20,7 +20,7 @@ func renew(t *testing.T, c *Cache, replace func(*Token) bool) string {
 	return token.AccessToken
 }
 
-func TestRenewalsOfAKeyAreFiveSecondsApart(t *testing.T) {
+func TestRenewPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{takes: 100 * time.Millisecond}
 		c := New(up.fetch, Config{})
@@ -39,7 +39,7 @@ func TestRenewalsOfAKeyAreFiveSecondsApart(t *testing.T) {
 	})
 }
 
-func TestARenewalOfAColdKeyIsAFetch(t *testing.T) {
+func TestRenewOnAMiss(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{})
@@ -50,7 +50,7 @@ func TestARenewalOfAColdKeyIsAFetch(t *testing.T) {
 	})
 }
 
-func TestOnlyTheTokenThatIsMeantIsReplaced(t *testing.T) {
+func TestRenewReplacesOnlyTheNamedToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{})
@@ -67,7 +67,7 @@ func TestOnlyTheTokenThatIsMeantIsReplaced(t *testing.T) {
 	})
 }
 
-func TestManyRenewalsAtOnceAreOne(t *testing.T) {
+func TestConcurrentRenewalsShareOneFetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{takes: time.Second}
 		c := New(up.fetch, Config{})
@@ -82,7 +82,7 @@ func TestManyRenewalsAtOnceAreOne(t *testing.T) {
 	})
 }
 
-func TestARenewalThatFailsKeepsTheTokenForOthers(t *testing.T) {
+func TestFailedRenewalKeepsTheToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{})
@@ -91,7 +91,7 @@ func TestARenewalThatFailsKeepsTheTokenForOthers(t *testing.T) {
 		down := errors.New("down")
 		up.fail(down)
 		_, err := c.Renew(t.Context(), key, alice, nil)
-		require.ErrorIs(t, err, down, "who does not want the token in memory is not given it")
+		require.ErrorIs(t, err, down, "a caller that does not accept the token in memory is not given it")
 		assert.Equal(t, "token-1", get(t, c))
 		assert.Equal(t, "token-1", renew(t, c, nil), "too soon")
 		assert.Equal(t, 2, up.asked())
@@ -99,7 +99,7 @@ func TestARenewalThatFailsKeepsTheTokenForOthers(t *testing.T) {
 	})
 }
 
-func TestRenewalsThatFailAreFiveSecondsApartToo(t *testing.T) {
+func TestRenewPauseAfterFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{takes: 10 * time.Millisecond}
 		c := New(up.fetch, Config{})
@@ -122,7 +122,7 @@ func TestRenewalsThatFailAreFiveSecondsApartToo(t *testing.T) {
 	})
 }
 
-func TestARenewalThatItsCallerLeavesIsMade(t *testing.T) {
+func TestRenewalOutlivesItsCaller(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{takes: 100 * time.Millisecond}
 		c := New(up.fetch, Config{})
@@ -138,7 +138,7 @@ func TestARenewalThatItsCallerLeavesIsMade(t *testing.T) {
 	})
 }
 
-func TestARenewalThatIsTurnedAwayKeepsNobodyFromAnother(t *testing.T) {
+func TestRejectedRenewalDoesNotBlockOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{})
@@ -155,7 +155,7 @@ func TestARenewalThatIsTurnedAwayKeepsNobodyFromAnother(t *testing.T) {
 	})
 }
 
-func TestRenewalsThatFailDoNotHoldRefreshesBack(t *testing.T) {
+func TestFailedRenewalsDoNotDelayRefreshes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := drawn(New(func(ctx context.Context, req Request) (*Token, error) {
@@ -174,7 +174,7 @@ func TestRenewalsThatFailDoNotHoldRefreshesBack(t *testing.T) {
 	})
 }
 
-func TestARenewalThatFailsShortensNoRetryAfter(t *testing.T) {
+func TestFailedRenewalDoesNotShortenRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := drawn(New(up.fetch, Config{InUse: (&inUse{}).ask}), 0)
@@ -193,7 +193,7 @@ func TestARenewalThatFailsShortensNoRetryAfter(t *testing.T) {
 	})
 }
 
-func TestTheRefresherIsToldWhenAKeyIsPostponed(t *testing.T) {
+func TestRefresherWakesAfterBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		var c *Cache
@@ -215,7 +215,7 @@ func TestTheRefresherIsToldWhenAKeyIsPostponed(t *testing.T) {
 }
 
 // The renewal that failed counts, although the token that it was about has been replaced.
-func TestARefreshBringsNoRenewalForward(t *testing.T) {
+func TestRefreshDoesNotResetTheRenewPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := drawn(New(func(ctx context.Context, req Request) (*Token, error) {

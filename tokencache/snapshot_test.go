@@ -66,7 +66,7 @@ func TestImportedTokensAreServedAndRefreshed(t *testing.T) {
 	})
 }
 
-func TestImportSkipsWhatIsOfNoUse(t *testing.T) {
+func TestImportSkipsExpiredAndOlderTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: time.Hour}
 		from, to := New(up.fetch, Config{}), New(up.fetch, Config{})
@@ -89,7 +89,7 @@ func TestImportSkipsWhatIsOfNoUse(t *testing.T) {
 	})
 }
 
-func TestImportKeepsTheCachesBounds(t *testing.T) {
+func TestImportIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		from, small, owned := New(up.fetch, Config{}), New(up.fetch, Config{Size: 10}), New(up.fetch, Config{})
@@ -119,7 +119,7 @@ func TestImportKeepsTheCachesBounds(t *testing.T) {
 	})
 }
 
-func TestNothingPrintsAToken(t *testing.T) {
+func TestTokensAreRedacted(t *testing.T) {
 	up := &fakeUpstream{}
 	c := New(up.fetch, Config{})
 	defer c.Close()

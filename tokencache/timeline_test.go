@@ -26,7 +26,7 @@ func TestTimeline(t *testing.T) {
 	type step struct {
 		at    time.Duration // since the first request
 		err   error         // of the upstream, from here on
-		want  string        // "" means an error; "-" that nobody asks
+		want  string        // "" means an error; "-" that there is no request
 		calls int           // upstream calls so far, refreshes included
 	}
 	const h, m, s = time.Hour, time.Minute, time.Second
@@ -34,7 +34,7 @@ func TestTimeline(t *testing.T) {
 		life  time.Duration
 		steps []step
 	}{
-		"a day's token is refreshed half-way, behind the caller": {24 * h, []step{
+		"a day's token is refreshed half-way, in the background": {24 * h, []step{
 			{0, nil, "token-1", 1},
 			{12*h - s, nil, "token-1", 1},
 			{12 * h, nil, "token-1", 2},
@@ -73,7 +73,7 @@ func TestTimeline(t *testing.T) {
 			{12*h + 10*m, nil, "-", 3},
 			{12*h + 10*m + s, nil, "token-3", 3},
 		}},
-		"urgent, and the upstream down: the old token until it expires": {24 * h, []step{
+		"expiring, and the upstream down: the old token until it expires": {24 * h, []step{
 			{0, nil, "token-1", 1},
 			{24*h - 5*m, down, "token-1", 2},
 			{24*h - 4*m - 31*s, down, "token-1", 2},
@@ -143,7 +143,7 @@ func TestTimeline(t *testing.T) {
 	}
 }
 
-func TestManyCallersOfADueTokenStartOneRefresh(t *testing.T) {
+func TestManyCallersStartOneRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
@@ -162,7 +162,7 @@ func TestManyCallersOfADueTokenStartOneRefresh(t *testing.T) {
 	})
 }
 
-func TestAnUrgentTokenIsServedWhenItsRefreshIsSlow(t *testing.T) {
+func TestExpiringTokenIsServedIfItsRefreshIsSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: time.Hour}
 		c := drawn(New(up.fetch, Config{}), 0)
@@ -179,7 +179,7 @@ func TestAnUrgentTokenIsServedWhenItsRefreshIsSlow(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		time.Sleep(2 * time.Second) // nobody waits, and yet it lands
+		time.Sleep(2 * time.Second) // the refresh goes on without callers
 		synctest.Wait()
 		assert.Equal(t, 2, up.asked())
 		assert.Equal(t, "token-2", get(t, c))
@@ -187,7 +187,7 @@ func TestAnUrgentTokenIsServedWhenItsRefreshIsSlow(t *testing.T) {
 	})
 }
 
-func TestATokenThatExpiresWhileItIsRefreshedIsWaitedFor(t *testing.T) {
+func TestTokenExpiresDuringItsRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: time.Hour}
 		c := drawn(New(up.fetch, Config{}), 0)
@@ -202,7 +202,7 @@ func TestATokenThatExpiresWhileItIsRefreshedIsWaitedFor(t *testing.T) {
 	})
 }
 
-func TestATokenThatExpiresWhileItsRefreshFailsIsNotServed(t *testing.T) {
+func TestTokenExpiresDuringAFailingRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: time.Hour}
 		c := drawn(New(up.fetch, Config{}), 0)

@@ -55,7 +55,7 @@ func newEntra(cfg Config) *entra {
 	}
 	if e.secret == nil {
 		e.secret = func(context.Context, string, string) (map[string][]byte, error) {
-			return nil, fmt.Errorf("%w: this agent reads none", ErrNoSecret)
+			return nil, fmt.Errorf("%w: this agent reads no secrets", ErrNoSecret)
 		}
 	}
 	return e
@@ -182,11 +182,11 @@ func (x *exchange) explain(ctx context.Context, err error, now time.Time) error 
 	case x.status != 0 && x.status != http.StatusOK:
 		return x.refusal(now)
 	case x.token: // its text may quote the token
-		return fmt.Errorf("%w: its answer is not the JSON of a token", ErrEntra)
+		return fmt.Errorf("%w: the response is not the JSON of a token", ErrEntra)
 	case ctx.Err() != nil: // before or between the requests, which the credential's text alone tells
 		return fmt.Errorf("%w: %w", ErrEntra, ctx.Err())
 	default:
-		return fmt.Errorf("%w: where it gives tokens is not known: %.300s", ErrEntra, err.Error())
+		return fmt.Errorf("%w: token endpoint discovery failed: %.300s", ErrEntra, err.Error())
 	}
 }
 
@@ -201,13 +201,13 @@ func (x *exchange) read(got azcore.AccessToken, key tokencache.Key, now time.Tim
 	life := got.ExpiresOn.Sub(now)
 	switch {
 	case json.Unmarshal(x.body, &in) != nil:
-		return nil, fmt.Errorf("%w: its answer has numbers that are none", ErrEntra)
+		return nil, fmt.Errorf("%w: malformed number in the response", ErrEntra)
 	case !isB64Token(got.Token) || got.Token == "":
-		return nil, fmt.Errorf("%w: the token has characters that no bearer token has (RFC 6750)", ErrEntra)
+		return nil, fmt.Errorf("%w: the token is not a bearer token (RFC 6750, section 2.1)", ErrEntra)
 	case !strings.EqualFold(in.TokenType, "Bearer"):
 		return nil, fmt.Errorf("%w: the token is of type %.40q, not Bearer", ErrEntra, in.TokenType)
 	case life <= 0 || life > longestLife:
-		return nil, fmt.Errorf("%w: the token expires at %s, which cannot be; check the node's clock", ErrEntra, got.ExpiresOn.UTC().Format(time.RFC3339))
+		return nil, fmt.Errorf("%w: implausible token expiry %s; check the node's clock", ErrEntra, got.ExpiresOn.UTC().Format(time.RFC3339))
 	}
 	token := &tokencache.Token{
 		AccessToken: got.Token, ClientID: key.ClientID, Resource: key.Resource, TokenType: "Bearer",

@@ -35,7 +35,7 @@ type perTry struct{}
 func (perTry) Do(req *policy.Request) (*http.Response, error) {
 	var f *fetch
 	if !req.OperationValue(&f) {
-		return nil, &finalError{errors.New("a request for IMDS that is no fetch's")}
+		return nil, &finalError{errors.New("a request for IMDS without a fetch")}
 	}
 	whole := req.Raw().Context()
 	release, err := f.slot(whole)

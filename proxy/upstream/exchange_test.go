@@ -19,7 +19,7 @@ import (
 	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
-func TestTheWaitForASlotIsNotTakenFromTheTry(t *testing.T) {
+func TestWaitForASlotIsNotPartOfTheTry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}, Latency: 4 * time.Second})
 		u, stop := inMemory(t, imds)
@@ -32,7 +32,7 @@ func TestTheWaitForASlotIsNotTakenFromTheTry(t *testing.T) {
 	})
 }
 
-func TestNoSlotNoRequest(t *testing.T) {
+func TestNoSlot(t *testing.T) {
 	refused := errors.New("no")
 	for name, tc := range map[string]struct {
 		delay time.Duration // of the limiter
@@ -64,7 +64,7 @@ func TestNoSlotNoRequest(t *testing.T) {
 	}
 }
 
-func TestALimiterThatRefusesARetryIsHeard(t *testing.T) {
+func TestNoSlotForARetry(t *testing.T) {
 	for _, refused := range []error{errors.New("no"), limiter.ErrTimeout, &limiter.PausedError{For: time.Hour}} {
 		synctest.Test(t, func(t *testing.T) {
 			imds := imdstest.NewServer(imdstest.Config{})
@@ -83,7 +83,7 @@ func TestALimiterThatRefusesARetryIsHeard(t *testing.T) {
 }
 
 // The deadline starts with the first slot, and stands still while a retry waits for its own.
-func TestAFetchHasADeadline(t *testing.T) {
+func TestFetchTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 		imds.Inject(always(imdstest.Fault{Hang: true})...)
@@ -102,7 +102,7 @@ func TestAFetchHasADeadline(t *testing.T) {
 }
 
 // IMDS's 429 keeps all pods from asking, and is what a handover carries.
-func TestAThrottleIsKnown(t *testing.T) {
+func TestThrottlingPausesAllFetches(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 		imds.Inject(imdstest.Fault{Status: 429, RetryAfter: "7"})
@@ -128,7 +128,7 @@ func TestAThrottleIsKnown(t *testing.T) {
 
 // net/http sends a GET again by itself if it was sent on a connection that turns out to
 // be closed; IMDS would count two requests, the limiter one.
-func TestARequestThatIsSentAgainHasASlotOfItsOwn(t *testing.T) {
+func TestRetriesTakeASlotEach(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 	u := upstreamOf(t, imds.Start())
 	slots := counted(u)
@@ -141,7 +141,7 @@ func TestARequestThatIsSentAgainHasASlotOfItsOwn(t *testing.T) {
 	assert.Equal(t, 9, imds.Requests())
 }
 
-func TestNobodyAtIMDSsAddress(t *testing.T) {
+func TestConnectionRefused(t *testing.T) {
 	u := New(Config{IMDS: &url.URL{Scheme: "http", Host: nobody}})
 	defer u.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -172,7 +172,7 @@ func TestFreshBypassesIMDSsOwnCache(t *testing.T) {
 }
 
 // A cold node with everything in it: IMDS counts what the limiter let through, each try.
-func TestIMDSIsNotAskedMoreThanItAllows(t *testing.T) {
+func TestIMDSLimits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}, Latency: 100 * time.Millisecond})
 		for range 20 {

@@ -119,7 +119,7 @@ func (u *Upstream) exchange(r *http.Request, from netip.Addr) (*http.Response, e
 	if err != nil {
 		return nil, err
 	}
-	// The answer to HEAD has no body, whoever it is from.
+	// Every answer to HEAD has no body.
 	answer := &Error{Source: sourceIMDS, Status: resp.StatusCode, empty: body.empty() && r.Method != http.MethodHead, asked: r.Method + " " + r.URL.Path}
 	if answer.byProxy() {
 		return nil, errors.Join(answer, body.Close())

@@ -58,7 +58,7 @@ func TestRoundTripLeavesTheRequestAsItIs(t *testing.T) {
 // otherPath is not the token path here, and is it for imdstest and its faults.
 const otherPath = "/METADATA/identity/oauth2/token"
 
-func TestOnlySoManyArePassedOnAtOnce(t *testing.T) {
+func TestPassThroughLimits(t *testing.T) {
 	for name, tc := range map[string]struct {
 		path string
 		most int
@@ -140,8 +140,8 @@ func assertIdle(t *testing.T, u *Upstream) {
 	assert.Empty(t, u.held.byAddr)
 }
 
-// The answer that nobody reads takes memory of its address, and no slot.
-func TestASlotCoversIMDSsTimeAlone(t *testing.T) {
+// An answer that its client does not read takes memory of its address, and no slot.
+func TestSlowReadersHoldNoSlot(t *testing.T) {
 	answer := strings.Repeat("x", 200<<10)
 	u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) })))
 	var unread []*http.Response

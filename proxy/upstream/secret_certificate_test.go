@@ -132,7 +132,7 @@ func TestADecoderThatPanicsEndsNothing(t *testing.T) {
 
 // While a certificate is decoded no slot is taken, and neither its callers nor Close wait
 // for longer than they would.
-func TestADecoderHoldsNobodyUp(t *testing.T) {
+func TestDecodingACertificateTakesNoSlot(t *testing.T) {
 	p := newPrincipals(t, nil)
 	p.secrets["slow"] = map[string][]byte{"certificate": []byte("x")}
 	began, release := make(chan struct{}), make(chan struct{})

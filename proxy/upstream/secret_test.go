@@ -137,6 +137,6 @@ func TestWhatCannotBeReadSaysOfWhatClassItIs(t *testing.T) {
 
 	p = newPrincipals(t, func(c *Config) { c.Secret = nil })
 	err = p.fails(t, p.key(nil))
-	assert.ErrorContains(t, err, "this agent reads none")
+	assert.ErrorContains(t, err, "this agent reads no secrets")
 	assert.Equal(t, tokencache.Refused, classOf(err))
 }

@@ -48,7 +48,7 @@ func limitedNode(t *testing.T) (imds *imdstest.Server, u *Upstream, cache *token
 
 // All pods of a full node start at once, each with a key of its own, while a few others
 // make up resources and IMDS has some requests tried again.
-func TestAFullNodeStartsWithinTheWait(t *testing.T) {
+func TestFullNodeStarts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds, _, cache, stop := limitedNode(t)
 		defer stop()

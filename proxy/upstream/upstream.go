@@ -37,7 +37,7 @@ const (
 	DefaultAtOnce    = 4
 )
 
-// Config says where IMDS is, what Entra needs, and who asks.
+// Config says where IMDS is, what Entra needs, and how much may be asked of both.
 type Config struct {
 	// IMDS is the service's base URL, for example http://169.254.169.254:80.
 	// Scheme and host count, nothing else.
@@ -115,8 +115,8 @@ func New(cfg Config) *Upstream {
 // learnt from fetches, and so as late as they are.
 func (u *Upstream) Unavailable() error { return u.outage.err() }
 
-// PausedUntil returns until when IMDS asked to be left alone (429), the zero time or one
-// in the past if it does not.
+// PausedUntil returns until when IMDS throttles this node (429); the zero time or one in
+// the past if it does not.
 func (u *Upstream) PausedUntil() time.Time { return u.imdsLimiter.PausedUntil() }
 
 // PauseUntil asks IMDS for no token until then, an hour from now at most. It shortens no

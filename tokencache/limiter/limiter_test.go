@@ -102,7 +102,7 @@ func TestRateAndConcurrency(t *testing.T) {
 }
 
 // Wherever on the way the service notices a request, that is before its answer is in.
-func TestASlotCountsForASecondAfterItsRelease(t *testing.T) {
+func TestSlotCountsForASecondAfterItsRelease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(1, 1)
 		release := acquire(t, l, of(alice))
@@ -116,7 +116,7 @@ func TestASlotCountsForASecondAfterItsRelease(t *testing.T) {
 
 // A thousand requests of a hundred callers want 50 seconds of the service. A caller with
 // one request of its own, and one that joins the last request of another, wait for a round.
-func TestACallerWithOneRequestWaitsForOneRound(t *testing.T) {
+func TestCallerWithOneRequestWaitsForOneRound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(20, 4)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -201,7 +201,7 @@ func TestWithoutARate(t *testing.T) {
 	})
 }
 
-func TestARetryKeepsItsPlace(t *testing.T) {
+func TestRetryKeepsItsPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(10, 1)
 		since := time.Now()
@@ -227,7 +227,7 @@ func TestARetryKeepsItsPlace(t *testing.T) {
 	})
 }
 
-func TestAThrottleAppliesToAllCallers(t *testing.T) {
+func TestRetryAfterAppliesToAllCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(18, 4)
 		begin := time.Now()
@@ -242,7 +242,7 @@ func TestAThrottleAppliesToAllCallers(t *testing.T) {
 	})
 }
 
-func TestAThrottleThatOutlastsAllPatienceFailsAtOnce(t *testing.T) {
+func TestPauseLongerThanAnybodyWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(18, 4)
 		acquire(t, l, of(alice))(time.Minute)
@@ -258,7 +258,7 @@ func TestAThrottleThatOutlastsAllPatienceFailsAtOnce(t *testing.T) {
 	})
 }
 
-func TestAPauseIsHandedOver(t *testing.T) {
+func TestPauseUntil(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, next := New(18, 4), New(18, 4)
 		assert.Zero(t, first.PausedUntil())
@@ -274,7 +274,7 @@ func TestAPauseIsHandedOver(t *testing.T) {
 	})
 }
 
-func TestARequestWaitsAsLongAsItsLastCaller(t *testing.T) {
+func TestTimeoutCountsFromTheLastCaller(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(1, 1)
 		held := acquire(t, l, of(pod(0)))
@@ -294,7 +294,7 @@ func TestARequestWaitsAsLongAsItsLastCaller(t *testing.T) {
 }
 
 // A retry whose callers have waited long enough takes a slot that is free.
-func TestAFreeSlotNeedsNoPatience(t *testing.T) {
+func TestFreeSlotAfterTheTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(100, 100)
 		r := of(alice)
@@ -305,7 +305,7 @@ func TestAFreeSlotNeedsNoPatience(t *testing.T) {
 	})
 }
 
-func TestACancelledRequestTakesNoSlot(t *testing.T) {
+func TestCancelledRequestTakesNoSlot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := New(1, 1)
 		held := acquire(t, l, of(alice))
@@ -321,7 +321,7 @@ func TestACancelledRequestTakesNoSlot(t *testing.T) {
 	})
 }
 
-func TestASlotGivenAtTheMomentOfCancellationIsReleased(t *testing.T) {
+func TestCancellationRacesWithASlot(t *testing.T) {
 	l := New(1000, 1000)
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()

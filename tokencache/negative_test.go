@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestAFailureSaysWhenToComeBack(t *testing.T) {
+func TestFailureRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: classed{class: Refused}}
 		c := New(up.fetch, Config{})
@@ -30,7 +30,7 @@ func TestAFailureSaysWhenToComeBack(t *testing.T) {
 	})
 }
 
-func TestFailuresAreBounded(t *testing.T) {
+func TestNegativeCacheIsBounded(t *testing.T) {
 	up := &fakeUpstream{err: classed{class: Refused}}
 	c := New(up.fetch, Config{})
 	defer c.Close()
@@ -42,7 +42,7 @@ func TestFailuresAreBounded(t *testing.T) {
 	assert.Zero(t, c.Stats().Entries)
 }
 
-func TestAFailureThatNobodyAsksAboutIsForgotten(t *testing.T) {
+func TestOldFailuresDoNotCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: classed{class: Refused}}
 		c := New(up.fetch, Config{})
@@ -57,7 +57,7 @@ func TestAFailureThatNobodyAsksAboutIsForgotten(t *testing.T) {
 }
 
 // A panic of the cache's own would end the process.
-func TestAClassThatIsNoneIsUnavailable(t *testing.T) {
+func TestUnknownClassIsUnavailable(t *testing.T) {
 	up := &fakeUpstream{err: classed{class: Throttled + 1}}
 	c := New(up.fetch, Config{})
 	defer c.Close()
@@ -67,7 +67,7 @@ func TestAClassThatIsNoneIsUnavailable(t *testing.T) {
 	assert.Equal(t, Unavailable, failure.Class)
 }
 
-func TestASuccessEndsTheMemoryOfFailures(t *testing.T) {
+func TestSuccessClearsTheNegativeCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: errors.New("down"), life: time.Minute}
 		c := New(up.fetch, Config{})
@@ -89,7 +89,7 @@ func TestASuccessEndsTheMemoryOfFailures(t *testing.T) {
 	})
 }
 
-func TestARetryAfterMayOutlastTheToken(t *testing.T) {
+func TestRetryAfterOutlastsTheToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: time.Hour}
 		c := drawn(New(up.fetch, Config{}), 0)
@@ -108,7 +108,7 @@ func TestARetryAfterMayOutlastTheToken(t *testing.T) {
 	})
 }
 
-func TestCallersWhoShareAFailureAskOnce(t *testing.T) {
+func TestCallersShareAFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: errors.New("down"), takes: time.Second}
 		c := New(up.fetch, Config{})

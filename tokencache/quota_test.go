@@ -39,7 +39,7 @@ func numberedFor(name string, i int) Key {
 	return Key{ClientID: key.ClientID, Resource: fmt.Sprintf("%s-%d", name, i)}
 }
 
-func TestACallerHasARateOfItsOwn(t *testing.T) {
+func TestCallerRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{})
@@ -69,7 +69,7 @@ func TestACallerHasARateOfItsOwn(t *testing.T) {
 	})
 }
 
-func TestJoiningAFetchCostsNothing(t *testing.T) {
+func TestJoiningAFetchIsNotCharged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{}
 		c := New(up.fetch, Config{})
@@ -84,7 +84,7 @@ func TestJoiningAFetchCostsNothing(t *testing.T) {
 	})
 }
 
-func TestRefusalsInARowSlowTheirCallerDown(t *testing.T) {
+func TestRepeatedRefusalsHalveTheCallersRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: classed{class: Refused}}
 		c := New(up.fetch, Config{})
@@ -104,7 +104,7 @@ func TestRefusalsInARowSlowTheirCallerDown(t *testing.T) {
 }
 
 // Neither is a refusal: they are not the caller's doing.
-func TestOutagesAndThrottlesSlowNobodyDown(t *testing.T) {
+func TestOutagesAndThrottlingKeepTheCallersRate(t *testing.T) {
 	for _, err := range []error{classed{class: Unavailable}, classed{class: Throttled}} {
 		synctest.Test(t, func(t *testing.T) {
 			up := &fakeUpstream{err: err}
@@ -117,7 +117,7 @@ func TestOutagesAndThrottlesSlowNobodyDown(t *testing.T) {
 }
 
 // A pod that is configured wrongly has some keys that are refused, and one that is not.
-func TestAGoodKeyIsServedBesideBadOnes(t *testing.T) {
+func TestValidKeyBesideRefusedKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: classed{class: Refused}}
 		c := New(up.fetch, Config{})
@@ -137,7 +137,7 @@ func TestAGoodKeyIsServedBesideBadOnes(t *testing.T) {
 }
 
 // A pod that makes up keys, and comes back when it is told to, has its good one as well.
-func TestAGoodKeyIsServedBesideMadeUpOnes(t *testing.T) {
+func TestValidKeyBesideMadeUpKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: classed{class: Refused}}
 		c := New(up.fetch, Config{})
@@ -183,8 +183,8 @@ func TestRefreshesAreNotCharged(t *testing.T) {
 	})
 }
 
-// With nobody but its caller to refresh it: one in its last minutes.
-func TestAnUrgentRefreshIsNotCharged(t *testing.T) {
+// An expiring token is refreshed for its caller alone.
+func TestRefreshOfAnExpiringTokenIsNotCharged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{life: time.Hour}
 		c := drawn(New(up.fetch, Config{}), 0)
@@ -199,7 +199,7 @@ func TestAnUrgentRefreshIsNotCharged(t *testing.T) {
 	})
 }
 
-func TestBudgetsAreBounded(t *testing.T) {
+func TestQuotasAreBounded(t *testing.T) {
 	up := &fakeUpstream{err: classed{class: Refused}}
 	c := New(up.fetch, Config{})
 	defer c.Close()

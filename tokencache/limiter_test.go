@@ -15,7 +15,7 @@ import (
 	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
-func TestTheUpstreamsLimitsAreKept(t *testing.T) {
+func TestUpstreamLimits(t *testing.T) {
 	for _, takes := range []time.Duration{0, 10 * time.Millisecond, 300 * time.Millisecond} {
 		synctest.Test(t, func(t *testing.T) {
 			up := &fakeUpstream{imds: slots(), takes: takes}
@@ -37,7 +37,7 @@ func TestTheUpstreamsLimitsAreKept(t *testing.T) {
 
 // A thousand keys of a hundred pods want 50 seconds of the upstream. Another pod comes
 // with one, be it a key that somebody else has asked for last of ten.
-func TestAPodThatWantsOneKeyWaitsARoundAtMost(t *testing.T) {
+func TestPodWithOneKeyWaitsForOneRound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), takes: 50 * time.Millisecond}
 		c := New(up.fetch, Config{})
@@ -75,7 +75,7 @@ func TestAPodThatWantsOneKeyWaitsARoundAtMost(t *testing.T) {
 	})
 }
 
-func TestAThrottleIsHonouredForAll(t *testing.T) {
+func TestRetryAfterAppliesToAllCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), err: classed{Throttled, 7 * time.Second}}
 		c := New(up.fetch, Config{})
@@ -90,7 +90,7 @@ func TestAThrottleIsHonouredForAll(t *testing.T) {
 	})
 }
 
-func TestAThrottleThatOutlastsAllPatienceIsToldAtOnce(t *testing.T) {
+func TestThrottledLongerThanMaxWaitFailsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), err: classed{Throttled, time.Minute}}
 		c := New(up.fetch, Config{})
@@ -109,7 +109,7 @@ func TestAThrottleThatOutlastsAllPatienceIsToldAtOnce(t *testing.T) {
 	})
 }
 
-// Callers come and go at random; nobody is forgotten.
+// Callers come and go at random; each gets an answer.
 func TestLimitsUnderStress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), takes: 30 * time.Millisecond}
@@ -135,7 +135,7 @@ func TestLimitsUnderStress(t *testing.T) {
 	})
 }
 
-func TestServicePrincipalsHaveTurnsOfTheirOwn(t *testing.T) {
+func TestServicePrincipalsHaveTheirOwnLimiter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: limiter.New(perSecond, atOnce), takes: time.Hour}
 		c := New(up.fetch, Config{})
@@ -152,6 +152,6 @@ func TestServicePrincipalsHaveTurnsOfTheirOwn(t *testing.T) {
 		up.slow(0)
 		begin := time.Now()
 		get(t, c)
-		assert.Zero(t, time.Since(begin), "and what hangs there holds up nobody else")
+		assert.Zero(t, time.Since(begin), "what hangs there delays no other")
 	})
 }

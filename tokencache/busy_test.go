@@ -14,7 +14,7 @@ import (
 	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
-func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
+func TestTooManyFetchesFailAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
@@ -40,7 +40,7 @@ func TestAPodThatAsksTooMuchIsToldSoAtOnce(t *testing.T) {
 }
 
 // It asks on behalf of all pods that start.
-func TestTheNodeMayAskForManyAtOnce(t *testing.T) {
+func TestNodeIsNotLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
@@ -56,7 +56,7 @@ func TestTheNodeMayAskForManyAtOnce(t *testing.T) {
 	})
 }
 
-func TestNobodyIsBlamedForAnUpstreamThatHangs(t *testing.T) {
+func TestHangingUpstreamIsNotThrottling(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: slots(), takes: time.Hour}
 		c := New(up.fetch, Config{})
@@ -119,7 +119,7 @@ func TestPatienceEndsThoughOthersJoin(t *testing.T) {
 
 // Neither many requests for one token are too much, nor the one in whose place it is
 // refreshed in its last second.
-func TestWhoWantsOneTokenIsNotBlamed(t *testing.T) {
+func TestCallerWithOneKeyIsNotThrottled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), entra: slots(), life: time.Hour}
 		c := drawn(New(up.fetch, Config{}), 0)
@@ -149,7 +149,7 @@ func TestWhoWantsOneTokenIsNotBlamed(t *testing.T) {
 	})
 }
 
-func TestWhenToRetryAfterTooManyFetches(t *testing.T) {
+func TestRetryAfterTooManyFetches(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{imds: slots(), takes: time.Second}
 		c := New(up.fetch, Config{})
@@ -166,7 +166,7 @@ func TestWhenToRetryAfterTooManyFetches(t *testing.T) {
 }
 
 // That the upstream was not asked says nothing of the key.
-func TestABusyUpstreamIsNoFailureOfTheKey(t *testing.T) {
+func TestBusyIsNotCachedAsAFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		up := &fakeUpstream{err: fmt.Errorf("%w: %w", ErrBusy, classed{Unavailable, 12 * time.Second})}
 		c := New(up.fetch, Config{})
