@@ -92,6 +92,34 @@ func TestFetchOutlivesItsCallers(t *testing.T) {
 	})
 }
 
+// A caller that comes when a call has ended starts a new one, though singleflight has not
+// delivered the result of the last.
+func TestEndedCallIsNotJoined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{err: ErrBusy}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		delivered := make(chan struct{})
+		c.mu.Lock()
+		cl, err := c.startLocked(callID{Key: key}, nil, c.quotaLocked(bob), time.Now())
+		require.NoError(t, err)
+		cl.callers = []netip.Addr{bob}
+		c.group.DoChan(cl.id.String(), func() (any, error) {
+			e, err := c.load(cl)
+			<-delivered
+			return e, err
+		})
+		c.mu.Unlock()
+		synctest.Wait()
+		up.fail(nil)
+		begin := time.Now()
+		assert.Equal(t, "token-2", get(t, c))
+		assert.Zero(t, time.Since(begin))
+		close(delivered)
+		assertIdle(t, c)
+	})
+}
+
 // assertIdle asserts that nothing is kept of calls that have ended.
 func assertIdle(t *testing.T, c *Cache) {
 	t.Helper()

@@ -2,6 +2,7 @@ package tokencache
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -86,6 +87,24 @@ func TestImportSkipsExpiredAndOlderTokens(t *testing.T) {
 		assert.Empty(t, from.Export(), "so have these")
 		assert.Zero(t, to.Import([]Snapshot{{}}))
 		assert.Zero(t, to.Stats().Entries)
+	})
+}
+
+// ExpiresOn is later than the token's end if the node's wall clock is behind.
+func TestImportDoesNotExtendATokensLife(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		behind := func(context.Context, Request) (*Token, error) {
+			return &Token{AccessToken: "t", ExpiresIn: 24 * time.Hour, ExpiresOn: time.Now().Add(25 * time.Hour).Round(0)}, nil
+		}
+		from, to := New(behind, Config{}), New((&fakeUpstream{}).fetch, Config{})
+		defer from.Close()
+		defer to.Close()
+		get(t, from)
+		time.Sleep(23 * time.Hour)
+		transfer(t, from, to)
+		assert.Equal(t, time.Hour, stored(to)[0].left(time.Now()))
+		time.Sleep(time.Hour)
+		assert.Equal(t, "token-1", get(t, to))
 	})
 }
 

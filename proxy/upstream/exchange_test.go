@@ -101,6 +101,32 @@ func TestFetchTimeout(t *testing.T) {
 	})
 }
 
+// The first slot begins the deadline anew, and the time of tries does not count as waiting.
+func TestFetchSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		until := time.Now().Add(4 * time.Second)
+		ctx, f := newFetch(t.Context(), limiter.New(1, 1), tokencache.Request{Waiting: func() ([]netip.Addr, time.Time) {
+			return []netip.Addr{podAddr(0)}, until
+		}})
+		defer f.end()
+		time.Sleep(2 * time.Second) // as for reading a Secret
+		release, err := f.slot(ctx)
+		require.NoError(t, err)
+		assert.Equal(t, fetchTimeout, time.Until(f.ends))
+		time.Sleep(9 * time.Second)
+		release(0)
+		begin := time.Now()
+		release, err = f.slot(ctx)
+		require.NoError(t, err)
+		assert.Equal(t, time.Second, time.Since(begin))
+		assert.Equal(t, fetchTimeout-9*time.Second, time.Until(f.ends))
+		release(0)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		assert.ErrorIs(t, context.Cause(ctx), errFetchTimeout)
+	})
+}
+
 // IMDS's 429 keeps all pods from asking, and is what a handover carries.
 func TestThrottlingPausesAllFetches(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
