@@ -92,6 +92,45 @@ func TestFetchOutlivesItsCallers(t *testing.T) {
 	})
 }
 
+// Connections bound the fetches with callers, and this the others.
+func TestFetchesWithoutCallersAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{takes: fetchTimeout - 1}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		gone, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var wg sync.WaitGroup
+		for i := range maxUnattended + 50 {
+			wg.Go(func() {
+				_, err := c.Get(gone, numbered(i), pod(i%50))
+				assert.ErrorIs(t, err, context.DeadlineExceeded)
+			})
+		}
+		synctest.Wait()
+		go func() { _, _ = c.Get(t.Context(), key, alice) }()
+		wg.Wait()
+		synctest.Wait()
+		up.mu.Lock()
+		assert.Equal(t, maxUnattended+1, up.out, "the others are cancelled")
+		up.mu.Unlock()
+		before := up.asked()
+		for i := range maxUnattended + 50 {
+			wg.Go(func() {
+				_, err := c.Get(t.Context(), numbered(i), pod(i%50))
+				assert.NoError(t, err)
+			})
+		}
+		wg.Wait()
+		assert.Equal(t, before+50, up.asked(), "those are fetched again")
+		time.Sleep(fetchTimeout)
+		synctest.Wait()
+		assertIdle(t, c)
+		assert.Zero(t, c.Stats().Failures, "which says nothing of the upstream")
+		assert.Zero(t, c.Stats().Failing)
+	})
+}
+
 // A caller that comes when a call has ended starts a new one, though singleflight has not
 // delivered the result of the last.
 func TestEndedCallIsNotJoined(t *testing.T) {
@@ -103,7 +142,7 @@ func TestEndedCallIsNotJoined(t *testing.T) {
 		c.mu.Lock()
 		cl, err := c.startLocked(callID{Key: key}, nil, c.quotaLocked(bob), time.Now())
 		require.NoError(t, err)
-		cl.callers = []netip.Addr{bob}
+		cl.callers, cl.waiting = []netip.Addr{bob}, 1
 		c.group.DoChan(cl.id.String(), func() (any, error) {
 			e, err := c.load(cl)
 			<-delivered

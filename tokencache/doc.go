@@ -7,7 +7,8 @@
 //     failed; if not, the caller joins the call for the key, or starts one. However many
 //     callers wait, the upstream is asked once.
 //  3. Fetch waits for its slot at the upstream, asks, and what it brings is stored. A call
-//     belongs to no caller: it goes on when all of them have left.
+//     belongs to no caller: it goes on when all of them have left, unless there are too
+//     many such calls.
 //  4. From half of its life on a token is due: it is still served, and the refresher
 //     replaces it in the background. It does so without any request, too, as long as a
 //     caller that was given the token is still there.

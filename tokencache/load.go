@@ -22,6 +22,9 @@ const (
 	// ends the wait for a fetch that others keep joining. proxy's writeTimeout, within
 	// which there may be two such waits, allows no more.
 	maxPatience = 28 * time.Second
+	// maxUnattended bounds the fetches that go on when all their callers have left, some
+	// 20 KB each. The others are bounded by the connections that wait for them.
+	maxUnattended = 250
 )
 
 // callID is what singleflight runs one of: a fetch for a key. Renewals, which no cache on
@@ -38,11 +41,15 @@ func (id callID) String() string {
 	return id.Key.String()
 }
 
-// call is a fetch under way. The cache's mutex guards callers and until.
+// call is a fetch under way. The cache's mutex guards waiting, callers and until.
 type call struct {
-	id    callID
-	quota *quota // of the caller that started it
-	stale *entry // to be replaced; nil for a miss
+	id     callID
+	quota  *quota // of the caller that started it
+	stale  *entry // to be replaced; nil for a miss
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	waiting int // requests
 	// callers are those that wait or have waited, the one that started it first. The limiter
 	// serves the call in the turn of whichever comes first.
 	callers []netip.Addr
@@ -51,6 +58,7 @@ type call struct {
 
 // loading is what one caller waits for.
 type loading struct {
+	call   *call
 	result <-chan singleflight.Result
 	busy   Class // of the failure if the wait takes too long
 }
@@ -77,6 +85,8 @@ func (c *Cache) joinLocked(id callID, stale *entry, caller netip.Addr, now time.
 		cl.callers = append(cl.callers, caller)
 	}
 	cl.until = now.Add(maxWait)
+	cl.waiting++
+	l.call = cl
 	l.result = c.group.DoChan(cl.id.String(), func() (any, error) { return c.load(cl) })
 	return l, nil
 }
@@ -93,6 +103,7 @@ func (c *Cache) startLocked(id callID, stale *entry, q *quota, now time.Time) (*
 	}
 	id.Resource = strings.Clone(id.Resource) // it is part of a request, which must not be kept
 	cl := &call{id: id, quota: q, stale: stale}
+	cl.ctx, cl.cancel = context.WithCancel(c.ctx)
 	c.calls[id] = cl
 	q.calls++
 	c.background.Add(1)
@@ -106,8 +117,31 @@ func (c *Cache) startLocked(id callID, stale *entry, q *quota, now time.Time) (*
 	return cl, nil
 }
 
-// forgetLocked removes a call that has ended; later callers start a new one.
+// leave is for a caller that waits no more. A call that is left by all goes on, so that
+// its token is there when they come back, unless there are too many of those.
+func (c *Cache) leave(cl *call) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if cl.waiting--; cl.waiting > 0 || c.calls[cl.id] != cl {
+		return
+	}
+	unattended := 0
+	for _, other := range c.calls {
+		if other.waiting == 0 {
+			unattended++
+		}
+	}
+	if unattended > maxUnattended {
+		c.forgetLocked(cl)
+	}
+}
+
+// forgetLocked ends a call; later callers start a new one.
 func (c *Cache) forgetLocked(cl *call) {
+	cl.cancel()
+	if c.calls[cl.id] != cl {
+		return
+	}
 	delete(c.calls, cl.id)
 	c.group.Forget(cl.id.String())
 	cl.quota.calls--
@@ -116,6 +150,7 @@ func (c *Cache) forgetLocked(cl *call) {
 
 // wait returns what the call brings.
 func (c *Cache) wait(ctx context.Context, l *loading) (*Token, error) {
+	defer c.leave(l.call)
 	patience := time.NewTimer(maxPatience)
 	defer patience.Stop()
 	var err error
@@ -147,6 +182,7 @@ func (c *Cache) load(cl *call) (*entry, error) {
 	now := time.Now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	cancelled := cl.ctx.Err() != nil
 	c.forgetLocked(cl)
 	switch {
 	case err == nil:
@@ -154,7 +190,7 @@ func (c *Cache) load(cl *call) (*entry, error) {
 		return c.storeLocked(cl, token, now), nil
 	case c.ctx.Err() != nil:
 		return nil, ErrClosed
-	case errors.Is(err, ErrBusy): // which says nothing of the key
+	case cancelled, errors.Is(err, ErrBusy): // which say nothing of the key
 		return nil, err
 	default:
 		return nil, c.failLocked(cl, err, now)
@@ -168,7 +204,7 @@ func (c *Cache) fetchToken(cl *call) (token *Token, err error) {
 			token, err = nil, fmt.Errorf("fetching a token panicked: %v", p)
 		}
 	}()
-	token, err = c.fetch(c.ctx, Request{Key: cl.id.Key, Fresh: cl.id.renewal, Waiting: func() ([]netip.Addr, time.Time) {
+	token, err = c.fetch(cl.ctx, Request{Key: cl.id.Key, Fresh: cl.id.renewal, Waiting: func() ([]netip.Addr, time.Time) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		return cl.callers, cl.until

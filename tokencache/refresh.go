@@ -123,6 +123,10 @@ func (c *Cache) refreshLocked(e *entry, caller netip.Addr, now time.Time) bool {
 	if current, _ := c.entries.Peek(e.key); current != e || now.Before(e.notBefore) {
 		return false
 	}
-	_, err := c.joinLocked(id, e, caller, now)
-	return err == nil
+	l, err := c.joinLocked(id, e, caller, now)
+	if err != nil {
+		return false
+	}
+	l.call.waiting-- // nobody reads the result
+	return true
 }

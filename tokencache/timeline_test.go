@@ -179,6 +179,9 @@ func TestExpiringTokenIsServedIfItsRefreshIsSlow(t *testing.T) {
 			})
 		}
 		wg.Wait()
+		c.mu.Lock()
+		assert.Zero(t, c.calls[callID{Key: key}].waiting)
+		c.mu.Unlock()
 		time.Sleep(2 * time.Second) // the refresh goes on without callers
 		synctest.Wait()
 		assert.Equal(t, 2, up.asked())

@@ -124,7 +124,7 @@ func TestATokenByClientSecret(t *testing.T) {
 	p := newPrincipals(t, nil)
 	ask := asking(p.key(nil))
 	slots := &countedLimiter{Limiter: limiter.New(1000, 1000)}
-	p.Upstream.entraLimiter = slots
+	p.entraLimiter = slots
 	token, err := p.Token(t.Context(), ask)
 	require.NoError(t, err)
 	slots.check(t, 1) // for all requests of a fetch

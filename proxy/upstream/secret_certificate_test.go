@@ -142,7 +142,7 @@ func TestDecodingACertificateTakesNoSlot(t *testing.T) {
 		<-release
 		return certificate{}, errors.New("no")
 	}
-	p.Upstream.entraLimiter = limiter.New(1, 1)
+	p.entraLimiter = limiter.New(1, 1)
 	cache := tokencache.New(p.Token, tokencache.Config{})
 	slow := p.key(func(k *tokencache.Principal) { k.Certificate, k.SecretName = true, "slow" })
 	var waiting sync.WaitGroup
