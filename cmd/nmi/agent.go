@@ -2,18 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
 	"net/url"
-	"os"
 	"runtime/debug"
-	"sync"
 
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
-
+	"github.com/podidentity/nmi/cmd/nmi/handover"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
@@ -22,205 +18,210 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// runAgent runs until ctx ends and returns nil, or returns an error when a part
-// cannot start or fails for good.
+// agent is the parts of a running agent.
+type agent struct {
+	cfg      config
+	log      *slog.Logger
+	resolver *podresolver.Resolver
+	rules    *iptables.Reconciler
+	links    *links.Tracker
+	upstream *upstream.Upstream
+	tokens   *tokencache.Cache
+	server   *proxy.Server
+	handover *handover.Handover
+	front    *handover.Listener // pods' connections arrive here; nil before start
+
+	probeSocket, probes, metrics *page
+
+	ownPages   *component   // on the probe socket, from first to last
+	background []*component // from start to stop
+	duties     []*component // while no other agent of the node has them, see handover
+}
+
+// runAgent runs until ctx ends and returns nil, or returns an error when the agent cannot
+// start or its listener fails for good.
 //
-// Start: listen, redirect, sync with the API server, ready. The rules come before
-// the agent can decide anything, so that from the first moment on no pod reaches
-// the node's identity; until it can, pods are told to come back. Where another
-// agent is serving already, this one syncs first and then takes over from it, see
-// handover.go.
-//
-// The fences come before everything else, so that a start which fails leaves the node
-// closed. Only what tokens need may end a start: the flags, the right to write the rules, a configuration of the API
-// server's client, the port for pods, and another agent that owns the node. Anything
-// else, such as the ports of pages, is a warning and is tried again, see page.go.
-//
-// Stop: not ready, finish the requests under way, close. The iptables rules stay.
+// Only what tokens need may end a start: the flags, the right to write the rules, a
+// configuration of the API server's client, the port for pods, and another agent that
+// owns the node. Anything else, such as the ports of pages, is a warning and is tried
+// again, see page.go.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
-	ctx, stop := context.WithCancel(ctx) // by a signal, or because a part failed
-	defer stop()
 	log.Info("starting", "version", version, "node", cfg.node, "redirect_mode", cfg.mode)
 	cfg.warn(log)
-	var resolver *podresolver.Resolver
-	rules, err := iptables.New(iptables.Config{
+	a, err := build(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer a.stop()
+	if err := a.start(ctx); err != nil {
+		if errors.Is(err, context.Canceled) {
+			log.Info("stopped before it had taken over")
+			return nil
+		}
+		return err
+	}
+	return a.serve(ctx)
+}
+
+// build makes the parts; none of them runs yet. It also writes the fences, before anything
+// else can end the start: one that fails leaves the node closed.
+func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
+	a := &agent{cfg: cfg, log: log, handover: handover.New(cfg.handoverDir, log)}
+	cluster, clusterErr := connect(cfg, log)
+	a.resolver = cluster.resolver
+	var err error
+	a.rules, err = iptables.New(iptables.Config{
 		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.pods.addr.Port(), Address: cfg.address,
 		Interval: cfg.interval, Backend: cfg.backend,
-		Pods:            func() ([]netip.Addr, <-chan struct{}) { return resolver.Addresses() },
+		Pods:            a.resolver.Addresses, // which nothing asks for before Run
 		BlockWireserver: cfg.blockWireserver, AllowUnguarded: cfg.allowUnguarded, Logger: log,
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := rules.Fence(ctx); err != nil {
+	if err := a.rules.Fence(ctx); err != nil {
 		log.Warn("not all fences are in place yet; trying again", "error", err)
 	}
-	tracker, err := links.New(links.Config{AllowUnguarded: cfg.allowUnguarded, Logger: log})
-	if err != nil {
-		return err
+	if clusterErr != nil {
+		return nil, clusterErr
 	}
-	restConfig, err := apiServer(cfg.userAgent)
-	if err != nil {
-		return err
+	if a.links, err = links.New(links.Config{AllowUnguarded: cfg.allowUnguarded, Logger: log}); err != nil {
+		return nil, err
 	}
-	if resolver, err = newResolver(restConfig, cfg, log); err != nil {
-		return err
-	}
-	secrets, err := newSecrets(restConfig)
-	if err != nil {
-		return err
-	}
-	after := &handover{dir: cfg.handoverDir, log: log}
-	source := upstream.New(upstream.Config{
+	a.upstream = upstream.New(upstream.Config{
 		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
 		UserAgent: cfg.userAgent, PerSecond: cfg.tokensPerSecond, AtOnce: cfg.tokensAtOnce,
-		Secret: secrets.read, Authorities: cfg.authorities, Logger: log,
+		Secret:    cluster.secrets.read, Authorities: cfg.authorities, Logger: log,
 	})
-	defer source.Close()
-	probes, measured := newPortPage(cfg.probes, log), newPortPage(cfg.metrics, log)
-	probeSocket := newPage(flagProbeSocket, log, func(ctx context.Context) (pageListener, error) {
-		return listenUnix(ctx, "unix", cfg.probeSocket)
-	})
-	status := newHealth(ctx, resolver, rules, source, after.note, probes.note, measured.note, probeSocket.note)
-	probes.handler = status.handler()
-	// What requests need outlives them: it ends when Serve has returned.
-	behind, stopBehind := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopBehind()
-	if cfg.probeSocket != "" {
-		explainer := &explainer{resolver: resolver, config: cfg.resolving, confirm: expectCaller(tracker)}
-		probeSocket.handler = explainer.handler(status.handler())
-		own := &part{run: probeSocket.run}
-		own.begin(behind)
-		defer probeSocket.close()
-		defer own.end()
-	}
-
-	before, owned, err := succeed(ctx, cfg.handoverDir, log)
-	if err != nil {
-		return err
-	}
-	defer before.close()
-	after.lock = owned
-	defer func() { _ = after.lock.Close() }()
-	front, err := before.listen(ctx, cfg.pods)
-	if err != nil {
-		return err
-	}
-	defer front.Close() //nolint:errcheck // nobody can be told
-
-	tokens := tokencache.New(source.Token, tokencache.Config{InUse: proxy.InUse(resolver)})
-	defer tokens.Close()
-	server := proxy.New(proxy.Config{
-		Pods: resolver, Tokens: tokens, Upstream: source,
+	a.tokens = tokencache.New(a.upstream.Token, tokencache.Config{InUse: proxy.InUse(a.resolver)})
+	a.server = proxy.New(proxy.Config{
+		Pods: a.resolver, Tokens: a.tokens, Upstream: a.upstream,
 		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
 		InstanceMetadataNamespaces: cfg.instanceNamespaces,
-		PodsOnly:                   cfg.mode == iptables.None, CheckSource: confirmCaller(tracker),
+		PodsOnly:                   cfg.mode == iptables.None, CheckSource: checkSource(a.links),
 		HostTokenUIDs:  cfg.hostTokenUIDs,
 		Allow:          cfg.allow,
 		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,
 		Logger: log,
 	})
-	after.retire = server.Retire
-	after.front = &gate{TCPListener: front}
-	after.begin = func(p *part) { p.begin(behind) }
-	measured.handler = metrics(rules, tracker, resolver, source, tokens, server)
-	probes.adopt(before.adopt(cfg.probes))
-	measured.adopt(before.adopt(cfg.metrics))
-	before.closeUnused()
-	defer probes.close()
-	defer measured.close()
-	after.pages = []*page{probes, measured}
-	after.parts = []*part{{run: rules.Run}, {run: probes.run}, {run: measured.run}}
+	a.buildPages(ctx)
+	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}}
+	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}}
+	return a, nil
+}
 
-	var running sync.WaitGroup
-	defer running.Wait()
-	defer stopBehind()
-	running.Go(func() { tracker.Run(behind) })
-	running.Go(func() { resolver.Run(behind) })
-	if err := before.take(ctx, resolver.Synced()); ctx.Err() != nil {
-		log.Info("stopped before it had taken over")
-		return nil
-	} else if err != nil {
+// start runs the parts. The rules come before the agent can decide anything, so that no
+// pod reaches the node's identity from the first moment on; until it can decide, pods are
+// told to try again. Where another agent runs already, this one syncs first, and then
+// takes over from it.
+func (a *agent) start(ctx context.Context) error {
+	running := context.WithoutCancel(ctx) // until stop: requests under way need it
+	if a.cfg.probeSocket != "" {
+		a.ownPages.Start(running)
+	}
+	if err := a.handover.Receive(ctx); err != nil {
 		return err
 	}
-	for _, p := range after.parts {
-		p.begin(behind)
-	}
-	defer after.end()
-	if before != nil {
-		log.Info("took over from the agent before; this one serves now", "version", version)
-	}
-	var giving sync.WaitGroup
-	giving.Go(func() {
-		if before.outlive(ctx) {
-			for _, p := range after.pages {
-				p.tryNow() // it may have had the port
-			}
-			after.run(ctx)
-		} else {
-			after.end() // for the predecessor to begin its own
+	a.probes.adopt(a.handover.Inherit(flagProbePort, a.cfg.probes.addr))
+	a.metrics.adopt(a.handover.Inherit(flagPrometheusPort, a.cfg.metrics.addr))
+	front := a.handover.Inherit(flagPort, a.cfg.pods.addr)
+	if front == nil {
+		var err error
+		if front, err = listen(ctx, a.cfg.pods); err != nil {
+			return err
 		}
-		before.close()
-	})
-	running.Go(func() {
-		select {
-		case <-resolver.Synced():
-			// What was needed to read the lists is not needed again.
-			debug.FreeOSMemory()
-			log.Info("in sync with the API server")
-		case <-ctx.Done():
-		}
-	})
+	}
+	a.front = &handover.Listener{TCPListener: front}
+	for _, c := range a.background {
+		c.Start(running)
+	}
+	var received receivedTokens
+	if err := a.handover.Acquire(ctx, a.resolver.Synced(), received.add); err != nil {
+		return err
+	}
+	a.upstream.PauseUntil(received.pausedUntil)
+	a.tokens.Import(received.tokens)
+	a.resume(running)
+	return nil
+}
 
-	log.Info("listening", "address", front.Addr().String())
-	var redirected net.Listener = after.front
-	if cfg.mode != iptables.None {
-		redirected = proxy.OnlyRedirected(redirected, cfg.metadata)
+// serve answers pods until ctx ends, while it offers new agents to take over. Then it
+// finishes the requests under way. The iptables rules stay.
+func (a *agent) serve(ctx context.Context) error {
+	running := context.WithoutCancel(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	handedOver := make(chan bool, 1)
+	go func() {
+		handedOver <- a.handover.Offer(ctx, handover.Duties{
+			Front: a.front, Listeners: a.pageListeners, Tokens: a.sendTokens,
+			Release: a.release, Resume: func() { a.resume(running) },
+		})
+	}()
+	a.log.Info("listening", "address", a.front.Addr().String())
+	var ln net.Listener = a.front
+	if a.cfg.mode != iptables.None {
+		ln = proxy.OnlyRedirected(ln, a.cfg.metadata)
 	}
-	err = server.Serve(ctx, redirected)
-	stop()
-	giving.Wait() // from here on the parts are ours to end
-	if err != nil {
+	err := a.server.Serve(ctx, ln)
+	cancel()
+	switch handedOver := <-handedOver; {
+	case err != nil:
 		return fmt.Errorf("serving: %w", err)
-	}
-	switch {
-	case after.given.Load():
-		log.Info("stopped; another agent has taken over")
-	case cfg.mode == iptables.None:
-		log.Info("stopped; nobody redirects to this agent any more, and its fences alone keep pods from the metadata service, where their packets pass the node's routing (nmi cleanup removes them)")
-	case rules.Status().Err == nil:
-		log.Info("stopped; the iptables and routing rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
+	case handedOver:
+		a.log.Info("stopped; another agent has taken over")
+	case a.cfg.mode == iptables.None:
+		a.log.Info("stopped; nobody redirects to this agent any more, and only its fences keep pods from the metadata service, where their packets pass the node's routing (nmi cleanup removes them)")
+	case a.rules.Status().Err == nil:
+		a.log.Info("stopped; the iptables and routing rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")
 	default:
-		log.Info("stopped; not all of this agent's rules were in place")
+		a.log.Info("stopped; not all of this agent's rules were in place")
 	}
 	return nil
 }
 
-// newResolver connects the resolver to the API server. Nothing is sent yet: an
-// API server that cannot be reached is waited for.
-func newResolver(restConfig *rest.Config, cfg config, log *slog.Logger) (*podresolver.Resolver, error) {
-	from, err := podresolver.FromAPIServer(restConfig, cfg.node)
-	if err != nil {
-		return nil, err
+// release stops what another agent is to do: the duties, and keeping connections.
+func (a *agent) release() {
+	for _, c := range a.duties {
+		c.Stop()
 	}
-	resolving := cfg.resolving
-	resolving.Logger = log
-	return podresolver.New(from, resolving)
+	a.server.Retire(true)
 }
 
-// apiServer finds the API server as KUBECONFIG says, or else as a pod does.
-func apiServer(userAgent string) (restConfig *rest.Config, err error) {
-	if path := os.Getenv("KUBECONFIG"); path != "" {
-		restConfig, err = clientcmd.BuildConfigFromFlags("", path)
-		if clientcmd.IsEmptyConfig(err) {
-			return nil, fmt.Errorf("KUBECONFIG=%s has no current context that names a cluster", path)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("reading KUBECONFIG=%s: %w", path, err)
-		}
-	} else if restConfig, err = rest.InClusterConfig(); err != nil {
-		return nil, fmt.Errorf("finding the API server: set KUBECONFIG, or run in a pod with a service account: %w", err)
+// resume does it again, and looks at once for ports that the other agent may have had.
+func (a *agent) resume(ctx context.Context) {
+	a.server.Retire(false)
+	for _, c := range a.duties {
+		c.Start(ctx)
 	}
-	restConfig.UserAgent = userAgent
-	return restConfig, nil
+	a.probes.tryNow()
+	a.metrics.tryNow()
+}
+
+// stop ends what start has begun, in the opposite order, however far that came. An agent
+// that ran before hears of it when nothing of this one's duties runs any more.
+func (a *agent) stop() {
+	for _, c := range append(a.duties, a.background...) {
+		c.Stop()
+	}
+	a.probes.close()
+	a.metrics.close()
+	a.tokens.Close()
+	if a.front != nil {
+		_ = a.front.Close()
+	}
+	a.handover.Close()
+	a.ownPages.Stop()
+	a.probeSocket.close()
+	a.upstream.Close()
+}
+
+// reportSync logs when the agent is in sync.
+func (a *agent) reportSync(ctx context.Context) {
+	select {
+	case <-a.resolver.Synced():
+		debug.FreeOSMemory() // what reading the lists took is not needed again
+		a.log.Info("in sync with the API server")
+	case <-ctx.Done():
+	}
 }

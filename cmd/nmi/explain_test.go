@@ -325,7 +325,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			})
 			agent := &explainer{resolver: resolver, config: cfg, confirm: confirm}
 			socket := filepath.Join(t.TempDir(), "probe.sock")
-			page := newPage(flagProbeSocket, logger, func(ctx context.Context) (pageListener, error) { return listenUnix(ctx, "unix", socket) })
+			page := newPage(flagProbeSocket, logger, func(ctx context.Context) (pageListener, error) { return listenUnix(ctx, socket) })
 			page.handler = agent.handler(http.NotFoundHandler())
 			var running sync.WaitGroup
 			running.Go(func() { page.run(ctx) })

@@ -5,11 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
-
-	"github.com/podidentity/nmi/iptables"
-	"github.com/podidentity/nmi/podresolver"
-	"github.com/podidentity/nmi/proxy/upstream"
 )
 
 // health answers the kubelet's probes.
@@ -21,10 +18,9 @@ type health struct {
 var errStopping = errors.New("the agent is stopping")
 
 // newHealth says when the agent is ready: not stopping, synced, rules in place, and
-// no reason to withhold tokens. more is what else there is to say then, each "" or
-// lines that begin with a line break. An outage of IMDS is a note: tokens in memory are
-// served, and no other agent could do better.
-func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptables.Reconciler, source *upstream.Upstream, more ...func() string) *health {
+// no reason to withhold tokens. An outage of IMDS is a note: tokens in memory are served,
+// and no other agent could do better. ctx ends when the agent stops.
+func newHealth(ctx context.Context, a *agent) *health {
 	return &health{
 		checks: []func() error{
 			func() error {
@@ -33,27 +29,22 @@ func newHealth(ctx context.Context, resolver *podresolver.Resolver, rules *iptab
 				}
 				return nil
 			},
-			resolver.Ready,
-			func() error { return rules.Status().Err },
-			func() error { return rules.Status().Unguarded },
-			func() error { return rules.Status().Bypass },
+			a.resolver.Ready,
+			func() error { return a.rules.Status().Err },
+			func() error { return a.rules.Status().Unguarded },
+			func() error { return a.rules.Status().Bypass },
 		},
 		note: func() string {
-			s := rules.Status()
-			note := fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)
-			for _, n := range s.Notes {
-				note += "\n" + n
+			s := a.rules.Status()
+			notes := append([]string{fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)}, s.Notes...)
+			if err := a.resolver.Stale(); err != nil {
+				notes = append(notes, "decisions may be out of date:\n"+list(err))
 			}
-			if err := resolver.Stale(); err != nil {
-				note += "\ndecisions may be out of date:\n" + list(err)
+			if err := a.upstream.Unavailable(); err != nil {
+				notes = append(notes, err.Error())
 			}
-			if err := source.Unavailable(); err != nil {
-				note += "\n" + err.Error()
-			}
-			for _, say := range more {
-				note += say()
-			}
-			return note
+			notes = append(notes, a.handover.Status(), a.probes.note(), a.metrics.note(), a.probeSocket.note())
+			return strings.Join(slices.DeleteFunc(notes, func(note string) bool { return note == "" }), "\n")
 		},
 	}
 }

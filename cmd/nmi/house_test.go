@@ -23,7 +23,8 @@ const module = "github.com/podidentity/nmi/"
 // project that it may import. Data flows one way: tokencache never meets a pod,
 // podresolver never meets a token, iptables meets neither. "*" is any.
 var rooms = map[string][]string{
-	"cmd/nmi":                    {"iptables", "iptables/links", "podresolver", "proxy", "proxy/upstream", "tokencache"},
+	"cmd/nmi":                    {"cmd/nmi/handover", "iptables", "iptables/links", "podresolver", "proxy", "proxy/upstream", "tokencache"},
+	"cmd/nmi/handover":           {},
 	"proxy":                      {"podresolver", "proxy/upstream", "tokencache"},
 	"proxy/upstream":             {"tokencache", "tokencache/limiter"},
 	"proxy/imdstest":             {},

@@ -20,7 +20,7 @@ type page struct {
 	listen  func(context.Context) (pageListener, error)
 	handler http.Handler // set before run
 	log     *slog.Logger
-	retry   chan struct{} // has one when it is worth trying again at once
+	retry   chan struct{} // holds a value when it is worth trying again at once
 
 	mu  sync.Mutex // guards what follows
 	ln  pageListener
@@ -34,12 +34,44 @@ type pageListener interface {
 	File() (*os.File, error)
 }
 
+// The pause before a socket that could not be had is tried again; it doubles.
+const (
+	firstRetry = time.Second
+	maxRetry   = time.Minute
+)
+
 func newPage(flag string, log *slog.Logger, listen func(context.Context) (pageListener, error)) *page {
 	return &page{flag: flag, listen: listen, log: log, retry: make(chan struct{}, 1)}
 }
 
 func newPortPage(at endpoint, log *slog.Logger) *page {
 	return newPage(at.flag, log, func(ctx context.Context) (pageListener, error) { return listen(ctx, at) })
+}
+
+// buildPages makes the agent's pages: on two ports of the node, and on a socket of its
+// own pod.
+func (a *agent) buildPages(ctx context.Context) {
+	a.probes, a.metrics = newPortPage(a.cfg.probes, a.log), newPortPage(a.cfg.metrics, a.log)
+	a.probeSocket = newPage(flagProbeSocket, a.log, func(ctx context.Context) (pageListener, error) {
+		return listenUnix(ctx, a.cfg.probeSocket)
+	})
+	status := newHealth(ctx, a).handler()
+	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolving, confirm: expectSource(a.links)}
+	a.probes.handler = status
+	a.probeSocket.handler = explainer.handler(status)
+	a.metrics.handler = metrics(a.rules, a.links, a.resolver, a.upstream, a.tokens, a.server)
+	a.ownPages = &component{run: a.probeSocket.run}
+}
+
+// pageListeners are those that a new agent is offered, see handover.
+func (a *agent) pageListeners() map[string]*net.TCPListener {
+	open := make(map[string]*net.TCPListener)
+	for _, p := range []*page{a.probes, a.metrics} {
+		if ln := p.tcp(); ln != nil {
+			open[p.flag] = ln
+		}
+	}
+	return open
 }
 
 // adopt makes the page use a predecessor's listener, if that is not nil.
@@ -54,11 +86,11 @@ func (p *page) adopt(ln *net.TCPListener) {
 // run serves until ctx ends. The listener stays open, for a successor or the next
 // run.
 func (p *page) run(ctx context.Context) {
-	pause := firstPause
+	pause := firstRetry
 	for {
 		ln, err := p.open(ctx)
 		if err == nil {
-			pause = firstPause
+			pause = firstRetry
 			if err = p.serve(ctx, ln); err == nil {
 				return
 			}
@@ -69,9 +101,9 @@ func (p *page) run(ctx context.Context) {
 		p.fails(err)
 		select {
 		case <-time.After(pause):
-			pause = min(2*pause, maxPause)
+			pause = min(2*pause, maxRetry)
 		case <-p.retry:
-			pause = firstPause
+			pause = firstRetry
 		case <-ctx.Done():
 			return
 		}
@@ -106,14 +138,14 @@ func (p *page) fails(err error) {
 	p.err = err
 }
 
-// note is what /readyz says of it, in a line of its own.
+// note is what /readyz says of it, a line; "" for nothing.
 func (p *page) note() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.err == nil {
 		return ""
 	}
-	return "\n--" + p.flag + " cannot be served; trying again: " + p.err.Error()
+	return "--" + p.flag + " cannot be served; trying again: " + p.err.Error()
 }
 
 // tryNow ends a pause before the next attempt.

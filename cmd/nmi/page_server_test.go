@@ -29,10 +29,10 @@ func startPages(t *testing.T, handler http.HandlerFunc) (port int) {
 	require.NoError(t, err)
 	tcp := ln.(*net.TCPListener)
 	p := &page{handler: handler, log: slog.New(slog.DiscardHandler)}
-	serving := &part{run: func(ctx context.Context) { assert.NoError(t, p.serve(ctx, tcp)) }}
-	serving.begin(t.Context())
+	serving := &component{run: func(ctx context.Context) { assert.NoError(t, p.serve(ctx, tcp)) }}
+	serving.Start(t.Context())
 	t.Cleanup(func() {
-		serving.end() // waits until each connection has been released
+		serving.Stop() // waits until each connection has been released
 		_ = ln.Close()
 	})
 	return tcp.Addr().(*net.TCPAddr).Port
@@ -192,7 +192,7 @@ func TestManyAddressesShareTheConnections(t *testing.T) {
 }
 
 func TestUnixConnectionsHaveNoAddress(t *testing.T) {
-	ln, err := listenUnix(t.Context(), "unix", t.TempDir()+"/probe.sock")
+	ln, err := listenUnix(t.Context(), t.TempDir()+"/probe.sock")
 	require.NoError(t, err)
 	defer ln.Close()
 	conn, err := net.Dial("unix", ln.Addr().String()[:len(ln.Addr().String())-len(".new")])

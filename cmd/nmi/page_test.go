@@ -33,8 +33,8 @@ func TestPageRetriesWithBackOff(t *testing.T) {
 			attempts = append(attempts, time.Since(start))
 			return nil, taken
 		})
-		running := &part{run: p.run}
-		running.begin(t.Context())
+		running := &component{run: p.run}
+		running.Start(t.Context())
 		tried := func() []time.Duration {
 			synctest.Wait()
 			mu.Lock()
@@ -43,13 +43,13 @@ func TestPageRetriesWithBackOff(t *testing.T) {
 		}
 		time.Sleep(200 * time.Second)
 		assert.Equal(t, []time.Duration{0, 1e9, 3e9, 7e9, 15e9, 31e9, 63e9, 123e9, 183e9}, tried())
-		assert.Equal(t, "\n--prometheus-port cannot be served; trying again: port 9090 is taken", p.note())
+		assert.Equal(t, "--prometheus-port cannot be served; trying again: port 9090 is taken", p.note())
 		assert.Equal(t, 1, strings.Count(log.String(), "level=WARN"), log.String())
 		p.tryNow()
 		assert.Len(t, tried(), 10)
 		time.Sleep(time.Second)
 		assert.Len(t, tried(), 11, "the pauses begin anew")
-		running.end()
+		running.Stop()
 	})
 }
 
@@ -59,9 +59,9 @@ func TestPageIsServedWhenItsPortIsFree(t *testing.T) {
 	at := endpoint{flagPrometheusPort, netip.MustParseAddrPort(other.Addr().String())}
 	p := newPortPage(at, slog.New(slog.DiscardHandler))
 	p.handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "page") })
-	running := &part{run: p.run}
-	running.begin(t.Context())
-	t.Cleanup(func() { running.end(); p.close() })
+	running := &component{run: p.run}
+	running.Start(t.Context())
+	t.Cleanup(func() { running.Stop(); p.close() })
 	require.Eventually(t, func() bool { return strings.Contains(p.note(), "is taken") }, 30*time.Second, time.Millisecond)
 	assert.Nil(t, p.tcp(), "nothing to hand over")
 	require.NoError(t, other.Close())
@@ -77,9 +77,9 @@ func TestPageIsServedWhenItsPortIsFree(t *testing.T) {
 	}
 	assert.Equal(t, "page", ask())
 	for range 20 { // as when a successor comes and goes
-		running.end()
+		running.Stop()
 		assert.NotNil(t, p.tcp(), "still open")
-		running.begin(t.Context())
+		running.Start(t.Context())
 		assert.Equal(t, "page", ask())
 	}
 }

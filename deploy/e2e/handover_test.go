@@ -83,7 +83,7 @@ func TestAGoodSuccessorThatIsStoppedLosesNoRequest(t *testing.T) {
 		s.stops(next)
 		status, text := old.Ready(t.Context())
 		assert.Equal(t, http.StatusOK, status, text)
-		s.saysTimes(old, "this one goes on", i+1)
+		s.saysTimes(old, "this one keeps serving", i+1)
 	}
 	l.losesNothing(t)
 	assert.Equal(t, 10, strings.Count(old.Log(), "level=WARN"), "one line each")
@@ -155,7 +155,7 @@ func TestNewFlagsAreInForceAsSoonAsTheSuccessorIsReady(t *testing.T) {
 	for range 3 {
 		require.Equal(t, 200, ask())
 		hardened := s.successor("--block-instance-metadata")
-		s.says(hardened, "took over from the agent before; this one serves now")
+		s.says(hardened, "took over from the agent that ran before; this one serves now")
 		for range 100 {
 			require.Equal(t, 403, ask(), "the old agent still answers")
 		}

@@ -111,8 +111,8 @@ func TestAFrozenSuccessorHarmsNothing(t *testing.T) {
 	l.losesNothing(t)
 	s.repairs()
 	require.NoError(t, frozen.Kill())
-	s.says(old, "this one goes on")
-	assert.Equal(t, 1, strings.Count(old.Log(), "this one goes on"), "one line")
+	s.says(old, "this one keeps serving")
+	assert.Equal(t, 1, strings.Count(old.Log(), "this one keeps serving"), "one line")
 	s.successor()
 }
 
@@ -132,11 +132,11 @@ func TestAThirdAgentIsKeptOut(t *testing.T) {
 	stuck := s.stuck()
 	third("while a successor waits")
 	require.NoError(t, stuck.Kill())
-	s.says(a, "this one goes on")
+	s.says(a, "this one keeps serving")
 	b := s.successor()
 	third("while the predecessor waits")
 	require.NoError(t, b.Kill())
-	s.saysTimes(a, "this one goes on", 2)
+	s.saysTimes(a, "this one keeps serving", 2)
 	b = s.successor()
 	s.stops(a)
 	stuck = s.stuck()
@@ -213,7 +213,7 @@ func TestWhateverIsInThePlaceOfTheHandoverTheAgentStarts(t *testing.T) {
 				assert.Equal(t, 1, strings.Count(a.Log(), "level=WARN"))
 			}
 			next := s.successor("--handover-dir=" + dir)
-			s.says(next, "taking over from it")
+			s.says(next, "taking over from it once in sync")
 		})
 	}
 }
@@ -227,7 +227,7 @@ func TestADirectoryThatCannotBeUsedIsTriedAgain(t *testing.T) {
 	assert.Equal(t, 200, p.asks(vault).status)
 	s.says(a, "level=WARN")
 	_, text := a.Ready(t.Context())
-	assert.Contains(t, text, "no agent can take over from this one without refusing connections meanwhile: mkdir")
+	assert.Contains(t, text, "no agent can take over from this one without refusing connections: mkdir")
 	require.NoError(t, os.Remove(dir))
 	require.Eventually(t, func() bool {
 		_, text := a.Ready(t.Context())
@@ -235,5 +235,5 @@ func TestADirectoryThatCannotBeUsedIsTriedAgain(t *testing.T) {
 	}, 2*patience, 20*time.Millisecond) // the pauses grow
 	assert.Equal(t, 1, strings.Count(a.Log(), "level=WARN"))
 	next := s.successor("--handover-dir=" + dir)
-	s.says(next, "taking over from it")
+	s.says(next, "taking over from it once in sync")
 }

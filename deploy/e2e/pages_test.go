@@ -195,7 +195,7 @@ func TestUnusableAddressesAndSocketsOfPagesEndNothing(t *testing.T) {
 		return status == http.StatusOK
 	}, patience, 20*time.Millisecond)
 	assert.Contains(t, text, "--prometheus-port cannot be served; trying again: 192.0.2.9 is not an address of this node")
-	assert.Contains(t, text, "--probe-socket cannot be served; trying again: listen unix "+dir+"/none/probe.sock.new")
+	assert.Contains(t, text, "--probe-socket cannot be served; trying again: listen unix "+dir+"/none/probe.sock")
 	assert.Equal(t, cart.ClientID, p.asks(vault).subject)
 	status, _ := page(p.Client(time.Second), testbed.NodeAddress, probePort, "/readyz")
 	assert.Zero(t, status, "on loopback alone")

@@ -15,7 +15,7 @@ import (
 func TestACallerOverAnInterfaceThatIsGoneIsUnconfirmed(t *testing.T) {
 	tracker, err := links.New(links.Config{})
 	require.NoError(t, err)
-	confirm := confirmCaller(tracker)
+	confirm := checkSource(tracker)
 	err = confirm(netip.MustParseAddr("127.0.0.1"), 1<<30, &podresolver.Pod{UID: "a"})
 	assert.ErrorIs(t, err, podresolver.ErrUnconfirmed)
 	assert.ErrorIs(t, err, links.ErrReused)

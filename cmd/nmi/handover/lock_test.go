@@ -1,4 +1,4 @@
-package main
+package handover
 
 import (
 	"os"
@@ -9,20 +9,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestTheLockIsHeldUntilTheLastCopyOfItsFileIsClosed(t *testing.T) {
+func TestLockLastsUntilAllCopiesAreClosed(t *testing.T) {
 	dir := t.TempDir() + "/nmi"
-	first, err := lock(t.Context(), dir)
+	first, err := lockNode(t.Context(), dir)
 	require.NoError(t, err)
-	fd, err := unix.Dup(int(first.Fd())) // as a successor is given it
+	fd, err := unix.Dup(int(first.Fd())) // as a new agent is given it
 	require.NoError(t, err)
-	successors := os.NewFile(uintptr(fd), "copy")
+	copied := os.NewFile(uintptr(fd), "copy")
 	require.NoError(t, first.Close())
-	_, err = lock(t.Context(), dir)
-	require.ErrorIs(t, err, errOwned)
+	_, err = lockNode(t.Context(), dir)
+	require.ErrorIs(t, err, errLocked)
 	assert.ErrorContains(t, err, dir)
 	assert.NotContains(t, err.Error(), "\n")
-	require.NoError(t, successors.Close())
-	third, err := lock(t.Context(), dir)
+	require.NoError(t, copied.Close())
+	third, err := lockNode(t.Context(), dir)
 	require.NoError(t, err)
 	require.NoError(t, third.Close())
 }

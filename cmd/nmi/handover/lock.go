@@ -1,4 +1,4 @@
-package main
+package handover
 
 import (
 	"context"
@@ -13,17 +13,17 @@ import (
 
 const (
 	lockFile = "owner.lock"
-	// lockPatience is for an agent that is just ending.
+	// lockPatience is for an agent that is just exiting.
 	lockPatience = time.Second
 )
 
-var errOwned = errors.New("another agent runs on this node")
+var errLocked = errors.New("another agent runs on this node")
 
-// lock makes this agent the owner of the node's rules, or returns errOwned. The
-// lock (flock(2)) lasts for as long as the file is open in any process: an agent
-// that hands over gives the open file to its successor, so that in between, and
-// whichever of the two goes on, nobody else can come.
-func lock(ctx context.Context, dir string) (*os.File, error) {
+// lockNode makes this agent the owner of the node's rules, or returns errLocked. The
+// lock (flock(2)) lasts for as long as the file is open in any process: an agent that
+// hands over gives the open file to the new one, so that the node is locked in between,
+// and whichever of the two goes on.
+func lockNode(ctx context.Context, dir string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -39,7 +39,7 @@ func lock(ctx context.Context, dir string) (*os.File, error) {
 			return f, nil
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fmt.Errorf("%w and does not hand over now: it holds %s: stop it first, or wait until its own upgrade is over", errOwned, f.Name())
+			err = fmt.Errorf("%w, holds %s and does not hand over now: stop it, or wait until its own upgrade is over", errLocked, f.Name())
 			select {
 			case <-time.After(lockPatience / 20):
 				continue

@@ -10,16 +10,16 @@ import (
 	"github.com/podidentity/nmi/proxy"
 )
 
-// confirmCaller joins what the API server says of a caller with what the node's links
+// checkSource joins what the API server says of a caller with what the node's links
 // say.
-func confirmCaller(tracker *links.Tracker) func(addr netip.Addr, ingress int, pod *podresolver.Pod) error {
+func checkSource(tracker *links.Tracker) func(addr netip.Addr, ingress int, pod *podresolver.Pod) error {
 	return func(addr netip.Addr, ingress int, pod *podresolver.Pod) error {
 		return confirmation(tracker.Check(addr, ingress, links.Pod{UID: pod.UID, Started: pod.Started}))
 	}
 }
 
-// expectCaller is confirmCaller without a connection, for explanations.
-func expectCaller(tracker *links.Tracker) func(addr netip.Addr, pod *podresolver.Pod) error {
+// expectSource is checkSource without a connection, for explanations.
+func expectSource(tracker *links.Tracker) func(addr netip.Addr, pod *podresolver.Pod) error {
 	return func(addr netip.Addr, pod *podresolver.Pod) error {
 		err := confirmation(tracker.Expect(addr, links.Pod{UID: pod.UID, Started: pod.Started}))
 		if err != nil && !errors.Is(err, podresolver.ErrUnconfirmed) {

@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/podidentity/nmi/podresolver"
+)
+
+// cluster is what the agent reads from the API server.
+type cluster struct {
+	resolver *podresolver.Resolver
+	secrets  *secrets
+}
+
+// connect makes the clients. They send nothing yet: an API server that cannot be reached
+// is waited for.
+func connect(cfg config, log *slog.Logger) (c cluster, err error) {
+	restConfig, err := apiServer(cfg.userAgent)
+	if err != nil {
+		return c, err
+	}
+	sources, err := podresolver.FromAPIServer(restConfig, cfg.node)
+	if err != nil {
+		return c, err
+	}
+	resolving := cfg.resolving
+	resolving.Logger = log
+	if c.resolver, err = podresolver.New(sources, resolving); err != nil {
+		return c, err
+	}
+	c.secrets, err = newSecrets(restConfig)
+	return c, err
+}
+
+// apiServer finds the API server as KUBECONFIG says, or else as a pod does.
+func apiServer(userAgent string) (restConfig *rest.Config, err error) {
+	if path := os.Getenv("KUBECONFIG"); path != "" {
+		restConfig, err = clientcmd.BuildConfigFromFlags("", path)
+		if clientcmd.IsEmptyConfig(err) {
+			return nil, fmt.Errorf("KUBECONFIG=%s has no current context that names a cluster", path)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading KUBECONFIG=%s: %w", path, err)
+		}
+	} else if restConfig, err = rest.InClusterConfig(); err != nil {
+		return nil, fmt.Errorf("finding the API server: set KUBECONFIG, or run in a pod with a service account: %w", err)
+	}
+	restConfig.UserAgent = userAgent
+	return restConfig, nil
+}
