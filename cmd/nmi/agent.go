@@ -139,8 +139,7 @@ func (a *agent) start(ctx context.Context) error {
 	if err := a.handover.Acquire(ctx, a.resolver.Synced(), received.add); err != nil {
 		return err
 	}
-	a.upstream.PauseUntil(received.pausedUntil)
-	a.tokens.Import(received.tokens)
+	a.restore(received)
 	a.resume(running)
 	return nil
 }

@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -331,7 +330,10 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			running.Go(func() { page.run(ctx) })
 			running.Go(func() { resolver.Run(ctx) })
 			defer func() { stop(); running.Wait(); page.close() }()
-			require.Eventually(t, func() bool { _, err := os.Stat(socket); return err == nil }, 30*time.Second, time.Millisecond)
+			require.Eventually(t, func() bool {
+				status, err := getPage(ctx, socket, "/", io.Discard)
+				return err == nil && status == http.StatusNotFound
+			}, 30*time.Second, time.Millisecond)
 			switch {
 			case tc.breaks != nil:
 				require.Eventually(t, func() bool { return strings.Contains(resolver.Ready().Error(), "service account") }, 30*time.Second, time.Millisecond)

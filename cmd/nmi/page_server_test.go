@@ -195,7 +195,7 @@ func TestUnixConnectionsHaveNoAddress(t *testing.T) {
 	ln, err := listenUnix(t.Context(), t.TempDir()+"/probe.sock")
 	require.NoError(t, err)
 	defer ln.Close()
-	conn, err := net.Dial("unix", ln.Addr().String()[:len(ln.Addr().String())-len(".new")])
+	conn, err := net.Dial("unix", ln.Addr().String())
 	require.NoError(t, err)
 	defer conn.Close()
 	accepted, err := ln.Accept()

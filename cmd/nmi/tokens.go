@@ -58,3 +58,11 @@ func (r *receivedTokens) add(packet []byte) error {
 	}
 	return nil
 }
+
+// restore puts what was received to use.
+func (a *agent) restore(received receivedTokens) {
+	a.upstream.PauseUntil(received.pausedUntil)
+	if n := a.tokens.Import(received.tokens); n > 0 {
+		a.log.Info("restored tokens of the agent that ran before", "tokens", n)
+	}
+}

@@ -35,6 +35,11 @@ func StartAgent(kubeconfig string, flags ...string) (*Agent, error) {
 	return startAgent(nil, nil, kubeconfig, flags)
 }
 
+// StartAgentBinary is StartAgent with another binary, such as an older agent's.
+func StartAgentBinary(path, kubeconfig string, flags ...string) (*Agent, error) {
+	return startBinary(path, nil, nil, kubeconfig, flags)
+}
+
 // StartPinnedAgent is StartAgent on one core.
 func StartPinnedAgent(core int, kubeconfig string, flags ...string) (*Agent, error) {
 	return startAgent(pinned(core), nil, kubeconfig, flags)
@@ -58,6 +63,10 @@ func startAgent(launcher, env []string, kubeconfig string, flags []string) (*Age
 	if err != nil {
 		return nil, err
 	}
+	return startBinary(binary, launcher, env, kubeconfig, flags)
+}
+
+func startBinary(binary string, launcher, env []string, kubeconfig string, flags []string) (*Agent, error) {
 	socket := filepath.Join(filepath.Dir(kubeconfig), fmt.Sprintf("probe-%d.sock", agents.Add(1)))
 	command := append(launcher, binary,
 		"--node="+NodeName, "--operation-mode=managed", "--http-probe-port=8085",

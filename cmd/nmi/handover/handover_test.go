@@ -203,7 +203,7 @@ func TestTakeover(t *testing.T) {
 	// The new agent hears when the old one exits, and only then lets others take over.
 	next.offers()
 	old.stop()
-	assert.NotContains(t, drain(old.acts), "resume")
+	assert.Equal(t, []string{"release"}, drain(old.acts), "once more, as it exits")
 	old.Close()
 	next.does("resume")
 	last := newTestAgent(t, dir)
@@ -304,7 +304,7 @@ func TestWithoutADirectoryNobodyTakesOver(t *testing.T) {
 	a.offers()
 	a.does("resume")
 	a.stop()
-	a.does("release")
+	assert.Empty(t, drain(a.acts), "to nobody")
 }
 
 func TestDirectoryThatCannotBeUsed(t *testing.T) {

@@ -34,14 +34,14 @@ type Duties struct {
 }
 
 // Offer waits until the agent that ran before has exited, and then for new agents to
-// take over, until ctx ends. It reports whether another agent has the duties then; in
-// any case they have been released.
+// take over, until ctx ends. It reports whether another agent has the duties then. They
+// have been released if there is another agent that could have them.
 func (h *Handover) Offer(ctx context.Context, duties Duties) (handedOver bool) {
-	defer duties.Release()
 	select {
 	case <-h.exited:
 		duties.Resume()
 	case <-ctx.Done():
+		duties.Release()
 		return false
 	}
 	if h.dir == "" {

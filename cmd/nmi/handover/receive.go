@@ -184,8 +184,8 @@ func (h *Handover) Acquire(ctx context.Context, ready <-chan struct{}, restore f
 	}
 	n, err := receiveTokens(ctx, tokens, restore)
 	if err != nil {
-		h.log.Warn("not all tokens came from the agent that ran before; the others will be fetched", "packets", n, "error", err)
+		h.log.Warn("not all tokens came from the agent that ran before; the others will be fetched", "received", n, "error", err)
 	}
-	h.log.Info("took over from the agent that ran before; this one serves now", "packets", n)
+	h.log.Info("took over from the agent that ran before; this one serves now")
 	return nil
 }
