@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/url"
 	"runtime/debug"
 
 	"github.com/podidentity/nmi/cmd/nmi/handover"
@@ -46,7 +45,7 @@ type agent struct {
 // owns the node. Anything else, such as the ports of pages, is a warning and is tried
 // again, see page.go.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
-	log.Info("starting", "version", version, "node", cfg.node, "redirect_mode", cfg.mode)
+	log.Info("starting", "version", version, "node", cfg.resolver.Node, "redirect_mode", cfg.rules.Mode)
 	cfg.warn(log)
 	a, err := build(ctx, cfg, log)
 	if err != nil {
@@ -69,14 +68,10 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	a := &agent{cfg: cfg, log: log, handover: handover.New(cfg.handoverDir, log)}
 	cluster, clusterErr := connect(cfg, log)
 	a.resolver = cluster.resolver
+	cfg.rules.Logger, cfg.links.Logger, cfg.upstream.Logger, cfg.proxy.Logger = log, log, log, log
+	cfg.rules.Pods = a.resolver.Addresses // which nothing asks for before Run
 	var err error
-	a.rules, err = iptables.New(iptables.Config{
-		Mode: cfg.mode, Metadata: cfg.metadata, Port: cfg.pods.addr.Port(), Address: cfg.address,
-		Interval: cfg.interval, Backend: cfg.backend,
-		Pods:            a.resolver.Addresses, // which nothing asks for before Run
-		BlockWireserver: cfg.blockWireserver, AllowUnguarded: cfg.allowUnguarded, Logger: log,
-	})
-	if err != nil {
+	if a.rules, err = iptables.New(cfg.rules); err != nil {
 		return nil, err
 	}
 	if err := a.rules.Fence(ctx); err != nil {
@@ -85,25 +80,15 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	if clusterErr != nil {
 		return nil, clusterErr
 	}
-	if a.links, err = links.New(links.Config{AllowUnguarded: cfg.allowUnguarded, Logger: log}); err != nil {
+	if a.links, err = links.New(cfg.links); err != nil {
 		return nil, err
 	}
-	a.upstream = upstream.New(upstream.Config{
-		IMDS:      &url.URL{Scheme: "http", Host: cfg.metadata.String()},
-		UserAgent: cfg.userAgent, PerSecond: cfg.tokensPerSecond, AtOnce: cfg.tokensAtOnce,
-		Secret:    cluster.secrets.read, Authorities: cfg.authorities, Logger: log,
-	})
+	cfg.upstream.Secret = cluster.secrets.read
+	a.upstream = upstream.New(cfg.upstream)
 	a.tokens = tokencache.New(a.upstream.Token, tokencache.Config{InUse: proxy.InUse(a.resolver)})
-	a.server = proxy.New(proxy.Config{
-		Pods: a.resolver, Tokens: a.tokens, Upstream: a.upstream,
-		MetadataHeaderOptional: cfg.headerOptional, BlockInstanceMetadata: cfg.blockInstance,
-		InstanceMetadataNamespaces: cfg.instanceNamespaces,
-		PodsOnly:                   cfg.mode == iptables.None, CheckSource: checkSource(a.links),
-		HostTokenUIDs:  cfg.hostTokenUIDs,
-		Allow:          cfg.allow,
-		MaxConnections: cfg.maxConnections, MaxConnectionsPerPod: cfg.maxConnectionsPerPod,
-		Logger: log,
-	})
+	cfg.proxy.Pods, cfg.proxy.Tokens, cfg.proxy.Upstream = a.resolver, a.tokens, a.upstream
+	cfg.proxy.CheckSource = checkSource(a.links)
+	a.server = proxy.New(cfg.proxy)
 	a.buildPages(ctx)
 	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}}
 	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}}
@@ -124,10 +109,10 @@ func (a *agent) start(ctx context.Context) error {
 	}
 	a.probes.adopt(a.handover.Inherit(flagProbePort, a.cfg.probes.addr))
 	a.metrics.adopt(a.handover.Inherit(flagPrometheusPort, a.cfg.metrics.addr))
-	front := a.handover.Inherit(flagPort, a.cfg.pods.addr)
+	front := a.handover.Inherit(flagPort, a.cfg.front.addr)
 	if front == nil {
 		var err error
-		if front, err = listen(ctx, a.cfg.pods); err != nil {
+		if front, err = listen(ctx, a.cfg.front); err != nil {
 			return err
 		}
 	}
@@ -159,8 +144,8 @@ func (a *agent) serve(ctx context.Context) error {
 	}()
 	a.log.Info("listening", "address", a.front.Addr().String())
 	var ln net.Listener = a.front
-	if a.cfg.mode != iptables.None {
-		ln = proxy.OnlyRedirected(ln, a.cfg.metadata)
+	if a.cfg.rules.Mode != iptables.None {
+		ln = proxy.OnlyRedirected(ln, a.cfg.rules.Metadata)
 	}
 	err := a.server.Serve(ctx, ln)
 	cancel()
@@ -169,7 +154,7 @@ func (a *agent) serve(ctx context.Context) error {
 		return fmt.Errorf("serving: %w", err)
 	case handedOver:
 		a.log.Info("stopped; another agent has taken over")
-	case a.cfg.mode == iptables.None:
+	case a.cfg.rules.Mode == iptables.None:
 		a.log.Info("stopped; nobody redirects to this agent any more, and only its fences keep pods from the metadata service, where their packets pass the node's routing (nmi cleanup removes them)")
 	case a.rules.Status().Err == nil:
 		a.log.Info("stopped; the iptables and routing rules stay, so that no pod reaches the node's identity (nmi cleanup removes them)")

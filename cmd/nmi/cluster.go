@@ -20,17 +20,16 @@ type cluster struct {
 // connect makes the clients. They send nothing yet: an API server that cannot be reached
 // is waited for.
 func connect(cfg config, log *slog.Logger) (c cluster, err error) {
-	restConfig, err := apiServer(cfg.userAgent)
+	restConfig, err := apiServer(cfg.upstream.UserAgent)
 	if err != nil {
 		return c, err
 	}
-	sources, err := podresolver.FromAPIServer(restConfig, cfg.node)
+	sources, err := podresolver.FromAPIServer(restConfig, cfg.resolver.Node)
 	if err != nil {
 		return c, err
 	}
-	resolving := cfg.resolving
-	resolving.Logger = log
-	if c.resolver, err = podresolver.New(sources, resolving); err != nil {
+	cfg.resolver.Logger = log
+	if c.resolver, err = podresolver.New(sources, cfg.resolver); err != nil {
 		return c, err
 	}
 	c.secrets, err = newSecrets(restConfig)

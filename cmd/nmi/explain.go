@@ -30,7 +30,7 @@ const (
 // explainCommand says what a pod gets, and why. In an agent's pod it asks the agent, so
 // that what decides also explains. A pod of another node, or outside of an agent's pod, it
 // explains by the objects of the cluster, with the agent's flags.
-func explainCommand(opts *options) *cobra.Command {
+func explainCommand(c *config) *cobra.Command {
 	var socket string
 	var resolving *pflag.FlagSet
 	cmd := &cobra.Command{
@@ -50,7 +50,7 @@ the agent's flags: --operation-mode is required then.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			opts.logger(cmd.ErrOrStderr())
+			c.logger(cmd.ErrOrStderr())
 			ctx, cancel := context.WithTimeout(cmd.Context(), explainTimeout)
 			defer cancel()
 			var given []string
@@ -59,11 +59,7 @@ the agent's flags: --operation-mode is required then.`,
 					given = append(given, f.Name)
 				}
 			})
-			cfg, err := opts.resolving("")
-			if err != nil {
-				return err
-			}
-			text, err := explain(ctx, args[0], socket, cfg, given, func(note string) { cmd.PrintErrln("note:", note) })
+			text, err := explain(ctx, args[0], socket, c.resolver, given, func(note string) { cmd.PrintErrln("note:", note) })
 			if err != nil {
 				return err
 			}
@@ -72,10 +68,10 @@ the agent's flags: --operation-mode is required then.`,
 		},
 	}
 	resolving = pflag.NewFlagSet("", pflag.ContinueOnError)
-	opts.addResolving(resolving)
+	c.addResolverFlags(resolving)
 	cmd.Flags().AddFlagSet(resolving)
 	cmd.Flags().StringVar(&socket, flagProbeSocket, defaultProbeSocket, "Unix socket of the agent of this pod")
-	opts.addLogging(cmd.Flags())
+	c.addLogFlags(cmd.Flags())
 	return cmd
 }
 

@@ -3,14 +3,11 @@ package main
 import (
 	"flag"
 	"fmt"
-	"io"
-	"log/slog"
 	"os"
+	"strconv"
 	"strings"
-	"time"
 
 	"github.com/spf13/pflag"
-	"k8s.io/klog/v2"
 
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
@@ -18,103 +15,57 @@ import (
 	"github.com/podidentity/nmi/proxy/upstream"
 )
 
-// options are the flags as they were given.
-type options struct {
-	version               bool
-	node                  string
-	operationMode         string
-	port                  uint16
-	metadataIP            string
-	metadataPort          uint16
-	probePort             uint16
-	intervalSeconds       int
-	blockInstanceMetadata bool
-	instanceNamespaces    []string
-	headerRequired        bool
-	userAgent             string
-	logFormat             string
-	redirectMode          string
-	redirectAddress       string
-	backend               string
-	prometheusPort        uint16
-	blockWireserver       bool
-	allowKubenet          bool
-	handoverDir           string
-	forceNamespaced       bool
-	micNamespace          string
-	strictSelection       bool
-	denyIdentities        []string
-	exceptionNamespaces   []string // nil if the flag was not given
-	podWait               time.Duration
-	identityWait          time.Duration
-	maxStaleness          time.Duration
-	probeSocket           string
-	probeAddress          string
-	metricsAddress        string
-	tokensPerSecond       int
-	tokensAtOnce          int
-	maxConnections        int
-	maxConnectionsPerPod  int
-	hostTokenUIDs         string
-	allow                 []string
-	authorities           []string
-
-	klog *flag.FlagSet
-}
-
-func newOptions() *options {
-	o := &options{klog: flag.NewFlagSet("klog", flag.ContinueOnError)}
-	klog.InitFlags(o.klog)
-	return o
-}
-
 const (
-	flagOperationMode      = "operation-mode"
-	flagInstanceNamespaces = "instance-metadata-namespaces"
+	maxTokenRate   = 1000
+	maxConnections = 1_000_000
 )
 
-// debugVerbosity is the --v from which debug messages are logged; klog's users
-// know 4 as "debug".
-const debugVerbosity = 4
+// addFlags adds the flags of the agent. A new one is a line here, and a field of the
+// configuration of the part that it is for.
+func (c *config) addFlags(fs *pflag.FlagSet) {
+	fs.BoolVar(&c.version, "version", false, "print the version and exit")
+	fs.StringVar(&c.resolver.Node, "node", "", "name of the node that the agent runs on (required; in a DaemonSet $(NODE_NAME) from spec.nodeName)")
+	c.addResolverFlags(fs)
+	c.addLogFlags(fs)
 
-func (o *options) addTo(fs *pflag.FlagSet) {
-	fs.BoolVar(&o.version, "version", false, "print the version and exit")
-	fs.StringVar(&o.node, "node", "", "name of the node that the agent runs on (required; in a DaemonSet $(NODE_NAME) from spec.nodeName)")
-	o.addResolving(fs)
-	fs.Uint16Var(&o.port, flagPort, 2579, "port that redirected connections come to")
-	fs.StringVar(&o.metadataIP, "metadata-ip", "169.254.169.254", "address of the instance metadata service")
-	fs.Uint16Var(&o.metadataPort, "metadata-port", 80, "port of the instance metadata service")
-	fs.Uint16Var(&o.probePort, flagProbePort, 8080, "port of /healthz and /readyz")
-	fs.StringVar(&o.probeAddress, flagProbeAddress, "0.0.0.0", "address that --http-probe-port is on; 127.0.0.1 keeps it to the node, :: is all IPv4 and IPv6 addresses")
-	fs.StringVar(&o.metricsAddress, flagMetricsAddress, "0.0.0.0", "address that --prometheus-port is on, likewise")
-	fs.Uint16Var(&o.prometheusPort, flagPrometheusPort, 9090, "port of /metrics")
-	fs.IntVar(&o.intervalSeconds, "ipt-update-interval-sec", 60, "seconds between checks of the iptables rules")
-	fs.BoolVar(&o.blockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
-	fs.StringSliceVar(&o.instanceNamespaces, flagInstanceNamespaces, nil, "with --block-instance-metadata, namespaces whose pods may have /metadata/instance all the same; repeat it or separate several by commas")
-	fs.BoolVar(&o.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
-	fs.BoolVar(&o.allowKubenet, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
-	fs.StringVar(&o.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
-	o.addLogging(fs)
+	// The old NMI's.
+	parsedVar(fs, &c.front.addr, flagPort, "2579", parsePortOf(&c.front.addr), "port that redirected connections come to")
+	parsedVar(fs, &c.rules.Metadata, "metadata-ip", "169.254.169.254", parseAddrOf(&c.rules.Metadata, parseIPv4), "address of the instance metadata service")
+	parsedVar(fs, &c.rules.Metadata, "metadata-port", "80", parsePortOf(&c.rules.Metadata), "port of the instance metadata service")
+	parsedVar(fs, &c.rules.Interval, "ipt-update-interval-sec", "60", parseSeconds, "seconds between checks of the iptables rules")
+	parsedVar(fs, &c.probes.addr, flagProbePort, "8080", parsePortOf(&c.probes.addr), "port of /healthz and /readyz")
+	parsedVar(fs, &c.metrics.addr, flagPrometheusPort, "9090", parsePortOf(&c.metrics.addr), "port of /metrics")
+	fs.BoolVar(&c.proxy.BlockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
+	fs.BoolVar(&c.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
+	fs.BoolVar(&c.rules.AllowUnguarded, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
+	fs.StringVar(&c.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
 
-	// Ours.
-	fs.StringVar(&o.redirectMode, "redirect-mode", string(iptables.AutoMode),
+	// New: the redirect.
+	parsedVar(fs, &c.rules.Mode, "redirect-mode", string(iptables.AutoMode), iptables.ParseMode,
 		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": whichever works for this node's pods; "none": the redirect is somebody else's, such as Cilium's`)
-	o.addRedirectAddress(fs)
-	fs.StringVar(&o.backend, "iptables-backend", string(iptables.Auto), `"nft" or "legacy"; "auto" finds out which one the node uses`)
+	c.addRedirectAddress(fs)
+	parsedVar(fs, &c.rules.Backend, "iptables-backend", string(iptables.Auto), iptables.ParseBackend, `"nft" or "legacy"; "auto" finds out which one the node uses`)
+	fs.BoolVar(&c.rules.BlockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
 
-	fs.StringSliceVar(&o.authorities, upstream.AuthorityFlag, nil, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be used with (adEndpoint); repeat it or separate several by commas")
-	fs.BoolVar(&o.blockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
-	fs.DurationVar(&o.podWait, "pod-wait", podresolver.DefaultPodWait, "how long a request from an unknown address waits for its pod")
-	fs.DurationVar(&o.identityWait, "identity-wait", podresolver.DefaultIdentityWait, "how long a request waits for MIC to assign the identity, in standard mode")
-	fs.DurationVar(&o.maxStaleness, "max-staleness", 0, "how long tokens are served while the API server sends no news of a resource, not even when asked; 0 is for ever")
-	fs.StringVar(&o.handoverDir, "handover-dir", "/run/nmi", `directory on the node over which a new agent takes over from the one that runs; "" for none`)
-	o.addProbeSocket(fs)
-	fs.IntVar(&o.tokensPerSecond, "imds-token-rate", upstream.DefaultPerSecond, "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
-	fs.IntVar(&o.tokensAtOnce, "imds-token-concurrency", upstream.DefaultAtOnce, "most requests at once for tokens to IMDS, which allows 5 per virtual machine; the rest is for the node's own programs")
-	fs.IntVar(&o.maxConnections, "max-connections", proxy.DefaultMaxConnections, "most connections that pods have open; one more takes the place of one of the pod that has the most")
-	fs.IntVar(&o.maxConnectionsPerPod, "max-connections-per-pod", proxy.DefaultMaxConnectionsPerPod, "most connections that one pod has open; one more takes the place of one of its own that is idle")
-	fs.StringSliceVar(&o.allow, "allow-path", nil, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.Sensitive, ", "))
-	fs.StringVar(&o.hostTokenUIDs, "host-token-uids", "0", "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does; \"\" turns it off")
+	// New: what pods get.
+	parsedVar(fs, &c.resolver.PodWait, "pod-wait", podresolver.DefaultPodWait.String(), parseWait, "how long a request from an unknown address waits for its pod")
+	parsedVar(fs, &c.resolver.IdentityWait, "identity-wait", podresolver.DefaultIdentityWait.String(), parseWait, "how long a request waits for MIC to assign the identity, in standard mode")
+	parsedVar(fs, &c.resolver.MaxStaleness, "max-staleness", "0s", parseStaleness, "how long tokens are served while the API server sends no news of a resource, not even when asked; 0 is for ever")
+	listVar(fs, &c.proxy.InstanceMetadataNamespaces, flagInstanceNamespaces, "", parseNamespaces, "with --block-instance-metadata, namespaces whose pods may have /metadata/instance all the same; repeat it or separate several by commas")
+	listVar(fs, &c.proxy.Allow, "allow-path", "", parseAllowedPaths, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.Sensitive, ", "))
+	listVar(fs, &c.proxy.HostTokenUIDs, "host-token-uids", "0", parseUIDs, "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does: root's by default; \"\" turns it off")
+	listVar(fs, &c.upstream.Authorities, "entra-authority", "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be used with (adEndpoint); repeat it or separate several by commas")
+
+	// New: limits.
+	parsedVar(fs, &c.upstream.PerSecond, "imds-token-rate", strconv.Itoa(upstream.DefaultPerSecond), between(1, maxTokenRate), "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
+	parsedVar(fs, &c.upstream.AtOnce, "imds-token-concurrency", strconv.Itoa(upstream.DefaultAtOnce), between(1, maxTokenRate), "most requests at once for tokens to IMDS, which allows 5 per virtual machine; the rest is for the node's own programs")
+	parsedVar(fs, &c.proxy.MaxConnections, "max-connections", strconv.Itoa(proxy.DefaultMaxConnections), between(1, maxConnections), "most connections that pods have open; one more takes the place of one of the pod that has the most")
+
+	// New: the agent's own pages, and takeovers.
+	parsedVar(fs, &c.probes.addr, "http-probe-address", "0.0.0.0", parseAddrOf(&c.probes.addr, parseBindAddress), "address that --http-probe-port is on; 127.0.0.1 keeps it to the node, :: is all IPv4 and IPv6 addresses")
+	parsedVar(fs, &c.metrics.addr, "metrics-address", "0.0.0.0", parseAddrOf(&c.metrics.addr, parseBindAddress), "address that --prometheus-port is on, likewise")
+	c.addProbeSocket(fs)
+	parsedVar(fs, &c.handoverDir, "handover-dir", "/run/nmi", parseAbsolutePath, `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
@@ -129,20 +80,22 @@ func (o *options) addTo(fs *pflag.FlagSet) {
 	fs.Bool("enable-conntrack-deletion", false, accepted+"always on: connections from before the rules are cut")
 }
 
-// addResolving adds the flags that bear on what is decided for a pod.
-func (o *options) addResolving(fs *pflag.FlagSet) {
-	fs.StringVar(&o.operationMode, flagOperationMode, "standard", `"managed": AzureIdentityBindings decide; "standard": the AzureAssignedIdentities that MIC makes`)
-	fs.BoolVar(&o.forceNamespaced, "forceNamespaced", os.Getenv("FORCENAMESPACED") == "true", "in standard mode, give identities to pods of their own namespace only; managed mode always does (also the environment's FORCENAMESPACED=true)")
-	fs.StringVar(&o.micNamespace, "MICNamespace", "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; not given, or in managed mode, no pod does")
-	fs.BoolVar(&o.strictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")
-	fs.StringSliceVar(&o.denyIdentities, podresolver.DenyIdentityFlag, nil, "client ID or resource ID of an identity that no AzureIdentity gives to a pod, such as the kubelet's; repeat it or separate several by commas. A client ID is enough. A resource ID alone does not withhold the identity from an AzureIdentity that names the client ID alone: give both to be sure. Excepted pods ask IMDS themselves, for any identity")
-	fs.StringSliceVar(&o.exceptionNamespaces, podresolver.ExceptionNamespacesFlag, nil, "namespaces whose AzurePodIdentityExceptions count; repeat it or separate several by commas. Not given, those of all namespaces do; \"\" is none")
+// addResolverFlags adds the flags that bear on what is decided for a pod, which nmi
+// explain has, too.
+func (c *config) addResolverFlags(fs *pflag.FlagSet) {
+	r := &c.resolver
+	parsedVar(fs, &r.Mode, flagOperationMode, string(podresolver.Standard), parseOperationMode, `"managed": AzureIdentityBindings decide; "standard": the AzureAssignedIdentities that MIC makes`)
+	fs.BoolVar(&r.Namespaced, "forceNamespaced", os.Getenv("FORCENAMESPACED") == "true", "in standard mode, give identities to pods of their own namespace only; managed mode always does (also the environment's FORCENAMESPACED=true)")
+	fs.StringVar(&r.MICNamespace, "MICNamespace", "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; not given, or in managed mode, no pod does")
+	fs.BoolVar(&r.StrictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")
+	listVar(fs, &r.Deny, podresolver.DenyIdentityFlag, "", podresolver.ParseDenyList, "client ID or resource ID of an identity that no AzureIdentity gives to a pod, such as the kubelet's; repeat it or separate several by commas. A client ID is enough. A resource ID alone does not withhold the identity from an AzureIdentity that names the client ID alone: give both to be sure. Excepted pods ask IMDS themselves, for any identity")
+	listVar(fs, &r.ExceptionNamespaces, podresolver.ExceptionNamespacesFlag, "", parseNamespaces, "namespaces whose AzurePodIdentityExceptions count; repeat it or separate several by commas. Not given, those of all namespaces do; \"\" is none")
 }
 
-func (o *options) addLogging(fs *pflag.FlagSet) {
-	fs.StringVar(&o.logFormat, "log-format", "text", `"text" or "json"`)
+func (c *config) addLogFlags(fs *pflag.FlagSet) {
+	parsedVar(fs, &c.logFormat, "log-format", "text", oneOf("text", "json"), `"text" or "json"`)
 	// klog's own, for which only the verbosity has a meaning here.
-	o.klog.VisitAll(func(f *flag.Flag) {
+	c.klog.VisitAll(func(f *flag.Flag) {
 		p := pflag.PFlagFromGoFlag(f)
 		if f.Name == "v" {
 			p.Usage = fmt.Sprintf("verbosity; from %d on debug messages are logged", debugVerbosity)
@@ -153,26 +106,10 @@ func (o *options) addLogging(fs *pflag.FlagSet) {
 	})
 }
 
-func (o *options) addRedirectAddress(fs *pflag.FlagSet) {
-	fs.StringVar(&o.redirectAddress, "redirect-address", iptables.DefaultAddress.String(), "address of the agent's own on lo, for --redirect-mode=dnat")
+func (c *config) addRedirectAddress(fs *pflag.FlagSet) {
+	parsedVar(fs, &c.rules.Address, "redirect-address", iptables.DefaultAddress.String(), parseIPv4, "address of the agent's own on lo, for --redirect-mode=dnat")
 }
 
-// logger writes to w in the chosen format and verbosity, and makes client-go's
-// messages go the same way.
-func (o *options) logger(w io.Writer) *slog.Logger {
-	level := slog.LevelInfo
-	if v, ok := o.klog.Lookup("v").Value.(flag.Getter); ok {
-		if n, ok := v.Get().(klog.Level); ok && n >= debugVerbosity {
-			level = slog.LevelDebug
-		}
-	}
-	handlerOptions := &slog.HandlerOptions{Level: level}
-	var h slog.Handler = slog.NewTextHandler(w, handlerOptions)
-	if o.logFormat == "json" {
-		h = slog.NewJSONHandler(w, handlerOptions)
-	}
-	log := slog.New(h)
-	slog.SetDefault(log)
-	klog.SetSlogLogger(log)
-	return log
+func (c *config) addProbeSocket(fs *pflag.FlagSet) {
+	parsedVar(fs, &c.probeSocket, flagProbeSocket, "", parseAbsolutePath, `Unix socket of /healthz and /readyz, for "nmi probe", in a directory of this pod alone; "" for none`)
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
 	"os"
 	"regexp"
 	"strings"
@@ -20,46 +21,53 @@ import (
 
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/upstream"
 )
 
-func parse(t *testing.T, args ...string) (*options, error) {
-	t.Helper()
-	o := newOptions()
+// parse is the configuration of a command line, and what is wrong with it.
+func parse(args ...string) (*config, error) {
+	c := newConfig()
 	fs := pflag.NewFlagSet("nmi", pflag.ContinueOnError)
-	o.addTo(fs)
-	return o, fs.Parse(args)
+	c.addFlags(fs)
+	if err := fs.Parse(args); err != nil {
+		return c, err
+	}
+	return c, c.complete()
 }
 
-// parsed is the configuration of a command line that is fit for use.
-func parsed(t *testing.T, args ...string) config {
+// mustParse is parse for a command line that is fit for use.
+func mustParse(t *testing.T, args ...string) *config {
 	t.Helper()
-	o, err := parse(t, args...)
+	c, err := parse(args...)
 	require.NoError(t, err)
-	cfg, err := o.config()
-	require.NoError(t, err)
-	return cfg
+	return c
 }
 
 func TestDefaults(t *testing.T) {
-	o, err := parse(t, "--node=n", "--operation-mode=Managed")
-	require.NoError(t, err)
-	cfg, err := o.config()
-	require.NoError(t, err)
-	assert.Equal(t, config{
-		node: "n", metadata: netip.MustParseAddrPort("169.254.169.254:80"),
-		mode: iptables.AutoMode, backend: iptables.Auto, address: netip.MustParseAddr("169.254.169.252"), interval: time.Minute, userAgent: "nmi/dev",
-		pods:    endpoint{"nmi-port", netip.MustParseAddrPort("0.0.0.0:2579")},
-		probes:  endpoint{"http-probe-port", netip.MustParseAddrPort("0.0.0.0:8080")},
-		metrics: endpoint{"prometheus-port", netip.MustParseAddrPort("0.0.0.0:9090")}, handoverDir: "/run/nmi",
-		tokensPerSecond: 18, tokensAtOnce: 4, maxConnections: 512, maxConnectionsPerPod: 64, hostTokenUIDs: []uint32{0},
-		resolving: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
-	}, cfg)
+	c := mustParse(t, "--node=n", "--operation-mode=Managed")
+	assert.NotNil(t, c.klog)
+	c.klog = nil
+	metadata := netip.MustParseAddrPort("169.254.169.254:80")
+	assert.Equal(t, &config{
+		resolver: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
+		rules: iptables.Config{
+			Mode: iptables.AutoMode, Backend: iptables.Auto, Metadata: metadata, Port: 2579,
+			Address: netip.MustParseAddr("169.254.169.252"), Interval: time.Minute,
+		},
+		upstream:    upstream.Config{IMDS: &url.URL{Scheme: "http", Host: metadata.String()}, UserAgent: "nmi/dev", PerSecond: 18, AtOnce: 4},
+		proxy:       proxy.Config{MaxConnections: 512, HostTokenUIDs: []uint32{0}},
+		front:       endpoint{"nmi-port", netip.MustParseAddrPort("0.0.0.0:2579")},
+		probes:      endpoint{"http-probe-port", netip.MustParseAddrPort("0.0.0.0:8080")},
+		metrics:     endpoint{"prometheus-port", netip.MustParseAddrPort("0.0.0.0:9090")},
+		handoverDir: "/run/nmi", headerRequired: true, logFormat: "text",
+	}, c)
 }
 
 // TestEveryFlagOfTheOldNMIIsTaken gives each flag of aad-pod-identity v1.8.17
 // (cmd/nmi/main.go, pkg/log/options.go and klog's) a value.
 func TestEveryFlagOfTheOldNMIIsTaken(t *testing.T) {
-	o, err := parse(t,
+	cfg := mustParse(t,
 		"--nmi-listen-address=127.0.0.1", "--nmi-port=2579", "--metadata-ip=169.254.169.254", "--metadata-port=80", "--node=n",
 		"--ipt-update-interval-sec=30", "--MICNamespace=default", "--forceNamespaced", "--operation-mode=managed",
 		"--http-probe-port=8085", "--prometheus-port=9090", "--retry-attempts-for-created=16", "--retry-attempts-for-assigned=4",
@@ -70,91 +78,82 @@ func TestEveryFlagOfTheOldNMIIsTaken(t *testing.T) {
 		"--logtostderr=true", "--one_output", "--skip_headers", "--skip_log_headers", "--stderrthreshold=2", "-v=5", "--v=5", "--vmodule=",
 		"--version=false",
 	)
-	require.NoError(t, err)
-	cfg, err := o.config()
-	require.NoError(t, err)
-	assert.True(t, cfg.blockInstance)
-	assert.True(t, cfg.headerOptional)
-	assert.Equal(t, "nmi/dev acme", cfg.userAgent)
-	assert.True(t, o.logger(&bytes.Buffer{}).Enabled(t.Context(), -4), "-v=5 is debug")
+	assert.True(t, cfg.proxy.BlockInstanceMetadata)
+	assert.True(t, cfg.proxy.MetadataHeaderOptional)
+	assert.Equal(t, "nmi/dev acme", cfg.upstream.UserAgent)
+	assert.True(t, cfg.logger(&bytes.Buffer{}).Enabled(t.Context(), -4), "-v=5 is debug")
 }
 
 func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	for arg, want := range map[string]string{
 		"--node=":                             "--node is required",
-		"--operation-mode=x":                  `--operation-mode=x is unknown: use "managed" or "standard"`,
-		"--pod-wait=0s":                       "--pod-wait=0s is not usable: use more than 0s, at most 1m0s",
-		"--identity-wait=2m":                  "--identity-wait=2m0s is not usable",
-		"--max-staleness=1m":                  "--max-staleness=1m0s is not usable: use 0 to turn it off, or at least 3m0s",
-		"--log-format=xml":                    `--log-format=xml is unknown: use "text" or "json"`,
-		"--ipt-update-interval-sec=0":         "--ipt-update-interval-sec=0 is not usable: use 1 to 86400",
-		"--ipt-update-interval-sec=86401":     "--ipt-update-interval-sec=86401 is not usable",
-		"--nmi-port=0":                        "--nmi-port=0 is not a port",
+		"--operation-mode=x":                  "want managed or standard",
+		"--pod-wait=0s":                       "want a duration above 0s, 1m0s at most",
+		"--identity-wait=2m":                  "want a duration above 0s, 1m0s at most",
+		"--max-staleness=1m":                  "want 0 to turn it off, or a duration of at least 3m0s",
+		"--log-format=xml":                    "want text or json",
+		"--ipt-update-interval-sec=0":         "want a number from 1 to 86400",
+		"--ipt-update-interval-sec=86401":     "want a number from 1 to 86400",
+		"--nmi-port=0":                        "want a number from 1 to 65535",
+		"--prometheus-port=65536":             "want a number from 1 to 65535",
+		"--metadata-port=0":                   "want a number from 1 to 65535",
 		"--http-probe-port=2579":              "--nmi-port and --http-probe-port are both 2579",
-		"--metadata-ip=fe80::1":               "--metadata-ip=fe80::1 is not usable",
-		"--redirect-address=127.0.0.1":        "--redirect-address=127.0.0.1 is not usable",
+		"--metadata-ip=fe80::1":               "want an IPv4 address that is not loopback",
+		"--redirect-address=127.0.0.1":        "want an IPv4 address that is not loopback",
 		"--redirect-address=169.254.169.254":  "is the metadata service's own address",
-		"--iptables-backend=x":                `--iptables-backend: "x" is not an iptables backend: use "auto", "nft" or "legacy"`,
-		"--redirect-mode=magic":               `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
+		"--iptables-backend=x":                `"x" is not an iptables backend: use "auto", "nft" or "legacy"`,
+		"--redirect-mode=magic":               `"magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
 		"--prometheus-port=2579":              "--nmi-port and --prometheus-port are both 2579",
-		"--http-probe-address=localhost":      "--http-probe-address=localhost is not usable: give an IP address of the node, 127.0.0.1 for the node alone",
-		"--metrics-address=224.0.0.1":         "--metrics-address=224.0.0.1 is not usable",
-		"--metrics-address=fe80::1%eth0":      "--metrics-address=fe80::1%eth0 is not usable",
-		"--handover-dir=run/nmi":              "--handover-dir=run/nmi is not usable: give an absolute path",
-		"--imds-token-rate=0":                 "--imds-token-rate=0 is not usable: give a number from 1 to 1000",
-		"--max-connections=-1":                "--max-connections=-1 is not usable",
-		"--allow-path=/metadata/identity":     "--allow-path=/metadata/identity is not one that can be allowed: use /metadata/scheduledevents",
-		"--allow-path=/metadata/THIM/amd":     "--allow-path=/metadata/THIM/amd is not one that can be allowed",
+		"--http-probe-address=localhost":      "want an IP address of the node, 127.0.0.1 for the node alone",
+		"--metrics-address=224.0.0.1":         "want an IP address of the node",
+		"--metrics-address=fe80::1%eth0":      "want an IP address of the node",
+		"--handover-dir=run/nmi":              "want an absolute path",
+		"--imds-token-rate=0":                 "want a number from 1 to 1000",
+		"--max-connections=-1":                "want a number from 1 to 1000000",
+		"--allow-path=/metadata/identity":     "/metadata/identity cannot be allowed: want /metadata/scheduledevents",
+		"--allow-path=/metadata/THIM/amd":     "/metadata/THIM/amd cannot be allowed",
 		"--instance-metadata-namespaces=shop": "--instance-metadata-namespaces limits nothing without --block-instance-metadata",
-		"--instance-metadata-namespaces=*":    `--instance-metadata-namespaces: "*" is not the name of a namespace`,
-		"--host-token-uids=0,root":            "--host-token-uids=0,root is not usable: give user IDs as numbers",
-		"--entra-authority=http://entra":      `--entra-authority: "http://entra" is not https`,
-		"--entra-authority=https://entra/x":   `--entra-authority: "https://entra/x" is more or less than https://<host>`,
-		"--entra-authority=a,,b":              `--entra-authority: "https://" is more or less than https://<host>`,
-		"--probe-socket=probe.sock":           "--probe-socket=probe.sock is not usable: give an absolute path",
-		"--deny-identity=kubelet":             `--deny-identity: "kubelet" is neither a client ID nor a resource ID: use a GUID`,
-		"--deny-identity=/subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i,": `--deny-identity: "" is neither a client ID nor a resource ID`,
-		"--exception-namespaces=*":    `--exception-namespaces: "*" is not the name of a namespace: give names separated by commas, or "" for none`,
-		"--exception-namespaces=a,,b": `--exception-namespaces: "" is not the name of a namespace`,
-		"--exception-namespaces=Shop": `--exception-namespaces: "Shop" is not the name of a namespace`,
+		"--instance-metadata-namespaces=*":    `"*" is not the name of a namespace`,
+		"--host-token-uids=0,root":            "want user IDs as numbers",
+		"--entra-authority=http://entra":      `"http://entra" is not https`,
+		"--entra-authority=https://entra/x":   `"https://entra/x" `,
+		"--entra-authority=a,,b":              `"https://" `,
+		"--probe-socket=probe.sock":           "want an absolute path",
+		"--deny-identity=kubelet":             `"kubelet" is neither a client ID nor a resource ID: use a GUID`,
+		"--deny-identity=/subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i,": `"" is neither a client ID nor a resource ID`,
+		"--exception-namespaces=*":    `"*" is not the name of a namespace: want names separated by commas, or "" for none`,
+		"--exception-namespaces=a,,b": `"" is not the name of a namespace`,
+		"--exception-namespaces=Shop": `"Shop" is not the name of a namespace`,
 	} {
-		o, err := parse(t, "--node=n", "--operation-mode=managed", arg)
-		require.NoError(t, err, arg)
-		_, err = o.config()
+		_, err := parse("--node=n", "--operation-mode=managed", arg)
 		require.ErrorContains(t, err, want, arg)
+		name, _, _ := strings.Cut(arg, "=")
+		assert.ErrorContains(t, err, name)
 		assert.NotContains(t, err.Error(), "\n", arg)
 	}
-	_, err := parse(t, "--nmi-port=65536")
-	assert.ErrorContains(t, err, "nmi-port")
 }
 
 func TestBindAddresses(t *testing.T) {
-	o, err := parse(t, "--node=n", "--http-probe-address=::ffff:127.0.0.1", "--http-probe-port=8085", "--metrics-address=fd00::4")
-	require.NoError(t, err)
-	cfg, err := o.config()
-	require.NoError(t, err)
+	cfg := mustParse(t, "--node=n", "--http-probe-address=::ffff:127.0.0.1", "--http-probe-port=8085", "--metrics-address=fd00::4")
 	assert.Equal(t, "127.0.0.1:8085", cfg.probes.addr.String())
 	assert.Equal(t, "[fd00::4]:9090", cfg.metrics.addr.String())
 }
 
 func TestAuthoritiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
-	o, err := parse(t, "--node=n", "--entra-authority=https://Entra.example/,entra2.example:8443", "--entra-authority=https://entra3.example:443")
-	require.NoError(t, err)
-	cfg, err := o.config()
-	require.NoError(t, err)
-	assert.Equal(t, []string{"entra.example", "entra2.example:8443", "entra3.example"}, cfg.authorities)
+	cfg := mustParse(t, "--node=n", "--entra-authority=https://Entra.example/,entra2.example:8443", "--entra-authority=https://entra3.example:443")
+	assert.Equal(t, []string{"entra.example", "entra2.example:8443", "entra3.example"}, cfg.upstream.Authorities)
 }
 
 func TestDeniedIdentitiesAreRepeatedOrSeparatedByCommas(t *testing.T) {
 	const a, b, resource = "0be1e700-0000-4000-8000-00000000000a", "0be1e700-0000-4000-8000-00000000000b", "/subscriptions/s/resourcegroups/g/providers/microsoft.managedidentity/userassignedidentities/i"
-	cfg := parsed(t, "--node=n", "--deny-identity= "+strings.ToUpper(a)+", /Subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i", "--deny-identity="+b)
-	assert.Equal(t, podresolver.DenyList{ClientIDs: []string{a, b}, ResourceIDs: []string{resource}}, cfg.resolving.Deny)
-	assert.Zero(t, parsed(t, "--node=n", "--deny-identity=").resolving.Deny)
+	cfg := mustParse(t, "--node=n", "--deny-identity= "+strings.ToUpper(a)+", /Subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i", "--deny-identity="+b)
+	assert.Equal(t, podresolver.DenyList{ClientIDs: []string{a, b}, ResourceIDs: []string{resource}}, cfg.resolver.Deny)
+	assert.Zero(t, mustParse(t, "--node=n", "--deny-identity=").resolver.Deny)
 }
 
 func TestExceptionNamespacesNotGivenAreAllAndEmptyNone(t *testing.T) {
 	namespaces := func(args ...string) []string {
-		return parsed(t, append(args, "--node=n")...).resolving.ExceptionNamespaces
+		return mustParse(t, append(args, "--node=n")...).resolver.ExceptionNamespaces
 	}
 	assert.Nil(t, namespaces())
 	assert.Equal(t, []string{}, namespaces("--exception-namespaces="))
@@ -175,11 +174,11 @@ func TestWarningsAboutFlags(t *testing.T) {
 		"a client ID is denied":             {[]string{"--deny-identity=" + client}, ""},
 		"a client ID and a resource ID are": {[]string{"--deny-identity=" + client + "," + resource}, ""},
 		"a resource ID is denied":           {[]string{"--deny-identity=" + resource}, "--deny-identity has more resource IDs than client IDs"},
-		"the header is not asked for":       {[]string{"--metadata-header-required=false"}, "is not asked for"},
+		"the header need no header":         {[]string{"--metadata-header-required=false"}, "need no header"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var log bytes.Buffer
-			parsed(t, append(tc.args, "--node=n")...).warn(slog.New(slog.NewTextHandler(&log, nil)))
+			mustParse(t, append(tc.args, "--node=n")...).warn(slog.New(slog.NewTextHandler(&log, nil)))
 			if tc.want == "" {
 				assert.Empty(t, log.String())
 				return
@@ -192,7 +191,7 @@ func TestWarningsAboutFlags(t *testing.T) {
 
 // TestExplainTakesWhatDecides: nmi explain must be able to decide as the agent does.
 func TestExplainTakesWhatDecides(t *testing.T) {
-	flags := explainCommand(newOptions()).Flags()
+	flags := explainCommand(newConfig()).Flags()
 	for _, name := range []string{"operation-mode", "forceNamespaced", "MICNamespace", podresolver.DenyIdentityFlag, podresolver.ExceptionNamespacesFlag, "strict-identity-selection"} {
 		assert.NotNil(t, flags.Lookup(name), name)
 	}
@@ -202,7 +201,7 @@ func TestEveryFlagIsDocumented(t *testing.T) {
 	doc, err := os.ReadFile("../../docs/flags.md")
 	require.NoError(t, err)
 	fs := pflag.NewFlagSet("nmi", pflag.ContinueOnError)
-	newOptions().addTo(fs)
+	newConfig().addFlags(fs)
 	fs.VisitAll(func(f *pflag.Flag) {
 		if !f.Hidden {
 			documented := strings.Contains(string(doc), "`--"+f.Name+"`") // a failure need not show the page
@@ -260,12 +259,12 @@ func TestFlagsOfTheManifest(t *testing.T) {
 		args = append(args, string(arg[1]))
 	}
 	assert.Contains(t, args, "--operation-mode=managed")
-	assert.Empty(t, parsed(t, args...).hostTokenUIDs)
-	assert.Equal(t, []uint32{0}, parsed(t, "--node=n").hostTokenUIDs, "the flag's own default is the old NMI's")
+	assert.Empty(t, mustParse(t, args...).proxy.HostTokenUIDs)
+	assert.Equal(t, []uint32{0}, mustParse(t, "--node=n").proxy.HostTokenUIDs, "the flag's own default is the old NMI's")
 }
 
 func TestInstanceMetadataNamespaces(t *testing.T) {
-	cfg := parsed(t, "--node=n", "--block-instance-metadata", "--instance-metadata-namespaces=a, b", "--allow-path=/metadata/THIM")
-	assert.Equal(t, []string{"a", "b"}, cfg.instanceNamespaces)
-	assert.Equal(t, []string{"/metadata/THIM"}, cfg.allow)
+	cfg := mustParse(t, "--node=n", "--block-instance-metadata", "--instance-metadata-namespaces=a, b", "--allow-path=/metadata/THIM")
+	assert.Equal(t, []string{"a", "b"}, cfg.proxy.InstanceMetadataNamespaces)
+	assert.Equal(t, []string{"/metadata/THIM"}, cfg.proxy.Allow)
 }

@@ -2,9 +2,9 @@
 // metadata service to itself and serves them tokens of the managed identities
 // that their pods are bound to.
 //
-// main.go knows signals and exit codes, flags.go turns flags into one validated
-// configuration, agent.go builds the parts, starts and stops them in order, and
-// health.go says how they are.
+// main.go knows signals and exit codes, flags.go writes the flags to the configurations
+// of the parts, agent.go builds the parts, starts and stops them in order, and health.go
+// says how they are.
 package main
 
 import (
@@ -35,7 +35,7 @@ func main() {
 
 // command is the whole command line.
 func command() *cobra.Command {
-	opts := newOptions()
+	cfg := newConfig()
 	root := &cobra.Command{
 		Use:   "nmi",
 		Short: "Serve managed identity tokens to the pods of a node",
@@ -49,17 +49,16 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 		SilenceUsage:  true, // an error is one line; --help is there for more
 		SilenceErrors: true, // main prints it
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if opts.version {
+			if cfg.version {
 				return printVersion(cmd)
 			}
-			cfg, err := opts.config()
-			if err != nil {
+			if err := cfg.complete(); err != nil {
 				return err
 			}
-			return runAgent(cmd.Context(), cfg, opts.logger(os.Stderr))
+			return runAgent(cmd.Context(), *cfg, cfg.logger(os.Stderr))
 		},
 	}
-	opts.addTo(root.Flags())
+	cfg.addFlags(root.Flags())
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w (%s --help lists the flags and what they take)", err, cmd.CommandPath())
@@ -79,16 +78,12 @@ gone; from then on they reach the metadata service themselves, and with it the
 identity of the node.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			address, err := parseIPv4("redirect-address", opts.redirectAddress)
-			if err != nil {
-				return err
-			}
-			return iptables.Cleanup(cmd.Context(), iptables.Config{Address: address, Logger: opts.logger(os.Stderr)})
+			return iptables.Cleanup(cmd.Context(), iptables.Config{Address: cfg.rules.Address, Logger: cfg.logger(os.Stderr)})
 		},
 	}
-	opts.addRedirectAddress(cleanup.Flags())
-	opts.addLogging(cleanup.Flags())
-	root.AddCommand(cleanup, explainCommand(opts), probeCommand(opts), &cobra.Command{
+	cfg.addRedirectAddress(cleanup.Flags())
+	cfg.addLogFlags(cleanup.Flags())
+	root.AddCommand(cleanup, explainCommand(cfg), probeCommand(cfg), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  noArguments,

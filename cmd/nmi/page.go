@@ -56,7 +56,7 @@ func (a *agent) buildPages(ctx context.Context) {
 		return listenUnix(ctx, a.cfg.probeSocket)
 	})
 	status := newHealth(ctx, a).handler()
-	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolving, confirm: expectSource(a.links)}
+	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, confirm: expectSource(a.links)}
 	a.probes.handler = status
 	a.probeSocket.handler = explainer.handler(status)
 	a.metrics.handler = metrics(a.rules, a.links, a.resolver, a.upstream, a.tokens, a.server)

@@ -10,23 +10,17 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 )
 
 const (
-	flagProbeSocket = "probe-socket"
-	probeTimeout    = 2 * time.Second
-	maxPage         = 64 << 10 // bytes
+	probeTimeout = 2 * time.Second
+	maxPage      = 64 << 10 // bytes
 )
-
-func (o *options) addProbeSocket(fs *pflag.FlagSet) {
-	fs.StringVar(&o.probeSocket, flagProbeSocket, "", `Unix socket of /healthz and /readyz, for "nmi probe", in a directory of this pod alone; "" for none`)
-}
 
 // probeCommand is what the kubelet runs in the agent's pod. During an
 // upgrade two pods are on the node with one port between them; the socket is the
 // pod's own, so that each is as ready as its own process says.
-func probeCommand(opts *options) *cobra.Command {
+func probeCommand(cfg *config) *cobra.Command {
 	pages := map[string]string{"live": "/healthz", "ready": "/readyz"}
 	probe := &cobra.Command{
 		Use:   "probe [live|ready]",
@@ -44,13 +38,13 @@ fails if it is not alive (live) or not ready (ready, which is the default).`,
 			if len(args) == 1 {
 				page = pages[args[0]]
 			}
-			if opts.probeSocket == "" {
+			if cfg.probeSocket == "" {
 				return fmt.Errorf("--%s is required: the one that the agent was given", flagProbeSocket)
 			}
-			return probe(cmd.Context(), opts.probeSocket, page, cmd.OutOrStdout())
+			return probe(cmd.Context(), cfg.probeSocket, page, cmd.OutOrStdout())
 		},
 	}
-	opts.addProbeSocket(probe.Flags())
+	cfg.addProbeSocket(probe.Flags())
 	return probe
 }
 

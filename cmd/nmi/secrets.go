@@ -72,15 +72,3 @@ func (s *secrets) read(ctx context.Context, namespace, name string) (map[string]
 	}
 	return secret.Data, nil
 }
-
-// parseAuthorities returns the hosts that are given to --entra-authority.
-func parseAuthorities(given []string) (hosts []string, err error) {
-	for _, authority := range given {
-		host, err := upstream.ParseAuthority(authority)
-		if err != nil {
-			return nil, fmt.Errorf("--%s: %w", upstream.AuthorityFlag, err)
-		}
-		hosts = append(hosts, host)
-	}
-	return hosts, nil
-}

@@ -42,8 +42,7 @@ func TestReadingASecret(t *testing.T) {
 	defer api.Close()
 
 	// With all that client-go has to say, more than the agent ever logs.
-	o, err := parse(t, "--v=10")
-	require.NoError(t, err)
+	o := mustParse(t, "--node=n", "--v=10")
 	var log bytes.Buffer
 	klog.SetSlogLogger(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.Level(-20)})))
 	defer func() {

@@ -29,8 +29,8 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		says string
 	}{
 		"no node":              {[]string{kubeconfig}, []string{"--operation-mode=managed"}, "--node is required"},
-		"no operation mode":    {[]string{kubeconfig}, []string{"--node=node1", "--operation-mode=x"}, `--operation-mode=x is unknown: use "managed" or "standard"`},
-		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `--redirect-mode: "magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`},
+		"no operation mode":    {[]string{kubeconfig}, []string{"--node=node1", "--operation-mode=x"}, `invalid argument "x" for "--operation-mode" flag: want managed or standard`},
+		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `"magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
 		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, explain, probe and version`},
@@ -42,7 +42,7 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		"a probe of nobody":    {nil, []string{"probe", "ready"}, "--probe-socket is required"},
 		"a probe of nothing":   {nil, []string{"probe", "live", "--probe-socket=/nowhere"}, "no agent answers: "},
 		"an unknown probe":     {nil, []string{"probe", "up"}, "probe takes live or ready"},
-		"cleanup of a nothing": {nil, []string{"cleanup", "--redirect-address=x"}, "--redirect-address=x is not usable"},
+		"cleanup of a nothing": {nil, []string{"cleanup", "--redirect-address=x"}, `invalid argument "x" for "--redirect-address" flag: want an IPv4 address`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, output, err := testbed.RunAgent(tc.env, tc.args...)
