@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,6 +14,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
 )
 
@@ -47,24 +47,6 @@ func TestWhatWasMissedIsMadeUpFor(t *testing.T) {
 		assert.Equal(t, "r", w.name(other))
 		require.NoError(t, w.resolver.Stale())
 	})
-}
-
-// lockedLog is read while it is written.
-type lockedLog struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (l *lockedLog) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(b)
-}
-
-func (l *lockedLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
 }
 
 // maxStaleness is more than the time between two bookmarks.
@@ -104,7 +86,7 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				log := &lockedLog{}
+				log := &testlog.Buffer{}
 				w := start(t, podresolver.Config{MaxStaleness: maxStaleness, Logger: slog.New(slog.NewTextHandler(log, nil))}, podresolver.NewPod("p", addr.String(), "cart"))
 				for _, g := range w.sources() {
 					w.bookmarks(g)

@@ -38,6 +38,7 @@ var rooms = map[string][]string{
 	"iptables/links":             {},
 	"deploy/testbed":             {"*"},
 	"deploy/testbed/attack":      {},
+	"deploy/testlog":             {},
 	"deploy/e2e":                 {"*"},
 	"deploy/demo":                {"*"},
 	"deploy/conformance":         {"*"},

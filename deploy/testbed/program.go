@@ -1,7 +1,6 @@
 package testbed
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -13,13 +12,15 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/podidentity/nmi/deploy/testlog"
 )
 
 // Program is a program of the node that runs until it is stopped. It dies with
 // the process that started it.
 type Program struct {
 	cmd  *exec.Cmd
-	log  *lockedBuffer
+	log  *testlog.Buffer
 	done chan struct{} // closed when it has ended
 	err  error         // of Wait; set before done is closed
 }
@@ -27,7 +28,7 @@ type Program struct {
 // StartProgram starts a program in the process's own namespace, with more
 // environment.
 func StartProgram(path string, env []string, args ...string) (*Program, error) {
-	p := &Program{cmd: exec.Command(path, args...), log: &lockedBuffer{}, done: make(chan struct{})}
+	p := &Program{cmd: exec.Command(path, args...), log: &testlog.Buffer{}, done: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -125,24 +126,6 @@ func (p *Program) end(signal syscall.Signal) (int, error) {
 		}
 	}
 	return p.Wait(30 * time.Second)
-}
-
-// lockedBuffer takes the output of a program while others read it.
-type lockedBuffer struct {
-	mu sync.Mutex // guards b
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // Root is the project's folder, found from the working directory upwards.

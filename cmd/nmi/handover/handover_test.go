@@ -1,10 +1,8 @@
 package handover
 
 import (
-	"bytes"
 	"context"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -17,6 +15,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/deploy/testlog"
 )
 
 const patience = 30 * time.Second
@@ -25,7 +25,7 @@ const patience = 30 * time.Second
 type testAgent struct {
 	*Handover
 	t     *testing.T
-	log   *log
+	log   testlog.Buffer
 	front *Listener
 	pages map[string]*net.TCPListener
 	sends []string      // tokens
@@ -38,30 +38,12 @@ type testAgent struct {
 	received []string
 }
 
-type log struct {
-	mu sync.Mutex // guards b
-	b  bytes.Buffer
-}
-
-func (l *log) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *log) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 func newTestAgent(t *testing.T, dir string) *testAgent {
 	t.Helper()
-	l := &log{}
 	a := &testAgent{
-		Handover: New(dir, slog.New(slog.NewTextHandler(l, nil))), t: t, log: l,
-		pages: make(map[string]*net.TCPListener), acts: make(chan string, 100), ready: make(chan struct{}),
+		t: t, pages: make(map[string]*net.TCPListener), acts: make(chan string, 100), ready: make(chan struct{}),
 	}
+	a.Handover = New(dir, a.log.Logger())
 	t.Cleanup(func() {
 		if a.stop != nil {
 			a.stop()
@@ -122,7 +104,7 @@ func (a *testAgent) does(want string) {
 	case got := <-a.acts:
 		require.Equal(a.t, want, got)
 	case <-time.After(patience):
-		require.Fail(a.t, "does nothing", "want %s; log:\n%s", want, a.log)
+		require.Fail(a.t, "does nothing", "want %s; log:\n%s", want, a.log.String())
 	}
 }
 
