@@ -32,9 +32,9 @@ type agent struct {
 
 	probeSocket, probes, metrics *page
 
-	ownPages   *component   // on the probe socket, from first to last
-	background []*component // from start to stop
-	duties     []*component // while no other agent of the node has them, see handover
+	probeServer *component   // on the probe socket, from first to last
+	background  []*component // from start to stop
+	duties      []*component // while no other agent of the node has them, see handover
 }
 
 // runAgent runs until ctx ends and returns nil, or returns an error when the agent cannot
@@ -102,7 +102,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 func (a *agent) start(ctx context.Context) error {
 	running := context.WithoutCancel(ctx) // until stop: requests under way need it
 	if a.cfg.probeSocket != "" {
-		a.ownPages.Start(running)
+		a.probeServer.Start(running)
 	}
 	if err := a.handover.Receive(ctx); err != nil {
 		return err
@@ -178,8 +178,8 @@ func (a *agent) resume(ctx context.Context) {
 	for _, c := range a.duties {
 		c.Start(ctx)
 	}
-	a.probes.tryNow()
-	a.metrics.tryNow()
+	a.probes.retryNow()
+	a.metrics.retryNow()
 }
 
 // stop ends what start has begun, in the opposite order, however far that came. An agent
@@ -195,7 +195,7 @@ func (a *agent) stop() {
 		_ = a.front.Close()
 	}
 	a.handover.Close()
-	a.ownPages.Stop()
+	a.probeServer.Stop()
 	a.probeSocket.close()
 	a.upstream.Close()
 }

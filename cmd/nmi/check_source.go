@@ -10,18 +10,18 @@ import (
 	"github.com/podidentity/nmi/proxy"
 )
 
-// checkSource joins what the API server says of a caller with what the node's links
-// say.
+// checkSource compares the pod that the API server names for an address with the pod whose
+// interface the connection came in over; see proxy.Config.CheckSource.
 func checkSource(tracker *links.Tracker) func(addr netip.Addr, ingress int, pod *podresolver.Pod) error {
 	return func(addr netip.Addr, ingress int, pod *podresolver.Pod) error {
-		return confirmation(tracker.Check(addr, ingress, links.Pod{UID: pod.UID, Started: pod.Started}))
+		return unconfirmed(tracker.Check(addr, ingress, links.Pod{UID: pod.UID, Started: pod.Started}))
 	}
 }
 
-// expectSource is checkSource without a connection, for explanations.
+// expectSource is checkSource for nmi explain, which has no connection.
 func expectSource(tracker *links.Tracker) func(addr netip.Addr, pod *podresolver.Pod) error {
 	return func(addr netip.Addr, pod *podresolver.Pod) error {
-		err := confirmation(tracker.Expect(addr, links.Pod{UID: pod.UID, Started: pod.Started}))
+		err := unconfirmed(tracker.Expect(addr, links.Pod{UID: pod.UID, Started: pod.Started}))
 		if err != nil && !errors.Is(err, podresolver.ErrUnconfirmed) {
 			return fmt.Errorf("%w: %w", proxy.ErrSource, err) // as the proxy does
 		}
@@ -29,9 +29,9 @@ func expectSource(tracker *links.Tracker) func(addr netip.Addr, pod *podresolver
 	}
 }
 
-// confirmation: that a network does not tell pods apart is final; everything else may be
-// mended by news of the pods.
-func confirmation(err error) error {
+// unconfirmed marks an error that newer news of the pods may mend, which the proxy waits
+// for. A network that does not tell pods apart is final.
+func unconfirmed(err error) error {
 	if err == nil || errors.Is(err, links.ErrUnguarded) {
 		return err
 	}

@@ -27,9 +27,9 @@ const (
 	defaultProbeSocket = "/run/nmi-probe/probe.sock"
 )
 
-// explainCommand says what a pod gets, and why. In an agent's pod it asks the agent, so
-// that what decides also explains. A pod of another node, or outside of an agent's pod, it
-// explains by the objects of the cluster, with the agent's flags.
+// explainCommand says what a pod gets, and why. In an agent's pod it asks the agent that
+// decides. For a pod of another node, or where no agent answers, it reads the cluster, and
+// decides with the agent's flags.
 func explainCommand(c *config) *cobra.Command {
 	var socket string
 	var resolving *pflag.FlagSet
@@ -78,19 +78,19 @@ the agent's flags: --operation-mode is required then.`,
 // explain asks the agent that listens on the socket, or reads the cluster. given are the
 // names of the flags that cfg was made of; note is called with what to know of the answer.
 func explain(ctx context.Context, pod, socket string, cfg podresolver.Config, given []string, note func(string)) (string, error) {
-	agents, noAgent := agentConfig(ctx, socket)
+	agentCfg, askErr := agentConfig(ctx, socket)
 	switch {
-	case noAgent != nil && !slices.Contains(given, flagOperationMode):
-		return "", fmt.Errorf("--%s is required where no agent can be asked: give the flags that the agents run with, or run this in an agent's pod (kubectl -n kube-system exec daemonset/nmi -- nmi explain %s): %w", flagOperationMode, pod, noAgent)
-	case noAgent != nil:
-	case len(given) == 0 || reflect.DeepEqual(decisive(cfg), decisive(agents)):
+	case askErr != nil && !slices.Contains(given, flagOperationMode):
+		return "", fmt.Errorf("--%s is required where no agent can be asked: give the flags that the agents run with, or run this in an agent's pod (kubectl -n kube-system exec daemonset/nmi -- nmi explain %s): %w", flagOperationMode, pod, askErr)
+	case askErr != nil:
+	case len(given) == 0 || reflect.DeepEqual(decisive(cfg), decisive(agentCfg)):
 		text, err := askAgent(ctx, socket, pod)
 		if !errors.Is(err, errNotHere) {
 			return text, err
 		}
-		cfg = agents
+		cfg = agentCfg
 	default:
-		note(fmt.Sprintf("the agent of this pod runs with other flags than these (--%s); leave them out to hear what it decides", strings.Join(given, ", --")))
+		note(fmt.Sprintf("the agent of this pod runs with other flags than these (--%s); leave them out to see its decision", strings.Join(given, ", --")))
 	}
 	return readCluster(ctx, pod, cfg)
 }
@@ -103,7 +103,7 @@ func decisive(cfg podresolver.Config) podresolver.Config {
 	}
 }
 
-// agentConfig asks the agent what it goes by.
+// agentConfig asks the agent for its configuration.
 func agentConfig(ctx context.Context, socket string) (cfg podresolver.Config, err error) {
 	var page bytes.Buffer
 	status, err := getPage(ctx, socket, configPage, &page)

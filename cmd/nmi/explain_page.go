@@ -19,11 +19,11 @@ const (
 	configPage  = "/config"  // podresolver.Config as JSON
 )
 
-// explainer explains decisions by what the agent itself goes by.
+// explainer explains the agent's decisions by the agent's own state.
 type explainer struct {
 	resolver *podresolver.Resolver
 	config   podresolver.Config
-	confirm  func(netip.Addr, *podresolver.Pod) error // nil where the node's links are not known
+	confirm  func(netip.Addr, *podresolver.Pod) error // nil away from the node, whose interfaces it needs
 }
 
 // explain is what nmi explain prints.
@@ -41,10 +41,10 @@ func (e *explainer) explain(pod string) (string, error) {
 	return decision.String(), nil
 }
 
-// handler adds the pages to others.
-func (e *explainer) handler(others http.Handler) http.Handler {
+// handler serves the pages, and next for all other paths.
+func (e *explainer) handler(next http.Handler) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/", others)
+	mux.Handle("/", next)
 	mux.HandleFunc("GET "+explainPage, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		text, err := e.explain(r.URL.Query().Get("pod"))

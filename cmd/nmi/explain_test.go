@@ -26,6 +26,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
@@ -252,22 +253,8 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-type lockedLog struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (l *lockedLog) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(b)
-}
-
-func (l *lockedLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.ReplaceAll(l.text.String(), `\"`, `"`)
-}
+// unescaped is a log with the quotes that its texts have.
+func unescaped(log *testlog.Buffer) string { return strings.ReplaceAll(log.String(), `\"`, `"`) }
 
 // agentAnswer is what an agent answers to the pod, as proxy.Answer has it.
 func agentAnswer(t *testing.T, server *proxy.Server, query string) string {
@@ -294,7 +281,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 	for name, tc := range situations {
 		t.Run(name, func(t *testing.T) {
 			ctx, stop := context.WithCancel(t.Context())
-			log := &lockedLog{}
+			log := &testlog.Buffer{}
 			logger := slog.New(slog.NewTextHandler(log, nil))
 			cluster := resolvertest.NewCluster(append([]runtime.Object{anIdentity("cart", cartID), aBinding("cart", "cart", "cart")}, tc.objects...)...)
 			defer cluster.Close()
@@ -347,7 +334,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			answer := agentAnswer(t, server, tc.asks)
 			assert.Equal(t, tc.answer, answer)
 			for _, text := range tc.log {
-				assert.Contains(t, log.String(), text)
+				assert.Contains(t, unescaped(log), text)
 			}
 
 			explained, err := explain(ctx, "shop/p", socket, podresolver.Config{}, nil, func(note string) { t.Error(note) })
@@ -361,7 +348,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 				assert.Contains(t, explained, text)
 			}
 			for _, text := range tc.not {
-				assert.NotContains(t, log.String()+explained, text)
+				assert.NotContains(t, unescaped(log)+explained, text)
 			}
 			differs := strings.HasPrefix(name, "an address that is a younger pod's") || // the request is that pod's
 				tc.breaks != nil || tc.asks != "" || strings.HasPrefix(name, "IMDS") || strings.HasPrefix(name, "on the host network")

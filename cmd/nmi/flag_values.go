@@ -83,12 +83,12 @@ func (v *parsed[T]) Type() string {
 	return "value"
 }
 
-// between parses numbers within limits.
-func between(least, most int) func(string) (int, error) {
+// upTo parses numbers from 1.
+func upTo(most int) func(string) (int, error) {
 	return func(text string) (int, error) {
 		n, err := strconv.Atoi(text)
-		if err != nil || n < least || n > most {
-			return 0, fmt.Errorf("want a number from %d to %d", least, most)
+		if err != nil || n < 1 || n > most {
+			return 0, fmt.Errorf("want a number from 1 to %d", most)
 		}
 		return n, nil
 	}
@@ -98,7 +98,7 @@ const maxSeconds = 24 * 60 * 60
 
 // parseSeconds parses the number of seconds between two checks of the rules.
 func parseSeconds(text string) (time.Duration, error) {
-	n, err := between(1, maxSeconds)(text)
+	n, err := upTo(maxSeconds)(text)
 	return time.Duration(n) * time.Second, err
 }
 
@@ -129,7 +129,7 @@ func parseStaleness(text string) (time.Duration, error) {
 // parsePortOf parses the port of an address.
 func parsePortOf(at *netip.AddrPort) func(string) (netip.AddrPort, error) {
 	return func(text string) (netip.AddrPort, error) {
-		port, err := between(1, 65535)(text)
+		port, err := upTo(65535)(text)
 		return netip.AddrPortFrom(at.Addr(), uint16(port)), err //nolint:gosec // no more than fit
 	}
 }

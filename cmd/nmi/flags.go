@@ -57,9 +57,9 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 	listVar(fs, &c.upstream.Authorities, "entra-authority", "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be used with (adEndpoint); repeat it or separate several by commas")
 
 	// New: limits.
-	parsedVar(fs, &c.upstream.PerSecond, "imds-token-rate", strconv.Itoa(upstream.DefaultPerSecond), between(1, maxTokenRate), "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
-	parsedVar(fs, &c.upstream.AtOnce, "imds-token-concurrency", strconv.Itoa(upstream.DefaultAtOnce), between(1, maxTokenRate), "most requests at once for tokens to IMDS, which allows 5 per virtual machine; the rest is for the node's own programs")
-	parsedVar(fs, &c.proxy.MaxConnections, "max-connections", strconv.Itoa(proxy.DefaultMaxConnections), between(1, maxConnections), "most connections that pods have open; one more takes the place of one of the pod that has the most")
+	parsedVar(fs, &c.upstream.PerSecond, "imds-token-rate", strconv.Itoa(upstream.DefaultPerSecond), upTo(maxTokenRate), "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
+	parsedVar(fs, &c.upstream.AtOnce, "imds-token-concurrency", strconv.Itoa(upstream.DefaultAtOnce), upTo(maxTokenRate), "most requests at once for tokens to IMDS, which allows 5 per virtual machine; the rest is for the node's own programs")
+	parsedVar(fs, &c.proxy.MaxConnections, "max-connections", strconv.Itoa(proxy.DefaultMaxConnections), upTo(maxConnections), "most connections that pods have open; one more takes the place of one of the pod that has the most")
 
 	// New: the agent's own pages, and takeovers.
 	parsedVar(fs, &c.probes.addr, "http-probe-address", "0.0.0.0", parseAddrOf(&c.probes.addr, parseBindAddress), "address that --http-probe-port is on; 127.0.0.1 keeps it to the node, :: is all IPv4 and IPv6 addresses")

@@ -133,6 +133,17 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	}
 }
 
+func TestFlagsOfSeveralParts(t *testing.T) {
+	c := mustParse(t, "--node=n", "--redirect-mode=none", "--allow-network-plugin-kubenet", "--metadata-ip=192.0.2.1", "--metadata-port=8080", "--nmi-port=99")
+	assert.True(t, c.proxy.PodsOnly)
+	assert.True(t, c.links.AllowUnguarded)
+	assert.True(t, c.rules.AllowUnguarded)
+	assert.Equal(t, "192.0.2.1:8080", c.rules.Metadata.String())
+	assert.Equal(t, "http://192.0.2.1:8080", c.upstream.IMDS.String())
+	assert.Equal(t, uint16(99), c.rules.Port)
+	assert.Equal(t, "0.0.0.0:99", c.front.addr.String())
+}
+
 func TestBindAddresses(t *testing.T) {
 	cfg := mustParse(t, "--node=n", "--http-probe-address=::ffff:127.0.0.1", "--http-probe-port=8085", "--metrics-address=fd00::4")
 	assert.Equal(t, "127.0.0.1:8085", cfg.probes.addr.String())
@@ -225,7 +236,7 @@ func TestVersionAndHelp(t *testing.T) {
 func TestProbes(t *testing.T) {
 	notYet := errors.New("pods: waiting\nbindings: waiting")
 	var trouble error
-	h := &health{checks: []func() error{func() error { return trouble }, func() error { return nil }}, note: func() string { return "redirect mode dnat: why" }}
+	h := &health{checks: []func() error{func() error { return trouble }, func() error { return nil }}, notes: func() string { return "redirect mode dnat: why" }}
 	get := func(path string) (int, string) {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequestWithContext(context.Background(), http.MethodGet, path, nil)

@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// health answers the kubelet's probes.
+// health serves /healthz and /readyz.
 type health struct {
-	checks []func() error // nil means well; each error says what to do
-	note   func() string  // said when all is well
+	checks []func() error // each error says what to do
+	notes  func() string  // shown when no check fails
 }
 
 var errStopping = errors.New("the agent is stopping")
@@ -34,7 +34,7 @@ func newHealth(ctx context.Context, a *agent) *health {
 			func() error { return a.rules.Status().Unguarded },
 			func() error { return a.rules.Status().Bypass },
 		},
-		note: func() string {
+		notes: func() string {
 			s := a.rules.Status()
 			notes := append([]string{fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)}, s.Notes...)
 			if err := a.resolver.Stale(); err != nil {
@@ -43,7 +43,7 @@ func newHealth(ctx context.Context, a *agent) *health {
 			if err := a.upstream.Unavailable(); err != nil {
 				notes = append(notes, err.Error())
 			}
-			notes = append(notes, a.handover.Status(), a.probes.note(), a.metrics.note(), a.probeSocket.note())
+			notes = append(notes, a.handover.Status(), a.probes.status(), a.metrics.status(), a.probeSocket.status())
 			return strings.Join(slices.DeleteFunc(notes, func(note string) bool { return note == "" }), "\n")
 		},
 	}
@@ -57,13 +57,13 @@ func (h *health) err() error {
 	return errors.Join(all...)
 }
 
-// list is an error as a list, a line for each of its own.
+// list is an error's lines as a list.
 func list(err error) string { return "- " + strings.ReplaceAll(err.Error(), "\n", "\n- ") }
 
 func (h *health) handler() http.Handler {
 	mux := http.NewServeMux()
-	// Alive as soon as it answers: nothing that is wrong outside gets better by
-	// a restart. The words are the old NMI's, for tools that read them.
+	// Alive if it answers at all: a restart mends nothing that is wrong elsewhere. The
+	// words are the old NMI's, for tools that read them.
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		if h.err() == nil {
 			fmt.Fprint(w, "Active")
@@ -78,7 +78,7 @@ func (h *health) handler() http.Handler {
 			fmt.Fprintf(w, "not ready:\n%s\n", list(err))
 			return
 		}
-		fmt.Fprintf(w, "ready\n%s\n", h.note())
+		fmt.Fprintf(w, "ready\n%s\n", h.notes())
 	})
 	return mux
 }

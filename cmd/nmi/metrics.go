@@ -22,9 +22,8 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// metrics answers /metrics in Prometheus's format. docs/metrics.md lists what is
-// there. An agent without metrics is better than none: if they cannot be made, the
-// page says why.
+// metrics serves /metrics in Prometheus's format. docs/metrics.md lists them. An agent
+// without metrics is better than none: if they cannot be made, the page says why.
 func metrics(rules *iptables.Reconciler, tracker *links.Tracker, resolver *podresolver.Resolver, source *upstream.Upstream, tokens *tokencache.Cache, server *proxy.Server) http.Handler {
 	registry, err := newRegistry(rules, tracker, resolver, source, tokens, server)
 	if err != nil {
@@ -53,14 +52,14 @@ func newRegistry(rules *iptables.Reconciler, tracker *links.Tracker, resolver *p
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
-	refused := count(meter, "sources.refused", "Times that a pod was not taken for the caller, since its address may be another pod's by now", func() uint64 { return tracker.Stats().Refused })
+	refused := count(meter, "sources.refused", "Times a source address was refused because it may belong to another pod by now", func() uint64 { return tracker.Stats().Refused })
 	if err := errors.Join(refused, observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server), observeIMDS(meter, source)); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	return registry, nil
 }
 
-// observeRules tells of the iptables rules.
+// observeRules exports the state of the rules.
 func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 	var all error
 	status := func(name, description string, observe func(iptables.Status, metric.Int64Observer)) {
@@ -86,8 +85,8 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(rules.Stats()) }))
 	}
 	counter("iptables.checks", "Checks of the rules", func(s iptables.Stats) uint64 { return s.Checks })
-	counter("iptables.repairs", "Checks that found the rules wanting and wrote them, the first included", func(s iptables.Stats) uint64 { return s.Repairs })
-	_, err := meter.Int64ObservableCounter("rules.lost", metric.WithDescription("Times that rules which had been in place were found gone or changed"),
+	counter("iptables.repairs", "Times the rules were written because they were missing or changed, the first included", func(s iptables.Stats) uint64 { return s.Repairs })
+	_, err := meter.Int64ObservableCounter("rules.lost", metric.WithDescription("Times rules that had been in place were found missing or changed"),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 			for part, n := range rules.Stats().Lost {
 				o.Observe(int64(n), metric.WithAttributes(attribute.String("part", part))) //nolint:gosec // never that many
@@ -95,12 +94,12 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 			return nil
 		}))
 	all = errors.Join(all, err)
-	counter("iptables.lock_contended", "Commands before which another program held the xtables lock", func(s iptables.Stats) uint64 { return s.LockContended })
-	counter("connections.cut", "Connections past the agent that were ended", func(s iptables.Stats) uint64 { return s.Cut })
+	counter("iptables.lock_contended", "iptables commands that had to wait for the xtables lock", func(s iptables.Stats) uint64 { return s.LockContended })
+	counter("connections.cut", "Connections that bypassed the agent and were cut", func(s iptables.Stats) uint64 { return s.Cut })
 	return all
 }
 
-// observeResolver tells of what is known of pods.
+// observeResolver exports what is known of pods, and how recent it is.
 func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 	var all error
 	_, err := meter.Float64ObservableGauge("watch.silence", metric.WithUnit("s"),
@@ -115,21 +114,21 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 	counter := func(name, description string, value func(podresolver.Stats) uint64) {
 		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(resolver.Stats()) }))
 	}
-	counter("addresses.ambiguous", "Times that an address came to have more than one owner", func(s podresolver.Stats) uint64 { return s.Ambiguous })
-	counter("lookups", "Times that the API server was asked for the pod of an address", func(s podresolver.Stats) uint64 { return s.Lookups })
-	counter("lookups.found", "Lookups that found a pod that the watch had not told of", func(s podresolver.Stats) uint64 { return s.Found })
+	counter("addresses.ambiguous", "Times an address came to have more than one owner", func(s podresolver.Stats) uint64 { return s.Ambiguous })
+	counter("lookups", "Lookups of an address's pod at the API server", func(s podresolver.Stats) uint64 { return s.Lookups })
+	counter("lookups.found", "Lookups that found a pod the watch had not reported", func(s podresolver.Stats) uint64 { return s.Found })
 	return all
 }
 
-// observeServer tells of the pods' connections.
+// observeServer exports the counts of pods' connections.
 func observeServer(meter metric.Meter, server *proxy.Server) error {
 	return errors.Join(
 		gauge(meter, "connections", "Connections that pods have open", func() int { return server.Connections().Open }),
-		count(meter, "connections.refused", "Connections that were closed on arrival, since there were too many", func() uint64 { return server.Connections().Refused }),
-		count(meter, "connections.ended", "Connections that were closed to make place for others", func() uint64 { return server.Connections().Ended }))
+		count(meter, "connections.refused", "Connections closed on arrival because there were too many", func() uint64 { return server.Connections().Refused }),
+		count(meter, "connections.ended", "Connections closed in favour of others", func() uint64 { return server.Connections().Ended }))
 }
 
-// observeIMDS tells whether IMDS answers.
+// observeIMDS exports whether IMDS answers.
 func observeIMDS(meter metric.Meter, source *upstream.Upstream) error {
 	_, err := meter.Int64ObservableGauge("imds.unavailable", metric.WithDescription("1 while IMDS gives no tokens, else 0"),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
@@ -139,7 +138,7 @@ func observeIMDS(meter metric.Meter, source *upstream.Upstream) error {
 	return err
 }
 
-// observeTokens tells of the cache and of what it asks the upstream.
+// observeTokens exports the counts of the cache and of its fetches.
 func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 	var all error
 	counter := func(name, description string, value func(tokencache.Stats) uint64) {
@@ -158,15 +157,15 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 	labelled("token.hits", "Requests answered from memory, by how fresh the token was", "freshness", func(s tokencache.Stats) map[string]uint64 {
 		return map[string]uint64{"fresh": s.Fresh, "due": s.Due, "urgent": s.Expiring}
 	})
-	counter("token.misses", "Requests for which no token was in memory", func(s tokencache.Stats) uint64 { return s.Misses })
-	counter("token.joined", "Requests that waited for a fetch which another had started", func(s tokencache.Stats) uint64 { return s.Joined })
-	counter("token.remembered_failures", "Requests that were told of a failure from memory", func(s tokencache.Stats) uint64 { return s.NegativeHits })
-	counter("token.turned_away", "Requests that were not served because their pod asked too fast, or too much was asked of IMDS or Entra", func(s tokencache.Stats) uint64 { return s.TurnedAway })
+	counter("token.misses", "Requests for which no valid token was in memory", func(s tokencache.Stats) uint64 { return s.Misses })
+	counter("token.joined", "Requests that joined a fetch started by another", func(s tokencache.Stats) uint64 { return s.Joined })
+	counter("token.remembered_failures", "Requests answered with a failure from memory", func(s tokencache.Stats) uint64 { return s.NegativeHits })
+	counter("token.turned_away", "Requests refused because their pod asked too fast, or too many fetches from IMDS or Entra were waiting", func(s tokencache.Stats) uint64 { return s.TurnedAway })
 	counter("token.fetches", "Fetches from IMDS or Entra, refreshes included", func(s tokencache.Stats) uint64 { return s.Fetches })
-	counter("token.refreshes", "Fetches in the place of a token that was still good", func(s tokencache.Stats) uint64 { return s.Refreshes })
-	counter("token.renewals", "Requests that did not want the token in memory", func(s tokencache.Stats) uint64 { return s.Renewals })
-	counter("token.evictions", "Tokens that had to leave memory for others", func(s tokencache.Stats) uint64 { return s.Evictions })
-	labelled("token.fetch_failures", "Fetches that brought no token, by class", "class", func(s tokencache.Stats) map[string]uint64 {
+	counter("token.refreshes", "Fetches to replace a token that was still valid", func(s tokencache.Stats) uint64 { return s.Refreshes })
+	counter("token.renewals", "Requests for a new token in place of the one in memory", func(s tokencache.Stats) uint64 { return s.Renewals })
+	counter("token.evictions", "Tokens evicted from memory for others", func(s tokencache.Stats) uint64 { return s.Evictions })
+	labelled("token.fetch_failures", "Failed fetches, by class", "class", func(s tokencache.Stats) map[string]uint64 {
 		byClass := make(map[string]uint64, len(s.Failures))
 		for class, n := range s.Failures {
 			byClass[tokencache.Class(class).String()] = n
@@ -175,10 +174,10 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 	})
 	return errors.Join(all,
 		gauge(meter, "tokens", "Tokens in memory", func() int { return tokens.Stats().Entries }),
-		gauge(meter, "tokens.failing", "Tokens that could not be had of late", func() int { return tokens.Stats().Failing }))
+		gauge(meter, "tokens.failing", "Keys whose last fetch failed", func() int { return tokens.Stats().Failing }))
 }
 
-// count adds a counter of what is counted elsewhere.
+// count adds a counter whose value is kept elsewhere.
 func count(meter metric.Meter, name, description string, value func() uint64) error {
 	_, err := meter.Int64ObservableCounter(name, metric.WithDescription(description),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
@@ -188,7 +187,7 @@ func count(meter metric.Meter, name, description string, value func() uint64) er
 	return err
 }
 
-// gauge adds a gauge of what is counted elsewhere.
+// gauge adds a gauge whose value is kept elsewhere.
 func gauge(meter metric.Meter, name, description string, value func() int) error {
 	_, err := meter.Int64ObservableGauge(name, metric.WithDescription(description),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {

@@ -11,12 +11,12 @@ import (
 	"time"
 )
 
-// page is a socket with pages on it: the metrics port, the probe port, the probe
-// socket. No token depends on it, so that a socket that cannot be had (the port is
-// taken, the address is not on this node) ends nothing: it is a warning, a note in
-// /readyz, and tried again until it can be had.
+// page is a listener with pages on it: the metrics port, the probe port, the probe
+// socket. No token depends on it, so that a failure to listen (the port is taken, the
+// address is not on this node) ends nothing: it is a warning and a note in /readyz, and
+// is tried again until it succeeds.
 type page struct {
-	flag    string // that chooses the socket
+	flag    string // that chooses the port or socket
 	listen  func(context.Context) (pageListener, error)
 	handler http.Handler // set before run
 	log     *slog.Logger
@@ -24,7 +24,7 @@ type page struct {
 
 	mu  sync.Mutex // guards what follows
 	ln  pageListener
-	err error // why nothing is served; nil when it is
+	err error // why nothing is served; nil while pages are
 }
 
 // pageListener is a TCP or Unix listener.
@@ -34,7 +34,7 @@ type pageListener interface {
 	File() (*os.File, error)
 }
 
-// The pause before a socket that could not be had is tried again; it doubles.
+// The pause before the next attempt to listen; it doubles.
 const (
 	firstRetry = time.Second
 	maxRetry   = time.Minute
@@ -55,26 +55,26 @@ func (a *agent) buildPages(ctx context.Context) {
 	a.probeSocket = newPage(flagProbeSocket, a.log, func(ctx context.Context) (pageListener, error) {
 		return listenUnix(ctx, a.cfg.probeSocket)
 	})
-	status := newHealth(ctx, a).handler()
+	health := newHealth(ctx, a).handler()
 	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, confirm: expectSource(a.links)}
-	a.probes.handler = status
-	a.probeSocket.handler = explainer.handler(status)
+	a.probes.handler = health
+	a.probeSocket.handler = explainer.handler(health)
 	a.metrics.handler = metrics(a.rules, a.links, a.resolver, a.upstream, a.tokens, a.server)
-	a.ownPages = &component{run: a.probeSocket.run}
+	a.probeServer = &component{run: a.probeSocket.run}
 }
 
 // pageListeners are those that a new agent is offered, see handover.
 func (a *agent) pageListeners() map[string]*net.TCPListener {
 	open := make(map[string]*net.TCPListener)
 	for _, p := range []*page{a.probes, a.metrics} {
-		if ln := p.tcp(); ln != nil {
+		if ln := p.tcpListener(); ln != nil {
 			open[p.flag] = ln
 		}
 	}
 	return open
 }
 
-// adopt makes the page use a predecessor's listener, if that is not nil.
+// adopt makes the page use an inherited listener, unless that is nil.
 func (p *page) adopt(ln *net.TCPListener) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -83,8 +83,7 @@ func (p *page) adopt(ln *net.TCPListener) {
 	}
 }
 
-// run serves until ctx ends. The listener stays open, for a successor or the next
-// run.
+// run serves until ctx ends. The listener stays open, for another agent or the next run.
 func (p *page) run(ctx context.Context) {
 	pause := firstRetry
 	for {
@@ -98,7 +97,7 @@ func (p *page) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		p.fails(err)
+		p.setError(err)
 		select {
 		case <-time.After(pause):
 			pause = min(2*pause, maxRetry)
@@ -110,7 +109,7 @@ func (p *page) run(ctx context.Context) {
 	}
 }
 
-// open returns the listener, and opens one first where needed.
+// open returns the listener, and listens first where needed.
 func (p *page) open(ctx context.Context) (pageListener, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -128,8 +127,8 @@ func (p *page) open(ctx context.Context) (pageListener, error) {
 	return p.ln, nil
 }
 
-// fails remembers why nothing is served, and says it once.
-func (p *page) fails(err error) {
+// setError notes why nothing is served, and logs it once.
+func (p *page) setError(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.err == nil || p.err.Error() != err.Error() {
@@ -138,8 +137,8 @@ func (p *page) fails(err error) {
 	p.err = err
 }
 
-// note is what /readyz says of it, a line; "" for nothing.
-func (p *page) note() string {
+// status is what /readyz says of the page, a line; "" for nothing.
+func (p *page) status() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.err == nil {
@@ -148,16 +147,16 @@ func (p *page) note() string {
 	return "--" + p.flag + " cannot be served; trying again: " + p.err.Error()
 }
 
-// tryNow ends a pause before the next attempt.
-func (p *page) tryNow() {
+// retryNow ends the pause before the next attempt.
+func (p *page) retryNow() {
 	select {
 	case p.retry <- struct{}{}:
 	default:
 	}
 }
 
-// tcp is the listener for a successor; nil if none is open.
-func (p *page) tcp() *net.TCPListener {
+// tcpListener is the listener for another agent; nil if none is open.
+func (p *page) tcpListener() *net.TCPListener {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	tcp, _ := p.ln.(*net.TCPListener)

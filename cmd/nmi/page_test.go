@@ -43,12 +43,12 @@ func TestPageRetriesWithBackOff(t *testing.T) {
 		}
 		time.Sleep(200 * time.Second)
 		assert.Equal(t, []time.Duration{0, 1e9, 3e9, 7e9, 15e9, 31e9, 63e9, 123e9, 183e9}, tried())
-		assert.Equal(t, "--prometheus-port cannot be served; trying again: port 9090 is taken", p.note())
+		assert.Equal(t, "--prometheus-port cannot be served; trying again: port 9090 is taken", p.status())
 		assert.Equal(t, 1, strings.Count(log.String(), "level=WARN"), log.String())
-		p.tryNow()
+		p.retryNow()
 		assert.Len(t, tried(), 10)
 		time.Sleep(time.Second)
-		assert.Len(t, tried(), 11, "the pauses begin anew")
+		assert.Len(t, tried(), 11, "the pauses start over")
 		running.Stop()
 	})
 }
@@ -62,11 +62,11 @@ func TestPageIsServedWhenItsPortIsFree(t *testing.T) {
 	running := &component{run: p.run}
 	running.Start(t.Context())
 	t.Cleanup(func() { running.Stop(); p.close() })
-	require.Eventually(t, func() bool { return strings.Contains(p.note(), "is taken") }, 30*time.Second, time.Millisecond)
-	assert.Nil(t, p.tcp(), "nothing to hand over")
+	require.Eventually(t, func() bool { return strings.Contains(p.status(), "is taken") }, 30*time.Second, time.Millisecond)
+	assert.Nil(t, p.tcpListener(), "nothing to hand over")
 	require.NoError(t, other.Close())
-	p.tryNow()
-	require.Eventually(t, func() bool { return p.note() == "" }, 30*time.Second, time.Millisecond)
+	p.retryNow()
+	require.Eventually(t, func() bool { return p.status() == "" }, 30*time.Second, time.Millisecond)
 	ask := func() string {
 		resp, err := http.Get("http://" + at.addr.String())
 		require.NoError(t, err)
@@ -78,13 +78,13 @@ func TestPageIsServedWhenItsPortIsFree(t *testing.T) {
 	assert.Equal(t, "page", ask())
 	for range 20 { // as when a successor comes and goes
 		running.Stop()
-		assert.NotNil(t, p.tcp(), "still open")
+		assert.NotNil(t, p.tcpListener(), "still open")
 		running.Start(t.Context())
 		assert.Equal(t, "page", ask())
 	}
 }
 
-func TestAnAddressThatIsNotOfThisNode(t *testing.T) {
+func TestListenOnAForeignAddress(t *testing.T) {
 	_, err := listen(t.Context(), endpoint{flagPrometheusPort, netip.MustParseAddrPort("192.0.2.1:9090")})
 	assert.EqualError(t, err, "192.0.2.1 is not an address of this node: choose one that is, or 0.0.0.0 for all")
 	ln, err := listen(t.Context(), endpoint{flagPrometheusPort, netip.MustParseAddrPort("127.0.0.1:0")})

@@ -19,14 +19,14 @@ const (
 
 // probeCommand is what the kubelet runs in the agent's pod. During an
 // upgrade two pods are on the node with one port between them; the socket is the
-// pod's own, so that each is as ready as its own process says.
+// pod's own, so that each process answers for itself.
 func probeCommand(cfg *config) *cobra.Command {
 	pages := map[string]string{"live": "/healthz", "ready": "/readyz"}
 	probe := &cobra.Command{
 		Use:   "probe [live|ready]",
-		Short: "Ask the agent of this pod how it is",
-		Long: `probe prints what the agent that listens on --probe-socket says of itself, and
-fails if it is not alive (live) or not ready (ready, which is the default).`,
+		Short: "Report whether the agent of this pod is alive or ready",
+		Long: `probe prints the health page of the agent that listens on --probe-socket, and fails
+if the agent is not alive (live) or not ready (ready, which is the default).`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 || len(args) == 1 && pages[args[0]] == "" {
 				return fmt.Errorf("unexpected arguments %q: probe takes live or ready", args)

@@ -54,7 +54,7 @@ func (s *scenario) probes(a *testbed.Agent, what string) (code int, output strin
 	return s.nmi("probe", what, "--probe-socket="+a.ProbeSocket)
 }
 
-func TestTwentyUpgradesUnderLoadLoseNoRequest(t *testing.T) {
+func TestUpgradesUnderLoad(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	q := s.pod("report-0", "10.244.0.12", testbed.Routed, "report")
@@ -72,7 +72,7 @@ func TestTwentyUpgradesUnderLoadLoseNoRequest(t *testing.T) {
 	}
 }
 
-func TestAGoodSuccessorThatIsStoppedLosesNoRequest(t *testing.T) {
+func TestRollbackUnderLoad(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	old := s.agent()
@@ -89,7 +89,7 @@ func TestAGoodSuccessorThatIsStoppedLosesNoRequest(t *testing.T) {
 	assert.Equal(t, 10, strings.Count(old.Log(), "level=WARN"), "one line each")
 }
 
-func TestRequestsThatWaitForTheirTokensAreNotLost(t *testing.T) {
+func TestUpgradeWhileRequestsWait(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	a := s.agent()
@@ -146,7 +146,7 @@ func (s *scenario) metric(name string) (value int) {
 	return value
 }
 
-func TestNewFlagsAreInForceAsSoonAsTheSuccessorIsReady(t *testing.T) {
+func TestUpgradeAppliesNewFlags(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	first := s.agent()
@@ -165,7 +165,7 @@ func TestNewFlagsAreInForceAsSoonAsTheSuccessorIsReady(t *testing.T) {
 	assert.NotContains(t, first.Log(), "took over")
 }
 
-func TestPortsCanBeChangedThereAndBack(t *testing.T) {
+func TestUpgradeChangesPorts(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	a := s.agent()

@@ -46,7 +46,7 @@ func (s *scenario) repairs() {
 	require.Eventually(s.t, func() bool { return strings.Contains(s.nat(), "-A aad-metadata") }, patience, 10*time.Millisecond, "repaired")
 }
 
-func TestASuccessorThatDiesHalfWayLeavesTheOldOneServing(t *testing.T) {
+func TestSuccessorKilledHalfway(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	s.agent()
@@ -64,7 +64,7 @@ func TestASuccessorThatDiesHalfWayLeavesTheOldOneServing(t *testing.T) {
 	s.successor()
 }
 
-func TestASuccessorThatCannotSyncTakesNothing(t *testing.T) {
+func TestSuccessorThatCannotSync(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	old := s.agent()
@@ -93,7 +93,7 @@ func TestASuccessorThatCannotSyncTakesNothing(t *testing.T) {
 	l.losesNothing(t)
 }
 
-func TestAFrozenSuccessorHarmsNothing(t *testing.T) {
+func TestFrozenSuccessor(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	old := s.agent()
@@ -116,7 +116,7 @@ func TestAFrozenSuccessorHarmsNothing(t *testing.T) {
 	s.successor()
 }
 
-func TestAThirdAgentIsKeptOut(t *testing.T) {
+func TestThirdAgentDuringUpgrade(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	a := s.agent()
@@ -146,7 +146,7 @@ func TestAThirdAgentIsKeptOut(t *testing.T) {
 	assert.Equal(t, 503, p.asks(vault).status, "the last one serves, and knows nothing yet")
 }
 
-func TestASuccessorThatComesBeforeAnybodyListensTriesAgain(t *testing.T) {
+func TestSuccessorBeforeTheHandoverSocket(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	a := s.agent()
@@ -162,7 +162,7 @@ func TestASuccessorThatComesBeforeAnybodyListensTriesAgain(t *testing.T) {
 	assert.Equal(t, cart.ClientID, p.asks(vault).subject)
 }
 
-func TestWithoutTheDirectoryASecondAgentSaysThatThePortIsTaken(t *testing.T) {
+func TestNoHandoverDirectory(t *testing.T) {
 	s := begin(t)
 	s.agent("--handover-dir=")
 	code, output, err := testbed.RunAgent([]string{"KUBECONFIG=" + world.Kubeconfig},
@@ -172,7 +172,7 @@ func TestWithoutTheDirectoryASecondAgentSaysThatThePortIsTaken(t *testing.T) {
 	assert.Contains(t, lastLine(output), "port 2579 is taken: another program, or an agent that does not hand over runs there")
 }
 
-func TestWhateverIsInThePlaceOfTheHandoverTheAgentStarts(t *testing.T) {
+func TestForeignHandoverSocket(t *testing.T) {
 	serve := func(network string, answer func(net.Conn)) func(*testing.T, string) {
 		return func(t *testing.T, path string) {
 			t.Helper()
@@ -218,7 +218,7 @@ func TestWhateverIsInThePlaceOfTheHandoverTheAgentStarts(t *testing.T) {
 	}
 }
 
-func TestADirectoryThatCannotBeUsedIsTriedAgain(t *testing.T) {
+func TestUnusableHandoverDirectory(t *testing.T) {
 	s := begin(t)
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	dir := filepath.Join(t.TempDir(), "file")

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
@@ -76,6 +77,12 @@ func TestUpgradesKeepTheTokens(t *testing.T) {
 	}
 	t.Logf("%d requests over 11 upgrades", sent)
 	assert.NotContains(t, a.Log(), "not all tokens")
+	var body struct {
+		Token string `json:"access_token"`
+	}
+	require.NoError(t, json.Unmarshal([]byte(all[0].asks(resource(0, 0)).body), &body))
+	assert.Greater(t, len(body.Token), 1000)
+	assert.NotContains(t, a.Log(), body.Token[len(body.Token)-100:])
 }
 
 // otherBinary names the variable with the path of an older agent's binary.

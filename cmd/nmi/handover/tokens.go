@@ -63,9 +63,6 @@ func sendTokens(ctx context.Context, file *os.File, tokens func(send func(packet
 		return err
 	}
 	defer conn.Close() //nolint:errcheck // all has been written
-	if err := checkPeer(conn); err != nil {
-		return err
-	}
 	if err := conn.SetDeadline(time.Now().Add(tokensTimeout)); err != nil {
 		return err
 	}
