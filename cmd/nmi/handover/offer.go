@@ -39,10 +39,12 @@ type Duties struct {
 func (h *Handover) Offer(ctx context.Context, duties Duties) (handedOver bool) {
 	select {
 	case <-h.exited:
-		duties.Resume()
 	case <-ctx.Done():
 		duties.Release()
 		return false
+	}
+	if ctx.Err() == nil {
+		duties.Resume()
 	}
 	if h.dir == "" {
 		<-ctx.Done()

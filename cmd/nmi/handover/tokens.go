@@ -20,8 +20,10 @@ const (
 	tokensVersion = "nmi tokens 1"
 	// maxPacket bounds a packet: 64 KiB, with a token of at most some 10 KiB in it.
 	maxPacket = 64 << 10
-	// maxPackets bounds what a new agent reads: twice as many as its cache holds.
-	maxPackets = 4096
+	// maxPackets and maxTransfer (bytes) bound what a new agent reads: twice as many
+	// tokens as its cache holds, 2,000, and 16 KiB for each of those.
+	maxPackets  = 4096
+	maxTransfer = 32 << 20
 	// tokensTimeout bounds the transfer, during which neither agent accepts. 250 tokens of
 	// 2 KiB take some milliseconds.
 	tokensTimeout = 2 * time.Second
@@ -96,8 +98,8 @@ func receiveTokens(ctx context.Context, conn *net.UnixConn, restore func(packet 
 	case string(b[:size]) != tokensVersion:
 		return 0, errors.New("they are in the format of another version")
 	}
-	for n < maxPackets {
-		size, err := conn.Read(b)
+	for total := 0; n < maxPackets && total < maxTransfer; total += size {
+		size, err = conn.Read(b)
 		switch {
 		case errors.Is(err, io.EOF):
 			return n, nil
@@ -109,5 +111,5 @@ func receiveTokens(ctx context.Context, conn *net.UnixConn, restore func(packet 
 		}
 		n++
 	}
-	return n, fmt.Errorf("more than %d of them were sent", maxPackets)
+	return n, errors.New("more were sent than a cache holds")
 }

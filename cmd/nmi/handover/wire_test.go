@@ -3,6 +3,7 @@ package handover
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -241,19 +242,21 @@ func TestReceiveTokens(t *testing.T) {
 }
 
 func TestTransferOfTokensIsBounded(t *testing.T) {
-	t.Run("packets", func(t *testing.T) {
-		near, far := tokenPipe(t, tokensVersion)
-		go func() {
-			for {
-				if _, err := far.Write([]byte("t")); err != nil {
-					return
+	for size, most := range map[int]int{1: maxPackets, maxPacket: maxTransfer / maxPacket} {
+		t.Run(fmt.Sprintf("packets of %d bytes", size), func(t *testing.T) {
+			near, far := tokenPipe(t, tokensVersion)
+			go func() {
+				for {
+					if _, err := far.Write(make([]byte, size)); err != nil {
+						return
+					}
 				}
-			}
-		}()
-		n, err := receiveTokens(t.Context(), near, func([]byte) error { return nil })
-		require.ErrorContains(t, err, "more than 4096")
-		assert.Equal(t, maxPackets, n)
-	})
+			}()
+			n, err := receiveTokens(t.Context(), near, func([]byte) error { return nil })
+			require.ErrorContains(t, err, "more were sent than a cache holds")
+			assert.Equal(t, most, n)
+		})
+	}
 	t.Run("a sender that hangs", func(t *testing.T) {
 		t.Parallel()
 		near, _ := tokenPipe(t, tokensVersion, "a")
