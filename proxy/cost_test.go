@@ -55,9 +55,13 @@ func ask(s *Server, w *discardWriter, r *http.Request) {
 	r.Header = header // it is dropped once it has been read
 }
 
+// cachedAllocs is what a cached token may cost: the values of two parameters, of two header
+// fields, and the length.
+const cachedAllocs = 5.0
+
 func TestACachedTokenCostsFewAllocations(t *testing.T) {
 	s, r, w := cached(t)
-	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { ask(s, w, r) }), 3.0, "two header values and the length")
+	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { ask(s, w, r) }), cachedAllocs)
 }
 
 // BenchmarkToken is a cached token from request to answer, without the network.

@@ -17,28 +17,70 @@ type tokenRequest struct {
 	refresh  string // or one other than the token of this SHA-256, in hex
 }
 
-// The parameters that mean something here. Others are left alone: newer SDKs
-// send some.
-const (
-	apiVersion = iota
-	resource
-	clientID
-	objectID
-	msiResID // the name that IMDS documents
-	miResID  // the name that it takes as well
-	bypassCache
-	tokenToRefresh // sent by MSAL when a service has rejected a token
+// query is the parameters that mean something here. Others are ignored: newer SDKs send some.
+type query struct {
+	apiVersion, resource   string
+	clientID, objectID     string
+	msiResID, miResID      string // the name that IMDS documents, and one that it takes as well
+	bypassCache, toRefresh string
 	// App Service's names of the client and the object ID (Microsoft, "How to use managed
-	// identities for App Service and Azure Functions", REST endpoint reference, API
-	// versions 2017-09-01 and 2019-08-01).
-	appClientID
-	appPrincipalID
-	parameters
-)
+	// identities for App Service and Azure Functions", REST endpoint reference, API versions
+	// 2017-09-01 and 2019-08-01).
+	appClientID, appPrincipalID string
+}
 
-var parameterNames = [parameters]string{
-	"api-version", "resource", "client_id", "object_id", "msi_res_id", "mi_res_id", "bypass_cache", "token_sha256_to_refresh",
-	"clientid", "principal_id",
+// field returns where the value of a parameter goes; nil if it is to be ignored.
+func (q *query) field(name string) *string {
+	switch name {
+	case "api-version":
+		return &q.apiVersion
+	case "resource":
+		return &q.resource
+	case "client_id":
+		return &q.clientID
+	case "object_id":
+		return &q.objectID
+	case "msi_res_id":
+		return &q.msiResID
+	case "mi_res_id":
+		return &q.miResID
+	case "bypass_cache":
+		return &q.bypassCache
+	case "token_sha256_to_refresh": // sent by MSAL when a service has rejected a token
+		return &q.toRefresh
+	case "clientid":
+		return &q.appClientID
+	case "principal_id":
+		return &q.appPrincipalID
+	default:
+		return nil
+	}
+}
+
+// parseQuery parses a query. The names of parameters have no case: client_id in capitals,
+// if it were ignored, would mean the default identity. What could be read in two ways is
+// refused: a parameter that is repeated, a bad escape, and a semicolon, which separated
+// parameters once (W3C, HTML 4.01, appendix B.2.2).
+func parseQuery(raw string) (q query, err error) {
+	values, err := url.ParseQuery(raw)
+	if err != nil {
+		return query{}, badRequest("The query cannot be parsed: encode the parameters")
+	}
+	for given, all := range values {
+		name := strings.ToLower(given)
+		field := q.field(name)
+		if field == nil {
+			continue
+		}
+		if len(all) > 1 || name != given && values.Has(name) {
+			return query{}, badRequest("Query variable '" + name + "' was given more than once")
+		}
+		*field = all[0]
+		if name != given {
+			values[name] = all // for the next spelling to be found out
+		}
+	}
+	return q, nil
 }
 
 // queryRules are where the queries of two endpoints differ.
@@ -57,61 +99,40 @@ func parseTokenRequest(r *http.Request, rules queryRules) (tokenRequest, error) 
 	if r.Method != http.MethodGet {
 		return tokenRequest{}, errMethod
 	}
-	var value [parameters]string
-	var given [parameters]bool
-	// Not url.ParseQuery, which makes a map of all there is.
-	for rest := r.URL.RawQuery; rest != ""; {
-		var pair string
-		pair, rest, _ = strings.Cut(rest, "&")
-		name, text, _ := strings.Cut(pair, "=")
-		name, nameErr := url.QueryUnescape(name)
-		text, textErr := url.QueryUnescape(text)
-		// A semicolon separated parameters once (W3C, HTML 4.01, appendix B.2.2);
-		// a service that still thinks so would read another query.
-		if nameErr != nil || textErr != nil || strings.Contains(pair, ";") {
-			return tokenRequest{}, badRequest("The query cannot be parsed: encode the parameters")
-		}
-		for i, known := range parameterNames {
-			if !strings.EqualFold(name, known) { // ignored, client_id in capitals would mean the default
-				continue
-			}
-			if given[i] {
-				return tokenRequest{}, badRequest("Query variable '" + name + "' was given more than once")
-			}
-			given[i], value[i] = true, text
-		}
+	q, err := parseQuery(r.URL.RawQuery)
+	if err != nil {
+		return tokenRequest{}, err
 	}
-
-	named := 0
-	for _, i := range []int{clientID, objectID, msiResID, miResID, appClientID, appPrincipalID} {
-		if value[i] != "" {
-			named++
+	selectors := 0
+	for _, value := range []string{q.clientID, q.objectID, q.msiResID, q.miResID, q.appClientID, q.appPrincipalID} {
+		if value != "" {
+			selectors++
 		}
 	}
 	switch {
-	case value[apiVersion] == "" && !rules.unversioned:
+	case q.apiVersion == "" && !rules.unversioned:
 		return tokenRequest{}, badRequest("Required query variable 'api-version' is missing")
-	case value[resource] == "":
+	case q.resource == "":
 		return tokenRequest{}, badRequest("Required query variable 'resource' is missing")
-	case !utf8.ValidString(value[resource]):
+	case !utf8.ValidString(q.resource):
 		// JSON cannot echo it (RFC 8259, 8.1), so that no answer of IMDS's would match.
 		return tokenRequest{}, badRequest("Query variable 'resource' is not UTF-8")
-	case !rules.appService && value[appClientID] != "":
+	case !rules.appService && q.appClientID != "":
 		return tokenRequest{}, badRequest("Query variable 'clientid' is not supported: use 'client_id'")
-	case !rules.appService && value[appPrincipalID] != "":
+	case !rules.appService && q.appPrincipalID != "":
 		return tokenRequest{}, badRequest("Query variable 'principal_id' is not supported: use 'client_id'")
-	case named > 1:
+	case selectors > 1:
 		return tokenRequest{}, badRequest("client_id, object_id, msi_res_id and mi_res_id exclude each other: name the identity by one of them")
 	}
 	return tokenRequest{
-		resource: value[resource],
+		resource: q.resource,
 		selector: podresolver.Selector{
 			// At most one of all these is set.
-			ClientID:   value[clientID] + value[appClientID],
-			ObjectID:   value[objectID] + value[appPrincipalID],
-			ResourceID: value[msiResID] + value[miResID],
+			ClientID:   q.clientID + q.appClientID,
+			ObjectID:   q.objectID + q.appPrincipalID,
+			ResourceID: q.msiResID + q.miResID,
 		},
-		bypass:  strings.EqualFold(value[bypassCache], "true"),
-		refresh: value[tokenToRefresh],
+		bypass:  strings.EqualFold(q.bypassCache, "true"),
+		refresh: q.toRefresh,
 	}, nil
 }
