@@ -55,8 +55,8 @@ func ask(s *Server, w *discardWriter, r *http.Request) {
 	r.Header = header // it is dropped once it has been read
 }
 
-// cachedAllocs is what a cached token may cost: the values of two parameters, of two header
-// fields, and the length.
+// cachedAllocs is what a cached token may cost: the values of two parameters, the
+// response, and the length and its header field.
 const cachedAllocs = 5.0
 
 func TestACachedTokenCostsFewAllocations(t *testing.T) {

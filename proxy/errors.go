@@ -187,6 +187,5 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		b = appendString(b, e.description)
 	}
 	r.Header = nil // the client may take its time to read
-	s.finish(w.Header())
 	writeJSON(w, e.status, append(b, '}'))
 }

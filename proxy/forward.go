@@ -32,34 +32,10 @@ func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
 	}
 	defer s.passing.leave(from)
 	wantBody(r)
-	r.Body = clientBody{http.MaxBytesReader(w, r.Body, maxBody)}
-	s.forward.ServeHTTP(finalAnswer{w, w.Header().Get("Connection") != ""}, r)
+	r.Body = clientBody{http.MaxBytesReader(nil, r.Body, maxBody)} // the connection of a request with a body ends anyway
+	s.forward.ServeHTTP(w, r)
 	return nil
 }
-
-// finalAnswer is written without the informational answers before it. HTTP/1.0 clients must
-// not get any (RFC 9110, 15.2), net/http writes "100 Continue" itself, when the body is
-// read, and IMDS, which sends none, would have to wait for the client. If it ends its
-// connection it does so whatever becomes of the header: ReverseProxy clears that when an
-// informational answer comes first.
-type finalAnswer struct {
-	http.ResponseWriter
-	last bool
-}
-
-// WriteHeader implements http.ResponseWriter.
-func (w finalAnswer) WriteHeader(status int) {
-	if status < http.StatusOK {
-		return
-	}
-	if w.last {
-		w.Header().Set("Connection", "close")
-	}
-	w.ResponseWriter.WriteHeader(status)
-}
-
-// Unwrap is for http.ResponseController.
-func (w finalAnswer) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // clientBody tells what is wrong with a request's body from what is wrong with IMDS.
 type clientBody struct{ io.ReadCloser }
@@ -151,7 +127,6 @@ func (s *Server) newForward() *httputil.ReverseProxy {
 			if c := connOf(r.Request); c != nil {
 				c.answerBy = time.Now().Add(passedTimeout)
 			}
-			s.finish(r.Header)
 			return nil
 		},
 		BufferPool: newCopyBuffers(),

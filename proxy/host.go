@@ -71,7 +71,6 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}
 	s.log.DebugContext(r.Context(), "token for the node", "pod", namespace+"/"+name, "identity", identity.Name, "resource", want.resource)
-	s.finish(w.Header())
 	writeHostToken(w, token, identity, time.Now())
 	return nil
 }

@@ -5,12 +5,42 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/podidentity/nmi/tokencache"
 )
 
 const contentType = "application/json; charset=utf-8"
+
+// contentTypeHeader is shared by all responses, which do not change it.
+var contentTypeHeader = []string{contentType}
+
+// response is an http.ResponseWriter that closes the connection where it must, by the state
+// of the server when the header is written: that may be long after the request came.
+//
+// It drops informational responses. HTTP/1.0 clients must not get any (RFC 9110, 15.2),
+// net/http writes "100 Continue" itself, when the body is read, and IMDS sends none.
+// ReverseProxy also clears the header after one, Connection included.
+type response struct {
+	http.ResponseWriter
+	draining *atomic.Bool
+	last     bool // on its connection
+}
+
+// WriteHeader implements http.ResponseWriter.
+func (w *response) WriteHeader(status int) {
+	if status < http.StatusOK {
+		return
+	}
+	if w.last || w.draining.Load() {
+		w.Header().Set("Connection", "close")
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // writeToken writes a token, or an array of it and others if there are any, as the
 // old NMI did for service principals with auxiliary tenants.
@@ -63,7 +93,7 @@ const maxBuffer = 64 << 10
 
 func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	h := w.Header()
-	h.Set("Content-Type", contentType)
+	h["Content-Type"] = contentTypeHeader
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	_, _ = w.Write(body) // fails when the client has gone, who cannot be told

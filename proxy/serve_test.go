@@ -16,7 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestARetiredServerClosesEachConnectionWithItsNextAnswer(t *testing.T) {
+func TestDrainingClosesConnectionsWithTheNextResponse(t *testing.T) {
 	w := newWorld(t, nil)
 	ask := func(c *keptAlive) (last bool) {
 		t.Helper()
@@ -27,12 +27,12 @@ func TestARetiredServerClosesEachConnectionWithItsNextAnswer(t *testing.T) {
 	first, second := w.connect(bound), w.connect(bound)
 	assert.False(t, ask(first))
 	assert.False(t, ask(second))
-	w.server.Retire(true)
+	w.server.SetDraining(true)
 	assert.True(t, ask(first), "it says so")
 	_, err := first.r.ReadByte()
 	require.ErrorIs(t, err, io.EOF, "and does so")
 
-	w.server.Retire(false)
+	w.server.SetDraining(false)
 	assert.False(t, ask(second))
 }
 
@@ -72,12 +72,12 @@ func TestAnAnswerThatTookLongEndsItsConnectionToo(t *testing.T) {
 	_, err := io.WriteString(conn, "GET /metadata/versions HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
 	require.NoError(t, err)
 	<-imds.asked
-	w.server.Retire(true)
+	w.server.SetDraining(true)
 	close(imds.release)
 	resp, err := http.ReadResponse(conn.r, nil)
 	require.NoError(t, err)
 	defer resp.Body.Close()
-	assert.True(t, resp.Close, "retired after it was asked, and before it answered")
+	assert.True(t, resp.Close, "draining began after the request, and before the response")
 }
 
 type keptAlive struct {

@@ -78,11 +78,11 @@ type Config struct {
 
 // Server answers pods.
 type Server struct {
-	cfg     Config
-	http    *http.Server
-	forward *httputil.ReverseProxy
-	log     *slog.Logger
-	retired atomic.Bool
+	cfg      Config
+	http     *http.Server
+	forward  *httputil.ReverseProxy
+	log      *slog.Logger
+	draining atomic.Bool // see SetDraining
 
 	refusals    refusals
 	connections *connections
@@ -157,7 +157,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		return err
 	case <-ctx.Done():
 	}
-	s.Retire(true)
+	s.SetDraining(true)
 	s.connections.drain()
 	_ = ln.Close()
 	<-ended //nolint:errcheck // what Close did to it is not news
@@ -176,28 +176,21 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	return nil
 }
 
-// Retire makes the server close each connection with its next answer, so that
-// clients come anew and find whoever else accepts from the same socket; or, with
-// false, keep connections open again.
-func (s *Server) Retire(on bool) { s.retired.Store(on) }
-
-// finish closes the connection with this answer if the server is retired. It is
-// called when the answer is written, which may be long after it was asked for.
-func (s *Server) finish(answer http.Header) {
-	if s.retired.Load() {
-		answer.Set("Connection", "close")
-	}
-}
+// SetDraining makes the server close each connection with its next response, so that
+// clients connect again and reach another server that accepts from the same socket; or,
+// with false, keep connections open again.
+func (s *Server) SetDraining(draining bool) { s.draining.Store(draining) }
 
 // ServeHTTP takes a request down its road, and writes the error if one comes
 // back. It is exported because http.Server asks for it.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	handling(r)
-	// Where a request ends may be in doubt: Content-Length beside Transfer-Encoding, and
-	// Transfer-Encoding in HTTP/1.0, must end the connection (RFC 9112, 6.1), and
-	// http.Server hides both. So whatever has a body ends it, and all of HTTP/1.0.
-	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) {
-		w.Header().Set("Connection", "close")
+	w = &response{
+		ResponseWriter: w, draining: &s.draining,
+		// Where a request ends may be in doubt: Content-Length beside Transfer-Encoding, and
+		// Transfer-Encoding in HTTP/1.0, must end the connection (RFC 9112, 6.1), and
+		// http.Server hides both. So whatever has a body ends it, and all of HTTP/1.0.
+		last: r.ContentLength != 0 || !r.ProtoAtLeast(1, 1),
 	}
 	if err := s.handle(w, r); err != nil {
 		s.refuse(w, r, err)

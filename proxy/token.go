@@ -50,7 +50,6 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if s.log.Enabled(r.Context(), slog.LevelDebug) { // boxing the arguments costs more than the lookup did
 		s.log.DebugContext(r.Context(), "token", "pod", pod, "identity", identity.Name, "resource", want.resource)
 	}
-	s.finish(w.Header())
 	writeToken(w, token, others, time.Now())
 	return nil
 }

@@ -169,12 +169,12 @@ func (a *agent) release() {
 	for _, c := range a.duties {
 		c.Stop()
 	}
-	a.server.Retire(true)
+	a.server.SetDraining(true)
 }
 
 // resume does it again, and looks at once for ports that the other agent may have had.
 func (a *agent) resume(ctx context.Context) {
-	a.server.Retire(false)
+	a.server.SetDraining(false)
 	for _, c := range a.duties {
 		c.Start(ctx)
 	}
