@@ -37,14 +37,13 @@ type conn struct {
 	busy  bool
 
 	// The request under way. They are written by the goroutine that serves the
-	// connection; handled is read by the one that looks out for the client's end.
-	handled  atomic.Bool // it is a handler's; see handling
-	unwanted atomic.Bool // nobody reads its body but http.Server, looking for its end
+	// connection; inBody is read by the one that looks out for the client's end.
+	inBody   atomic.Bool // its head has been read
+	wanted   atomic.Bool // its body is; see wantBody
 	head     headReader
 	answerBy time.Time // for the rest of the answer; zero for answerTimeout a write
 
-	failed  atomic.Bool // an answer was not taken in time
-	refused atomic.Bool // http.Server has refused a request by itself
+	failed atomic.Bool // an answer was not taken in time
 }
 
 // connKey finds the *conn of a request in its context.
@@ -66,27 +65,23 @@ func connOf(r *http.Request) *conn {
 	return c
 }
 
-// handling notes that from here on what is written to the connection is an answer of
-// ours, and what is read the body. It ends when the connection becomes idle, see
-// trackState: http.Server says so after it has flushed an answer, and before it reads the
-// next request.
-func handling(r *http.Request) {
-	if c := connOf(r); c != nil {
-		c.unwanted.Store(r.ContentLength != 0)
-		c.handled.Store(true)
-	}
-}
-
-// wantBody says that the body of a request will be read.
+// wantBody says that the body of a request will be read. By default nobody does but
+// http.Server, looking for its end.
 func wantBody(r *http.Request) {
 	if c := connOf(r); c != nil {
-		c.unwanted.Store(false)
+		c.wanted.Store(true)
 	}
 }
 
-// awaitRequest is the end of handling.
-func (c *conn) awaitRequest() {
-	c.handled.Store(false)
+// startRequest notes that http.Server has parsed a head: what follows is the body.
+func (c *conn) startRequest() {
+	c.wanted.Store(false)
+	c.inBody.Store(true)
+}
+
+// endRequest notes that the next thing to read is a head.
+func (c *conn) endRequest() {
+	c.inBody.Store(false)
 	c.head.begin()
 	c.answerBy = time.Time{}
 }
@@ -94,21 +89,14 @@ func (c *conn) awaitRequest() {
 // Read implements net.Conn. Of a head it returns no more than the rest, so that none is
 // parsed before its lines have been counted.
 func (c *conn) Read(p []byte) (int, error) {
-	if c.handled.Load() {
-		return c.head.readBody(c.Conn, p, c.unwanted.Load())
+	if c.inBody.Load() {
+		return c.head.readBody(c.Conn, p, c.wanted.Load())
 	}
 	return c.head.read(c.Conn, p)
 }
 
 // Write implements net.Conn.
 func (c *conn) Write(p []byte) (int, error) {
-	written := len(p)
-	if !c.handled.Load() {
-		if c.refused.Swap(true) {
-			return written, nil // the rest of http.Server's own answer
-		}
-		p = cannedAnswer(p, c.head.err != nil)
-	}
 	by := c.answerBy
 	if by.IsZero() {
 		by = time.Now().Add(answerTimeout)
@@ -116,11 +104,11 @@ func (c *conn) Write(p []byte) (int, error) {
 	if err := c.SetWriteDeadline(by); err != nil {
 		return 0, err
 	}
-	if n, err := c.Conn.Write(p); err != nil {
+	n, err := c.Conn.Write(p)
+	if err != nil {
 		c.failed.Store(true)
-		return min(n, written), err
 	}
-	return written, nil
+	return n, err
 }
 
 // Close implements net.Conn. http.Server calls it where it serves the connection. What the
@@ -131,7 +119,7 @@ func (c *conn) Close() error {
 	c.all.mu.Lock()
 	wait := c.place != nil && !c.all.draining && !c.failed.Load()
 	c.all.mu.Unlock()
-	if wait && (c.refused.Load() || unsent(c.Conn)) {
+	if wait && unsent(c.Conn) {
 		c.all.setBusy(c, false)
 		c.awaitClient()
 	}

@@ -183,11 +183,12 @@ func (cs *connections) trackState(nc net.Conn, state http.ConnState) {
 	}
 	switch state {
 	case http.StateActive:
+		c.startRequest()
 		if delay := cs.begin(c); delay > 0 {
 			time.Sleep(delay)
 		}
 	case http.StateIdle:
-		c.awaitRequest()
+		c.endRequest()
 		cs.setBusy(c, false)
 	}
 }

@@ -53,7 +53,7 @@ func TestTrailersAreBounded(t *testing.T) {
 			h := new(headReader)
 			_, err := io.ReadAll(readerFunc(func() func([]byte) (int, error) {
 				in := strings.NewReader(raw)
-				return func(p []byte) (int, error) { return h.readBody(in, p, true) }
+				return func(p []byte) (int, error) { return h.readBody(in, p, false) }
 			}()))
 			assert.ErrorIs(t, err, tc.err)
 		})

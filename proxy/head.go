@@ -53,14 +53,14 @@ func (h *headReader) read(r io.Reader, p []byte) (int, error) {
 
 // readBody reads what follows a head. A body that nobody wants must not have more lines
 // than a head: net/http makes as much of the lines of a trailer (RFC 9112, 7.1.2).
-func (h *headReader) readBody(r io.Reader, p []byte, unwanted bool) (n int, err error) {
+func (h *headReader) readBody(r io.Reader, p []byte, wanted bool) (n int, err error) {
 	if len(h.ahead) > 0 {
 		n = copy(p, h.ahead)
 		h.consume(n)
 	} else {
 		n, err = r.Read(p)
 	}
-	if unwanted {
+	if !wanted {
 		if h.lines += bytes.Count(p[:n], []byte{'\n'}); h.lines > 2*maxHeadLines {
 			h.err = errManyLines
 			return 0, h.err

@@ -184,7 +184,6 @@ func (s *Server) SetDraining(draining bool) { s.draining.Store(draining) }
 // ServeHTTP takes a request down its road, and writes the error if one comes
 // back. It is exported because http.Server asks for it.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	handling(r)
 	w = &response{
 		ResponseWriter: w, draining: &s.draining,
 		// Where a request ends may be in doubt: Content-Length beside Transfer-Encoding, and

@@ -111,7 +111,7 @@ func refusedResource(c *conversation) {
 var errorCases = []Case{
 	{
 		Number: 32, Name: "every error is JSON", Mark: SDK, Source: "to text/plain @azure/identity says “Network unreachable”",
-		Sends: "a dozen requests that are wrong in as many ways; counted are all errors of the cases before, too",
+		Sends: "a dozen well-formed requests that are wrong in as many ways; counted are all errors of the cases before, too",
 		check: func(c *conversation) {
 			for _, a := range c.allErrors() {
 				var fields map[string]any
