@@ -5,7 +5,6 @@ import (
 	"context"
 	"net"
 	"net/http"
-	"net/netip"
 	"sync/atomic"
 	"time"
 )
@@ -16,8 +15,8 @@ const (
 	// however long the answer was waited for. It is also how long a closed connection is
 	// kept for a client that has not taken all of its answer.
 	answerTimeout = 5 * time.Second
-	// passedTimeout is the same for the whole of an answer of IMDS's.
-	passedTimeout = 3 * time.Minute
+	// passThroughTimeout is the same for the whole of an answer of IMDS's.
+	passThroughTimeout = 3 * time.Minute
 	// maxIgnored is how much is read of a client whose connection ends.
 	maxIgnored = 8 << 10
 )
@@ -25,8 +24,8 @@ const (
 // conn is a connection that is counted until the kernel, too, holds nothing of it.
 type conn struct {
 	net.Conn
-	all  *connections
-	from netip.Addr
+	all    *connections
+	caller *caller
 	// cancel ends the context of the connection's requests. http.Server does that when it
 	// notices that the client has gone, and it does not look out for that while there is
 	// something unread, such as a body that nobody wants.
@@ -67,8 +66,8 @@ func connOf(r *http.Request) *conn {
 
 // wantBody says that the body of a request will be read. By default nobody does but
 // http.Server, looking for its end.
-func wantBody(r *http.Request) {
-	if c := connOf(r); c != nil {
+func (c *conn) wantBody() {
+	if c != nil {
 		c.wanted.Store(true)
 	}
 }

@@ -18,35 +18,39 @@ const (
 	DefaultMaxConnectionsPerPod = 64
 )
 
-// connections bounds how many are open, from each address and in all. One too many from
-// an address takes the place of an idle one of the same address; where none is idle it is
-// closed. One too many in all takes a place of the address that has the most: an idle
-// one's, or from an address that has fewer even one in use, lest a few that keep all
-// of theirs in use lock the others out.
+// connections bounds how many are open, of each caller and in all. One too many of a caller
+// evicts its longest idle one, and is refused where none is idle. One too many in all evicts
+// one of the caller that has the most: an idle one, or, for a caller that has fewer, even one
+// in use, so that callers that keep all of theirs in use do not lock the others out.
 type connections struct {
-	perPod, total int
+	perCaller, total int
 
 	mu       sync.Mutex // guards all below, and the same in each conn
 	open     int
-	byAddr   map[netip.Addr]*source // none of them empty
-	draining bool                   // Serve is about to return: Close waits for no client
+	callers  map[netip.Addr]*caller
+	draining bool // Serve is about to return: Close waits for no client
 	pace     pace
 
 	refused, evicted atomic.Uint64
 }
 
-// source is the connections from one address: of *conn, and in front the one that has had
-// nothing new to do for longest.
-type source struct{ list.List }
+// caller is all that is kept of an address: its connections, and what bounds its requests. It
+// is forgotten when it has neither, and its pace says nothing any more.
+type caller struct {
+	addr     netip.Addr
+	conns    list.List // of *conn; in front the one that has been idle, or busy, for longest
+	requests int       // that have been acquired
+	share    share
+}
 
-func newConnections(perPod, total int) *connections {
-	if perPod <= 0 {
-		perPod = DefaultMaxConnectionsPerPod
+func newConnections(perCaller, total int) *connections {
+	if perCaller <= 0 {
+		perCaller = DefaultMaxConnectionsPerPod
 	}
 	if total <= 0 {
 		total = DefaultMaxConnections
 	}
-	return &connections{perPod: perPod, total: total, byAddr: make(map[netip.Addr]*source), pace: newPace()}
+	return &connections{perCaller: perCaller, total: total, callers: make(map[netip.Addr]*caller)}
 }
 
 // limit wraps a listener so that what it accepts is within the bounds.
@@ -77,45 +81,45 @@ func (cs *connections) admit(accepted net.Conn) net.Conn {
 	addr := sourceOf(accepted.RemoteAddr())
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	from := cs.byAddr[addr]
+	from := cs.callers[addr]
 	if from == nil {
-		from = new(source)
+		from = &caller{addr: addr}
 	}
 	switch {
-	case from.Len() >= cs.perPod:
+	case from.conns.Len() >= cs.perCaller:
 		if !cs.evictLocked(from.idle()) {
 			return nil
 		}
 	case cs.open >= cs.total:
 		most := cs.largestLocked()
 		victim := most.idle()
-		if victim == nil && from.Len()+1 < most.Len() {
-			victim = most.Front()
+		if victim == nil && from.conns.Len()+1 < most.conns.Len() {
+			victim = most.conns.Front()
 		}
 		if !cs.evictLocked(victim) {
 			return nil
 		}
 	}
-	admitted := &conn{Conn: accepted, all: cs, from: addr}
-	admitted.place = from.PushBack(admitted)
-	cs.byAddr[addr] = from // again, if it has just lost its last
+	admitted := &conn{Conn: accepted, all: cs, caller: from}
+	admitted.place = from.conns.PushBack(admitted)
+	cs.callers[addr] = from // again, if it has just lost its last
 	cs.open++
 	return admitted
 }
 
-// largestLocked is the address with the most connections.
-func (cs *connections) largestLocked() (most *source) {
-	for _, from := range cs.byAddr {
-		if most == nil || from.Len() > most.Len() {
-			most = from
+// largestLocked is the caller with the most connections.
+func (cs *connections) largestLocked() (most *caller) {
+	for _, c := range cs.callers {
+		if most == nil || c.conns.Len() > most.conns.Len() {
+			most = c
 		}
 	}
 	return most
 }
 
 // idle is the place of the connection that has been idle longest; nil if all are in use.
-func (from *source) idle() *list.Element {
-	for place := from.Front(); place != nil; place = place.Next() {
+func (c *caller) idle() *list.Element {
+	for place := c.conns.Front(); place != nil; place = place.Next() {
 		if !connAt(place).busy {
 			return place
 		}
@@ -123,7 +127,7 @@ func (from *source) idle() *list.Element {
 	return nil
 }
 
-func connAt(place *list.Element) *conn { return place.Value.(*conn) } //nolint:errcheck // nothing else is in a source
+func connAt(place *list.Element) *conn { return place.Value.(*conn) } //nolint:errcheck // nothing else is in a caller's conns
 
 // evictLocked resets the connection at a place, and reports whether there was one.
 func (cs *connections) evictLocked(place *list.Element) bool {
@@ -143,12 +147,16 @@ func (cs *connections) untrackLocked(c *conn) {
 	if c.place == nil {
 		return
 	}
-	from := cs.byAddr[c.from]
-	from.Remove(c.place)
+	c.caller.conns.Remove(c.place)
 	c.place = nil
 	cs.open--
-	if from.Len() == 0 {
-		delete(cs.byAddr, c.from)
+	cs.forgetLocked(c.caller, time.Now())
+}
+
+// forgetLocked drops what is kept of a caller, unless it is still of use.
+func (cs *connections) forgetLocked(c *caller, now time.Time) {
+	if c.conns.Len() == 0 && c.requests == 0 && cs.pace.forgets(&c.share, now) && cs.callers[c.addr] == c {
+		delete(cs.callers, c.addr)
 	}
 }
 
@@ -159,18 +167,51 @@ func (cs *connections) setBusy(c *conn, busy bool) {
 	defer cs.mu.Unlock()
 	c.busy = busy
 	if c.place != nil && !busy {
-		cs.byAddr[c.from].MoveToBack(c.place)
+		c.caller.conns.MoveToBack(c.place)
 	}
 }
 
 // begin notes that a request has come on a connection, and returns how long it must wait
-// for the requests of others.
+// for the requests of other callers.
 func (cs *connections) begin(c *conn) time.Duration {
-	now := time.Now()
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	c.busy = true
-	return cs.pace.delay(c.from, now)
+	return cs.delayLocked(c.caller, time.Now())
+}
+
+func (cs *connections) delayLocked(c *caller, now time.Time) time.Duration {
+	if cs.pace.turn(now) {
+		for _, other := range cs.callers {
+			cs.forgetLocked(other, now)
+		}
+	}
+	return cs.pace.delay(&c.share, now)
+}
+
+// acquire counts a request of the connection's caller, unless it has limit of them already.
+func (c *conn) acquire(limit int) bool {
+	if c == nil {
+		return true
+	}
+	c.all.mu.Lock()
+	defer c.all.mu.Unlock()
+	if c.caller.requests >= limit {
+		return false
+	}
+	c.caller.requests++
+	return true
+}
+
+// release is for each request that was acquired.
+func (c *conn) release() {
+	if c == nil {
+		return
+	}
+	c.all.mu.Lock()
+	defer c.all.mu.Unlock()
+	c.caller.requests--
+	c.all.forgetLocked(c.caller, time.Now())
 }
 
 // trackState is called by http.Server when the state of a connection changes. One whose

@@ -56,8 +56,8 @@ func (w *world) idles(from string, n int) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		idle := 0
-		if own := c.byAddr[netip.MustParseAddr(from)]; own != nil {
-			for place := own.Front(); place != nil; place = place.Next() {
+		if own := c.callers[netip.MustParseAddr(from)]; own != nil {
+			for place := own.conns.Front(); place != nil; place = place.Next() {
 				if !connAt(place).busy {
 					idle++
 				}
@@ -170,9 +170,19 @@ func TestClosedConnectionsAreForgotten(t *testing.T) {
 		require.NoError(t, c.Close())
 	}
 	w.eventually(0)
-	w.server.connections.mu.Lock()
-	defer w.server.connections.mu.Unlock()
-	assert.Empty(t, w.server.connections.byAddr)
+	for range 50 {
+		assert.NoError(t, w.connect(alsoBound).Close()) // and asks nothing
+	}
+	w.eventually(0)
+	cs := w.server.connections
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	assert.NotContains(t, cs.callers, netip.MustParseAddr(alsoBound))
+	later := &caller{addr: netip.MustParseAddr(unbound)}
+	for now, turns := time.Now(), 1; turns <= 2; turns++ {
+		cs.delayLocked(later, now.Add(time.Duration(turns)*paceWindow))
+	}
+	assert.Empty(t, cs.callers)
 }
 
 // A pod that opens thousands of connections and says nothing holds as many as it may.

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -51,7 +52,7 @@ var (
 	errMethod    = &httpError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", description: "Only GET is served here"}
 	errTooLarge  = &httpError{status: http.StatusRequestEntityTooLarge, code: "invalid_request", description: "The body of a request has at most 64 KiB here"}
 	errBody      = badRequest("The body of the request cannot be read")
-	errPassing   = &httpError{status: http.StatusTooManyRequests, code: "invalid_request", description: "Too many requests at once", retryAfter: retrySoon}
+	errTooMany   = &httpError{status: http.StatusTooManyRequests, code: "invalid_request", description: "Too many requests at once", retryAfter: retrySoon}
 	errHeld      = &httpError{status: http.StatusServiceUnavailable, code: "temporarily_unavailable", description: "Too many answers wait to be read", retryAfter: retrySoon}
 	errLong      = &httpError{status: http.StatusBadGateway, code: "bad_gateway", description: "The metadata service's answer is longer than 1 MiB"}
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
@@ -104,7 +105,7 @@ func asHTTP(err error) *httpError {
 		return badRequest("The resource is too long")
 	case errors.As(err, &failed):
 		return noToken(failed)
-	case errors.As(err, &byProxy): // of what was passed on
+	case errors.As(err, &byProxy): // of what was passed through
 		return notYet("The metadata service is not available", retrySoon)
 	default:
 		return notYet("The metadata service could not be asked", retrySoon)
@@ -181,11 +182,13 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if e.retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int((e.retryAfter+time.Second-1)/time.Second)))
 	}
-	b := append([]byte(`{"error":`), appendString(nil, e.code)...)
-	if e.description != "" {
-		b = append(b, `,"error_description":`...)
-		b = appendString(b, e.description)
+	body, err := json.Marshal(struct {
+		Error       string `json:"error"`
+		Description string `json:"error_description,omitempty"`
+	}{e.code, e.description})
+	if err != nil { // strings cannot fail
+		panic(err)
 	}
 	r.Header = nil // the client may take its time to read
-	writeJSON(w, e.status, append(b, '}'))
+	writeJSON(w, e.status, body)
 }

@@ -24,7 +24,7 @@ import (
 )
 
 // senders are the pods that the fuzzers send from. None of them is excepted, so that
-// nothing but what is on the list may be passed on.
+// nothing but what is on the list may be passed through.
 var senders = [...]string{bound, unbound, stranger, secret}
 
 // FuzzFront sends one request of arbitrary method, target and header through the real
@@ -179,7 +179,7 @@ func (front *fuzzedFront) try(t *testing.T, pod byte, raw string) {
 		open := call.Path == "/metadata/versions" || call.Path == "/metadata/loadbalancer" ||
 			call.Path == "/metadata/instance" || strings.HasPrefix(call.Path, "/metadata/instance/")
 		if !open || call.Method != http.MethodGet || call.Subject != "" {
-			t.Fatalf("%q was passed on as %+v", raw, call)
+			t.Fatalf("%q was passed through as %+v", raw, call)
 		}
 	}
 	for _, call := range front.tokens.Calls() {

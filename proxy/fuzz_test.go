@@ -8,7 +8,7 @@ import (
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
-// FuzzRoute checks the promise of route: whatever the target, what is passed on
+// FuzzRoute checks the promise of route: whatever the target, what is passed through
 // leads IMDS, which forgives spellings, to where the list says, and nowhere else.
 func FuzzRoute(f *testing.F) {
 	for _, target := range []string{
@@ -22,7 +22,7 @@ func FuzzRoute(f *testing.F) {
 		leads := imdstest.Straighten(target)
 		switch kind := route(target); {
 		case kind == routeToken && leads != "/metadata/identity/oauth2/token",
-			kind == routeOpen && leads != "/metadata/versions" && leads != "/metadata/loadbalancer",
+			kind == routePublic && leads != "/metadata/versions" && leads != "/metadata/loadbalancer",
 			kind == routeSensitive && !slices.Contains(Sensitive[:3], leads) && !strings.HasPrefix(leads+"/", "/metadata/thim/"),
 			kind == routeInstance && leads != "/metadata/instance" && !strings.HasPrefix(leads, "/metadata/instance/"):
 			t.Fatalf("%q is of kind %d, and leads to %q", target, kind, leads)

@@ -1,11 +1,13 @@
 package proxy
 
 import (
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -71,8 +73,7 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}
 	s.log.DebugContext(r.Context(), "token for the node", "pod", namespace+"/"+name, "identity", identity.Name, "resource", want.resource)
-	writeHostToken(w, token, identity, time.Now())
-	return nil
+	return writeHostToken(w, token, identity, time.Now())
 }
 
 // checkUser refuses a process whose user may not ask. The old NMI served any process on
@@ -95,21 +96,33 @@ func (s *Server) checkUser(r *http.Request, local net.Addr) error {
 	return nil
 }
 
-// writeHostToken writes the old NMI's answer: the token's fields, all of them strings, and
-// whose it is.
-func writeHostToken(w http.ResponseWriter, t *tokencache.Token, identity podresolver.Identity, now time.Time) {
-	b := append([]byte(`{"token":{"access_token":"`), t.AccessToken...)
-	b = append(b, `","refresh_token":"","expires_in":`...)
-	b = appendSeconds(b, t.ExpiresOn.Unix()-now.Unix())
-	b = append(b, `,"expires_on":`...)
-	b = appendSeconds(b, t.ExpiresOn.Unix())
-	b = append(b, `,"not_before":`...)
-	b = appendSeconds(b, t.NotBefore.Unix())
-	b = append(b, `,"resource":`...)
-	b = appendString(b, t.Resource)
-	b = append(b, `,"token_type":`...)
-	b = appendString(b, t.TokenType)
-	b = append(b, `},"clientid":`...)
-	b = appendString(b, identity.ClientID)
-	writeJSON(w, http.StatusOK, append(b, '}'))
+// hostToken is the old NMI's response: the token's fields, all of them strings, and whose it
+// is.
+type hostToken struct {
+	Token struct {
+		AccessToken  string `json:"access_token"`
+		RefreshToken string `json:"refresh_token"`
+		ExpiresIn    string `json:"expires_in"`
+		ExpiresOn    string `json:"expires_on"`
+		NotBefore    string `json:"not_before"`
+		Resource     string `json:"resource"`
+		Type         string `json:"token_type"`
+	} `json:"token"`
+	ClientID string `json:"clientid"`
+}
+
+func writeHostToken(w http.ResponseWriter, t *tokencache.Token, identity podresolver.Identity, now time.Time) error {
+	response := hostToken{ClientID: identity.ClientID}
+	response.Token.AccessToken = t.AccessToken
+	response.Token.ExpiresIn = strconv.FormatInt(max(t.ExpiresOn.Unix()-now.Unix(), 0), 10)
+	response.Token.ExpiresOn = strconv.FormatInt(t.ExpiresOn.Unix(), 10)
+	response.Token.NotBefore = strconv.FormatInt(max(t.NotBefore.Unix(), 0), 10)
+	response.Token.Resource = t.Resource
+	response.Token.Type = t.TokenType
+	body, err := json.Marshal(response)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, body)
+	return nil
 }

@@ -88,8 +88,8 @@ func (w *world) busy(n int) {
 		cs.mu.Lock()
 		defer cs.mu.Unlock()
 		busy := 0
-		for _, from := range cs.byAddr {
-			for place := from.Front(); place != nil; place = place.Next() {
+		for _, from := range cs.callers {
+			for place := from.conns.Front(); place != nil; place = place.Next() {
 				if connAt(place).busy {
 					busy++
 				}

@@ -20,9 +20,27 @@ var (
 	greedy, modest = netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")
 )
 
+// pacer is connections of which only the pace is of interest.
+type pacer struct{ *connections }
+
+func newPacer() *pacer { return &pacer{newConnections(0, 0)} }
+
+func (p *pacer) delay(from netip.Addr, now time.Time) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	c := p.callers[from]
+	if c == nil {
+		c = &caller{addr: from}
+		p.callers[from] = c
+	}
+	c.requests++ // for it not to be forgotten in between
+	defer func() { c.requests-- }()
+	return p.delayLocked(c, now)
+}
+
 // asks makes requests on so many connections, each as soon as the last has been handled
 // (which takes no time here), for a second, and returns how many there were.
-func asks(p *pace, from netip.Addr, connections int, meanwhile func(time.Time)) int {
+func asks(p *pacer, from netip.Addr, connections int, meanwhile func(time.Time)) int {
 	ready := make([]time.Time, connections)
 	requests := 0
 	for now := start; now.Before(start.Add(time.Second)); now = now.Add(25 * time.Microsecond) {
@@ -39,16 +57,16 @@ func asks(p *pace, from netip.Addr, connections int, meanwhile func(time.Time)) 
 }
 
 func TestOnePodMayAskAsFastAsItCan(t *testing.T) {
-	p := newPace()
-	requests := asks(&p, greedy, 64, func(time.Time) {})
+	p := newPacer()
+	requests := asks(p, greedy, 64, func(time.Time) {})
 	assert.Equal(t, 40_000, requests, "as many as a core handles")
 }
 
 func TestPodsThatAskAtTheSameTimeShare(t *testing.T) {
-	p := newPace()
+	p := newPacer()
 	next := start
 	var waits []time.Duration
-	requests := asks(&p, greedy, 64, func(now time.Time) {
+	requests := asks(p, greedy, 64, func(now time.Time) {
 		if now.Before(next) {
 			return
 		}
@@ -63,7 +81,7 @@ func TestPodsThatAskAtTheSameTimeShare(t *testing.T) {
 }
 
 func TestNoWaitIsLong(t *testing.T) {
-	p := newPace()
+	p := newPacer()
 	for i := range 250 {
 		p.delay(netip.AddrFrom4([4]byte{10, 0, 1, byte(i)}), start)
 	}
@@ -75,7 +93,7 @@ func TestNoWaitIsLong(t *testing.T) {
 }
 
 func TestSharesEndWhenTheOthersAreQuiet(t *testing.T) {
-	p, now := newPace(), start
+	p, now := newPacer(), start
 	many := func(now time.Time) (last time.Duration) {
 		for range 100 {
 			last = p.delay(greedy, now)
@@ -92,12 +110,12 @@ func TestSharesEndWhenTheOthersAreQuiet(t *testing.T) {
 }
 
 func TestAddressesThatAskNoMoreAreForgotten(t *testing.T) {
-	p := newPace()
+	p := newPacer()
 	for i := range 1000 {
 		p.delay(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), start)
 	}
 	p.delay(greedy, start.Add(paceWindow))
-	known := func() int { return len(p.byAddr) } // the map itself would be a long failure
+	known := func() int { return len(p.callers) } // the map itself would be a long failure
 	assert.Equal(t, 1000, known(), "they may have waited until now")
 	p.delay(greedy, start.Add(2*paceWindow))
 	assert.Equal(t, 1, known())

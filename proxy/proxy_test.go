@@ -201,7 +201,7 @@ func TestNoSpellingIsPassedOn(t *testing.T) {
 			}
 		}
 	}
-	assert.Empty(t, w.imds.Calls(), "nothing was passed on")
+	assert.Empty(t, w.imds.Calls(), "nothing was passed through")
 
 	resp, body := w.get(bound, "/metadata/identity")
 	assert.Equal(t, 404, resp.StatusCode)

@@ -12,9 +12,9 @@ type kind int
 const (
 	routeNone      kind = iota // not on the list: 404
 	routeToken                 // decided here
-	routeInstance              // passed on, unless blocked
-	routeOpen                  // passed on: says nothing about identities
-	routeSensitive             // passed on for known pods, where Config.Allow has the path
+	routeInstance              // passed through, unless blocked
+	routePublic                // passed through: says nothing about identities
+	routeSensitive             // passed through for known pods, where Config.Allow has the path
 )
 
 const (
@@ -32,7 +32,7 @@ var Sensitive = []string{scheduledEvents, "/metadata/attested/document", "/metad
 // route matches a raw request target against the list of what is served. IMDS
 // forgives spellings: it folds case, and reads "\", "%5c" and "//" as a slash.
 // A rule that forgave others, or forgave first and then matched, would pass a
-// spelling of the token path on and hand out the node's identity
+// spelling of the token path through and hand out the node's identity
 // (CVE-2022-23551). So nothing is decoded or cleaned here: a path is on the list
 // to the letter, or it is refused.
 //
@@ -56,7 +56,7 @@ func route(target string) kind {
 	case path[:len(root)] != root:
 		return routeNone
 	case rest == "versions", rest == "loadbalancer":
-		return routeOpen
+		return routePublic
 	case sensitive(path) != "":
 		return routeSensitive
 	case rest == "instance":

@@ -42,7 +42,7 @@ import (
 type Config struct {
 	Pods     *podresolver.Resolver
 	Tokens   *tokencache.Cache
-	Upstream http.RoundTripper // to IMDS, for what is passed on
+	Upstream http.RoundTripper // to IMDS, for what is passed through
 
 	// MetadataHeaderOptional turns off the check for "Metadata: true". Without
 	// it a pod that fetches URLs for others can be led to fetch tokens. Clients of App
@@ -78,15 +78,14 @@ type Config struct {
 
 // Server answers pods.
 type Server struct {
-	cfg      Config
-	http     *http.Server
-	forward  *httputil.ReverseProxy
-	log      *slog.Logger
-	draining atomic.Bool // see SetDraining
+	cfg          Config
+	http         *http.Server
+	reverseProxy *httputil.ReverseProxy
+	log          *slog.Logger
+	draining     atomic.Bool // see SetDraining
 
 	refusals    refusals
 	connections *connections
-	passing     passing
 }
 
 const (
@@ -113,7 +112,7 @@ func New(cfg Config) *Server {
 	if s.log == nil {
 		s.log = slog.Default()
 	}
-	s.forward = s.newForward()
+	s.reverseProxy = s.newReverseProxy()
 	s.http = &http.Server{
 		Handler:                      s,
 		ConnContext:                  s.connContext,
@@ -208,20 +207,20 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 	switch kind := route(r.RequestURI); {
 	case kind == routeToken:
 		return s.token(w, r)
-	case kind == routeOpen, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
-		return s.open(w, r, s.cfg.PodsOnly)
+	case kind == routePublic, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
+		return s.servePublic(w, r, s.cfg.PodsOnly)
 	case kind == routeInstance:
 		return s.blockedInstance(w, r)
 	case kind == routeSensitive && slices.Contains(s.cfg.Allow, sensitive(pathOf(r))):
-		return s.open(w, r, true)
+		return s.servePublic(w, r, true)
 	default:
 		return s.exceptedOnly(w, r, errNotFound)
 	}
 }
 
-// open passes on what is served to pods that are not excepted, if podsOnly to none but
-// known pods: a plain GET, or the POST that approves events.
-func (s *Server) open(w http.ResponseWriter, r *http.Request, podsOnly bool) error {
+// servePublic passes through what is served to pods that are not excepted, if podsOnly to
+// known pods alone: a plain GET, or the POST that approves events.
+func (s *Server) servePublic(w http.ResponseWriter, r *http.Request, podsOnly bool) error {
 	approves := r.Method == http.MethodPost && pathOf(r) == scheduledEvents
 	switch {
 	case r.Method != http.MethodGet && !approves:
@@ -237,8 +236,7 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request, podsOnly bool) err
 		}
 	}
 	dropOddHeaders(r.Header)
-	s.passOn(w, r, "path", r.URL.Path)
-	return nil
+	return s.passThrough(w, r, "path", r.URL.Path)
 }
 
 // blockedInstance serves instance metadata where it is blocked: to the pods of some
@@ -250,13 +248,13 @@ func (s *Server) blockedInstance(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		if pod.Exception() == "" && slices.Contains(s.cfg.InstanceMetadataNamespaces, pod.Namespace) {
-			return s.open(w, r, false) // the pod is known
+			return s.servePublic(w, r, false) // the pod is known
 		}
 	}
 	return s.exceptedOnly(w, r, errBlocked)
 }
 
-// exceptedOnly passes the request on if its pod is excepted, else returns refusal.
+// exceptedOnly passes the request through if its pod is excepted, else returns refusal.
 func (s *Server) exceptedOnly(w http.ResponseWriter, r *http.Request, refusal error) error {
 	pod, _, err := s.resolve(r)
 	if err != nil {
@@ -265,16 +263,7 @@ func (s *Server) exceptedOnly(w http.ResponseWriter, r *http.Request, refusal er
 	if pod.Exception() == "" {
 		return refusal
 	}
-	s.passOn(w, r, "pod", pod, "exception", pod.Exception())
-	return nil
-}
-
-// passOn sends a request to IMDS as it is; why says who or what is passed on.
-func (s *Server) passOn(w http.ResponseWriter, r *http.Request, why ...any) {
-	s.log.DebugContext(r.Context(), "passed on", append(why, "from", r.RemoteAddr, "method", r.Method)...)
-	if err := s.forwards(w, r); err != nil {
-		s.refuse(w, r, err)
-	}
+	return s.passThrough(w, r, "pod", pod, "exception", pod.Exception())
 }
 
 // callerOf is the address that a request came from; the zero one if its connection is not

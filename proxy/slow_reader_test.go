@@ -73,13 +73,13 @@ func TestUnreadAnswersBlockNobody(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Upstream = up })
 
 	for pod := range 4 {
-		for range maxPassingEach {
+		for range maxPassThrough {
 			c := w.unreading(netip.AddrFrom4([4]byte{127, 0, 1, byte(pod + 1)}).String())
 			_, err := io.WriteString(c, "GET /metadata/instance/long HTTP/1.1\r\nHost: h\r\n\r\n")
 			require.NoError(t, err)
 		}
 	}
-	w.within(func() bool { return asked.Load() == 4*maxPassingEach }, "all of them are at IMDS")
+	w.within(func() bool { return asked.Load() == 4*maxPassThrough }, "all of them are at IMDS")
 	began := time.Now()
 	for range 20 {
 		resp, _ := w.get(excepted, tokenURL)
@@ -152,7 +152,7 @@ func TestTheKernelsBuffersAreFixed(t *testing.T) {
 	require.Equal(t, 200, c.ask(t))
 	cs := w.server.connections
 	cs.mu.Lock()
-	accepted := connAt(cs.byAddr[netip.MustParseAddr(bound)].Front()).Conn
+	accepted := connAt(cs.callers[netip.MustParseAddr(bound)].conns.Front()).Conn
 	cs.mu.Unlock()
 	require.NoError(t, control(accepted, func(fd int) error {
 		received, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF)

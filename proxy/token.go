@@ -26,8 +26,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if pod.Exception() != "" { // unprocessed, so before its query is judged
-		s.passOn(w, r, "pod", pod, "exception", pod.Exception())
-		return nil
+		return s.passThrough(w, r, "pod", pod, "exception", pod.Exception())
 	}
 	want, err := parseTokenRequest(r, queryRules{appService: s.cfg.MetadataHeaderOptional})
 	if err != nil {

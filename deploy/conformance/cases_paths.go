@@ -27,7 +27,7 @@ var pathCases = []Case{
 		check: func(c *conversation) { c.own(c.ask(c.spelled("/METADATA/identity/oauth2/token"))) },
 	},
 	{
-		Number: 37, Name: "odd spellings are never passed on", Mark: Policy, Source: "CVE-2022-23551: IMDS forgives spellings, a filter before it must not",
+		Number: 37, Name: "odd spellings are never passed through", Mark: Policy, Source: "CVE-2022-23551: IMDS forgives spellings, a filter before it must not",
 		Sends: "R in each of the spellings, from a caller with an identity and from one without", Needs: []Need{UnboundPod, SeenUpstream}, check: oddSpellings,
 	},
 	{
@@ -96,7 +96,7 @@ func oddSpellings(c *conversation) {
 	for _, target := range c.Stage.Upstream()[before:] {
 		// The agent's own requests are spelled well, and name an identity.
 		if path, query, _ := strings.Cut(target, "?"); path != tokenPath || !strings.Contains(query, "_id=") {
-			c.wrong("%q was passed on", target)
+			c.wrong("%q was passed through", target)
 		}
 	}
 }
@@ -188,7 +188,7 @@ var otherPathCases = []Case{
 			c.is(c.ask(get("/metadata/attested/document?api-version=2021-02-01&nonce="+url.QueryEscape("1234567890"), metadata)), 404, 403)
 			c.is(c.ask(request{method: "POST", target: "/metadata/scheduledevents?api-version=2020-07-01", headers: []string{metadata}, body: `{"StartRequests":[{"EventId":"x"}]}`}), 404, 403, 405)
 			for _, target := range c.Stage.Upstream()[before:] {
-				c.wrong("%s was passed on", target)
+				c.wrong("%s was passed through", target)
 			}
 		},
 	},

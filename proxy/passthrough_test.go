@@ -238,7 +238,7 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 	imds := &heldIMDS{release: make(chan struct{})}
 	w := newWorld(t, func(c *Config) { c.Upstream = imds })
 	const target = "/metadata/versions"
-	codes := make(chan int, maxPassingEach+1)
+	codes := make(chan int, maxPassThrough+1)
 	var asking sync.WaitGroup
 	ask := func(from string) {
 		asking.Go(func() {
@@ -249,22 +249,26 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 	waiting := func(n int32) {
 		w.within(func() bool { return imds.waiting.Load() == n }, "%d requests at IMDS", n)
 	}
-	for range maxPassingEach {
+	for range maxPassThrough {
 		ask(bound)
 	}
-	waiting(maxPassingEach)
+	waiting(maxPassThrough)
 	resp, body := w.get(bound, target)
 	assert.Equal(t, http.StatusTooManyRequests, resp.StatusCode)
 	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
 	assert.JSONEq(t, `{"error":"invalid_request","error_description":"Too many requests at once"}`, body)
 	ask(alsoBound)
-	waiting(maxPassingEach + 1)
+	waiting(maxPassThrough + 1)
 	close(imds.release)
 	asking.Wait()
-	for range maxPassingEach + 1 {
+	for range maxPassThrough + 1 {
 		assert.Equal(t, 200, <-codes)
 	}
-	assert.Empty(t, w.server.passing.byAddr)
+	w.idles(bound, 0) // all are closed
+	for range maxPassThrough {
+		resp, _ := w.get(bound, target)
+		assert.Equal(t, 200, resp.StatusCode, "each was released")
+	}
 }
 
 // A header that some server might read as another's name decides nothing here, and must

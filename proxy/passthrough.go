@@ -7,33 +7,34 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httputil"
-	"net/netip"
 	"strings"
 	"sync"
 	"time"
 )
 
-// maxBody bounds the body of a request that is passed on. The largest that IMDS has a
+// maxBody bounds the body of a request that is passed through. The largest that IMDS has a
 // use for is an approval of scheduled events: one ID of 36 bytes for each.
 const maxBody = 64 << 10
 
-// maxPassingEach is how many requests of one address are passed on at once, until their
-// answers have been taken: a pod that reads slowly holds up itself.
-const maxPassingEach = 8
+// maxPassThrough is how many requests of one caller are passed through at once, until their
+// responses have been taken: a slow reader holds up itself.
+const maxPassThrough = 8
 
-// forwards sends a request to IMDS, within the bounds that hold for what is passed on.
-func (s *Server) forwards(w http.ResponseWriter, r *http.Request) error {
+// passThrough sends a request to IMDS as it is, within the bounds of what is passed through.
+// why says for the log who or what is passed through.
+func (s *Server) passThrough(w http.ResponseWriter, r *http.Request, why ...any) error {
+	s.log.DebugContext(r.Context(), "passed through", append(why, "from", r.RemoteAddr, "method", r.Method)...)
 	if r.ContentLength > maxBody { // not even its beginning
 		return &http.MaxBytesError{Limit: maxBody}
 	}
-	from := callerOf(r) // the zero one counts too
-	if !s.passing.enter(from) {
-		return errPassing
+	conn := connOf(r)
+	if !conn.acquire(maxPassThrough) {
+		return errTooMany
 	}
-	defer s.passing.leave(from)
-	wantBody(r)
+	defer conn.release()
+	conn.wantBody()
 	r.Body = clientBody{http.MaxBytesReader(nil, r.Body, maxBody)} // the connection of a request with a body ends anyway
-	s.forward.ServeHTTP(w, r)
+	s.reverseProxy.ServeHTTP(w, r)
 	return nil
 }
 
@@ -50,7 +51,7 @@ func (b clientBody) Read(p []byte) (int, error) {
 }
 
 // dropOddHeaders removes headers whose names a server might read as another's, such as
-// Transfer_Encoding: what the open paths need has letters, digits and dashes.
+// Transfer_Encoding: what the public paths need has letters, digits and dashes.
 func dropOddHeaders(h http.Header) {
 	for name := range h {
 		if strings.ContainsFunc(name, func(r rune) bool {
@@ -58,33 +59,6 @@ func dropOddHeaders(h http.Header) {
 		}) {
 			delete(h, name)
 		}
-	}
-}
-
-// passing counts the requests of each address that are being passed on.
-type passing struct {
-	mu     sync.Mutex // guards byAddr
-	byAddr map[netip.Addr]int
-}
-
-func (p *passing) enter(from netip.Addr) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.byAddr[from] >= maxPassingEach {
-		return false
-	}
-	if p.byAddr == nil {
-		p.byAddr = make(map[netip.Addr]int)
-	}
-	p.byAddr[from]++
-	return true
-}
-
-func (p *passing) leave(from netip.Addr) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.byAddr[from]--; p.byAddr[from] == 0 {
-		delete(p.byAddr, from)
 	}
 }
 
@@ -101,9 +75,9 @@ func (b *copyBuffers) Get() []byte { return b.Pool.Get().(*[4 << 10]byte)[:] } /
 // Put implements httputil.BufferPool.
 func (b *copyBuffers) Put(p []byte) { b.Pool.Put((*[4 << 10]byte)(p)) }
 
-// newForward returns the proxy for what IMDS answers itself: the open paths, and
+// newReverseProxy returns the proxy for what IMDS answers itself: the public paths, and
 // everything that excepted pods send. Its transport returns whole answers.
-func (s *Server) newForward() *httputil.ReverseProxy {
+func (s *Server) newReverseProxy() *httputil.ReverseProxy {
 	return &httputil.ReverseProxy{
 		Transport: s.cfg.Upstream,
 		Rewrite: func(p *httputil.ProxyRequest) {
@@ -125,13 +99,13 @@ func (s *Server) newForward() *httputil.ReverseProxy {
 		},
 		ModifyResponse: func(r *http.Response) error {
 			if c := connOf(r.Request); c != nil {
-				c.answerBy = time.Now().Add(passedTimeout)
+				c.answerBy = time.Now().Add(passThroughTimeout)
 			}
 			return nil
 		},
 		BufferPool: newCopyBuffers(),
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-			s.refuse(w, r, fmt.Errorf("passing a request on: %w", err))
+			s.refuse(w, r, fmt.Errorf("passing the request through: %w", err))
 		},
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
