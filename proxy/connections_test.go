@@ -6,12 +6,13 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/proxy/listener"
 )
 
 // ask sends a token request over an open connection, and returns the answer's status.
@@ -42,29 +43,23 @@ func (c *keptAlive) ended(t *testing.T) bool {
 	return err != nil && (!errors.As(err, &timeout) || !timeout.Timeout())
 }
 
+// stats are those of connections, but for how many are busy, which is a matter of time.
+func (w *world) stats() listener.Stats {
+	stats := w.server.Connections()
+	stats.Busy = 0
+	return stats
+}
+
 func (w *world) eventually(open int) {
 	w.t.Helper()
 	w.within(func() bool { return w.server.Connections().Open == open }, "%d connections", open)
 }
 
-// idles waits until the server takes so many connections of a pod for idle, which it does
-// some time after it has answered on them.
-func (w *world) idles(from string, n int) {
+// idles waits until the server has so many idle connections, which is some time after it has
+// answered on them.
+func (w *world) idles(n int) {
 	w.t.Helper()
-	w.within(func() bool {
-		c := w.server.connections
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		idle := 0
-		if own := c.callers[netip.MustParseAddr(from)]; own != nil {
-			for place := own.conns.Front(); place != nil; place = place.Next() {
-				if !connAt(place).busy {
-					idle++
-				}
-			}
-		}
-		return idle == n
-	}, "%d idle connections", n)
+	w.within(func() bool { stats := w.server.Connections(); return stats.Open-stats.Busy == n }, "%d idle connections", n)
 }
 
 func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
@@ -75,18 +70,18 @@ func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
 	for i := range 3 {
 		c := w.connect(bound)
 		require.Equal(t, 200, c.ask(t))
-		w.idles(bound, i+1)
+		w.idles(i + 2) // with the others'
 		own = append(own, c)
 	}
 	w.eventually(4)
 	require.Equal(t, 200, own[0].ask(t)) // now the second has been idle longest
-	w.idles(bound, 3)
+	w.idles(4)
 	fourth := w.connect(bound)
 	assert.True(t, own[1].ended(t))
 	for _, c := range []*keptAlive{own[0], own[2], fourth, others} {
 		assert.Equal(t, 200, c.ask(t))
 	}
-	assert.Equal(t, ConnectionStats{Open: 4, Ended: 1}, w.server.Connections())
+	assert.Equal(t, listener.Stats{Open: 4, Evicted: 1}, w.stats())
 }
 
 func TestConnectionsInUseAreNotEndedForNewOnes(t *testing.T) {
@@ -122,7 +117,7 @@ func TestWhenAllPlacesAreTakenTheGreediestPodGivesWay(t *testing.T) {
 	assert.Equal(t, 200, late.ask(t))
 	assert.True(t, greedy[0].ended(t))
 	assert.Equal(t, 200, modest.ask(t))
-	assert.Equal(t, ConnectionStats{Open: 6, Ended: 1}, w.server.Connections())
+	assert.Equal(t, listener.Stats{Open: 6, Evicted: 1}, w.stats())
 }
 
 // patientIMDS answers nothing, until the request's context ends.
@@ -152,37 +147,14 @@ func TestPodsThatKeepAllPlacesInUseDoNotLockOthersOut(t *testing.T) {
 	assert.Equal(t, 200, late.ask(t))
 	assert.True(t, greedy[0].ended(t), "the one that has been in use longest")
 	<-imds.left
-	assert.Equal(t, ConnectionStats{Open: 5, Ended: 1}, w.server.Connections())
+	assert.Equal(t, listener.Stats{Open: 5, Evicted: 1}, w.stats())
 
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(bound)}}
 	if third, err := dialer.DialContext(t.Context(), "tcp", w.addr); err == nil { // or reset before that returns
 		assert.True(t, (&keptAlive{third, bufio.NewReader(third)}).ended(t), "it would have more than any")
 	}
-	assert.Equal(t, ConnectionStats{Open: 5, Ended: 1, Refused: 1}, w.server.Connections())
+	assert.Equal(t, listener.Stats{Open: 5, Evicted: 1, Refused: 1}, w.stats())
 	assert.Equal(t, 200, late.ask(t))
-}
-
-func TestClosedConnectionsAreForgotten(t *testing.T) {
-	w := newWorld(t, nil)
-	for range 50 {
-		c := w.connect(bound)
-		assert.Equal(t, 200, c.ask(t))
-		require.NoError(t, c.Close())
-	}
-	w.eventually(0)
-	for range 50 {
-		assert.NoError(t, w.connect(alsoBound).Close()) // and asks nothing
-	}
-	w.eventually(0)
-	cs := w.server.connections
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	assert.NotContains(t, cs.callers, netip.MustParseAddr(alsoBound))
-	later := &caller{addr: netip.MustParseAddr(unbound)}
-	for now, turns := time.Now(), 1; turns <= 2; turns++ {
-		cs.delayLocked(later, now.Add(time.Duration(turns)*paceWindow))
-	}
-	assert.Empty(t, cs.callers)
 }
 
 // A pod that opens thousands of connections and says nothing holds as many as it may.

@@ -3,15 +3,14 @@ package proxy
 import (
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/listener"
 	"github.com/podidentity/nmi/tokencache"
 )
 
@@ -21,34 +20,15 @@ import (
 // a slash (its pkg/auth/auth.go).
 const hostTokenPath = "/host/token"
 
-// loopback is the one address that both ends of the node's own requests have. No pod's
-// packet gets in with it: the kernel takes no packet from outside that comes from an
-// address of its own (fib_validate_source).
-var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
-
 // errNotRoot means that /host/token was asked by a process that may not.
 var errNotRoot = &httpError{status: http.StatusForbidden, code: "forbidden", description: "This user may not ask for tokens of pods"}
 
-// ownRequest is isHost for the connection of a request; local is where it came in.
-func ownRequest(r *http.Request) (local net.Addr, own bool) {
-	if !strings.HasPrefix(r.RemoteAddr, "127.0.0.1:") { // loopback, without parsing each request's
-		return nil, false
-	}
-	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	return local, ok && sourceOf(local) == loopback
-}
-
-// isHost reports whether a connection is the node's own.
-func isHost(local, remote net.Addr) bool {
-	return sourceOf(local) == loopback && sourceOf(remote) == loopback
-}
-
 // host takes a request of the node's own down its road: as a pod's, but for who asks.
-func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) error {
+func (s *Server) host(w http.ResponseWriter, r *http.Request, conn *listener.Conn) error {
 	if path, _, _ := strings.Cut(r.RequestURI, "?"); strings.TrimSuffix(path, "/") != hostTokenPath || len(s.cfg.HostTokenUIDs) == 0 {
 		return errNotFound
 	}
-	if err := s.checkUser(r, local); err != nil {
+	if err := s.checkUser(r, conn); err != nil {
 		return err
 	}
 	if r.Header["X-Forwarded-For"] != nil { // it has the right to ask, and asks for somebody else
@@ -78,12 +58,8 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, local net.Addr) er
 
 // checkUser refuses a process whose user may not ask. The old NMI served any process on
 // the node.
-func (s *Server) checkUser(r *http.Request, local net.Addr) error {
-	remote, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		return err
-	}
-	uid, err := ownerOf(net.TCPAddrFromAddrPort(remote), local)
+func (s *Server) checkUser(r *http.Request, conn *listener.Conn) error {
+	uid, err := conn.SocketUID()
 	if err != nil {
 		return fmt.Errorf("%w: finding out which user it is: %w", errNotRoot, err)
 	}

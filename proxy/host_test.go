@@ -11,7 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -130,36 +129,10 @@ func TestHostTokenIsForItsUsersAlone(t *testing.T) {
 	assert.Equal(t, 1, w.imds.Requests())
 }
 
-func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer ln.Close()
-	client, err := net.Dial("tcp", ln.Addr().String())
-	require.NoError(t, err)
-	ours, err := ln.Accept()
-	require.NoError(t, err)
-	uid, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
-	require.NoError(t, err)
-	assert.Equal(t, uint32(os.Getuid()), uid) // a user ID is not negative
-
-	// Closed by the client first: the kernel now has a time-wait entry, of user 0.
-	require.NoError(t, client.Close())
-	_, err = io.ReadAll(ours)
-	require.NoError(t, err)
-	require.NoError(t, ours.Close())
-	assert.Eventually(t, func() bool {
-		_, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
-		return err != nil
-	}, patience, time.Millisecond)
-	_, err = ownerOf(ours.RemoteAddr(), ours.LocalAddr())
-	require.Error(t, err)
-}
-
 // Whoever the kernel does not know may be anybody.
 func TestWhoIsNotFoundMayNotAsk(t *testing.T) {
 	w := newWorld(t, withHost)
-	at := func(port int) *net.TCPAddr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port} }
-	err := w.server.checkUser(&http.Request{RemoteAddr: at(1).String()}, at(2))
+	err := w.server.checkUser(new(http.Request), nil)
 	require.ErrorIs(t, err, errNotRoot)
 }
 

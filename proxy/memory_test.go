@@ -18,6 +18,9 @@ import (
 // agent's own memory.
 const maxPerConnection = 56 << 10
 
+// maxHeadLines is proxy/listener's bound of the lines of a head.
+const maxHeadLines = 64
+
 // fullHead is a head of as many bytes and lines as one may have, every line another field.
 func fullHead(target string) string {
 	var b strings.Builder
@@ -83,20 +86,7 @@ func TestMemoryOfAConnection(t *testing.T) {
 // busy waits until so many connections are in use.
 func (w *world) busy(n int) {
 	w.t.Helper()
-	w.within(func() bool {
-		cs := w.server.connections
-		cs.mu.Lock()
-		defer cs.mu.Unlock()
-		busy := 0
-		for _, from := range cs.callers {
-			for place := from.conns.Front(); place != nil; place = place.Next() {
-				if connAt(place).busy {
-					busy++
-				}
-			}
-		}
-		return busy == n
-	}, "%d connections in use", n)
+	w.within(func() bool { return w.server.Connections().Busy == n }, "%d connections in use", n)
 }
 
 // manyFields are n different ones of six bytes each.
@@ -106,46 +96,6 @@ func manyFields(n int) string {
 		fmt.Fprintf(&b, "%c%c%c:\r\n", 'a'+i%26, 'a'+i/26%26, 'a'+i/676)
 	}
 	return b.String()
-}
-
-// A head that is refused costs no more than its bytes, however small its fields are.
-func TestAHeadIsCountedBeforeItIsParsed(t *testing.T) {
-	h := new(headReader)
-	raw := "GET /x HTTP/1.1\r\nHost: h\r\n" + manyFields(1300) + "\r\n"
-	got, err := io.ReadAll(readerFunc(func(p []byte) (int, error) { return h.read(strings.NewReader(raw), p) }))
-	require.ErrorIs(t, err, errManyLines)
-	assert.Empty(t, got)
-}
-
-type readerFunc func(p []byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
-
-// However the bytes of heads arrive, each Read ends with a head at most, and nothing is
-// added, lost or changed.
-func TestHeadReader(t *testing.T) {
-	const a, b, c = "GET /a HTTP/1.1\r\nX: y\r\n\r\n", "GET /b HTTP/1.1\nX: y\n\n", "\r\nGET /c HTTP/1.1\r\r\n\r\r\n"
-	want := []string{a, b, "\r\n", c[2:], "half"}
-	all := strings.Join(want, "")
-	for size := 1; size <= len(all); size++ {
-		for _, room := range []int{1, 3, 4096} {
-			source, h := strings.NewReader(all), new(headReader)
-			var got []string
-			p, part := make([]byte, room), ""
-			for {
-				n, err := h.read(io.LimitReader(source, int64(size)), p)
-				if part += string(p[:n]); strings.HasSuffix(part, "\n") && len(got) < len(want) && part == want[len(got)] {
-					got, part = append(got, part), ""
-					h.begin()
-				}
-				if err != nil {
-					require.ErrorIs(t, err, io.EOF)
-					break
-				}
-			}
-			require.Equal(t, want, append(got, part), "%d bytes at once", size)
-		}
-	}
 }
 
 // A body is not counted, whatever comes in one Read with the head before it.

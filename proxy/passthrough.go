@@ -10,11 +10,16 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/podidentity/nmi/proxy/listener"
 )
 
 // maxBody bounds the body of a request that is passed through. The largest that IMDS has a
 // use for is an approval of scheduled events: one ID of 36 bytes for each.
 const maxBody = 64 << 10
+
+// passThroughTimeout bounds the time that a client takes to read a response of IMDS's.
+const passThroughTimeout = 3 * time.Minute
 
 // maxPassThrough is how many requests of one caller are passed through at once, until their
 // responses have been taken: a slow reader holds up itself.
@@ -27,12 +32,12 @@ func (s *Server) passThrough(w http.ResponseWriter, r *http.Request, why ...any)
 	if r.ContentLength > maxBody { // not even its beginning
 		return &http.MaxBytesError{Limit: maxBody}
 	}
-	conn := connOf(r)
-	if !conn.acquire(maxPassThrough) {
+	conn := listener.FromContext(r.Context())
+	if !conn.Acquire(maxPassThrough) {
 		return errTooMany
 	}
-	defer conn.release()
-	conn.wantBody()
+	defer conn.Release()
+	conn.WantBody()
 	r.Body = clientBody{http.MaxBytesReader(nil, r.Body, maxBody)} // the connection of a request with a body ends anyway
 	s.reverseProxy.ServeHTTP(w, r)
 	return nil
@@ -98,8 +103,8 @@ func (s *Server) newReverseProxy() *httputil.ReverseProxy {
 			p.In.Header = nil // Out has a copy
 		},
 		ModifyResponse: func(r *http.Response) error {
-			if c := connOf(r.Request); c != nil {
-				c.answerBy = time.Now().Add(passThroughTimeout)
+			if r.Request != nil { // as http.Transport's responses have it
+				listener.FromContext(r.Request.Context()).SetResponseDeadline(time.Now().Add(passThroughTimeout))
 			}
 			return nil
 		},

@@ -228,10 +228,10 @@ type heldIMDS struct {
 	release chan struct{}
 }
 
-func (h *heldIMDS) RoundTrip(*http.Request) (*http.Response, error) {
+func (h *heldIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
 	h.waiting.Add(1)
 	<-h.release
-	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}"))}, nil
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}")), Request: r}, nil
 }
 
 func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
@@ -264,7 +264,7 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 	for range maxPassThrough + 1 {
 		assert.Equal(t, 200, <-codes)
 	}
-	w.idles(bound, 0) // all are closed
+	w.eventually(0) // all are closed
 	for range maxPassThrough {
 		resp, _ := w.get(bound, target)
 		assert.Equal(t, 200, resp.StatusCode, "each was released")

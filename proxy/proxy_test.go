@@ -345,10 +345,10 @@ func TestUpstreamErrorsReachThePod(t *testing.T) {
 // blockingIMDS answers once it is released, and says when it has been asked.
 type blockingIMDS struct{ asked, release chan struct{} }
 
-func (b blockingIMDS) RoundTrip(*http.Request) (*http.Response, error) {
+func (b blockingIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
 	close(b.asked)
 	<-b.release
-	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}"))}, nil
+	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}")), Request: r}, nil
 }
 
 func TestAPodWhoseAddressMayBeAnothersIsRefusedWhateverItIs(t *testing.T) {

@@ -3,8 +3,8 @@
 //
 // The road of a request:
 //
-//  1. accept: connections that the kernel did not redirect are refused, see
-//     OnlyRedirected.
+//  1. accept: connections that the kernel did not redirect are refused, and others
+//     bounded, see package listener.
 //  2. route: the raw path is matched, exactly, against a short list; see route.
 //  3. parse: the header check comes first and from memory, since SDKs probe
 //     with a second's patience, then the query.
@@ -34,7 +34,15 @@ import (
 	"time"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/listener"
 	"github.com/podidentity/nmi/tokencache"
+)
+
+// Defaults of a Config that leaves them out.
+const (
+	// DefaultMaxConnections is two for each of 250 pods.
+	DefaultMaxConnections       = 512
+	DefaultMaxConnectionsPerPod = 64
 )
 
 // Config joins the rooms that the server needs. Pods, Tokens and Upstream are
@@ -55,8 +63,8 @@ type Config struct {
 	// Allow lists those of Sensitive that pods may have; none by default.
 	Allow []string
 	// PodsOnly answers nothing but to pods of this node. Without it what every
-	// pod may have is given to whoever comes, which is for OnlyRedirected alone
-	// to limit to pods.
+	// pod may have is given to whoever comes, which is for listener.OnlyRedirected
+	// alone to limit to pods.
 	PodsOnly bool
 	// CheckSource returns an error if a connection from this address, which came in over
 	// the interface of this index (0 if that is not known), may be another pod's than
@@ -84,8 +92,8 @@ type Server struct {
 	log          *slog.Logger
 	draining     atomic.Bool // see SetDraining
 
-	refusals    refusals
-	connections *connections
+	refusals refusals
+	conns    *listener.Limiter
 }
 
 const (
@@ -107,15 +115,23 @@ const (
 
 // New returns a server that is not listening yet.
 func New(cfg Config) *Server {
-	s := &Server{cfg: cfg, log: cfg.Logger, refusals: newRefusals()}
-	s.connections = newConnections(cfg.MaxConnectionsPerPod, cfg.MaxConnections)
-	if s.log == nil {
-		s.log = slog.Default()
+	if cfg.MaxConnections <= 0 {
+		cfg.MaxConnections = DefaultMaxConnections
+	}
+	if cfg.MaxConnectionsPerPod <= 0 {
+		cfg.MaxConnectionsPerPod = DefaultMaxConnectionsPerPod
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	s := &Server{
+		cfg: cfg, log: cfg.Logger, refusals: newRefusals(),
+		conns: listener.NewLimiter(cfg.MaxConnections, cfg.MaxConnectionsPerPod),
 	}
 	s.reverseProxy = s.newReverseProxy()
 	s.http = &http.Server{
 		Handler:                      s,
-		ConnContext:                  s.connContext,
+		ConnContext:                  s.conns.ConnContext,
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" takes the same road
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
@@ -138,7 +154,7 @@ func New(cfg Config) *Server {
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	var open sync.WaitGroup // connections
 	s.http.ConnState = func(c net.Conn, state http.ConnState) {
-		s.connections.trackState(c, state)
+		s.conns.ConnState(c, state)
 		switch state {
 		case http.StateNew:
 			open.Add(1)
@@ -146,18 +162,18 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 			open.Done()
 		}
 	}
-	if err := fixBuffers(ln); err != nil {
+	if err := listener.FixBuffers(ln); err != nil {
 		s.log.Warn("the size of the sockets' buffers cannot be fixed: connections may take more memory than the limits say", "error", err)
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- s.http.Serve(s.connections.limit(ln)) }()
+	go func() { ended <- s.http.Serve(s.conns.Listener(ln)) }()
 	select {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
 	}
 	s.SetDraining(true)
-	s.connections.drain()
+	s.conns.Drain()
 	_ = ln.Close()
 	<-ended //nolint:errcheck // what Close did to it is not news
 	allClosed := make(chan struct{})
@@ -174,6 +190,9 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	}
 	return nil
 }
+
+// Connections returns what has been counted of connections so far.
+func (s *Server) Connections() listener.Stats { return s.conns.Stats() }
 
 // SetDraining makes the server close each connection with its next response, so that
 // clients connect again and reach another server that accepts from the same socket; or,
@@ -201,8 +220,8 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
 		// HTTP/2 would take what other pods send on that connection for what is in it.
 		return errMethod
 	}
-	if local, own := ownRequest(r); own {
-		return s.host(w, r, local)
+	if conn := listener.FromContext(r.Context()); conn.Loopback() {
+		return s.host(w, r, conn)
 	}
 	switch kind := route(r.RequestURI); {
 	case kind == routeToken:
@@ -279,11 +298,15 @@ func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) 
 	if !addr.IsValid() {
 		return nil, netip.Addr{}, errors.New("not a TCP connection: nobody is resolved")
 	}
+	ingress := 0
+	if s.cfg.CheckSource != nil {
+		ingress = listener.FromContext(r.Context()).Ingress()
+	}
 	pod, err := s.cfg.Pods.ResolveCaller(r.Context(), addr, func(pod *podresolver.Pod) error {
 		if s.cfg.CheckSource == nil {
 			return nil
 		}
-		err := s.cfg.CheckSource(addr, ingressIndex(r), pod)
+		err := s.cfg.CheckSource(addr, ingress, pod)
 		switch {
 		case err == nil:
 			return nil

@@ -24,6 +24,9 @@ import (
 	"github.com/podidentity/nmi/proxy/upstream"
 )
 
+// writeTimeout is proxy/listener's, of each write of a response.
+const writeTimeout = 5 * time.Second
+
 // unreading is a connection of a client whose kernel takes as little as it can, and in
 // small pieces, as over a network; nil if there is no place for it.
 func (w *world) unreading(from string) net.Conn {
@@ -104,11 +107,11 @@ func TestWhatAClientHasNotTakenCounts(t *testing.T) {
 			_, _ = io.WriteString(c, strings.Repeat(request+"\r\n", 2)+request+"Connection: close\r\n\r\n")
 		}
 	}
-	w.within(func() bool { return w.server.Connections().Ended+w.server.Connections().Refused >= 4 }, "the first have made place")
+	w.within(func() bool { return w.server.Connections().Evicted+w.server.Connections().Refused >= 4 }, "the first have made place")
 	assert.LessOrEqual(t, w.server.Connections().Open, 4)
 	began := time.Now()
 	w.eventually(0)
-	assert.Greater(t, time.Since(began), answerTimeout/2, "its end has been waited for")
+	assert.Greater(t, time.Since(began), writeTimeout/2, "its end has been waited for")
 	assert.Equal(t, 200, w.connect(bound).ask(t))
 }
 
@@ -123,42 +126,6 @@ func TestAClientThatNeverReadsIsDisconnected(t *testing.T) {
 		_, err = io.WriteString(c, get(tokenURL))
 	}
 	assert.NotErrorIs(t, err, os.ErrDeadlineExceeded)
-	assert.Less(t, time.Since(began), 2*answerTimeout)
+	assert.Less(t, time.Since(began), 2*writeTimeout)
 	w.eventually(0)
-}
-
-// What is not redirected is reset: nothing is left of it on either side.
-func TestWhatIsNotRedirectedIsReset(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.2:0") // not loopback's first, which is the node's own
-	require.NoError(t, err)
-	only := OnlyRedirected(ln, netip.MustParseAddrPort("169.254.169.254:80"))
-	defer only.Close()
-	go func() { _, _ = only.Accept() }()
-	for range 100 {
-		c, err := net.Dial("tcp", ln.Addr().String())
-		if err == nil { // or reset before that returns
-			_, err = c.Read(make([]byte, 1))
-			_ = c.Close()
-		}
-		require.ErrorContains(t, err, "connection reset")
-	}
-}
-
-// What the kernel may hold for a connection is fixed: twice what is asked for (socket(7)).
-func TestTheKernelsBuffersAreFixed(t *testing.T) {
-	w := newWorld(t, nil)
-	w.get(unbound, tokenURL) // the listener's are fixed when the server begins to serve
-	c := w.connect(bound)
-	require.Equal(t, 200, c.ask(t))
-	cs := w.server.connections
-	cs.mu.Lock()
-	accepted := connAt(cs.callers[netip.MustParseAddr(bound)].conns.Front()).Conn
-	cs.mu.Unlock()
-	require.NoError(t, control(accepted, func(fd int) error {
-		received, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF)
-		assert.Equal(t, 2*receiveBuffer, received)
-		sent, sendErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
-		assert.Equal(t, 2*sendBuffer, sent)
-		return errors.Join(err, sendErr)
-	}))
 }

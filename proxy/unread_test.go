@@ -64,7 +64,7 @@ func TestConnectionsThatDoNotMoveEnd(t *testing.T) {
 		"a header bit by bit":           {head, "X: y\r\n", true, readHeaderTimeout, ""},
 		"half a header after an answer": {refused + head, "", true, readHeaderTimeout, "400"},
 		"nothing after an answer":       {refused, "", true, idleTimeout, "400"},
-		"the answer is not read":        {refused, "", false, answerTimeout, ""},
+		"the answer is not read":        {refused, "", false, writeTimeout, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -105,7 +105,7 @@ type slowIMDS time.Duration
 func (d slowIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
 	select {
 	case <-time.After(time.Duration(d)):
-		return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}"))}, nil
+		return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}")), Request: r}, nil
 	case <-r.Context().Done():
 		return nil, r.Context().Err()
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/listener"
 	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
 )
@@ -145,7 +146,7 @@ func (a *agent) serve(ctx context.Context) error {
 	a.log.Info("listening", "address", a.front.Addr().String())
 	var ln net.Listener = a.front
 	if a.cfg.rules.Mode != iptables.None {
-		ln = proxy.OnlyRedirected(ln, a.cfg.rules.Metadata)
+		ln = listener.OnlyRedirected(ln, a.cfg.rules.Metadata)
 	}
 	err := a.server.Serve(ctx, ln)
 	cancel()

@@ -125,7 +125,7 @@ func observeServer(meter metric.Meter, server *proxy.Server) error {
 	return errors.Join(
 		gauge(meter, "connections", "Connections that pods have open", func() int { return server.Connections().Open }),
 		count(meter, "connections.refused", "Connections closed on arrival because there were too many", func() uint64 { return server.Connections().Refused }),
-		count(meter, "connections.ended", "Connections closed in favour of others", func() uint64 { return server.Connections().Ended }))
+		count(meter, "connections.ended", "Connections closed in favour of others", func() uint64 { return server.Connections().Evicted }))
 }
 
 // observeIMDS exports whether IMDS answers.

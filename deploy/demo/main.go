@@ -33,6 +33,7 @@ import (
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/imdstest"
+	"github.com/podidentity/nmi/proxy/listener"
 	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
 )
@@ -196,7 +197,7 @@ func (d *demo) buildAgent() error {
 	if err != nil {
 		return err
 	}
-	d.listener = proxy.OnlyRedirected(ln, metadata)
+	d.listener = listener.OnlyRedirected(ln, metadata)
 	return nil
 }
 

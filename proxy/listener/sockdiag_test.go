@@ -1,12 +1,14 @@
-package proxy
+package listener
 
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -43,7 +45,7 @@ func TestTheOwnerOfOneOfSeveralConnectionsWithTheSamePorts(t *testing.T) {
 		}
 	}
 	for _, conn := range all {
-		uid, err := ownerOf(conn.LocalAddr(), conn.RemoteAddr())
+		uid, err := socketUID(conn.LocalAddr(), conn.RemoteAddr())
 		require.NoError(t, err, "%s", conn.LocalAddr())
 		assert.Equal(t, uint32(os.Getuid()), uid) //nolint:gosec // a user ID is not negative
 	}
@@ -65,7 +67,38 @@ func TestTheOwnerOfAnIPv6Socket(t *testing.T) {
 	ours, err := ln.Accept()
 	require.NoError(t, err)
 	defer ours.Close()
-	uid, err := ownerOf(ours.RemoteAddr(), ours.LocalAddr())
+	uid, err := socketUID(ours.RemoteAddr(), ours.LocalAddr())
 	require.NoError(t, err)
 	assert.Equal(t, uint32(os.Getuid()), uid) //nolint:gosec // a user ID is not negative
+}
+
+func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	client, err := net.Dial("tcp", ln.Addr().String())
+	require.NoError(t, err)
+	ours, err := ln.Accept()
+	require.NoError(t, err)
+	uid, err := socketUID(ours.RemoteAddr(), ours.LocalAddr())
+	require.NoError(t, err)
+	assert.Equal(t, uint32(os.Getuid()), uid) // a user ID is not negative
+
+	// Closed by the client first: the kernel now has a time-wait entry, of user 0.
+	require.NoError(t, client.Close())
+	_, err = io.ReadAll(ours)
+	require.NoError(t, err)
+	require.NoError(t, ours.Close())
+	assert.Eventually(t, func() bool {
+		_, err := socketUID(ours.RemoteAddr(), ours.LocalAddr())
+		return err != nil
+	}, 30*time.Second, time.Millisecond)
+	_, err = socketUID(ours.RemoteAddr(), ours.LocalAddr())
+	require.Error(t, err)
+}
+
+func TestSocketUIDOfNoSocket(t *testing.T) {
+	at := func(port int) *net.TCPAddr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port} }
+	_, err := socketUID(at(1), at(2))
+	assert.Error(t, err)
 }

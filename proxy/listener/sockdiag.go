@@ -1,4 +1,4 @@
-package proxy
+package listener
 
 import (
 	"encoding/binary"
@@ -13,13 +13,13 @@ import (
 // established is TCP_ESTABLISHED (include/net/tcp_states.h).
 const established = 1
 
-// ownerOf returns the user whose process has the socket at the other end of a connection
+// socketUID returns the user whose process has the socket at the other end of a connection
 // within this network namespace (sock_diag(7)). Only an open, established one will do:
 // what the kernel keeps of a closed socket says that user 0 has it (inet_diag.c,
 // inet_twsk_diag_fill), and so does a socket that no process has any more, which has no
 // inode either.
-func ownerOf(its, ours net.Addr) (uint32, error) {
-	from, to := tcpAddr(its), tcpAddr(ours)
+func socketUID(remote, local net.Addr) (uint32, error) {
+	from, to := tcpAddr(remote), tcpAddr(local)
 	if !from.Addr().Is4() || !to.Addr().Is4() {
 		return 0, errors.New("not a TCP connection over IPv4")
 	}
@@ -37,7 +37,7 @@ func ownerOf(its, ours net.Addr) (uint32, error) {
 	// struct inet_diag_msg (include/uapi/linux/inet_diag.h)
 	state, uid, inode := answers[0][1], binary.NativeEndian.Uint32(answers[0][64:]), binary.NativeEndian.Uint32(answers[0][68:])
 	if state != established || inode == 0 {
-		return 0, errors.New("its socket is not open any more")
+		return 0, errors.New("the socket at the other end is closed")
 	}
 	return uid, nil
 }

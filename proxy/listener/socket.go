@@ -1,4 +1,4 @@
-package proxy
+package listener
 
 import (
 	"errors"
@@ -19,9 +19,10 @@ const (
 	sendBuffer    = 8 << 10
 )
 
-// fixBuffers sets the sizes for what a listener accepts from now on (a new socket has its
-// listener's), and so for what the client is told to send at first.
-func fixBuffers(ln net.Listener) error {
+// FixBuffers fixes the sizes of the kernel's buffers for the connections that a TCP listener
+// accepts from now on (a new socket has its listener's), and so for what clients are told to
+// send at first.
+func FixBuffers(ln net.Listener) error {
 	return control(ln, func(fd int) error {
 		return errors.Join(
 			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer),
@@ -66,8 +67,8 @@ func control(socket any, fn func(fd int) error) error {
 	return errors.Join(err, failure)
 }
 
-// sourceOf is the address at the other end; the zero one if it is not a TCP connection.
-func sourceOf(addr net.Addr) netip.Addr {
+// addrOf is the IP address of one end of a connection; the zero one if it is not TCP.
+func addrOf(addr net.Addr) netip.Addr {
 	if tcp, ok := addr.(*net.TCPAddr); ok {
 		return tcp.AddrPort().Addr().Unmap()
 	}

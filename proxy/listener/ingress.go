@@ -1,45 +1,13 @@
-package proxy
+package listener
 
 import (
-	"context"
 	"errors"
 	"net"
-	"net/http"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
-
-// ingressKey finds the interface that a request's connection came in over, in its
-// context.
-type ingressKey struct{}
-
-// connContext is called by http.Server once for each connection.
-func (s *Server) connContext(ctx context.Context, c net.Conn) context.Context {
-	ctx = withConn(ctx, c)
-	if s.cfg.CheckSource == nil {
-		return ctx
-	}
-	return withIngress(ctx, c)
-}
-
-// withIngress asks the kernel once for each connection; index 0 is no interface.
-func withIngress(ctx context.Context, c net.Conn) context.Context {
-	if counted, ok := c.(*conn); ok {
-		c = counted.Conn
-	}
-	index, err := ingressOf(c)
-	if err != nil {
-		return ctx
-	}
-	return context.WithValue(ctx, ingressKey{}, index)
-}
-
-func ingressIndex(r *http.Request) int {
-	index, _ := r.Context().Value(ingressKey{}).(int)
-	return index
-}
 
 // ingressOf returns the index of the interface that the last packet of a TCP
 // connection's handshake came in over (inet_sock.mc_index, set by tcp_v4_syn_recv_sock

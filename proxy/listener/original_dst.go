@@ -1,4 +1,4 @@
-package proxy
+package listener
 
 import (
 	"encoding/binary"
@@ -10,18 +10,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OnlyRedirected wraps a TCP listener so that Accept returns only connections
-// that were made to the metadata service and redirected here by the kernel, and the
-// node's own over loopback, which are for /host/token alone. Any other, such as one
-// that somebody dialled to the node's address and the agent's port, is closed before a
-// byte is read.
-func OnlyRedirected(ln net.Listener, metadata netip.AddrPort) net.Listener {
-	return &redirectedListener{Listener: ln, metadata: metadata}
+// OnlyRedirected wraps a TCP listener so that Accept returns only connections that were
+// dialed to another address and redirected here by the kernel, and the node's own, see
+// Conn.Loopback. Any other, such as one that was dialed to the node's address and the
+// listener's port, is reset before a byte is read.
+func OnlyRedirected(ln net.Listener, dialed netip.AddrPort) net.Listener {
+	return &redirectedListener{Listener: ln, dialed: dialed}
 }
 
 type redirectedListener struct {
 	net.Listener
-	metadata netip.AddrPort
+	dialed netip.AddrPort
 }
 
 func (l *redirectedListener) Accept() (net.Conn, error) {
@@ -30,17 +29,17 @@ func (l *redirectedListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if isHost(conn.LocalAddr(), conn.RemoteAddr()) {
+		if isLoopback(conn) {
 			return conn, nil
 		}
-		if to, err := originalDestination(conn); err == nil && to == l.metadata {
+		if to, err := originalDestination(conn); err == nil && to == l.dialed {
 			return conn, nil
 		}
-		reset(conn) // not ours to talk to, nor to remember
+		reset(conn)
 	}
 }
 
-// SyscallConn implements syscall.Conn, for fixBuffers.
+// SyscallConn implements syscall.Conn, for FixBuffers.
 func (l *redirectedListener) SyscallConn() (syscall.RawConn, error) {
 	socket, ok := l.Listener.(syscall.Conn)
 	if !ok {
