@@ -39,18 +39,18 @@ func TestAuxiliaryTenantsMakeAnArray(t *testing.T) {
 	require.Equal(t, 200, status, body)
 	var all []map[string]string
 	require.NoError(t, json.Unmarshal([]byte(body), &all))
-	require.Len(t, all, 2)
-	for i, tenant := range []string{tenantA, tenantB} {
+	require.Len(t, all, 3)
+	for i, tenant := range []string{tenantA, tenantB, tenantC} {
 		assert.Len(t, all[i], 8)
 		assert.Equal(t, secretID, imdstest.Subject(all[i]["access_token"]))
 		assert.Equal(t, tenant, entratest.Tenant(all[i]["access_token"]), "the primary first")
 	}
-	assert.Equal(t, 2, p.entra.Tokens())
+	assert.Equal(t, 3, p.entra.Tokens())
 	_, again := p.asks(ofTenants, vault)
 	require.NoError(t, json.Unmarshal([]byte(again), &all))
 	_, one := p.asks(bySecret, vault)
 	assert.Equal(t, secretID, whose(one), "another identity of the same principal: no array")
-	assert.Equal(t, 2, p.entra.Tokens(), "and the token that is there already")
+	assert.Equal(t, 3, p.entra.Tokens(), "and the token that is there already")
 }
 
 func TestAnAuxiliaryTenantsFailureIsTheRequests(t *testing.T) {
@@ -61,6 +61,9 @@ func TestAnAuxiliaryTenantsFailureIsTheRequests(t *testing.T) {
 	assert.Equal(t, 400, status)
 	assert.JSONEq(t, `{"error":"unauthorized_client","error_description":"AADSTS700016: not in tenant B"}`, body)
 	assert.Contains(t, p.log.String(), "auxiliary tenant "+tenantB)
+	for _, call := range p.entra.Calls() {
+		assert.NotContains(t, call.Path, tenantC, "one after the other")
+	}
 }
 
 func TestAChangedSecretTakesEffectAtTheNextFetch(t *testing.T) {
@@ -168,7 +171,7 @@ func TestTokensInUseAreThoseOfAllTenants(t *testing.T) {
 	id, err := pod.Identity(podresolver.Selector{})
 	require.NoError(t, err)
 	keys := append(auxiliaryKeys(id, vault), keyOf(id, vault))
-	require.Len(t, keys, 2)
+	require.Len(t, keys, 3)
 	for _, key := range keys {
 		assert.True(t, inUse(netip.MustParseAddr(ofTenants), key), key)
 	}

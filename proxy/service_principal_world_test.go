@@ -41,6 +41,7 @@ const (
 const (
 	tenantA = "7e9a9700-0000-4000-8000-00000000000a"
 	tenantB = "7e9a9700-0000-4000-8000-00000000000b"
+	tenantC = "7e9a9700-0000-4000-8000-00000000000c"
 
 	secretID   = "5e271c00-0000-4000-8000-000000000001"
 	fileID     = "5e271c00-0000-4000-8000-000000000002"
@@ -79,7 +80,7 @@ func newPrincipalWorld(t *testing.T) *principalWorld {
 		world: &world{t: t, imds: imds, log: &lockedBuffer{}},
 		entra: entratest.NewServer(entratest.Config{
 			Principals: []entratest.Principal{
-				{ClientID: secretID, Tenants: []string{tenantA, tenantB}, Secret: theSecret},
+				{ClientID: secretID, Tenants: []string{tenantA, tenantB, tenantC}, Secret: theSecret},
 				{ClientID: fileID, Tenants: []string{tenantA}, Certificate: certificate},
 			},
 			Resources: []string{vault, management, graph},
@@ -151,7 +152,7 @@ func boundTo(authority string) *resolvertest.Cluster {
 		ClientPassword: aadpodidentity.SecretReference{Name: "file", Namespace: "shop"},
 	})
 	tenants, evil := withSecret, withSecret
-	tenants.AuxiliaryTenantIDs = []string{tenantB}
+	tenants.AuxiliaryTenantIDs = []string{tenantB, tenantC}
 	add("of-tenants", ofTenants, tenants)
 	evil.ADEndpoint = "https://login.evil.example/"
 	add("to-evil", toEvil, evil)

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/podidentity/nmi/podresolver"
@@ -89,22 +88,16 @@ func (s *Server) checkHeaders(r *http.Request) error {
 	return nil
 }
 
-// auxiliary gets the tokens of auxiliary tenants, all at once, in their order.
+// auxiliary gets the tokens of auxiliary tenants, in their order and one after the other: a
+// request has one fetch under way. Those that it got are in memory when it comes back.
 func (s *Server) auxiliary(ctx context.Context, id podresolver.Identity, caller netip.Addr, want tokenRequest) ([]*tokencache.Token, error) {
-	keys := auxiliaryKeys(id, want.resource)
-	if keys == nil {
-		return nil, nil
-	}
-	tokens, failures := make([]*tokencache.Token, len(keys)), make([]error, len(keys))
-	var asking sync.WaitGroup
-	for i, key := range keys {
-		asking.Go(func() { tokens[i], failures[i] = s.cached(ctx, key, caller, want) })
-	}
-	asking.Wait()
-	for i, err := range failures {
+	var tokens []*tokencache.Token
+	for i, key := range auxiliaryKeys(id, want.resource) {
+		token, err := s.cached(ctx, key, caller, want)
 		if err != nil {
 			return nil, fmt.Errorf("auxiliary tenant %s: %w", id.Principal.AuxiliaryTenantIDs[i], err)
 		}
+		tokens = append(tokens, token)
 	}
 	return tokens, nil
 }

@@ -111,8 +111,8 @@ func (d slowIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 }
 
-// A token may take 172 s: a minute each for its pod and its identity, 2 s for the API server, and for a turn and the
-// answer 25 s, once more where there are auxiliary tenants.
+// A token may take longer than readTimeout: a minute each for its pod and its identity, 2 s for
+// the API server, and 25 s for its turn and the response, for each tenant.
 func TestAnAnswerMayTakeLongerThanItsRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pod, end := serveOne(t, Config{Upstream: slowIMDS(172 * time.Second)})
