@@ -2,17 +2,16 @@ package proxy
 
 import (
 	"bufio"
-	"context"
 	"log/slog"
 	"net/http"
 	"net/url"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy/imdstest"
 	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
@@ -31,14 +30,7 @@ func cached(tb testing.TB) (s *Server, r *http.Request, w *discardWriter) {
 	tokens := tokencache.New(up.Token, tokencache.Config{})
 	tb.Cleanup(tokens.Close)
 	log := slog.New(slog.DiscardHandler)
-	resolver := newResolver(tb, log)
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { resolver.Run(ctx) })
-	tb.Cleanup(func() { cancel(); running.Wait() })
-	<-resolver.Synced()
-
-	s = New(Config{Pods: resolver, Tokens: tokens, Upstream: up, Logger: log})
+	s = New(Config{Pods: runResolver(tb, podresolver.Config{Logger: log}), Tokens: tokens, Upstream: up, Logger: log})
 	r, err = http.ReadRequest(bufio.NewReader(strings.NewReader(request("GET", tokenURL, "Metadata: true"))))
 	require.NoError(tb, err)
 	r.RemoteAddr = bound + ":40000"

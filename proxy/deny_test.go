@@ -1,11 +1,8 @@
 package proxy
 
 import (
-	"context"
 	"log/slog"
-	"sync"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -20,17 +17,7 @@ func withheld(t *testing.T, ids ...string) *world {
 	require.NoError(t, err)
 	return newWorld(t, func(c *Config) {
 		withHost(c)
-		resolver := newResolverWith(t, podresolver.Config{PodWait: 50 * time.Millisecond, Deny: deny, Logger: slog.New(slog.DiscardHandler)})
-		ctx, cancel := context.WithCancel(context.Background())
-		var running sync.WaitGroup
-		running.Go(func() { resolver.Run(ctx) })
-		t.Cleanup(func() { cancel(); running.Wait() })
-		select {
-		case <-resolver.Synced():
-		case <-time.After(patience):
-			t.Fatal("not synced: ", resolver.Ready())
-		}
-		c.Pods = resolver
+		c.Pods = runResolver(t, podresolver.Config{Deny: deny, Logger: slog.New(slog.DiscardHandler)})
 	})
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy/imdstest"
 	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
@@ -129,21 +130,19 @@ func newFuzzedFront(f *testing.F) *fuzzedFront {
 		return imds, up
 	}
 	front := &fuzzedFront{pods: newPipes()}
-	var passOn, fetch *upstream.Upstream
-	front.passed, passOn = serve()
+	var passThrough, fetch *upstream.Upstream
+	front.passed, passThrough = serve()
 	front.tokens, fetch = serve()
 	// No limit to what IMDS may be asked, and little memory.
 	tokens := tokencache.New(fetch.Token, tokencache.Config{Size: 16})
 	f.Cleanup(tokens.Close)
 
+	log := slog.New(slog.DiscardHandler)
+	resolver := runResolver(f, podresolver.Config{PodWait: time.Nanosecond, Logger: log})
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	f.Cleanup(func() { cancel(); running.Wait() })
-	log := slog.New(slog.DiscardHandler)
-	resolver := newResolverThatWaits(f, log, time.Nanosecond)
-	running.Go(func() { resolver.Run(ctx) })
-	<-resolver.Synced()
-	server := New(Config{Pods: resolver, Tokens: tokens, Upstream: passOn, Logger: log})
+	server := New(Config{Pods: resolver, Tokens: tokens, Upstream: passThrough, Logger: log})
 	running.Go(func() { _ = server.Serve(ctx, front.pods) })
 	return front
 }

@@ -12,6 +12,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver"
 )
 
 // maxPerConnection is what docs/security.md, Memory, says of a connection's share of the
@@ -59,7 +61,7 @@ func TestMemoryOfAConnection(t *testing.T) {
 			imds := &heldIMDS{release: make(chan struct{})}
 			w := newWorld(t, func(c *Config) {
 				c.Upstream, c.MaxConnectionsPerPod = imds, n
-				c.Pods = newResolverThatWaits(t, c.Logger, time.Minute) // and never hears of a pod
+				c.Pods = newResolver(t, podresolver.Config{PodWait: time.Minute, Logger: c.Logger}) // and never hears of a pod
 			})
 			defer close(imds.release)
 			before := usedMemory()

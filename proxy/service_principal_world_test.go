@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/url"
 	"strings"
 	"sync"
@@ -109,15 +108,7 @@ func newPrincipalWorld(t *testing.T) *principalWorld {
 
 	resolver, err := podresolver.New(boundTo(fakeEntra.URL).Sources(), podresolver.Config{Node: "node1", Logger: log})
 	require.NoError(t, err)
-	ctx, cancel := context.WithCancel(context.Background())
-	t.Cleanup(func() { cancel(); p.running.Wait() })
-	p.running.Go(func() { resolver.Run(ctx) })
-	<-resolver.Synced()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	p.addr = ln.Addr().String()
-	p.server = New(Config{Pods: resolver, Tokens: tokens, Upstream: up, Logger: log})
-	p.running.Go(func() { assert.NoError(t, p.server.Serve(ctx, ln)) })
+	p.serve(Config{Pods: run(t, resolver), Tokens: tokens, Upstream: up, Logger: log})
 	t.Cleanup(func() { // whatever a test was about
 		for _, secret := range []string{theSecret, filePasswd, base64.StdEncoding.EncodeToString(file)[:64], "eyJ", "PRIVATE KEY"} {
 			assert.NotContains(t, p.log.String(), secret)

@@ -1,9 +1,7 @@
 package proxy
 
 import (
-	"fmt"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -54,29 +52,4 @@ func TestAProxyBeforeIMDSThatRefuses(t *testing.T) {
 	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
 	assert.JSONEq(t, `{"error":"temporarily_unavailable","error_description":"The metadata service is not available"}`, body)
 	assert.Contains(t, w.logLine("pod shop/bound"), "allow this agent's process GET /metadata/identity/oauth2/token in the InVMAccessControlProfile for IMDS")
-}
-
-func TestAPodThatAsksTooFast(t *testing.T) {
-	w := newWorld(t, nil)
-	statuses := make(map[int]int)
-	var mu sync.Mutex // guards statuses
-	var all sync.WaitGroup
-	for i := range 60 {
-		all.Go(func() {
-			resp, body := w.get(bound, tokenURL+fmt.Sprint(i))
-			if resp.StatusCode == 429 {
-				assert.Equal(t, "1", resp.Header.Get("Retry-After"))
-				assert.JSONEq(t, `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`, body)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			statuses[resp.StatusCode]++
-		})
-	}
-	resp, _ := w.get(alsoBound, tokenURL+"other")
-	assert.Equal(t, 200, resp.StatusCode, "another pod is served meanwhile")
-	all.Wait()
-	assert.GreaterOrEqual(t, statuses[200], 20)
-	assert.Positive(t, statuses[429])
-	assert.Equal(t, 60, statuses[200]+statuses[429])
 }

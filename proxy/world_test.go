@@ -44,7 +44,7 @@ type world struct {
 
 	server *Server
 
-	stop    func() // tells the server and the resolver to stop
+	stop    func() // tells the server to stop
 	running sync.WaitGroup
 }
 
@@ -88,41 +88,54 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	tokens := tokencache.New(up.Token, tokencache.Config{})
 	t.Cleanup(tokens.Close)
 
-	ctx, cancel := context.WithCancel(context.Background())
-	w.stop = cancel
-	t.Cleanup(func() { cancel(); w.running.Wait() })
-	resolver := newResolver(t, log)
-	w.running.Go(func() { resolver.Run(ctx) })
-	select {
-	case <-resolver.Synced():
-	case <-time.After(patience):
-		t.Fatal("not synced: ", resolver.Ready())
-	}
-
-	cfg := Config{Pods: resolver, Tokens: tokens, Upstream: up, Logger: log}
+	cfg := Config{Pods: runResolver(t, podresolver.Config{Logger: log}), Tokens: tokens, Upstream: up, Logger: log}
 	if change != nil {
 		change(&cfg)
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	w.addr = ln.Addr().String()
-	w.server = New(cfg)
-	w.running.Go(func() { assert.NoError(t, w.server.Serve(ctx, ln)) })
+	w.serve(cfg)
 	return w
 }
 
-func newResolver(tb testing.TB, log *slog.Logger) *podresolver.Resolver {
-	tb.Helper()
-	return newResolverThatWaits(tb, log, 50*time.Millisecond)
+// serve serves on loopback until the test ends, or stop is called.
+func (w *world) serve(cfg Config) {
+	w.t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(w.t, err)
+	w.addr = ln.Addr().String()
+	w.server = New(cfg)
+	var ctx context.Context
+	ctx, w.stop = context.WithCancel(context.Background())
+	w.t.Cleanup(func() { w.stop(); w.running.Wait() })
+	w.running.Go(func() { assert.NoError(w.t, w.server.Serve(ctx, ln)) })
 }
 
-func newResolverThatWaits(tb testing.TB, log *slog.Logger, podWait time.Duration) *podresolver.Resolver {
+// runResolver returns newResolver's, which runs until the test ends, and is in sync.
+func runResolver(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
 	tb.Helper()
-	return newResolverWith(tb, podresolver.Config{PodWait: podWait, Logger: log})
+	return run(tb, newResolver(tb, cfg))
 }
 
-func newResolverWith(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
+func run(tb testing.TB, r *podresolver.Resolver) *podresolver.Resolver {
 	tb.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { r.Run(ctx) })
+	tb.Cleanup(func() { cancel(); running.Wait() })
+	select {
+	case <-r.Synced():
+	case <-time.After(patience):
+		tb.Fatal("not synced: ", r.Ready())
+	}
+	return r
+}
+
+// newResolver returns a resolver that knows the pods of the test node, and waits 50 ms for
+// others unless cfg says otherwise.
+func newResolver(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
+	tb.Helper()
+	if cfg.PodWait == 0 {
+		cfg.PodWait = 50 * time.Millisecond
+	}
 	cfg.Node = "node1"
 	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "shop", Name: name} }
 	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
