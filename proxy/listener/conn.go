@@ -32,8 +32,12 @@ type Conn struct {
 	// cancel ends the context of the connection's requests. http.Server does that when it
 	// notices that the client has gone, and it does not look out for that while there is
 	// something unread, such as a body that nobody wants.
-	cancel context.CancelFunc
-	// ingress is what Ingress returned; only the goroutine that serves the connection uses it.
+	cancel   context.CancelFunc
+	canceled <-chan struct{}
+	// delay is how long its first Read has to wait, see pace. Only the goroutine that serves
+	// the connection uses it, as the next ones.
+	delay time.Duration
+	// ingress is what Ingress returned.
 	ingress      int
 	ingressKnown bool
 
@@ -136,11 +140,31 @@ func (c *Conn) endRequest() {
 	c.inBody.Store(false)
 	c.head.begin()
 	c.writeBy = time.Time{}
+	if len(c.head.ahead) > 0 {
+		c.pause(pipelinedPause)
+	}
+}
+
+// pause waits for as long, or until the connection is evicted.
+func (c *Conn) pause(d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-c.canceled:
+	}
 }
 
 // Read implements net.Conn. It returns no more than the rest of a head, so that no head is
 // parsed before its lines have been counted.
 func (c *Conn) Read(p []byte) (int, error) {
+	if c.delay > 0 {
+		c.pause(c.delay)
+		c.delay = 0
+	}
 	if c.inBody.Load() {
 		return c.head.readBody(c.Conn, p, c.wantBody.Load())
 	}

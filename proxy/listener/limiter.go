@@ -54,7 +54,7 @@ type caller struct {
 
 // NewLimiter returns a Limiter of so many connections in all, and of one caller.
 func NewLimiter(total, perCaller int) *Limiter {
-	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller)}
+	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller), pace: pace{limit: maxLimit}}
 }
 
 // Listener wraps a listener so that the connections that it accepts are within the bounds, and
@@ -107,6 +107,7 @@ func (l *Limiter) admit(accepted net.Conn) net.Conn {
 	}
 	admitted := &Conn{Conn: accepted, limiter: l, caller: from}
 	admitted.place = from.conns.PushBack(admitted)
+	admitted.delay = l.delayLocked(from, connectionCost)
 	l.callers[addr] = from // again, if it has just lost its last
 	l.open++
 	return admitted
@@ -182,16 +183,7 @@ func (l *Limiter) setBusy(c *Conn) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c.busy = true
-	return l.delayLocked(c.caller, time.Now())
-}
-
-func (l *Limiter) delayLocked(c *caller, now time.Time) time.Duration {
-	if l.pace.turn(now) {
-		for _, other := range l.callers {
-			l.forgetLocked(other, now)
-		}
-	}
-	return l.pace.delay(&c.share, now)
+	return l.delayLocked(c.caller, 1)
 }
 
 // connKey finds the *Conn of a request in its context.
@@ -204,6 +196,7 @@ func (l *Limiter) ConnContext(ctx context.Context, nc net.Conn) context.Context 
 		return ctx
 	}
 	ctx, c.cancel = context.WithCancel(ctx)
+	c.canceled = ctx.Done()
 	return context.WithValue(ctx, connKey{}, c)
 }
 
@@ -224,9 +217,7 @@ func (l *Limiter) ConnState(nc net.Conn, state http.ConnState) {
 	switch state {
 	case http.StateActive:
 		c.startRequest()
-		if delay := l.setBusy(c); delay > 0 {
-			time.Sleep(delay)
-		}
+		c.pause(l.setBusy(c))
 	case http.StateIdle:
 		c.endRequest()
 		l.setIdle(c)

@@ -1,8 +1,12 @@
 package listener
 
 import (
+	"net"
+	"net/http"
 	"net/netip"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -10,108 +14,288 @@ import (
 )
 
 var (
-	start          = time.Unix(1e9, 0)
-	greedy, modest = netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")
+	start  = time.Unix(1e9, 0)
+	greedy = netip.MustParseAddr("10.0.0.1")
 )
 
-// pacer is a Limiter of which only the pace is of interest.
-type pacer struct{ *Limiter }
-
-func newPacer() *pacer { return &pacer{NewLimiter(1, 1)} }
-
-func (p *pacer) delay(from netip.Addr, now time.Time) time.Duration {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	c := p.callers[from]
-	if c == nil {
-		c = &caller{addr: from}
-		p.callers[from] = c
-	}
-	c.acquired++ // for it not to be forgotten in between
-	defer func() { c.acquired-- }()
-	return p.delayLocked(c, now)
+// core is a model of a core that handles requests in the order in which they come, as Go's
+// scheduler does: it parses a head, asks the pace, and handles the rest at once or when the
+// pause is over.
+type core struct {
+	pace         pace
+	parse, serve time.Duration
+	now          time.Time
+	queue        []task // that can run
+	paused       []task
+	sampled      time.Time
+	handled      map[*share]int
+	waits        map[*share][]time.Duration
 }
 
-// asks makes requests on so many connections, each as soon as the last has been handled
-// (which takes no time here), for a second, and returns how many there were.
-func asks(p *pacer, from netip.Addr, connections int, meanwhile func(time.Time)) int {
-	ready := make([]time.Time, connections)
-	requests := 0
-	for now := start; now.Before(start.Add(time.Second)); now = now.Add(25 * time.Microsecond) {
-		meanwhile(now)
-		for i := range ready {
-			if !ready[i].After(now) {
-				ready[i] = now.Add(p.delay(from, now))
-				requests++
-				break // a core handles one at a time
+type task struct {
+	of     *share
+	came   time.Time
+	ready  time.Time // not before
+	parsed bool
+}
+
+func newCore(parse, serve time.Duration) *core {
+	return &core{
+		pace: pace{limit: maxLimit}, parse: parse, serve: serve, now: start,
+		handled: make(map[*share]int), waits: make(map[*share][]time.Duration),
+	}
+}
+
+// run lets one caller keep so many connections busy, and another make a request now and
+// then, for so long.
+func (c *core) run(length time.Duration, busy *share, connections int, now *share, then time.Duration) {
+	for range connections {
+		c.queue = append(c.queue, task{of: busy, came: c.now})
+	}
+	next := c.now.Add(then)
+	for end := c.now.Add(length); c.now.Before(end); {
+		c.pace.turn(c.now)
+		if c.now.Sub(c.sampled) >= sampleInterval {
+			c.sampled = c.now
+			var lag time.Duration
+			for _, t := range c.queue {
+				lag += c.serve
+				if !t.parsed {
+					lag += c.parse
+				}
+			}
+			c.pace.observe(lag)
+		}
+		if !c.now.Before(next) {
+			c.queue = append(c.queue, task{of: now, came: c.now})
+			next = next.Add(then)
+		}
+		var still []task
+		for _, t := range c.paused {
+			if t.ready.After(c.now) {
+				still = append(still, t)
+			} else {
+				c.queue = append(c.queue, t)
 			}
 		}
-	}
-	return requests
-}
-
-func TestOnePodMayAskAsFastAsItCan(t *testing.T) {
-	p := newPacer()
-	requests := asks(p, greedy, 64, func(time.Time) {})
-	assert.Equal(t, 40_000, requests, "as many as a core handles")
-}
-
-func TestPodsThatAskAtTheSameTimeShare(t *testing.T) {
-	p := newPacer()
-	next := start
-	var waits []time.Duration
-	requests := asks(p, greedy, 64, func(now time.Time) {
-		if now.Before(next) {
-			return
+		if c.paused = still; len(c.queue) == 0 {
+			c.now = c.now.Add(10 * time.Microsecond)
+			continue
 		}
-		waits = append(waits, p.delay(modest, now))
-		next = next.Add(2 * time.Millisecond)
-	})
-	assert.InDelta(t, sharedRate/2, requests, 200)
-	require.Len(t, waits, 500)
-	for _, wait := range waits {
-		require.Zero(t, wait, "a pod that asks for less than its share waits for nothing")
+		t := c.queue[0]
+		c.queue = c.queue[1:]
+		if !t.parsed {
+			c.now, t.parsed = c.now.Add(c.parse), true
+			if delay := c.pace.delay(t.of, 1, c.now); delay > 0 {
+				t.ready = c.now.Add(delay)
+				c.paused = append(c.paused, t)
+				continue
+			}
+		}
+		c.now = c.now.Add(c.serve)
+		c.handled[t.of]++
+		c.waits[t.of] = append(c.waits[t.of], c.now.Sub(t.came))
+		if t.of == busy {
+			c.queue = append(c.queue, task{of: busy, came: c.now})
+		}
 	}
 }
 
-func TestNoWaitIsLong(t *testing.T) {
-	const connections = 64 // of one caller
-	p := newPacer()
-	for i := range 250 {
-		p.delay(netip.AddrFrom4([4]byte{10, 0, 1, byte(i)}), start)
+func TestFloodsCostOthersLittle(t *testing.T) {
+	for name, tc := range map[string]struct {
+		parse, serve time.Duration
+		connections  int
+		every        time.Duration
+		least        int // requests a second of the flood
+	}{
+		"tokens from memory, beside a caller that asks often":   {10 * time.Microsecond, 40 * time.Microsecond, 64, 2 * time.Millisecond, 4000},
+		"tokens from memory, beside one that asks now and then": {10 * time.Microsecond, 40 * time.Microsecond, 64, 300 * time.Millisecond, 12_000},
+		"large heads that are refused":                          {150 * time.Microsecond, 150 * time.Microsecond, 64, 300 * time.Millisecond, 1500},
+		"a caller that keeps few connections busy":              {10 * time.Microsecond, 15 * time.Microsecond, 16, 300 * time.Millisecond, 38_000},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newCore(tc.parse, tc.serve)
+			var flood, good share
+			c.run(300*time.Millisecond, &flood, tc.connections, &good, tc.every) // until it has settled
+			clear(c.handled)
+			clear(c.waits)
+			c.run(time.Second, &flood, 0, &good, tc.every)
+			var all, longest time.Duration
+			waits := c.waits[&good]
+			require.NotEmpty(t, waits)
+			for _, wait := range waits {
+				all += wait
+				longest = max(longest, wait)
+			}
+			assert.Less(t, all/time.Duration(len(waits)), 4*maxLag, "on average")
+			assert.Less(t, longest, 16*maxLag)
+			assert.Greater(t, c.handled[&flood], tc.least)
+		})
 	}
-	var longest time.Duration
-	for range connections {
-		longest = max(longest, p.delay(greedy, start))
-	}
-	assert.Equal(t, (connections-paceBurst)*time.Second/leastRate, longest, "for all of its connections at once")
 }
 
-func TestSharesEndWhenTheOthersAreQuiet(t *testing.T) {
-	p, now := newPacer(), start
-	many := func(now time.Time) (last time.Duration) {
+// paced is a pace that limits all callers to so many requests a second.
+func paced(limit float64) *pace {
+	p := &pace{limit: limit}
+	p.turn(start)
+	return p
+}
+
+func TestNobodyIsLimitedWithoutLag(t *testing.T) {
+	p, s := paced(maxLimit), new(share)
+	for range 100_000 {
+		require.Zero(t, p.delay(s, 1, start))
+	}
+}
+
+// longest is the longest pause among so many requests at once.
+func longest(p *pace, s *share, requests, cost int) (longest time.Duration) {
+	for range requests {
+		longest = max(longest, p.delay(s, cost, start))
+	}
+	return longest
+}
+
+func TestCallersShareTheLimit(t *testing.T) {
+	p := paced(10_000)
+	p.activeBefore = 10
+	assert.Equal(t, 100*time.Millisecond, longest(p, new(share), paceBurst+100, 1), "a tenth of 10,000 a second")
+	assert.Zero(t, longest(p, new(share), paceBurst, 1), "within its share")
+	assert.Equal(t, connectionCost*time.Millisecond, longest(p, new(share), paceBurst/connectionCost+1, connectionCost))
+}
+
+func TestPausesAreBounded(t *testing.T) {
+	p, s := paced(minLimit), new(share)
+	p.activeBefore = 250
+	assert.Equal(t, (64-paceBurst)*time.Second/minShare, longest(p, s, 64, 1), "a request on each connection")
+	assert.Equal(t, maxPause, longest(p, s, 10_000, connectionCost))
+}
+
+func TestTheLimitFollowsTheLag(t *testing.T) {
+	p := paced(maxLimit)
+	for range 100 {
+		p.observe(2 * maxLag)
+	}
+	assert.InDelta(t, minLimit, p.limit, 0)
+	p.observe(maxLag * 3 / 4)
+	assert.InDelta(t, minLimit, p.limit, 0)
+	for range 1000 {
+		p.observe(0)
+	}
+	assert.InDelta(t, maxLimit, p.limit, 0)
+}
+
+func TestTheLagIsWatchedWhileThereAreManyRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewLimiter(8, 8)
+		c := &Conn{limiter: l, caller: &caller{addr: greedy}}
+		watching := func() bool {
+			synctest.Wait()
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return l.pace.watching
+		}
+		for range 10 {
+			l.setBusy(c)
+		}
+		assert.False(t, watching())
 		for range 100 {
-			last = p.delay(greedy, now)
+			l.setBusy(c)
 		}
-		return last
-	}
-	p.delay(modest, now)
-	assert.Positive(t, many(now))
-	assert.Positive(t, many(now.Add(paceWindow)), "the other has asked just now")
-	assert.Zero(t, many(now.Add(2*paceWindow)))
-	p.delay(modest, now.Add(2*paceWindow))
-	assert.Positive(t, many(now.Add(2*paceWindow)))
-	assert.Zero(t, many(now.Add(4*paceWindow)), "and after a long silence")
+		assert.True(t, watching())
+		time.Sleep(paceWindow + 2*sampleInterval)
+		assert.True(t, watching(), "there were many just now")
+		time.Sleep(paceWindow + 2*sampleInterval)
+		assert.False(t, watching())
+	})
 }
 
-func TestAddressesThatAskNoMoreAreForgotten(t *testing.T) {
-	p := newPacer()
-	for i := range 1000 {
-		p.delay(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), start)
-	}
-	p.delay(greedy, start.Add(paceWindow))
-	known := func() int { return len(p.callers) } // the map itself would be a long failure
-	assert.Equal(t, 1000, known(), "they may have waited until now")
-	p.delay(greedy, start.Add(2*paceWindow))
-	assert.Equal(t, 1, known())
+func TestCallersThatAskNoMoreAreForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewLimiter(8, 8)
+		known := func() int { return len(l.callers) }
+		ask := func(from netip.Addr) {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			c := l.callers[from]
+			if c == nil {
+				c = &caller{addr: from}
+			}
+			l.delayLocked(c, 1)
+			l.callers[from] = c
+		}
+		for i := range 1000 {
+			ask(netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)}))
+		}
+		time.Sleep(paceWindow)
+		ask(greedy)
+		assert.Equal(t, 1001, known(), "in the window before they count as callers that ask")
+		time.Sleep(paceWindow)
+		ask(greedy)
+		assert.Equal(t, 1, known())
+		time.Sleep(time.Second) // until nobody watches the lag
+	})
+}
+
+// Goroutines of connections that were evicted do not stay, and pile up.
+func TestEvictedConnectionsDoNotPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewLimiter(8, 1)
+		l.pace.limit, l.pace.watching = minLimit, true // nothing else changes it
+		admit := func() *Conn {
+			server, client := net.Pipe()
+			t.Cleanup(func() { _ = client.Close() })
+			c, ok := l.admit(addressed{server, greedy.String()}).(*Conn)
+			require.True(t, ok)
+			l.ConnContext(t.Context(), c)
+			return c
+		}
+		c := admit()
+		for range 200 {
+			began := time.Now()
+			var reading sync.WaitGroup
+			reading.Go(func() { _, _ = c.Read(make([]byte, 1)) })
+			synctest.Wait()
+			c = admit()
+			reading.Wait()
+			assert.Zero(t, time.Since(began))
+		}
+		assert.Equal(t, maxPause, c.delay)
+	})
+}
+
+func TestRequestsAreHeldBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewLimiter(8, 8)
+		l.pace.limit, l.pace.watching = minLimit, true // nothing else changes it
+		server, client := net.Pipe()
+		defer client.Close()
+		c, ok := l.admit(addressed{server, greedy.String()}).(*Conn)
+		require.True(t, ok)
+		began := time.Now()
+		for range paceBurst - connectionCost + 10 {
+			l.ConnState(c, http.StateActive)
+			l.ConnState(c, http.StateIdle)
+		}
+		assert.Equal(t, 10*time.Second/minLimit, time.Since(began))
+	})
+}
+
+func TestPipelinedRequestsArePaused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, client := net.Pipe()
+		defer client.Close()
+		l := NewLimiter(8, 8)
+		c, ok := l.admit(addressed{server, greedy.String()}).(*Conn)
+		require.True(t, ok)
+		go func() { _, _ = client.Write([]byte("GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n")) }()
+		began := time.Now()
+		for range 2 {
+			_, err := c.Read(make([]byte, 1024))
+			require.NoError(t, err)
+			l.ConnState(c, http.StateActive)
+			l.ConnState(c, http.StateIdle)
+		}
+		assert.Equal(t, pipelinedPause, time.Since(began), "after the first, which has another behind it")
+	})
 }
