@@ -109,70 +109,68 @@ func (n *node) attackers() []*attacker {
 
 func TestForgedPacketsAreNoWayAroundTheRedirect(t *testing.T) {
 	const attempts = 4
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			pods := n.attackers()
-			n.agent(iptables.Redirect) // on all addresses
-			for _, invalidDropped := range []bool{false, true} {
-				patience := 500 * time.Millisecond
-				if invalidDropped {
-					patience = 1400 * time.Millisecond // the metadata service's second SYN/ACK included
-					n.iptablesOn(backend, "filter", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
-				}
-				for _, standing := range fencesToTry(backend) {
-					n.fenced(iptables.DNAT, standing)
-					n.leaks.Store(0)
-					missing := make(map[string]bool) // attacks that are to succeed where no fence stands
-					var mu sync.Mutex                // guards missing
-					round := func() {
-						var attacking sync.WaitGroup
-						for _, pod := range pods {
-							for _, first := range []attack.FirstPacket{attack.ACK, attack.SYN} {
-								ports := pod.nextPorts(attempts)
-								attacking.Go(func() {
-									results, err := pod.Attack(t.Context(), attack.Config{First: first, Ports: ports, Patience: patience, Path: "/"})
-									assert.NoError(t, err)
-									mu.Lock()
-									defer mu.Unlock()
-									what := fmt.Sprintf("%s, %s, INVALID dropped: %t", pod.what, first, invalidDropped)
-									if _, ok := missing[what]; !ok && pod.opens && (first == attack.SYN || !invalidDropped) {
-										missing[what] = true
-									}
-									for _, result := range results {
-										if result.Answer == "imds" {
-											missing[what] = false
-											assert.Equal(t, noFence, standing, what)
-										}
-									}
-								})
-							}
-						}
-						attacking.Wait()
-					}
-					round()
-					if standing == noFence {
-						// Attempts succeed by chance: see attack.SYN.
-						for range 10 {
-							if !anyTrue(missing) {
-								break
-							}
-							round()
-						}
-						for what, isMissing := range missing {
-							assert.False(t, isMissing, "the attack did not work where it should: %s", what)
-						}
-						continue
-					}
-					assert.Zero(t, n.leaks.Load(), "%s, INVALID dropped: %t", standing, invalidDropped)
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		pods := n.attackers()
+		n.agent(iptables.Redirect) // on all addresses
+		for _, invalidDropped := range []bool{false, true} {
+			patience := 500 * time.Millisecond
+			if invalidDropped {
+				patience = 1400 * time.Millisecond // the metadata service's second SYN/ACK included
+				n.iptablesOn(backend, "filter", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+			}
+			for _, standing := range fencesToTry(backend) {
+				n.fenced(iptables.DNAT, standing)
+				n.leaks.Store(0)
+				missing := make(map[string]bool) // attacks that are to succeed where no fence stands
+				var mu sync.Mutex                // guards missing
+				round := func() {
+					var attacking sync.WaitGroup
 					for _, pod := range pods {
-						assert.Equal(t, "agent", ask(pod.Pod), "%s: served as before, with %s", pod.what, standing)
+						for _, first := range []attack.FirstPacket{attack.ACK, attack.SYN} {
+							ports := pod.nextPorts(attempts)
+							attacking.Go(func() {
+								results, err := pod.Attack(t.Context(), attack.Config{First: first, Ports: ports, Patience: patience, Path: "/"})
+								assert.NoError(t, err)
+								mu.Lock()
+								defer mu.Unlock()
+								what := fmt.Sprintf("%s, %s, INVALID dropped: %t", pod.what, first, invalidDropped)
+								if _, ok := missing[what]; !ok && pod.opens && (first == attack.SYN || !invalidDropped) {
+									missing[what] = true
+								}
+								for _, result := range results {
+									if result.Answer == "imds" {
+										missing[what] = false
+										assert.Equal(t, noFence, standing, what)
+									}
+								}
+							})
+						}
 					}
+					attacking.Wait()
+				}
+				round()
+				if standing == noFence {
+					// Attempts succeed by chance: see attack.SYN.
+					for range 10 {
+						if !anyTrue(missing) {
+							break
+						}
+						round()
+					}
+					for what, isMissing := range missing {
+						assert.False(t, isMissing, "the attack did not work where it should: %s", what)
+					}
+					continue
+				}
+				assert.Zero(t, n.leaks.Load(), "%s, INVALID dropped: %t", standing, invalidDropped)
+				for _, pod := range pods {
+					assert.Equal(t, "agent", ask(pod.Pod), "%s: served as before, with %s", pod.what, standing)
 				}
 			}
-			n.iptablesOn(backend, "filter", "-F", "FORWARD")
-		})
-	}
+		}
+		n.iptablesOn(backend, "filter", "-F", "FORWARD")
+	})
 }
 
 func anyTrue(m map[string]bool) bool {
@@ -244,117 +242,113 @@ func (n *node) answersLost(do string) {
 // What a program of the node does to connections before our rule sees them, or
 // instead of it, leads pods to nowhere.
 func TestOtherProgramsOpenNoWayAroundTheRedirect(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.agent(iptables.Redirect) // on all addresses
-			for _, tc := range []struct {
-				what     string
-				do, undo func()
-			}{
-				{
-					"NOTRACK for pods, as Cilium and Calico can be told to",
-					func() {
-						n.iptablesOn(backend, "raw", "-A", "PREROUTING", "-s", "10.244.0.0/16", "-j", "NOTRACK")
-					},
-					func() { n.iptablesOn(backend, "raw", "-F") },
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.agent(iptables.Redirect) // on all addresses
+		for _, tc := range []struct {
+			what     string
+			do, undo func()
+		}{
+			{
+				"NOTRACK for pods, as Cilium and Calico can be told to",
+				func() {
+					n.iptablesOn(backend, "raw", "-A", "PREROUTING", "-s", "10.244.0.0/16", "-j", "NOTRACK")
 				},
-				{
-					"a translation of somebody else's first",
-					func() {
-						n.run("table ip other {\nchain prerouting {\ntype nat hook prerouting priority -110;\nip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.254:80\n}\n}\n", "nft", "-f", "-")
-					},
-					func() { n.run("", "nft", "delete", "table", "ip", "other") },
+				func() { n.iptablesOn(backend, "raw", "-F") },
+			},
+			{
+				"a translation of somebody else's first",
+				func() {
+					n.run("table ip other {\nchain prerouting {\ntype nat hook prerouting priority -110;\nip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.254:80\n}\n}\n", "nft", "-f", "-")
 				},
-				{
-					"an ACCEPT before our jump",
-					func() { n.iptables("-I", "PREROUTING", "1", "-j", "ACCEPT") },
-					func() { n.iptables("-D", "PREROUTING", "1") },
+				func() { n.run("", "nft", "delete", "table", "ip", "other") },
+			},
+			{
+				"an ACCEPT before our jump",
+				func() { n.iptables("-I", "PREROUTING", "1", "-j", "ACCEPT") },
+				func() { n.iptables("-D", "PREROUTING", "1") },
+			},
+			{
+				"nat flushed, FORWARD accepted",
+				func() {
+					n.iptables("-F")
+					n.iptablesOn(backend, "filter", "-I", "FORWARD", "1", "-j", "ACCEPT")
 				},
-				{
-					"nat flushed, FORWARD accepted",
-					func() {
-						n.iptables("-F")
-						n.iptablesOn(backend, "filter", "-I", "FORWARD", "1", "-j", "ACCEPT")
-					},
-					func() { n.iptablesOn(backend, "filter", "-F", "FORWARD") },
-				},
-			} {
-				for _, standing := range fencesToTry(backend) {
-					n.fenced(iptables.DNAT, standing)
-					tc.do()
-					n.leaks.Store(0)
-					answer := askFor(n.pod, 300*time.Millisecond)
-					if standing == noFence {
-						assert.Equal(t, "imds", answer, "%s is a way around the redirect", tc.what)
-					} else {
-						assert.Empty(t, answer, "%s: %s", standing, tc.what)
-						assert.Zero(t, n.leaks.Load(), "%s: %s", standing, tc.what)
-					}
-					tc.undo()
+				func() { n.iptablesOn(backend, "filter", "-F", "FORWARD") },
+			},
+		} {
+			for _, standing := range fencesToTry(backend) {
+				n.fenced(iptables.DNAT, standing)
+				tc.do()
+				n.leaks.Store(0)
+				answer := askFor(n.pod, 300*time.Millisecond)
+				if standing == noFence {
+					assert.Equal(t, "imds", answer, "%s is a way around the redirect", tc.what)
+				} else {
+					assert.Empty(t, answer, "%s: %s", standing, tc.what)
+					assert.Zero(t, n.leaks.Load(), "%s: %s", standing, tc.what)
 				}
+				tc.undo()
 			}
-		})
-	}
+		}
+	})
 }
 
 // A program flushes one kind of rules again and again, while pods ask all the time.
 func TestFlushesLeakNothing(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			second, _ := n.addPod("10.244.0.8", testbed.Ptp)
-			n.agent(iptables.Redirect)
-			r, _ := n.reconcile(n.config(iptables.Redirect))
-			for _, tc := range []struct {
-				what   string
-				times  int
-				flush  func()
-				served bool // all the same
-			}{
-				{"nat", 200, func() { n.iptables("-F") }, false},
-				{"mangle", 50, func() { n.iptablesOn(backend, "mangle", "-F") }, true},
-				{"routing rules", 50, func() {
-					n.run("", "sh", "-c", "ip rule del pref 11; ip rule del pref 10; ip rule del pref 12; true")
-				}, true},
-			} {
-				done := make(chan struct{})
-				var asking sync.WaitGroup
-				for _, pod := range []*testbed.Pod{n.pod, second} {
-					asking.Go(func() {
-						for {
-							answer := askFor(pod, 100*time.Millisecond)
-							if tc.served {
-								answer = ask(pod)
-							}
-							assert.NotEqual(t, "imds", answer)
-							if tc.served {
-								assert.Equal(t, "agent", answer, tc.what)
-							}
-							select {
-							case <-done:
-								return
-							default:
-							}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		second, _ := n.addPod("10.244.0.8", testbed.Ptp)
+		n.agent(iptables.Redirect)
+		r, _ := n.reconcile(n.config(iptables.Redirect))
+		for _, tc := range []struct {
+			what   string
+			times  int
+			flush  func()
+			served bool // all the same
+		}{
+			{"nat", 200, func() { n.iptables("-F") }, false},
+			{"mangle", 50, func() { n.iptablesOn(backend, "mangle", "-F") }, true},
+			{"routing rules", 50, func() {
+				n.run("", "sh", "-c", "ip rule del pref 11; ip rule del pref 10; ip rule del pref 12; true")
+			}, true},
+		} {
+			done := make(chan struct{})
+			var asking sync.WaitGroup
+			for _, pod := range []*testbed.Pod{n.pod, second} {
+				asking.Go(func() {
+					for {
+						answer := askFor(pod, 100*time.Millisecond)
+						if tc.served {
+							answer = ask(pod)
 						}
-					})
-				}
-				for range tc.times {
-					tc.flush()
-				}
-				close(done)
-				asking.Wait()
-				assert.Zero(t, n.leaks.Load(), tc.what)
-				n.eventually(func() bool { return n.inPlace() && len(n.forward("mangle")) == 1 }, tc.what+" back")
-				assert.Equal(t, "agent", n.ask())
+						assert.NotEqual(t, "imds", answer)
+						if tc.served {
+							assert.Equal(t, "agent", answer, tc.what)
+						}
+						select {
+						case <-done:
+							return
+						default:
+						}
+					}
+				})
 			}
-			n.eventually(func() bool { // the last check may be waiting for its turn
-				lost := r.Stats().Lost
-				return lost["redirect"] > 0 && lost["guard"] > 0 && lost["routing"] > 0
-			}, "each loss is counted")
-			assert.Zero(t, r.Stats().Lost["wireserver"])
-		})
-	}
+			for range tc.times {
+				tc.flush()
+			}
+			close(done)
+			asking.Wait()
+			assert.Zero(t, n.leaks.Load(), tc.what)
+			n.eventually(func() bool { return n.inPlace() && len(n.forward("mangle")) == 1 }, tc.what+" back")
+			assert.Equal(t, "agent", n.ask())
+		}
+		n.eventually(func() bool { // the last check may be waiting for its turn
+			lost := r.Stats().Lost
+			return lost["redirect"] > 0 && lost["guard"] > 0 && lost["routing"] > 0
+		}, "each loss is counted")
+		assert.Zero(t, r.Stats().Lost["wireserver"])
+	})
 }
 
 // What was forged before the rules came is forgotten, so that it does not shadow the

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync/atomic"
 )
 
 // Backend is one of the two sets of tables that the kernel has for iptables. A
@@ -20,12 +21,10 @@ const (
 	Legacy Backend = "legacy"
 )
 
-// Backends lists the values that ParseBackend takes.
-var Backends = []Backend{Auto, NFT, Legacy}
-
 // ParseBackend returns the backend of that name.
 func ParseBackend(name string) (Backend, error) {
-	if b := Backend(name); slices.Contains(Backends, b) {
+	switch b := Backend(name); b {
+	case Auto, NFT, Legacy:
 		return b, nil
 	}
 	return "", fmt.Errorf("%q is not an iptables backend: use %q, %q or %q", name, Auto, NFT, Legacy)
@@ -65,30 +64,35 @@ func (b Backend) other() Backend {
 	return NFT
 }
 
-// kubeletChains are chains that the kubelet makes for the very purpose of
-// telling which backend the node uses (KEP-3178), the older one among them.
-var kubeletChains = []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"}
+// errNoCommands means that this machine has neither backend's commands.
+var errNoCommands = errors.New("neither iptables-nft nor iptables-legacy is on this machine: install the iptables package")
 
-// detect finds out which backend the node uses, and says how: the one with the
-// kubelet's chains, else the one with more rules, else the one that the plain
-// iptables command is a name for.
-func detect() (Backend, string, error) {
-	rules := map[Backend]int{}
-	available := slices.DeleteFunc([]Backend{NFT, Legacy}, func(b Backend) bool {
+// installed lists the backends whose commands this machine has.
+func installed() []Backend {
+	return slices.DeleteFunc([]Backend{NFT, Legacy}, func(b Backend) bool {
 		_, err := b.path()
 		return err != nil
 	})
+}
+
+// detect finds out which backend the node uses, and says how: the one with a chain of
+// the kubelet's, else the one with more rules, else the one that the plain iptables
+// command is a name for.
+func detect() (Backend, string, error) {
+	available := installed()
 	if len(available) == 0 {
-		return "", "", errors.New("neither iptables-nft nor iptables-legacy is on this machine: install the iptables package")
+		return "", "", errNoCommands
 	}
+	rules := map[Backend]int{}
 	for _, b := range available {
-		chains, n := survey(b)
-		for _, chain := range kubeletChains {
-			if slices.Contains(chains, chain) {
-				return b, "the kubelet's chain " + chain + " is there", nil
-			}
+		k, err := openKernel(b, new(atomic.Uint64))
+		if err != nil {
+			continue // what cannot be read counts as empty
 		}
-		rules[b] = n
+		if chain := k.kubeletChain(); chain != "" {
+			return b, "the kubelet's chain " + chain + " is there", nil
+		}
+		rules[b] = k.countRules()
 	}
 	switch {
 	case rules[NFT] > rules[Legacy]:
@@ -103,31 +107,40 @@ func detect() (Backend, string, error) {
 	return available[0], "the other is not on this machine", nil
 }
 
-// survey lists the chains that were made in a backend, and counts its rules
-// other than ours. What cannot be read counts as empty.
-func survey(b Backend) (chains []string, rules int) {
-	path, err := b.path()
-	if err != nil {
-		return nil, 0
+// kubeletChain returns the chain that the kubelet makes in mangle for the very purpose
+// of telling which backend the node uses (KEP-3178), or its predecessor; "" if neither
+// is there.
+func (k *kernel) kubeletChain() string {
+	if !k.backend.has("mangle") {
+		return ""
 	}
-	for _, t := range []string{"mangle", "nat", "filter"} {
-		if !b.has(t) {
+	chains, _ := k.tables.ListChains("mangle")
+	for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
+		if slices.Contains(chains, chain) {
+			return chain
+		}
+	}
+	return ""
+}
+
+// countRules counts the rules of others in the hooks that programs put rules in. Those
+// in chains of their own are left out: kube-proxy can have tens of thousands.
+func (k *kernel) countRules() (n int) {
+	for _, hook := range []chain{
+		{table: "nat", hook: "PREROUTING"}, {table: "nat", hook: "POSTROUTING"},
+		{table: "filter", hook: "INPUT"}, {table: "filter", hook: "FORWARD"},
+	} {
+		if !k.backend.has(hook.table) {
 			continue
 		}
-		out, err := exec.Command(path, "-t", t, "-S").Output()
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(string(out)) {
-			line = strings.TrimSpace(line)
-			if chain, ok := strings.CutPrefix(line, "-N "); ok {
-				chains = append(chains, chain)
-			} else if strings.HasPrefix(line, "-A ") && !mentionsOurs(line) {
-				rules++
+		lines, _ := k.tables.List(hook.table, hook.hook)
+		for _, rule := range rulesIn(lines) {
+			if !mentionsOurs(rule) {
+				n++
 			}
 		}
 	}
-	return chains, rules
+	return n
 }
 
 // has reports whether a backend may have a table of that name. Asking

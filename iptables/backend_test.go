@@ -11,48 +11,44 @@ import (
 )
 
 func TestTheBackendOfTheNodeIsFound(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.backend = iptables.Auto
-			for name, prepare := range map[string]func(){
-				"by its rules": func() { n.iptablesOf(backend, "-A", "POSTROUTING", "-j", "RETURN") },
-				"by the kubelet's chain, against more rules in the other": func() {
-					for range 3 {
-						n.iptablesOf(other(backend), "-A", "POSTROUTING", "-j", "RETURN")
-					}
-					n.iptablesOf(backend, "-N", "KUBE-KUBELET-CANARY")
-				},
-			} {
-				prepare()
-				n.redirect(iptables.Redirect)()
-				assert.Contains(t, n.iptablesOf(backend, "-S"), "aad-metadata", name)
-				assert.NotContains(t, n.iptablesOf(other(backend), "-S"), "aad-metadata", name)
-				require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
-				for _, b := range backends {
-					n.iptablesOf(b, "-F")
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.backend = iptables.Auto
+		for name, prepare := range map[string]func(){
+			"by its rules": func() { n.iptablesOn(backend, "nat", "-A", "POSTROUTING", "-j", "RETURN") },
+			"by the kubelet's chain, against more rules in the other": func() {
+				for range 3 {
+					n.iptablesOn(other(backend), "nat", "-A", "POSTROUTING", "-j", "RETURN")
 				}
+				n.iptablesOn(backend, "mangle", "-N", "KUBE-KUBELET-CANARY")
+			},
+		} {
+			prepare()
+			n.redirect(iptables.Redirect)()
+			assert.Contains(t, n.iptablesOn(backend, "nat", "-S"), "aad-metadata", name)
+			assert.NotContains(t, n.iptablesOn(other(backend), "nat", "-S"), "aad-metadata", name)
+			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
+			for _, b := range backends {
+				n.iptablesOn(b, "nat", "-F")
 			}
-			n.iptablesOf(backend, "-X")
-			n.backend = backend
-		})
-	}
+		}
+		n.iptablesOn(backend, "mangle", "-X")
+		n.backend = backend
+	})
 }
 
 func TestAChainInTheOtherBackendIsRemovedOnceOursIsInPlace(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.iptablesOf(other(backend), "-N", "aad-metadata")
-			n.iptablesOf(other(backend), "-A", "aad-metadata", "-p", "tcp", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
-			n.iptablesOf(other(backend), "-I", "PREROUTING", "1", "-j", "aad-metadata")
-			n.redirect(iptables.Redirect)
-			n.agent(iptables.Redirect)
-			assert.NotContains(t, n.iptablesOf(other(backend), "-S"), "aad-metadata")
-			assert.Equal(t, "agent", n.ask())
-			assert.Zero(t, n.leaks.Load())
-		})
-	}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.iptablesOn(other(backend), "nat", "-N", "aad-metadata")
+		n.iptablesOn(other(backend), "nat", "-A", "aad-metadata", "-p", "tcp", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
+		n.iptablesOn(other(backend), "nat", "-I", "PREROUTING", "1", "-j", "aad-metadata")
+		n.redirect(iptables.Redirect)
+		n.agent(iptables.Redirect)
+		assert.NotContains(t, n.iptablesOn(other(backend), "nat", "-S"), "aad-metadata")
+		assert.Equal(t, "agent", n.ask())
+		assert.Zero(t, n.leaks.Load())
+	})
 }
 
 func other(backend iptables.Backend) iptables.Backend {

@@ -20,8 +20,8 @@ const (
 	partAntispoof  = "antispoof"  // the rule against forged packets
 )
 
-// Parts lists what Run keeps in place, in the order in which it is written.
-var Parts = []string{partRouting, partGuard, partRedirect, partWireserver, partInput, partAntispoof}
+// parts lists what Run keeps in place, in the order in which it is written.
+var parts = []string{partRouting, partGuard, partRedirect, partWireserver, partInput, partAntispoof}
 
 // check is one check of everything that Run keeps in place.
 type check struct {

@@ -98,7 +98,10 @@ func Cleanup(ctx context.Context, cfg Config) error {
 	if missing := missingCapabilities(); len(missing) > 0 {
 		return permissionAdvice(missing)
 	}
-	_, _, missing := detect()
+	var missing error
+	if len(installed()) == 0 {
+		missing = errNoCommands
+	}
 	nft, nftErr := removeFrom(ctx, NFT, ours)
 	legacy, legacyErr := removeFrom(ctx, Legacy, ours)
 	address, addressErr := removeAddress(cfg.Address)

@@ -79,48 +79,44 @@ func TestDirectConnectionsToTheAgentsPort(t *testing.T) {
 
 // A redirect of others may leave no trace in conntrack.
 func TestModeNoneTakesDirectConnections(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.agent(iptables.Redirect) // on all addresses
-			const address = testbed.NodeAddress + ":2579"
-			n.redirect(iptables.DNAT)()
-			require.True(t, unanswered(dial(n.pod, address, aMoment)))
-			n.redirect(iptables.None) // the agent before had another mode
-			n.eventually(func() bool { return dial(n.pod, address, patience) == nil }, "taken away")
-			assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-input")
-		})
-	}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.agent(iptables.Redirect) // on all addresses
+		const address = testbed.NodeAddress + ":2579"
+		n.redirect(iptables.DNAT)()
+		require.True(t, unanswered(dial(n.pod, address, aMoment)))
+		n.redirect(iptables.None) // the agent before had another mode
+		n.eventually(func() bool { return dial(n.pod, address, patience) == nil }, "taken away")
+		assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-input")
+	})
 }
 
 // Whoever takes over may have another port. Connections that the predecessor has still
 // to answer are not cut.
 func TestAnotherPort(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.agent(iptables.Redirect)
-			stop := n.redirect(iptables.Redirect)
-			before := connect(t, n.pod.DialContext)
-			answer, err := before.ask()
-			require.NoError(t, err)
-			require.Equal(t, "agent", answer)
-			stop()
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.agent(iptables.Redirect)
+		stop := n.redirect(iptables.Redirect)
+		before := connect(t, n.pod.DialContext)
+		answer, err := before.ask()
+		require.NoError(t, err)
+		require.Equal(t, "agent", answer)
+		stop()
 
-			ln, err := net.Listen("tcp4", "0.0.0.0:2580")
-			require.NoError(t, err)
-			n.serve(ln, func(string) string { return "next agent" })
-			cfg := n.config(iptables.Redirect)
-			cfg.Port = 2580
-			n.reconcile(cfg)
-			assert.Equal(t, "next agent", n.ask())
-			answer, err = before.ask()
-			require.NoError(t, err)
-			assert.Equal(t, "agent", answer, "from before")
-			assert.True(t, unanswered(dial(n.pod, testbed.NodeAddress+":2580", aMoment)))
-			assert.NoError(t, dial(n.pod, testbed.NodeAddress+":2579", patience), "the old port may be somebody else's now")
-		})
-	}
+		ln, err := net.Listen("tcp4", "0.0.0.0:2580")
+		require.NoError(t, err)
+		n.serve(ln, func(string) string { return "next agent" })
+		cfg := n.config(iptables.Redirect)
+		cfg.Port = 2580
+		n.reconcile(cfg)
+		assert.Equal(t, "next agent", n.ask())
+		answer, err = before.ask()
+		require.NoError(t, err)
+		assert.Equal(t, "agent", answer, "from before")
+		assert.True(t, unanswered(dial(n.pod, testbed.NodeAddress+":2580", aMoment)))
+		assert.NoError(t, dial(n.pod, testbed.NodeAddress+":2579", patience), "the old port may be somebody else's now")
+	})
 }
 
 // The ports that the node's own connections are made from, so that a flood of all of

@@ -19,124 +19,114 @@ import (
 )
 
 func TestPodsReachTheAgent(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			for _, tc := range []struct {
-				shape testbed.Shape
-				mode  iptables.Mode
-				hears string
-			}{
-				{testbed.Ptp, iptables.Redirect, "agent"},
-				{testbed.Ptp, iptables.DNAT, "agent"},
-				{testbed.Bridge, iptables.Redirect, "agent"},
-				{testbed.Bridge, iptables.DNAT, "agent"},
-				{testbed.Routed, iptables.DNAT, "agent"},
-				// The kernel has no address to redirect to, and drops the packet:
-				// no token, but no leak either.
-				{testbed.Routed, iptables.Redirect, ""},
-			} {
-				t.Run(fmt.Sprintf("%s, mode %s", tc.shape, tc.mode), func(t *testing.T) {
-					n := newNode(t, backend, tc.shape)
-					require.Equal(t, "imds", n.ask(), "without rules a pod reaches the metadata service")
-					require.EqualValues(t, 1, n.leaks.Load())
-					n.redirect(tc.mode)
-					n.agent(tc.mode)
-					if tc.hears == "" {
-						assert.Empty(t, askFor(n.pod, aMoment))
-					} else {
-						assert.Equal(t, tc.hears, n.ask())
-					}
-					assert.EqualValues(t, 1, n.leaks.Load())
-				})
-			}
-		})
-	}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		for _, tc := range []struct {
+			shape testbed.Shape
+			mode  iptables.Mode
+			hears string
+		}{
+			{testbed.Ptp, iptables.Redirect, "agent"},
+			{testbed.Ptp, iptables.DNAT, "agent"},
+			{testbed.Bridge, iptables.Redirect, "agent"},
+			{testbed.Bridge, iptables.DNAT, "agent"},
+			{testbed.Routed, iptables.DNAT, "agent"},
+			// The kernel has no address to redirect to, and drops the packet:
+			// no token, but no leak either.
+			{testbed.Routed, iptables.Redirect, ""},
+		} {
+			t.Run(fmt.Sprintf("%s, mode %s", tc.shape, tc.mode), func(t *testing.T) {
+				n := newNode(t, backend, tc.shape)
+				require.Equal(t, "imds", n.ask(), "without rules a pod reaches the metadata service")
+				require.EqualValues(t, 1, n.leaks.Load())
+				n.redirect(tc.mode)
+				n.agent(tc.mode)
+				if tc.hears == "" {
+					assert.Empty(t, askFor(n.pod, aMoment))
+				} else {
+					assert.Equal(t, tc.hears, n.ask())
+				}
+				assert.EqualValues(t, 1, n.leaks.Load())
+			})
+		}
+	})
 }
 
 func TestRulesOutliveTheAgent(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
-				t.Run(string(mode), func(t *testing.T) {
-					n := newNode(t, backend, testbed.Ptp)
-					stopRules := n.redirect(mode)
-					stopAgent := n.agent(mode)
-					require.Equal(t, "agent", n.ask())
-					stopRules()
-					stopAgent()
-					assert.Empty(t, n.ask())
-					assert.True(t, n.inPlace())
-					n.agent(mode)
-					assert.Equal(t, "agent", n.ask(), "back without a word to iptables")
-					assert.Zero(t, n.leaks.Load())
-				})
-			}
-		})
-	}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
+			t.Run(string(mode), func(t *testing.T) {
+				n := newNode(t, backend, testbed.Ptp)
+				stopRules := n.redirect(mode)
+				stopAgent := n.agent(mode)
+				require.Equal(t, "agent", n.ask())
+				stopRules()
+				stopAgent()
+				assert.Empty(t, n.ask())
+				assert.True(t, n.inPlace())
+				n.agent(mode)
+				assert.Equal(t, "agent", n.ask(), "back without a word to iptables")
+				assert.Zero(t, n.leaks.Load())
+			})
+		}
+	})
 }
 
 func TestForeignChangesAreRepaired(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.redirect(iptables.Redirect)
-			n.agent(iptables.Redirect)
-			for what, change := range map[string]func(){
-				"chain flushed":        func() { n.iptables("-F", "aad-metadata") },
-				"jump deleted":         func() { n.iptables("-D", "PREROUTING", "-j", "aad-metadata") },
-				"nat flushed":          func() { n.iptables("-F") },
-				"all of nat deleted":   func() { n.run("*nat\nCOMMIT\n", "iptables-"+string(backend)+"-restore", "--wait=10") },
-				"a rule above ours":    func() { n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT") },
-				"our jump twice":       func() { n.iptables("-A", "PREROUTING", "-j", "aad-metadata") },
-				"a narrower jump":      func() { n.iptables("-A", "PREROUTING", "-i", "veth+", "-j", "aad-metadata") },
-				"a rule in our chain":  func() { n.iptables("-I", "aad-metadata", "1", "-j", "RETURN") },
-				"another agent's port": func() { n.iptables("-R", "aad-metadata", "1", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "1") },
-			} {
-				change()
-				n.eventually(func() bool { return n.inPlace() && n.ask() == "agent" }, what)
-			}
-		})
-	}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.redirect(iptables.Redirect)
+		n.agent(iptables.Redirect)
+		for what, change := range map[string]func(){
+			"chain flushed":        func() { n.iptables("-F", "aad-metadata") },
+			"jump deleted":         func() { n.iptables("-D", "PREROUTING", "-j", "aad-metadata") },
+			"nat flushed":          func() { n.iptables("-F") },
+			"all of nat deleted":   func() { n.run("*nat\nCOMMIT\n", "iptables-"+string(backend)+"-restore", "--wait=10") },
+			"a rule above ours":    func() { n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT") },
+			"our jump twice":       func() { n.iptables("-A", "PREROUTING", "-j", "aad-metadata") },
+			"a narrower jump":      func() { n.iptables("-A", "PREROUTING", "-i", "veth+", "-j", "aad-metadata") },
+			"a rule in our chain":  func() { n.iptables("-I", "aad-metadata", "1", "-j", "RETURN") },
+			"another agent's port": func() { n.iptables("-R", "aad-metadata", "1", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "1") },
+		} {
+			change()
+			n.eventually(func() bool { return n.inPlace() && n.ask() == "agent" }, what)
+		}
+	})
 }
 
 func TestTheChainOfAnOldNMIIsTakenOver(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Routed)
-			n.iptables("-N", "aad-metadata")
-			n.iptables("-A", "aad-metadata", "-p", "tcp", "!", "-s", "127.0.0.1/32", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
-			n.iptables("-A", "aad-metadata", "-j", "RETURN")
-			n.iptables("-A", "PREROUTING", "-p", "udp", "-j", "ACCEPT")
-			n.iptables("-I", "PREROUTING", "1", "-j", "aad-metadata")
-			n.redirect(iptables.DNAT)
-			n.agent(iptables.DNAT)
-			assert.Equal(t, "agent", n.ask())
-			assert.True(t, n.inPlace())
-			assert.Contains(t, n.iptables("-S", "PREROUTING"), "-p udp", "the rules of others stay")
-		})
-	}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Routed)
+		n.iptables("-N", "aad-metadata")
+		n.iptables("-A", "aad-metadata", "-p", "tcp", "!", "-s", "127.0.0.1/32", "-d", "169.254.169.254", "--dport", "80", "-j", "DNAT", "--to-destination", "127.0.0.1:2579")
+		n.iptables("-A", "aad-metadata", "-j", "RETURN")
+		n.iptables("-A", "PREROUTING", "-p", "udp", "-j", "ACCEPT")
+		n.iptables("-I", "PREROUTING", "1", "-j", "aad-metadata")
+		n.redirect(iptables.DNAT)
+		n.agent(iptables.DNAT)
+		assert.Equal(t, "agent", n.ask())
+		assert.True(t, n.inPlace())
+		assert.Contains(t, n.iptables("-S", "PREROUTING"), "-p udp", "the rules of others stay")
+	})
 }
 
 func TestCleanupRemovesWhatIsOursAndNothingElse(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.iptables("-N", "KUBE-SERVICES")
-			n.iptables("-A", "PREROUTING", "-j", "KUBE-SERVICES")
-			defer n.iptables("-X")
-			defer n.iptables("-F")
-			before := n.iptables("-S")
-			n.redirect(iptables.DNAT)()
-			require.NotEqual(t, before, n.iptables("-S"))
-			require.True(t, onLo(t, iptables.DefaultAddress))
-			for range 2 {
-				require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
-				assert.Equal(t, before, n.iptables("-S"))
-				assert.False(t, onLo(t, iptables.DefaultAddress))
-			}
-			assert.Equal(t, "imds", n.ask())
-		})
-	}
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.iptables("-N", "KUBE-SERVICES")
+		n.iptables("-A", "PREROUTING", "-j", "KUBE-SERVICES")
+		defer n.iptables("-X")
+		defer n.iptables("-F")
+		before := n.iptables("-S")
+		n.redirect(iptables.DNAT)()
+		require.NotEqual(t, before, n.iptables("-S"))
+		require.True(t, onLo(t, iptables.DefaultAddress))
+		for range 2 {
+			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
+			assert.Equal(t, before, n.iptables("-S"))
+			assert.False(t, onLo(t, iptables.DefaultAddress))
+		}
+		assert.Equal(t, "imds", n.ask())
+	})
 }
 
 func TestALockHeldByAnotherProgramIsWaitedFor(t *testing.T) {
@@ -158,25 +148,23 @@ func TestALockHeldByAnotherProgramIsWaitedFor(t *testing.T) {
 }
 
 func TestACleanupThatSomebodyElseHindersGoesAsFarAsItCan(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			n.redirect(iptables.Redirect)()
-			n.iptables("-A", "OUTPUT", "-j", "aad-metadata") // somebody else's
-			err := iptables.Cleanup(t.Context(), n.config(iptables.Redirect))
-			require.ErrorContains(t, err, "removing what is ours from iptables-"+string(backend))
-			assert.Equal(t, "imds", n.ask(), "our jump is gone, and the chain empty")
-			n.iptables("-F", "OUTPUT")
-			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		n.redirect(iptables.Redirect)()
+		n.iptables("-A", "OUTPUT", "-j", "aad-metadata") // somebody else's
+		err := iptables.Cleanup(t.Context(), n.config(iptables.Redirect))
+		require.ErrorContains(t, err, "removing what is ours from iptables-"+string(backend))
+		assert.Equal(t, "imds", n.ask(), "our jump is gone, and the chain empty")
+		n.iptables("-F", "OUTPUT")
+		require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
 
-			// In the other backend it is no reason not to be ready.
-			n.iptablesOf(other(backend), "-N", "aad-metadata")
-			n.iptablesOf(other(backend), "-A", "OUTPUT", "-j", "aad-metadata")
-			n.redirect(iptables.Redirect)
-			n.iptablesOf(other(backend), "-F")
-			n.iptablesOf(other(backend), "-X")
-		})
-	}
+		// In the other backend it is no reason not to be ready.
+		n.iptablesOn(other(backend), "nat", "-N", "aad-metadata")
+		n.iptablesOn(other(backend), "nat", "-A", "OUTPUT", "-j", "aad-metadata")
+		n.redirect(iptables.Redirect)
+		n.iptablesOn(other(backend), "nat", "-F")
+		n.iptablesOn(other(backend), "nat", "-X")
+	})
 }
 
 // onLo reports whether lo has the address, for this host alone.

@@ -41,8 +41,8 @@ func TestTheStatusNamesWhatIsWrongWithTheLinks(t *testing.T) {
 
 func TestStatusOnANodeWhoseProgramsMayBypassTheRules(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Routed)
-	host := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cilium_host"}, PeerName: "cilium_net"}
-	require.NoError(t, netlink.LinkAdd(host))
+	host, err := testbed.AddCiliumHost()
+	require.NoError(t, err)
 	defer func() { assert.NoError(t, netlink.LinkDel(host)) }()
 	pods := &podList{}
 	pods.set(n.pod.Addr)

@@ -3,7 +3,6 @@ package iptables
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"github.com/podidentity/nmi/iptables/links"
 )
@@ -26,12 +25,10 @@ const (
 	None Mode = "none"
 )
 
-// Modes lists the values that ParseMode takes.
-var Modes = []Mode{AutoMode, Redirect, DNAT, None}
-
 // ParseMode returns the mode of that name.
 func ParseMode(name string) (Mode, error) {
-	if m := Mode(name); slices.Contains(Modes, m) {
+	switch m := Mode(name); m {
+	case AutoMode, Redirect, DNAT, None:
 		return m, nil
 	}
 	return "", fmt.Errorf("%q is not a redirect mode: use %q, %q, %q or %q", name, AutoMode, Redirect, DNAT, None)

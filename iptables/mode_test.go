@@ -86,26 +86,24 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 }
 
 func TestARestartChangesNoRules(t *testing.T) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) {
-			n := newNode(t, backend, testbed.Ptp)
-			pods := &podList{}
-			cfg := n.config(iptables.AutoMode)
-			cfg.Pods = pods.get
-			pods.set(n.pod.Addr)
-			first, stop := n.reconcile(cfg)
-			require.Equal(t, iptables.Redirect, first.Status().Mode)
-			stop()
+	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
+		n := newNode(t, backend, testbed.Ptp)
+		pods := &podList{}
+		cfg := n.config(iptables.AutoMode)
+		cfg.Pods = pods.get
+		pods.set(n.pod.Addr)
+		first, stop := n.reconcile(cfg)
+		require.Equal(t, iptables.Redirect, first.Status().Mode)
+		stop()
 
-			pods.set() // an agent that has not synced
-			second, _ := n.reconcile(cfg)
-			assert.Equal(t, iptables.Redirect, second.Status().Mode)
-			pods.set(n.pod.Addr)
-			n.eventually(func() bool { return second.Status().Why == "every interface that leads to a pod has an IPv4 address" }, "knows why")
-			assert.Zero(t, second.Stats().Repairs)
-			assert.Equal(t, uint64(1), second.Stats().Checks, "pods that come are no reason to look at the rules")
-		})
-	}
+		pods.set() // an agent that has not synced
+		second, _ := n.reconcile(cfg)
+		assert.Equal(t, iptables.Redirect, second.Status().Mode)
+		pods.set(n.pod.Addr)
+		n.eventually(func() bool { return second.Status().Why == "every interface that leads to a pod has an IPv4 address" }, "knows why")
+		assert.Zero(t, second.Stats().Repairs)
+		assert.Equal(t, uint64(1), second.Stats().Checks, "pods that come are no reason to look at the rules")
+	})
 }
 
 func TestAProgramThatKeepsChangingTheRulesIsNamed(t *testing.T) {

@@ -23,9 +23,16 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-func TestMain(m *testing.M) { testbed.Main(m) }
+func TestMain(m *testing.M) { testbed.Main(m.Run) }
 
 var backends = []iptables.Backend{iptables.NFT, iptables.Legacy}
+
+// eachBackend runs a test with either.
+func eachBackend(t *testing.T, test func(*testing.T, iptables.Backend)) {
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) { test(t, backend) })
+	}
+}
 
 // node is a node with one pod and a metadata service that counts its visitors.
 type node struct {
@@ -111,7 +118,7 @@ func (n *node) reconcile(cfg iptables.Config) (r *iptables.Reconciler, stop func
 	n.t.Helper()
 	r, err := iptables.New(cfg)
 	require.NoError(n.t, err)
-	require.ErrorIs(n.t, r.Status().Err, iptables.ErrNotYet)
+	require.Error(n.t, r.Status().Err, "not yet")
 	stop = n.start(r)
 	n.eventually(func() bool { return r.Status().Err == nil }, "rules in place")
 	return r, stop
@@ -219,11 +226,6 @@ func calledTwice(tb testing.TB, pod *testbed.Pod) (times string) {
 func (n *node) iptables(args ...string) string {
 	n.t.Helper()
 	return n.iptablesOn(n.backend, "nat", args...)
-}
-
-func (n *node) iptablesOf(backend iptables.Backend, args ...string) string {
-	n.t.Helper()
-	return n.iptablesOn(backend, "nat", args...)
 }
 
 func (n *node) iptablesOn(backend iptables.Backend, table string, args ...string) string {

@@ -67,7 +67,7 @@ type Reconciler struct {
 
 	checks, repairs, cut atomic.Uint64
 	contended            atomic.Uint64
-	lost                 map[string]*atomic.Uint64 // by part; all of Parts are there
+	lost                 map[string]*atomic.Uint64 // by part; all of parts are there
 
 	// For New and Run alone.
 	kernel   *kernel             // nil as long as there are no iptables commands
@@ -96,8 +96,8 @@ type Status struct {
 	rules []string // those of the Notes that the last check of the rules gave
 }
 
-// ErrNotYet is the error of the Status before the first check.
-var ErrNotYet = errors.New("the iptables rules are not in place yet")
+// errNotYet is the error of the Status before the first check.
+var errNotYet = errors.New("the iptables rules are not in place yet")
 
 // Stats are counts since New.
 type Stats struct {
@@ -124,13 +124,13 @@ func New(cfg Config) (*Reconciler, error) {
 		}
 	}
 	r := &Reconciler{cfg: cfg, last: make(map[string][]string), lost: make(map[string]*atomic.Uint64)}
-	for _, part := range Parts {
+	for _, part := range parts {
 		r.lost[part] = new(atomic.Uint64)
 	}
 	if err := r.open(); err != nil {
 		cfg.Logger.Warn("no iptables rules can be written", "error", err)
 	}
-	r.status.Store(&Status{Err: ErrNotYet})
+	r.status.Store(&Status{Err: errNotYet})
 	return r, nil
 }
 

@@ -7,10 +7,6 @@ import (
 	"strings"
 )
 
-// Chain holds the redirect, and is ours alone. The name is that of the old NMI,
-// so that its chain is taken over, and tools that look for it go on working.
-const Chain = "aad-metadata"
-
 // wireserver is the other service that Azure gives every virtual machine: the
 // host's agent. To whoever asks on these ports it gives the machine's
 // configuration, certificates and bootstrap secrets included; on port 53 it is
@@ -38,9 +34,11 @@ var (
 		part: partGuard, purpose: "the guard that drops what is forwarded to or from the metadata service",
 		table: "mangle", hook: "FORWARD", name: "nmi-guard",
 	}
+	// The name is that of the old NMI, so that its chain is taken over, and tools that
+	// look for it go on working.
 	redirectChain = chain{
 		part: partRedirect, purpose: "the redirect of pods' requests to the agent",
-		table: "nat", hook: "PREROUTING", name: Chain,
+		table: "nat", hook: "PREROUTING", name: "aad-metadata",
 	}
 	wireserverChain = chain{
 		part: partWireserver, purpose: "the rule that rejects what pods send to the wireserver",

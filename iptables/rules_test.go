@@ -42,6 +42,7 @@ func TestHardening(t *testing.T) {
 	for mode, want := range map[Mode][]string{Redirect: {input, antispoof}, DNAT: {input, antispoof}, None: {antispoof}} {
 		assert.Equal(t, want, rulesOf(hardening(config, mode)), mode)
 	}
+	assert.ElementsMatch(t, []string{"mangle", "nat", "raw"}, (&Reconciler{cfg: Config{Mode: AutoMode}}).tables(), "legacy tables that are polled")
 	assert.Equal(t, "-A INPUT -j nmi-input", inputChain.jump())
 	assert.Equal(t, "mangle", inputChain.table)
 	assert.Equal(t, "-A PREROUTING -j nmi-antispoof", antispoofChain.jump())
@@ -118,7 +119,7 @@ func TestRemove(t *testing.T) {
 }
 
 func TestParseMode(t *testing.T) {
-	for _, m := range Modes {
+	for _, m := range []Mode{AutoMode, Redirect, DNAT, None} {
 		got, err := ParseMode(string(m))
 		require.NoError(t, err)
 		assert.Equal(t, m, got)

@@ -8,8 +8,8 @@ import (
 )
 
 func TestSensitivePathsAreForPodsWhereAllowed(t *testing.T) {
-	w := newWorld(t, func(c *Config) { c.Allow = Sensitive })
-	for _, path := range Sensitive[:3] {
+	w := newWorld(t, func(c *Config) { c.Allow = AllowablePaths() })
+	for _, path := range allowable[:3] {
 		resp, _ := w.get(bound, path+"?api-version=2021-02-01")
 		assert.Equal(t, 200, resp.StatusCode, path)
 		resp, _ = w.get(bound, "/"+path+"?api-version=2021-02-01")
@@ -39,7 +39,7 @@ func TestEachSensitivePathIsAllowedByItself(t *testing.T) {
 }
 
 func TestAnApprovalIsNoUpgrade(t *testing.T) {
-	w := newWorld(t, func(c *Config) { c.Allow = Sensitive })
+	w := newWorld(t, func(c *Config) { c.Allow = AllowablePaths() })
 	resp, _ := w.send(bound, request("POST", "/metadata/scheduledevents?api-version=2020-07-01", "Metadata: true", "Connection: Upgrade", "Upgrade: websocket", "Content-Length: 2")+"{}")
 	assert.Equal(t, 400, resp.StatusCode)
 	assert.Zero(t, w.imds.Requests())

@@ -23,7 +23,7 @@ func FuzzRoute(f *testing.F) {
 		switch kind := route(target); {
 		case kind == routeToken && leads != "/metadata/identity/oauth2/token",
 			kind == routePublic && leads != "/metadata/versions" && leads != "/metadata/loadbalancer",
-			kind == routeSensitive && !slices.Contains(Sensitive[:3], leads) && !strings.HasPrefix(leads+"/", "/metadata/thim/"),
+			kind == routeSensitive && !slices.Contains(allowable[:3], leads) && !strings.HasPrefix(leads+"/", "/metadata/thim/"),
 			kind == routeInstance && leads != "/metadata/instance" && !strings.HasPrefix(leads, "/metadata/instance/"):
 			t.Fatalf("%q is of kind %d, and leads to %q", target, kind, leads)
 		}

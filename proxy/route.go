@@ -22,12 +22,14 @@ const (
 	thim            = "/metadata/THIM"
 )
 
-// Sensitive are the paths that Config.Allow may have: the events of the node's
+// AllowablePaths returns the paths that Config.Allow may have: the events of the node's
 // maintenance, which a POST approves; a document that the node signs; the node's tenant;
 // and, for the paths below it, Trusted Hardware Identity Management: the certificates of
 // the node's processor, which confidential containers attest themselves with (Microsoft,
 // "Trusted Hardware Identity Management").
-var Sensitive = []string{scheduledEvents, "/metadata/attested/document", "/metadata/identity/info", thim}
+func AllowablePaths() []string { return slices.Clone(allowable[:]) }
+
+var allowable = [...]string{scheduledEvents, "/metadata/attested/document", "/metadata/identity/info", thim}
 
 // route matches a raw request target against the list of what is served. IMDS
 // forgives spellings: it folds case, and reads "\", "%5c" and "//" as a slash.
@@ -68,13 +70,13 @@ func route(target string) kind {
 	}
 }
 
-// sensitive returns which of Sensitive a path is, or is below; "" if it is none.
+// sensitive returns which of allowable a path is, or is below; "" if it is none.
 func sensitive(path string) string {
 	const root = "/metadata/"
 	switch {
 	case strings.HasPrefix(path, thim+"/") && plain(path[len(root):]):
 		return thim
-	case path != thim && slices.Contains(Sensitive, path):
+	case path != thim && slices.Contains(allowable[:], path):
 		return path
 	default:
 		return ""

@@ -60,7 +60,7 @@ type Config struct {
 	// to those of InstanceMetadataNamespaces.
 	BlockInstanceMetadata      bool
 	InstanceMetadataNamespaces []string
-	// Allow lists those of Sensitive that pods may have; none by default.
+	// Allow lists those of AllowablePaths that pods may have; none by default.
 	Allow []string
 	// PodsOnly answers nothing but to pods of this node. Without it what every
 	// pod may have is given to whoever comes, which is for listener.OnlyRedirected

@@ -220,8 +220,8 @@ func parseAuthorities(urls []string) (hosts []string, err error) {
 
 func parseAllowedPaths(paths []string) ([]string, error) {
 	for _, path := range paths {
-		if !slices.Contains(proxy.Sensitive, path) {
-			return nil, fmt.Errorf("%s cannot be allowed: want %s", path, strings.Join(proxy.Sensitive, ", "))
+		if !slices.Contains(proxy.AllowablePaths(), path) {
+			return nil, fmt.Errorf("%s cannot be allowed: want %s", path, strings.Join(proxy.AllowablePaths(), ", "))
 		}
 	}
 	return paths, nil

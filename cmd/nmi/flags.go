@@ -52,7 +52,7 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.resolver.IdentityWait, "identity-wait", podresolver.DefaultIdentityWait.String(), parseWait, "how long a request waits for MIC to assign the identity, in standard mode")
 	parsedVar(fs, &c.resolver.MaxStaleness, "max-staleness", "0s", parseStaleness, "how long tokens are served while the API server sends no news of a resource, not even when asked; 0 is for ever")
 	listVar(fs, &c.proxy.InstanceMetadataNamespaces, flagInstanceNamespaces, "", parseNamespaces, "with --block-instance-metadata, namespaces whose pods may have /metadata/instance all the same; repeat it or separate several by commas")
-	listVar(fs, &c.proxy.Allow, "allow-path", "", parseAllowedPaths, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.Sensitive, ", "))
+	listVar(fs, &c.proxy.Allow, "allow-path", "", parseAllowedPaths, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.AllowablePaths(), ", "))
 	listVar(fs, &c.proxy.HostTokenUIDs, "host-token-uids", "0", parseUIDs, "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does: root's by default; \"\" turns it off")
 	listVar(fs, &c.upstream.Authorities, "entra-authority", "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be used with (adEndpoint); repeat it or separate several by commas")
 

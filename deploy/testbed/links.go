@@ -10,11 +10,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// link makes a veth pair from here to the namespace, where its end is called peer,
-// and brings this end up.
-func link(name, peer string, to *Namespace) (netlink.Link, error) {
+// AddLink makes a veth pair from here to a namespace, with one name at both ends, and
+// brings this end up. Index 0 leaves its index to the kernel.
+func AddLink(name string, index int, to *Namespace) (netlink.Link, error) {
+	return link(name, name, index, to)
+}
+
+// AddCiliumHost makes the veth pair that Cilium has on every node. Both ends are the
+// node's.
+func AddCiliumHost() (netlink.Link, error) {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = name
+	attrs.Name = "cilium_host"
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "cilium_net"}); err != nil {
+		return nil, fmt.Errorf("making cilium_host: %w", err)
+	}
+	return netlink.LinkByName(attrs.Name)
+}
+
+func link(name, peer string, index int, to *Namespace) (netlink.Link, error) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.Index = name, index
 	err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: peer, PeerNamespace: netlink.NsFd(to.handle)})
 	if err != nil {
 		return nil, fmt.Errorf("making the link %s: %w", name, err)

@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestMain(m *testing.M) { Main(m) }
+func TestMain(m *testing.M) { Main(m.Run) }
 
 func TestMemoryLimit(t *testing.T) {
 	m, env, err := NewManifestMemoryLimit()

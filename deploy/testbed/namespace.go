@@ -20,7 +20,6 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
-	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -88,13 +87,14 @@ func inode() (string, error) {
 	return link, nil
 }
 
-// Main is a TestMain for tests that need a node. Without root it fails where CI
-// says that it is CI, and elsewhere skips every test, saying so.
-func Main(m *testing.M) {
+// Main is the body of a TestMain for tests that need a node; run is the Run of its
+// testing.M. Without root it fails where CI says that it is CI, and elsewhere skips
+// every test, saying so.
+func Main(run func() int) {
 	err := EnterNode()
 	switch {
 	case err == nil:
-		os.Exit(m.Run())
+		os.Exit(run())
 	case errors.Is(err, ErrNotRoot) && os.Getenv("CI") == "":
 		fmt.Println("SKIPPED, all tests of this package:", err)
 		os.Exit(0)

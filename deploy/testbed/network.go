@@ -90,7 +90,7 @@ func (n *Network) AddUplink() (*Uplink, error) {
 		Name: fmt.Sprintf("eth%d", i), Address: fmt.Sprintf("10.0.%d.4", i),
 		gateway: fmt.Sprintf("10.0.%d.1", i), metadata: n.Metadata,
 	}
-	here, err := link(u.Name, u.Name, n.Metadata)
+	here, err := AddLink(u.Name, 0, n.Metadata)
 	if err != nil {
 		return nil, err
 	}

@@ -70,7 +70,7 @@ func (p *Pod) connect() error {
 			return err
 		}
 	}
-	host, err := link(p.Link, PodLink, p.Namespace)
+	host, err := link(p.Link, PodLink, 0, p.Namespace)
 	if err != nil {
 		return err
 	}

@@ -19,10 +19,7 @@ func ciliumNode(t *testing.T) (lxc netlink.Link) {
 	inside, err := testbed.NewNamespace()
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, inside.Close()) })
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "lxc1234"
-	require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(inside.FD())}))
-	lxc, err = netlink.LinkByName("lxc1234")
+	lxc, err = testbed.AddLink("lxc1234", 0, inside)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = netlink.LinkDel(lxc) })
 	return lxc
@@ -30,10 +27,9 @@ func ciliumNode(t *testing.T) (lxc netlink.Link) {
 
 func addCiliumHost(t *testing.T) {
 	t.Helper()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "cilium_host"
-	require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "cilium_net"}))
-	t.Cleanup(func() { _ = netlink.LinkDel(&netlink.Veth{LinkAttrs: attrs}) })
+	host, err := testbed.AddCiliumHost()
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = netlink.LinkDel(host) })
 }
 
 func TestBypass(t *testing.T) {

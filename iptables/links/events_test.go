@@ -17,10 +17,7 @@ import (
 // addLink makes a pod's link, and index 0 leaves its index to the kernel.
 func addLink(t *testing.T, inside *testbed.Namespace, name string, index int) netlink.Link {
 	t.Helper()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.Index = name, index
-	require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: name, PeerNamespace: netlink.NsFd(inside.FD())}))
-	link, err := netlink.LinkByName(name)
+	link, err := testbed.AddLink(name, index, inside)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = netlink.LinkDel(link) })
 	return link

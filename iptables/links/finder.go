@@ -20,10 +20,10 @@ type Link struct {
 	Pinned bool
 }
 
-// ErrGateway means that the route to a pod leads to a gateway: its packets come in on
+// errGateway means that the route to a pod leads to a gateway: its packets come in on
 // another interface than the route's (Cilium's cilium_host), or the pod has no route of
 // its own yet, or no more, and this is the default route.
-var ErrGateway = errors.New("is behind a gateway, not on an interface of its own")
+var errGateway = errors.New("is behind a gateway, not on an interface of its own")
 
 // Finder looks up the interfaces that lead to pods. It remembers what it has found and
 // does not refresh it: use a new one for each survey.
@@ -67,7 +67,7 @@ func (f *Finder) lookUp(pod netip.Addr) (Link, error) {
 	}
 	route := routes[0]
 	if route.Gw != nil || route.Via != nil || route.LinkIndex == 0 { // the last: several hops
-		return Link{}, ErrGateway
+		return Link{}, errGateway
 	}
 	link := f.links[route.LinkIndex]
 	if link == nil {

@@ -20,7 +20,7 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 )
 
-func TestMain(m *testing.M) { testbed.Main(m) }
+func TestMain(m *testing.M) { testbed.Main(m.Run) }
 
 const (
 	// patience is for what must happen, on a machine that is busy with other things.

@@ -240,7 +240,7 @@ func (t *Tracker) routeLocked(addr netip.Addr, now time.Time) *route {
 	}
 	found := &route{until: now.Add(trustFor)}
 	switch found.Link, found.err = NewFinder().Find(addr); {
-	case errors.Is(found.err, ErrGateway):
+	case errors.Is(found.err, errGateway):
 		found.err = nil // not on one link with other pods; it is the plugin's to guard
 	case found.err != nil:
 		found.err = fmt.Errorf("address %s %w", addr, found.err)

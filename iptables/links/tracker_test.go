@@ -126,11 +126,7 @@ func TestALinkOfTheSameNameOrIndexIsAnother(t *testing.T) {
 	defer func() { assert.NoError(t, inside.Close()) }()
 	const index = 7000
 	link := func(index int) netlink.Link {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.Index = "lxc1", index
-		require.NoError(t, inside.Do(func() error { _, err := netlink.LinkByName("lo"); return err }))
-		require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(inside.FD())}))
-		made, err := netlink.LinkByName("lxc1")
+		made, err := testbed.AddLink("lxc1", index, inside)
 		require.NoError(t, err)
 		t.Cleanup(func() { _ = netlink.LinkDel(made) })
 		return made
@@ -181,10 +177,7 @@ func TestPodsWithoutStartedContainers(t *testing.T) {
 func TestWhereAPodHasNoLinkOfItsOwnTheAPIServersWordStands(t *testing.T) {
 	n := newNode(t)
 	tracker := n.track(links.Config{})
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "cilium_host"
-	require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "cilium_net"}))
-	host, err := netlink.LinkByName("cilium_host")
+	host, err := testbed.AddCiliumHost()
 	require.NoError(t, err)
 	defer func() { _ = netlink.LinkDel(host) }() // it goes with its peer, at some moment after that's namespace
 	gateway := netip.MustParseAddr("10.245.0.7") // by the default route
