@@ -15,10 +15,10 @@ func TestAutoModeFollowsPodsThatComeAndGo(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.agent(iptables.Redirect) // on all addresses
-		known := &podList{}
-		known.set(n.pod.Addr)
+		known := &testbed.PodList{}
+		known.Set(n.pod.Addr)
 		cfg := n.config(iptables.AutoMode)
-		cfg.Pods = known.get
+		cfg.Pods = known.Addresses
 		r, _ := n.reconcile(cfg)
 		becomes := func(mode iptables.Mode, when string) {
 			t.Helper()
@@ -30,21 +30,21 @@ func TestAutoModeFollowsPodsThatComeAndGo(t *testing.T) {
 		for range 2 {
 			bridged, removeBridged := n.addPod("10.244.0.20", testbed.Bridge)
 			neighbour, removeNeighbour := n.addPod("10.244.0.21", testbed.Bridge)
-			known.set(n.pod.Addr, bridged.Addr, neighbour.Addr)
+			known.Set(n.pod.Addr, bridged.Addr, neighbour.Addr)
 			assert.Equal(t, "agent", ask(bridged), "before it is known")
 			routed, removeRouted := n.addPod("10.244.0.30", testbed.Routed)
-			known.set(n.pod.Addr, bridged.Addr, neighbour.Addr, routed.Addr)
+			known.Set(n.pod.Addr, bridged.Addr, neighbour.Addr, routed.Addr)
 			becomes(iptables.DNAT, "a routed pod is there")
 			for _, pod := range []*testbed.Pod{bridged, neighbour, routed} {
 				assert.Equal(t, "agent", ask(pod), pod.Addr)
 			}
 			removeRouted()
 			removeNeighbour()
-			known.set(n.pod.Addr, bridged.Addr)
+			known.Set(n.pod.Addr, bridged.Addr)
 			becomes(iptables.Redirect, "no routed pod is there")
 			assert.Equal(t, "agent", ask(bridged))
 			removeBridged() // and the bridge with it
-			known.set(n.pod.Addr)
+			known.Set(n.pod.Addr)
 		}
 
 		// Another address for the pod's link. A bridge has the old one, so

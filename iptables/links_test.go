@@ -12,42 +12,15 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 )
 
-func TestTheStatusNamesWhatIsWrongWithTheLinks(t *testing.T) {
-	n := newNode(t, iptables.NFT, testbed.Bridge)
-	ptp, err := n.network.AddPod("10.244.1.8", testbed.Ptp)
-	require.NoError(t, err)
-	defer func() { assert.NoError(t, ptp.Close()) }()
-	pods := &podList{}
-	cfg := n.config(iptables.DNAT)
-	cfg.Pods = pods.get
-	r, _ := n.reconcile(cfg)
-	require.NoError(t, r.Status().Unguarded, "no pods, no trouble")
-
-	pods.set(n.pod.Addr, ptp.Addr)
-	n.eventually(func() bool { return r.Status().Unguarded != nil }, "noticed")
-	assert.ErrorIs(t, r.Status().Unguarded, links.ErrUnguarded)
-	assert.ErrorContains(t, r.Status().Unguarded, "cbr0: nothing there stops ARP spoofing (CVE-2021-1677)")
-	assert.ErrorContains(t, r.Status().Unguarded, "--allow-network-plugin-kubenet")
-	assert.Empty(t, r.Status().Notes)
-
-	pods.set(ptp.Addr)
-	n.eventually(func() bool { return r.Status().Unguarded == nil }, "all is well")
-
-	cfg.AllowUnguarded = true
-	pods.set(n.pod.Addr)
-	allowed, _ := n.reconcile(cfg)
-	assert.NoError(t, allowed.Status().Unguarded)
-}
-
 func TestStatusOnANodeWhoseProgramsMayBypassTheRules(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Routed)
 	host, err := testbed.AddCiliumHost()
 	require.NoError(t, err)
 	defer func() { assert.NoError(t, netlink.LinkDel(host)) }()
-	pods := &podList{}
-	pods.set(n.pod.Addr)
+	pods := &testbed.PodList{}
+	pods.Set(n.pod.Addr)
 	cfg := n.config(iptables.AutoMode)
-	cfg.Pods = pods.get
+	cfg.Pods = pods.Addresses
 	r, _ := n.reconcile(cfg)
 	require.NoError(t, r.Status().Bypass, "no program")
 
@@ -55,7 +28,7 @@ func TestStatusOnANodeWhoseProgramsMayBypassTheRules(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, testbed.AttachTCX(link))
 	other, _ := n.addPod("10.244.0.8", testbed.Routed) // the kernel does not announce programs
-	pods.set(n.pod.Addr, other.Addr)
+	pods.Set(n.pod.Addr, other.Addr)
 	n.eventually(func() bool { return r.Status().Bypass != nil }, "noticed")
 	assert.ErrorIs(t, r.Status().Bypass, links.ErrBypass)
 	assert.ErrorContains(t, r.Status().Bypass, n.pod.Link+" has a tcx ingress program")

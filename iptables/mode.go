@@ -38,7 +38,8 @@ func ParseMode(name string) (Mode, error) {
 // DNAT works everywhere, so it is the answer to every doubt. A pod whose address
 // leads to no interface is none as long as others do: its link is about to come, or
 // has gone. Where none does, the answer is AutoMode: it cannot be told yet.
-func choose(pods []netip.Addr, finder *links.Finder) (Mode, string) {
+func choose(pods []netip.Addr) (Mode, string) {
+	finder := links.NewFinder()
 	known := 0
 	var doubt string
 	for _, pod := range pods {

@@ -1,9 +1,7 @@
 package iptables_test
 
 import (
-	"net/netip"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -14,38 +12,12 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-// podList is what a resolver would know of the node's pods.
-type podList struct {
-	mu      sync.Mutex // guards both
-	addrs   []netip.Addr
-	changed chan struct{}
-}
-
-func (l *podList) get() ([]netip.Addr, <-chan struct{}) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.changed == nil {
-		l.changed = make(chan struct{})
-	}
-	return l.addrs, l.changed
-}
-
-func (l *podList) set(addrs ...netip.Addr) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.addrs = addrs
-	if l.changed != nil {
-		close(l.changed)
-		l.changed = nil
-	}
-}
-
 func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	n.agent(iptables.Redirect) // on all addresses
-	pods := &podList{}
+	pods := &testbed.PodList{}
 	cfg := n.config(iptables.AutoMode)
-	cfg.Pods = pods.get
+	cfg.Pods = pods.Addresses
 	r, _ := n.reconcile(cfg)
 	becomes := func(mode iptables.Mode, why string) {
 		t.Helper()
@@ -58,19 +30,19 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	becomes(iptables.DNAT, "no pod's interface is known yet")
 	stopAsking := n.askAllTheTime() // while the mode changes
 
-	pods.set(n.pod.Addr)
+	pods.Set(n.pod.Addr)
 	becomes(iptables.Redirect, "every interface that leads to a pod has an IPv4 address")
 
 	routed, err := n.network.AddPod("10.244.0.8", testbed.Routed)
 	require.NoError(t, err)
-	pods.set(n.pod.Addr, routed.Addr)
+	pods.Set(n.pod.Addr, routed.Addr)
 	becomes(iptables.DNAT, "which leads to pod address 10.244.0.8, has no IPv4 address")
 
 	require.NoError(t, routed.Close())
 	becomes(iptables.Redirect, "every interface") // the address leads to the default route now
-	pods.set(routed.Addr)
+	pods.Set(routed.Addr)
 	becomes(iptables.DNAT, "pod address 10.244.0.8 is behind a gateway")
-	pods.set(n.pod.Addr)
+	pods.Set(n.pod.Addr)
 	becomes(iptables.Redirect, "every interface")
 
 	// An address that goes is noticed by itself.
@@ -88,18 +60,18 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 func TestARestartChangesNoRules(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
-		pods := &podList{}
+		pods := &testbed.PodList{}
 		cfg := n.config(iptables.AutoMode)
-		cfg.Pods = pods.get
-		pods.set(n.pod.Addr)
+		cfg.Pods = pods.Addresses
+		pods.Set(n.pod.Addr)
 		first, stop := n.reconcile(cfg)
 		require.Equal(t, iptables.Redirect, first.Status().Mode)
 		stop()
 
-		pods.set() // an agent that has not synced
+		pods.Set() // an agent that has not synced
 		second, _ := n.reconcile(cfg)
 		assert.Equal(t, iptables.Redirect, second.Status().Mode)
-		pods.set(n.pod.Addr)
+		pods.Set(n.pod.Addr)
 		n.eventually(func() bool { return second.Status().Why == "every interface that leads to a pod has an IPv4 address" }, "knows why")
 		assert.Zero(t, second.Stats().Repairs)
 		assert.Equal(t, uint64(1), second.Stats().Checks, "pods that come are no reason to look at the rules")

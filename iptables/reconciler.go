@@ -18,8 +18,7 @@
 //     backend, connections from before the rules.
 //  4. It checks them again as soon as the kernel announces a change of links,
 //     addresses, routing rules or tables, when pods come and go, and every interval.
-//     Each time it looks at the interfaces that lead to pods: they decide the mode,
-//     and whether a source address says for certain which pod is calling.
+//     Each time it looks at the interfaces that lead to pods: they decide the mode.
 //  5. The rules stay when Run ends, however it ends. With no agent behind them a
 //     pod's connection is refused; it never reaches the node's own identity.
 //  6. Cleanup removes what is ours, and nothing else.
@@ -56,7 +55,6 @@ type Config struct {
 	Pods            func() ([]netip.Addr, <-chan struct{})
 	Backend         Backend      // whose tables to use; "" means Auto
 	BlockWireserver bool         // reject what pods send to 168.63.129.16, ports 80 and 32526
-	AllowUnguarded  bool         // trust source addresses on bridges that nobody guards
 	Logger          *slog.Logger // nil means slog.Default
 }
 
@@ -75,22 +73,19 @@ type Reconciler struct {
 	fenced   bool                // the last check of this Run left the routing fence in place
 	last     map[string][]string // by part, the rules of the chain that a check of this Run left in place
 	optional string              // error of a fence that mode None goes on without, as last logged
-	warned   []string            // links that were warned of
 	written  []time.Time         // when rules were put in place, in the last minute
 	blamed   time.Time           // when it was last said that somebody else keeps changing them
 }
 
 // Status is what Run found or did at its last check.
 type Status struct {
-	Err       error // why the rules are not in place; nil when they are
-	Unguarded error // why no source address can be trusted on some bridge, and what to do; wraps links.ErrUnguarded
+	Err error // why the rules are not in place; nil when they are
 	// Bypass is why rules may be in vain, and what to do; wraps links.ErrBypass. It is
 	// for AutoMode alone: somebody who chose a mode is told by a note.
 	Bypass error
 	Mode   Mode   // other than AutoMode, once there was a check
 	Why    string // this mode
-	// Notes are what else somebody may want to know of the rules and of the links
-	// to pods, a sentence each.
+	// Notes are what else somebody may want to know of the rules, a sentence each.
 	Notes []string
 
 	rules []string // those of the Notes that the last check of the rules gave
@@ -269,31 +264,20 @@ func (r *Reconciler) tables() (names []string) {
 	return names
 }
 
-// survey looks at the pods' interfaces: which mode to use now and why, and which
-// addresses can be trusted. The channel says when to look again.
+// survey looks at the pods' interfaces: which mode to use now and why. The channel says
+// when to look again.
 func (r *Reconciler) survey(last Status) (Status, <-chan struct{}) {
 	s := Status{Err: last.Err, Mode: r.cfg.Mode, Why: "it was asked for", rules: last.rules}
 	if r.cfg.Pods == nil {
 		return s, nil
 	}
 	pods, changed := r.cfg.Pods()
-	finder := links.NewFinder()
 	if r.cfg.Mode == AutoMode {
-		s.Mode, s.Why = choose(pods, finder)
+		s.Mode, s.Why = choose(pods)
 		if s.Mode == AutoMode && last.Mode != "" { // not known any more: as before
 			s.Mode, s.Why = last.Mode, last.Why
 		}
 	}
-	var open []string
-	open, s.Notes = links.Survey(pods, finder)
-	if !r.cfg.AllowUnguarded {
-		s.Unguarded = links.UnguardedError(open)
-	}
-	if len(open) > 0 && !slices.Equal(open, r.warned) {
-		r.cfg.Logger.Warn("pods can take each other's addresses, and with them identities (CVE-2021-1677)",
-			"links", open, "tokens", map[bool]string{true: "handed out all the same", false: "withheld"}[r.cfg.AllowUnguarded])
-	}
-	r.warned = open
 	switch bypass := links.Bypass(); {
 	case bypass == nil || r.cfg.Mode == None:
 	case r.cfg.Mode == AutoMode:

@@ -70,7 +70,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	cluster, clusterErr := connect(cfg, log)
 	a.resolver = cluster.resolver
 	cfg.rules.Logger, cfg.links.Logger, cfg.upstream.Logger, cfg.proxy.Logger = log, log, log, log
-	cfg.rules.Pods = a.resolver.Addresses // which nothing asks for before Run
+	cfg.rules.Pods, cfg.links.Pods = a.resolver.Addresses, a.resolver.Addresses // which nothing asks for before Run
 	var err error
 	if a.rules, err = iptables.New(cfg.rules); err != nil {
 		return nil, err

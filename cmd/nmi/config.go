@@ -89,7 +89,6 @@ func (c *config) complete() error {
 		return fmt.Errorf("--redirect-address=%s is the metadata service's own address: choose another", c.rules.Address)
 	}
 	c.rules.Port = c.front.addr.Port()
-	c.links.AllowUnguarded = c.rules.AllowUnguarded
 	c.upstream.IMDS = &url.URL{Scheme: "http", Host: c.rules.Metadata.String()}
 	c.upstream.UserAgent = strings.TrimSpace("nmi/" + version + " " + c.userAgent)
 	c.proxy.MetadataHeaderOptional = !c.headerRequired

@@ -37,7 +37,7 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.metrics.addr, flagPrometheusPort, "9090", parsePortOf(&c.metrics.addr), "port of /metrics")
 	fs.BoolVar(&c.proxy.BlockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
 	fs.BoolVar(&c.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
-	fs.BoolVar(&c.rules.AllowUnguarded, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
+	fs.BoolVar(&c.links.AllowUnguarded, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
 	fs.StringVar(&c.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
 
 	// New: the redirect.

@@ -137,7 +137,6 @@ func TestFlagsOfSeveralParts(t *testing.T) {
 	c := mustParse(t, "--node=n", "--redirect-mode=none", "--allow-network-plugin-kubenet", "--metadata-ip=192.0.2.1", "--metadata-port=8080", "--nmi-port=99")
 	assert.True(t, c.proxy.PodsOnly)
 	assert.True(t, c.links.AllowUnguarded)
-	assert.True(t, c.rules.AllowUnguarded)
 	assert.Equal(t, "192.0.2.1:8080", c.rules.Metadata.String())
 	assert.Equal(t, "http://192.0.2.1:8080", c.upstream.IMDS.String())
 	assert.Equal(t, uint16(99), c.rules.Port)

@@ -31,12 +31,12 @@ func newHealth(ctx context.Context, a *agent) *health {
 			},
 			a.resolver.Ready,
 			func() error { return a.rules.Status().Err },
-			func() error { return a.rules.Status().Unguarded },
+			func() error { return a.links.Status().Unguarded },
 			func() error { return a.rules.Status().Bypass },
 		},
 		notes: func() string {
 			s := a.rules.Status()
-			notes := append([]string{fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)}, s.Notes...)
+			notes := append([]string{fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)}, slices.Concat(s.Notes, a.links.Status().Notes)...)
 			if err := a.resolver.Stale(); err != nil {
 				notes = append(notes, "decisions may be out of date:\n"+list(err))
 			}

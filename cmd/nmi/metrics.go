@@ -52,8 +52,7 @@ func newRegistry(rules *iptables.Reconciler, tracker *links.Tracker, resolver *p
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)).Meter("nmi")
-	refused := count(meter, "sources.refused", "Times a source address was refused because it may belong to another pod by now", func() uint64 { return tracker.Stats().Refused })
-	if err := errors.Join(refused, observeRules(meter, rules), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server), observeIMDS(meter, source)); err != nil {
+	if err := errors.Join(observeRules(meter, rules), observeSources(meter, tracker), observeResolver(meter, resolver), observeTokens(meter, tokens), observeServer(meter, server), observeIMDS(meter, source)); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	return registry, nil
@@ -78,9 +77,6 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 	status("iptables.in_place", "1 if all required rules, iptables' and policy routing's, were in place at the last check, else 0", func(s iptables.Status, o metric.Int64Observer) {
 		o.Observe(oneIf(s.Err == nil))
 	})
-	status("source.unguarded", "1 if tokens are withheld because pods on a bridge can take each other's addresses, else 0", func(s iptables.Status, o metric.Int64Observer) {
-		o.Observe(oneIf(s.Unguarded != nil))
-	})
 	counter := func(name, description string, value func(iptables.Stats) uint64) {
 		all = errors.Join(all, count(meter, name, description, func() uint64 { return value(rules.Stats()) }))
 	}
@@ -97,6 +93,16 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 	counter("iptables.lock_contended", "iptables commands that had to wait for the xtables lock", func(s iptables.Stats) uint64 { return s.LockContended })
 	counter("connections.cut", "Connections that bypassed the agent and were cut", func(s iptables.Stats) uint64 { return s.Cut })
 	return all
+}
+
+// observeSources exports whether callers can be told by their addresses.
+func observeSources(meter metric.Meter, tracker *links.Tracker) error {
+	_, err := meter.Int64ObservableGauge("source.unguarded", metric.WithDescription("1 if tokens are withheld because pods on a bridge can take each other's addresses, else 0"),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(oneIf(tracker.Status().Unguarded != nil))
+			return nil
+		}))
+	return errors.Join(err, count(meter, "sources.refused", "Times a source address was refused because it may belong to another pod by now", func() uint64 { return tracker.Stats().Refused }))
 }
 
 // observeResolver exports what is known of pods, and how recent it is.

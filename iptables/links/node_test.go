@@ -27,6 +27,8 @@ const (
 	patience = 30 * time.Second
 	// aMoment is for what must not happen.
 	aMoment = 700 * time.Millisecond
+	// tick is how often a condition is looked at.
+	tick = 5 * time.Millisecond
 )
 
 // node is a node with a server that pods call.
@@ -63,7 +65,9 @@ func (n *node) addPod(addr string, shape testbed.Shape) (pod *testbed.Pod, remov
 // track runs a tracker until the test ends.
 func (n *node) track(cfg links.Config) *links.Tracker {
 	n.Helper()
-	cfg.Logger = slog.New(slog.DiscardHandler)
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
 	tracker, err := links.New(cfg)
 	require.NoError(n, err)
 	ctx, cancel := context.WithCancel(context.Background())

@@ -39,13 +39,19 @@ type Config struct {
 	// AllowUnguarded accepts source addresses where pods can take over each other's, as
 	// long as the bridge port is not another pod's.
 	AllowUnguarded bool
-	Logger         *slog.Logger // nil means slog.Default
+	// Pods returns the addresses of this node's pods, and a channel that is closed when
+	// they have changed. nil leaves the Status empty.
+	Pods   func() ([]netip.Addr, <-chan struct{})
+	Logger *slog.Logger // nil means slog.Default
 }
 
 const (
 	// tick is how often an idle Tracker reads from the kernel: an interface may be
 	// taken for older than it is by as much, see iface.appeared.
 	tick = 200 * time.Millisecond
+	// surveyInterval is how often the links of all pods are looked at for the Status when
+	// the pods are the same.
+	surveyInterval = 10 * time.Second
 	// readRetry is the pause after a failed read.
 	readRetry = time.Second
 	// What was found of the route to an address is remembered for trustFor if the
@@ -65,6 +71,8 @@ type Tracker struct {
 	cfg     Config
 	socket  *socket
 	refused atomic.Uint64
+	status  atomic.Pointer[Status]
+	warned  []string // links that were last warned of; for Run alone
 
 	mu     sync.RWMutex // guards all below
 	ifaces map[int]*iface
@@ -97,6 +105,7 @@ func New(cfg Config) (*Tracker, error) {
 		cfg: cfg, departed: departed,
 		ifaces: make(map[int]*iface), routes: make(map[netip.Addr]*route), ports: make(map[netip.Addr]port),
 	}
+	t.status.Store(&Status{})
 	if t.socket, err = subscribe(); err != nil {
 		return nil, fmt.Errorf("watching the node's interfaces: %w", err)
 	}
@@ -109,10 +118,20 @@ func New(cfg Config) (*Tracker, error) {
 	return t, nil
 }
 
-// Run reads what the kernel announces until ctx ends.
+// Run reads what the kernel announces, and keeps the Status, until ctx ends.
 func (t *Tracker) Run(ctx context.Context) {
 	defer t.socket.close() //nolint:errcheck // nothing was written
+	var podsChanged <-chan struct{}
+	var nextSurvey time.Time
 	for ctx.Err() == nil {
+		select {
+		case <-podsChanged:
+			nextSurvey = time.Time{}
+		default:
+		}
+		if now := time.Now(); t.cfg.Pods != nil && now.After(nextSurvey) {
+			podsChanged, nextSurvey = t.survey(), now.Add(surveyInterval)
+		}
 		err := t.socket.wait(tick)
 		t.mu.Lock()
 		err = errors.Join(err, t.drainLocked())

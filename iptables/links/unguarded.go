@@ -22,39 +22,57 @@ import (
 // routed, whoever sent the packet, so that a forger never completes a TCP handshake.
 var ErrUnguarded = errors.New("pods on this link can take each other's addresses")
 
-// Survey looks at all pods' addresses. unguarded names the links on which addresses can
-// be taken over; notes are sentences for an operator.
-func Survey(pods []netip.Addr, finder *Finder) (unguarded, notes []string) {
-	open, pinned := map[string]bool{}, map[string]bool{}
+// Status is what the Tracker last found of the links to all pods.
+type Status struct {
+	// Unguarded is why no address on some link can be trusted, and what to do; it wraps
+	// ErrUnguarded. It is nil with AllowUnguarded.
+	Unguarded error
+	// Notes are what else somebody may want to know, a sentence each.
+	Notes []string
+}
+
+// Status returns what was last found; nothing if Config has no Pods.
+func (t *Tracker) Status() Status { return *t.status.Load() }
+
+// survey looks at the links of all pods. The channel says when their addresses have
+// changed.
+func (t *Tracker) survey() (changed <-chan struct{}) {
+	pods, changed := t.cfg.Pods()
+	unguarded, pinned := sharedLinks(pods)
+	var s Status
+	if len(pinned) > 0 {
+		s.Notes = append(s.Notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take those over too, and not each attempt is noticed, on: "+some(pinned))
+	}
+	if len(unguarded) > 0 && !t.cfg.AllowUnguarded {
+		s.Unguarded = fmt.Errorf("no tokens are handed out: %w: %s: nothing there stops ARP spoofing (CVE-2021-1677): "+
+			"use a network plugin that gives each pod a link of its own, or take NET_RAW and NET_ADMIN from all pods and set --allow-network-plugin-kubenet",
+			ErrUnguarded, some(unguarded))
+	}
+	if len(unguarded) > 0 && !slices.Equal(unguarded, t.warned) {
+		t.cfg.Logger.Warn("pods can take each other's addresses, and with them identities (CVE-2021-1677)",
+			"links", unguarded, "tokens", map[bool]string{true: "handed out all the same", false: "withheld"}[t.cfg.AllowUnguarded])
+	}
+	t.warned = unguarded
+	t.status.Store(&s)
+	return changed
+}
+
+// sharedLinks names the links that pods share, and of these the ones on which an
+// address can be taken over and those on which some are pinned.
+func sharedLinks(pods []netip.Addr) (unguarded, pinned []string) {
+	finder := NewFinder()
+	open, pins := map[string]bool{}, map[string]bool{}
 	for _, pod := range pods {
-		if !pod.Is4() {
-			continue
-		}
 		link, err := finder.Find(pod)
-		if err != nil || !link.Shared {
-			continue
-		}
-		if link.Pinned {
-			pinned[link.Name] = true
-		} else {
+		switch {
+		case !pod.Is4() || err != nil || !link.Shared:
+		case link.Pinned:
+			pins[link.Name] = true
+		default:
 			open[link.Name] = true
 		}
 	}
-	if len(pinned) > 0 {
-		notes = append(notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take those over too, and not each attempt is noticed, on: "+some(slices.Sorted(maps.Keys(pinned))))
-	}
-	return slices.Sorted(maps.Keys(open)), notes
-}
-
-// UnguardedError says what a survey found and what to do about it; nil if no link is
-// unguarded. It wraps ErrUnguarded.
-func UnguardedError(links []string) error {
-	if len(links) == 0 {
-		return nil
-	}
-	return fmt.Errorf("no tokens are handed out: %w: %s: nothing there stops ARP spoofing (CVE-2021-1677): "+
-		"use a network plugin that gives each pod a link of its own, or take NET_RAW and NET_ADMIN from all pods and set --allow-network-plugin-kubenet",
-		ErrUnguarded, some(links))
+	return slices.Sorted(maps.Keys(open)), slices.Sorted(maps.Keys(pins))
 }
 
 // some lists the first few names.
