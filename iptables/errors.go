@@ -58,3 +58,24 @@ func explainErrno(err error) error {
 	}
 	return err
 }
+
+// errLocked means that another program holds the xtables lock.
+var errLocked = errors.New("another program holds the xtables lock")
+
+// toolError turns the text of a failed iptables into an error that says what to
+// do about it. It is the one place that knows these texts.
+func toolError(doing, text string) error {
+	text = strings.Join(strings.Fields(text), " ")
+	switch {
+	case strings.Contains(text, "Permission denied"), strings.Contains(text, "Operation not permitted"):
+		return fmt.Errorf("%s: %w: %s", doing, permissionAdvice(missingCapabilities()), text)
+	case strings.Contains(text, "xtables lock"):
+		return fmt.Errorf("%s: %w: %s", doing, errLocked, text)
+	case strings.Contains(text, "Couldn't load"), strings.Contains(text, "RULE_APPEND failed (No such file or directory)"),
+		strings.Contains(text, "No chain/target/match by that name"):
+		return fmt.Errorf("%s: the kernel lacks a module for the rule (xt_conntrack, ipt_rpfilter, xt_multiport, ...), or iptables an extension: %s", doing, text)
+	case strings.Contains(text, "Table does not exist"), strings.Contains(text, "do you need to insmod"):
+		return fmt.Errorf("%s: the kernel lacks the table: load iptable_nat, iptable_mangle, iptable_filter, iptable_raw or nf_tables: %s", doing, text)
+	}
+	return fmt.Errorf("%s: %s", doing, text)
+}

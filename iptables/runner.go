@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
@@ -15,7 +14,6 @@ import (
 	"time"
 
 	goiptables "github.com/coreos/go-iptables/iptables"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -52,9 +50,6 @@ func openKernel(backend Backend, contended *atomic.Uint64) (*kernel, error) {
 	}
 	return &kernel{backend: backend, path: path, tables: tables, contended: contended}, nil
 }
-
-// errLocked means that another program holds the xtables lock.
-var errLocked = errors.New("another program holds the xtables lock")
 
 // noSuchChain is the exit status of iptables for a chain that is not there. The texts
 // differ: iptables-nft 1.8.9 calls such a chain "incompatible". Other failures have
@@ -140,61 +135,4 @@ func (k *kernel) apply(ctx context.Context, input string) error {
 		return toolError("writing tables", fmt.Sprintf("%v: %s", err, stderr.String()))
 	}
 	return nil
-}
-
-// toolError turns the text of a failed iptables into an error that says what to
-// do about it. It is the one place that knows these texts.
-func toolError(doing, text string) error {
-	text = strings.Join(strings.Fields(text), " ")
-	switch {
-	case strings.Contains(text, "Permission denied"), strings.Contains(text, "Operation not permitted"):
-		return fmt.Errorf("%s: %w: %s", doing, permissionAdvice(missingCapabilities()), text)
-	case strings.Contains(text, "xtables lock"):
-		return fmt.Errorf("%s: %w: %s", doing, errLocked, text)
-	case strings.Contains(text, "Couldn't load"), strings.Contains(text, "RULE_APPEND failed (No such file or directory)"),
-		strings.Contains(text, "No chain/target/match by that name"):
-		return fmt.Errorf("%s: the kernel lacks a module for the rule (xt_conntrack, ipt_rpfilter, xt_multiport, ...), or iptables an extension: %s", doing, text)
-	case strings.Contains(text, "Table does not exist"), strings.Contains(text, "do you need to insmod"):
-		return fmt.Errorf("%s: the kernel lacks the table: load iptable_nat, iptable_mangle, iptable_filter, iptable_raw or nf_tables: %s", doing, text)
-	}
-	return fmt.Errorf("%s: %s", doing, text)
-}
-
-// loAddress is the address as it stands on lo: one host, known to nobody else.
-func loAddress(addr netip.Addr) (netlink.Link, *netlink.Addr, error) {
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return nil, nil, fmt.Errorf("finding lo: %w", err)
-	}
-	a, err := netlink.ParseAddr(netip.PrefixFrom(addr, addr.BitLen()).String())
-	if err != nil {
-		return nil, nil, fmt.Errorf("address %s: %w", addr, err)
-	}
-	a.Scope = unix.RT_SCOPE_HOST
-	return lo, a, nil
-}
-
-// ensureAddress puts the address on lo if it is not there.
-func ensureAddress(addr netip.Addr) error {
-	lo, a, err := loAddress(addr)
-	if err != nil {
-		return err
-	}
-	if err = netlink.AddrAdd(lo, a); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("adding %s to lo: %w", addr, err)
-	}
-	return nil
-}
-
-// removeAddress takes the address off lo, and reports whether it was there.
-func removeAddress(addr netip.Addr) (bool, error) {
-	lo, a, err := loAddress(addr)
-	if err != nil {
-		return false, err
-	}
-	err = netlink.AddrDel(lo, a)
-	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-		return false, fmt.Errorf("removing %s from lo: %w", addr, err)
-	}
-	return err == nil, nil
 }
