@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// loAddress is the address as it stands on lo: one host, known to nobody else.
+// loAddress returns lo, and the address as it is added there: one host, of scope host.
 func loAddress(addr netip.Addr) (netlink.Link, *netlink.Addr, error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -23,7 +23,7 @@ func loAddress(addr netip.Addr) (netlink.Link, *netlink.Addr, error) {
 	return lo, a, nil
 }
 
-// ensureAddress puts the address on lo if it is not there.
+// ensureAddress adds the address to lo if it is missing.
 func ensureAddress(addr netip.Addr) error {
 	lo, a, err := loAddress(addr)
 	if err != nil {
@@ -35,7 +35,7 @@ func ensureAddress(addr netip.Addr) error {
 	return nil
 }
 
-// removeAddress takes the address off lo, and reports whether it was there.
+// removeAddress removes the address from lo, and reports whether it was there.
 func removeAddress(addr netip.Addr) (bool, error) {
 	lo, a, err := loAddress(addr)
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-// fences are those that stand beside the redirect in a test, which must hold alone.
+// fences are the fences that are in place in a test.
 type fences struct{ routing, guard bool }
 
 func (f fences) String() string {
@@ -32,11 +32,11 @@ func (f fences) String() string {
 	}
 }
 
-// noFence is what shows that an attack works.
+// noFence is the control: the attack works.
 var noFence fences
 
-// fencesToTry are those to try something with. The routing fence is the same whatever
-// the backend.
+// fencesToTry lists the combinations to test. The routing fence does not depend on the
+// backend.
 func fencesToTry(backend iptables.Backend) []fences {
 	if backend == iptables.Legacy {
 		return []fences{noFence, {guard: true}}
@@ -44,12 +44,11 @@ func fencesToTry(backend iptables.Backend) []fences {
 	return []fences{noFence, {guard: true}, {routing: true}, {true, true}}
 }
 
-// fenced writes the rules of a mode, and takes away the fences that are not to stand.
-// Nobody watches them.
+// fenced writes the rules of a mode once, and removes all fences but f.
 func (n *node) fenced(mode iptables.Mode, f fences) {
 	n.t.Helper()
 	n.redirect(mode)()
-	n.iptablesOn(n.backend, "raw", "-F") // it would stop forged packets before either fence
+	n.iptablesOn(n.backend, "raw", "-F") // it would drop forged packets before either fence
 	if !f.routing {
 		for _, pref := range []string{"11", "10", "12"} {
 			n.run("", "ip", "rule", "del", "pref", pref)
@@ -61,15 +60,15 @@ func (n *node) fenced(mode iptables.Mode, f fences) {
 	require.NoError(n.t, netlink.ConntrackTableFlush(netlink.ConntrackTable))
 }
 
-// attacker is a pod that attacks.
+// attacker is a pod that forges packets.
 type attacker struct {
 	*testbed.Pod
 	what  string
-	opens bool // without a fence the kernel lets its forged packets in
+	opens bool // without a fence the kernel accepts its forged packets
 	ports uint16
 }
 
-// nextPorts are ports of the pod that have not been used yet.
+// nextPorts returns unused ports of the pod.
 func (a *attacker) nextPorts(n int) (ports []uint16) {
 	for range n {
 		a.ports++
@@ -78,7 +77,7 @@ func (a *attacker) nextPorts(n int) (ports []uint16) {
 	return ports
 }
 
-// attackers are pods of all shapes, with rp_filter as it is and loose.
+// attackers returns pods of all shapes, with rp_filter 0 and 2 (loose).
 func (n *node) attackers() []*attacker {
 	n.t.Helper()
 	var all []*attacker
@@ -90,8 +89,8 @@ func (n *node) attackers() []*attacker {
 		n.rpFilter(link, setting)
 		all = append(all, &attacker{
 			Pod: pod, what: fmt.Sprintf("%s pod, rp_filter %s", shape, setting),
-			// With rp_filter 2 the kernel lets in no address that it cannot check
-			// for want of one of its own (__fib_validate_source, no_addr).
+			// With rp_filter 2 the kernel accepts no packet on an interface without an
+			// address (__fib_validate_source, no_addr).
 			opens: shape != testbed.Routed || setting == "0",
 		})
 	}
@@ -107,7 +106,7 @@ func (n *node) attackers() []*attacker {
 	return all
 }
 
-func TestForgedPacketsAreNoWayAroundTheRedirect(t *testing.T) {
+func TestForgedPackets(t *testing.T) {
 	const attempts = 4
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
@@ -122,7 +121,7 @@ func TestForgedPacketsAreNoWayAroundTheRedirect(t *testing.T) {
 			for _, standing := range fencesToTry(backend) {
 				n.fenced(iptables.DNAT, standing)
 				n.leaks.Store(0)
-				missing := make(map[string]bool) // attacks that are to succeed where no fence stands
+				missing := make(map[string]bool) // attacks that must succeed without a fence
 				var mu sync.Mutex                // guards missing
 				round := func() {
 					var attacking sync.WaitGroup
@@ -165,7 +164,7 @@ func TestForgedPacketsAreNoWayAroundTheRedirect(t *testing.T) {
 				}
 				assert.Zero(t, n.leaks.Load(), "%s, INVALID dropped: %t", standing, invalidDropped)
 				for _, pod := range pods {
-					assert.Equal(t, "agent", ask(pod.Pod), "%s: served as before, with %s", pod.what, standing)
+					assert.Equal(t, "agent", ask(pod.Pod), "%s: served with %s", pod.what, standing)
 				}
 			}
 		}
@@ -182,15 +181,16 @@ func anyTrue(m map[string]bool) bool {
 	return false
 }
 
-// Through a port of the node that leads to the pod, the request even has the node's
-// address. The metadata service's first answer is to be late, as over a real network,
-// or it would meet the entry before the second forged packet.
-func TestForgedPacketsThroughAHostPortAreNoWayAroundTheRedirect(t *testing.T) {
+// Through a host port of the pod, the request even has the node's address. The metadata
+// service's first reply is delayed, as over a real network: otherwise it would match the
+// entry before the second forged packet.
+func TestForgedPacketsThroughHostPort(t *testing.T) {
 	const attempts = 8
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	n.agent(iptables.Redirect) // on all addresses
 	pod := &attacker{Pod: n.pod}
-	// As kube-proxy does. It would also be served in its own name: by its second SYN.
+	// As kube-proxy does. Otherwise the pod would also be served under its own address, by
+	// its second SYN.
 	n.iptablesOn(n.backend, "filter", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
 	defer n.iptablesOn(n.backend, "filter", "-F", "FORWARD")
 	for _, standing := range fencesToTry(n.backend) {
@@ -232,16 +232,16 @@ func TestForgedPacketsThroughAHostPortAreNoWayAroundTheRedirect(t *testing.T) {
 	}
 }
 
-// answersLost adds ("-A") or deletes ("-D") a rule that loses the first packet of the
-// metadata service's answers, as a network may.
+// answersLost adds ("-A") or deletes ("-D") a rule that drops the metadata service's
+// SYN/ACKs.
 func (n *node) answersLost(do string) {
 	n.t.Helper()
 	n.iptablesOn(n.backend, "raw", do, "PREROUTING", "-i", n.network.Uplink.Name, "-p", "tcp", "--tcp-flags", "SYN,ACK", "SYN,ACK", "-j", "DROP")
 }
 
-// What a program of the node does to connections before our rule sees them, or
-// instead of it, leads pods to nowhere.
-func TestOtherProgramsOpenNoWayAroundTheRedirect(t *testing.T) {
+// Whatever another program does to connections before the redirect, pods do not reach the
+// metadata service.
+func TestOtherProgramsBypassingTheRedirect(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.agent(iptables.Redirect) // on all addresses
@@ -250,21 +250,21 @@ func TestOtherProgramsOpenNoWayAroundTheRedirect(t *testing.T) {
 			do, undo func()
 		}{
 			{
-				"NOTRACK for pods, as Cilium and Calico can be told to",
+				"NOTRACK for pods, an option of Cilium and Calico",
 				func() {
 					n.iptablesOn(backend, "raw", "-A", "PREROUTING", "-s", "10.244.0.0/16", "-j", "NOTRACK")
 				},
 				func() { n.iptablesOn(backend, "raw", "-F") },
 			},
 			{
-				"a translation of somebody else's first",
+				"another program's DNAT first",
 				func() {
 					n.run("table ip other {\nchain prerouting {\ntype nat hook prerouting priority -110;\nip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.254:80\n}\n}\n", "nft", "-f", "-")
 				},
 				func() { n.run("", "nft", "delete", "table", "ip", "other") },
 			},
 			{
-				"an ACCEPT before our jump",
+				"an ACCEPT before the jump",
 				func() { n.iptables("-I", "PREROUTING", "1", "-j", "ACCEPT") },
 				func() { n.iptables("-D", "PREROUTING", "1") },
 			},
@@ -283,7 +283,7 @@ func TestOtherProgramsOpenNoWayAroundTheRedirect(t *testing.T) {
 				n.leaks.Store(0)
 				answer := askFor(n.pod, 300*time.Millisecond)
 				if standing == noFence {
-					assert.Equal(t, "imds", answer, "%s is a way around the redirect", tc.what)
+					assert.Equal(t, "imds", answer, "%s bypasses the redirect", tc.what)
 				} else {
 					assert.Empty(t, answer, "%s: %s", standing, tc.what)
 					assert.Zero(t, n.leaks.Load(), "%s: %s", standing, tc.what)
@@ -294,8 +294,8 @@ func TestOtherProgramsOpenNoWayAroundTheRedirect(t *testing.T) {
 	})
 }
 
-// A program flushes one kind of rules again and again, while pods ask all the time.
-func TestFlushesLeakNothing(t *testing.T) {
+// Another program flushes one kind of rules repeatedly, while pods send requests.
+func TestFlushLeaksNoRequest(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		second, _ := n.addPod("10.244.0.8", testbed.Ptp)
@@ -305,7 +305,7 @@ func TestFlushesLeakNothing(t *testing.T) {
 			what   string
 			times  int
 			flush  func()
-			served bool // all the same
+			served bool // pods are still served
 		}{
 			{"nat", 200, func() { n.iptables("-F") }, false},
 			{"mangle", 50, func() { n.iptablesOn(backend, "mangle", "-F") }, true},
@@ -343,7 +343,7 @@ func TestFlushesLeakNothing(t *testing.T) {
 			n.eventually(func() bool { return n.inPlace() && len(n.forward("mangle")) == 1 }, tc.what+" back")
 			assert.Equal(t, "agent", n.ask())
 		}
-		n.eventually(func() bool { // the last check may be waiting for its turn
+		n.eventually(func() bool { // the last reconciliation may be debounced
 			lost := r.Stats().Lost
 			return lost["redirect"] > 0 && lost["guard"] > 0 && lost["routing"] > 0
 		}, "each loss is counted")
@@ -351,9 +351,9 @@ func TestFlushesLeakNothing(t *testing.T) {
 	})
 }
 
-// What was forged before the rules came is forgotten, so that it does not shadow the
-// redirect.
-func TestForgedConnectionsFromBeforeTheRulesAreCut(t *testing.T) {
+// Conntrack entries of packets that were forged before the rules were in place are
+// deleted.
+func TestForgedStaleFlows(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	n.iptables("-A", "POSTROUTING", "-s", "10.255.0.0/16", "-j", "MASQUERADE") // connections are tracked already
 	pod := &attacker{Pod: n.pod}
@@ -365,12 +365,11 @@ func TestForgedConnectionsFromBeforeTheRulesAreCut(t *testing.T) {
 	n.agent(iptables.Redirect)
 	r, _ := n.reconcile(n.config(iptables.Redirect))
 	assert.Empty(t, forgedEntries(t))
-	assert.EqualValues(t, len(ports), r.Stats().Cut)
+	assert.EqualValues(t, len(ports), r.Stats().StaleFlows)
 	assert.Equal(t, "agent", n.ask())
 }
 
-// forgedEntries lists the connections of conntrack that seem to have been opened by
-// the metadata service.
+// forgedEntries lists conntrack entries that the metadata service seems to have opened.
 func forgedEntries(t *testing.T) (found []string) {
 	t.Helper()
 	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)

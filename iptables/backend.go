@@ -10,28 +10,28 @@ import (
 	"sync/atomic"
 )
 
-// Backend is one of the two sets of tables that the kernel has for iptables. A
-// rule in one is not seen through the other; both are in force.
+// Backend is one of the kernel's two sets of iptables tables. The rules of both are in
+// force, and the commands of one do not show those of the other.
 type Backend string
 
-// The backends. Auto is the one that the node uses.
+// The backends. BackendAuto selects the one that the node uses.
 const (
-	Auto   Backend = "auto"
-	NFT    Backend = "nft"
-	Legacy Backend = "legacy"
+	BackendAuto Backend = "auto"
+	NFT         Backend = "nft"
+	Legacy      Backend = "legacy"
 )
 
 // ParseBackend returns the backend of that name.
 func ParseBackend(name string) (Backend, error) {
 	switch b := Backend(name); b {
-	case Auto, NFT, Legacy:
+	case BackendAuto, NFT, Legacy:
 		return b, nil
 	}
-	return "", fmt.Errorf("%q is not an iptables backend: use %q, %q or %q", name, Auto, NFT, Legacy)
+	return "", fmt.Errorf("%q is not an iptables backend: use %q, %q or %q", name, BackendAuto, NFT, Legacy)
 }
 
-// path finds the program that works on the backend's tables. Where distributions
-// have one alone, it is called iptables, and says in its version which it is.
+// path finds the backend's command. Distributions that have only one backend call it
+// iptables; its version says which backend it is.
 func (b Backend) path() (string, error) {
 	if path, err := exec.LookPath("iptables-" + string(b)); err == nil {
 		return path, nil
@@ -40,10 +40,10 @@ func (b Backend) path() (string, error) {
 	if err == nil && defaultBackend() == b {
 		return path, nil
 	}
-	return "", fmt.Errorf("iptables-%s is not on this machine: install the iptables package", b)
+	return "", fmt.Errorf("iptables-%s is not installed: install the iptables package", b)
 }
 
-// defaultBackend is what the plain iptables command works on; "" if there is none.
+// defaultBackend returns the backend of the command iptables; "" without the command.
 func defaultBackend() Backend {
 	out, err := exec.Command("iptables", "--version").Output()
 	switch {
@@ -51,12 +51,12 @@ func defaultBackend() Backend {
 		return ""
 	case strings.Contains(string(out), "nf_tables"):
 		return NFT
-	default: // "(legacy)", and versions before 1.8, which do not say
+	default: // "(legacy)", or a version before 1.8
 		return Legacy
 	}
 }
 
-// other is the backend that b is not.
+// other returns the other backend.
 func (b Backend) other() Backend {
 	if b == NFT {
 		return Legacy
@@ -64,10 +64,10 @@ func (b Backend) other() Backend {
 	return NFT
 }
 
-// errNoCommands means that this machine has neither backend's commands.
-var errNoCommands = errors.New("neither iptables-nft nor iptables-legacy is on this machine: install the iptables package")
+// errNoCommands means that neither backend's commands are installed.
+var errNoCommands = errors.New("neither iptables-nft nor iptables-legacy is installed: install the iptables package")
 
-// installed lists the backends whose commands this machine has.
+// installed lists the backends whose commands are installed.
 func installed() []Backend {
 	return slices.DeleteFunc([]Backend{NFT, Legacy}, func(b Backend) bool {
 		_, err := b.path()
@@ -75,9 +75,8 @@ func installed() []Backend {
 	})
 }
 
-// detect finds out which backend the node uses, and says how: the one with a chain of
-// the kubelet's, else the one with more rules, else the one that the plain iptables
-// command is a name for.
+// detect returns the backend that the node uses, and the reason: the one in which the
+// kubelet has a chain, else the one with more rules, else that of the command iptables.
 func detect() (Backend, string, error) {
 	available := installed()
 	if len(available) == 0 {
@@ -85,36 +84,34 @@ func detect() (Backend, string, error) {
 	}
 	rules := map[Backend]int{}
 	for _, b := range available {
-		k, err := openKernel(b, new(atomic.Uint64))
+		run, err := newRunner(b, new(atomic.Uint64))
 		if err != nil {
-			continue // what cannot be read counts as empty
+			continue // counts as empty
 		}
-		if chain := k.kubeletChain(); chain != "" {
-			return b, "the kubelet's chain " + chain + " is there", nil
+		if chain := run.kubeletChain(); chain != "" {
+			return b, "it has the kubelet's chain " + chain, nil
 		}
-		rules[b] = k.countRules()
+		rules[b] = run.countRules()
 	}
 	switch {
 	case rules[NFT] > rules[Legacy]:
-		return NFT, "it has the node's rules", nil
+		return NFT, "it has more rules", nil
 	case rules[Legacy] > rules[NFT]:
-		return Legacy, "it has the node's rules", nil
+		return Legacy, "it has more rules", nil
 	}
-	// Neither, or as many: what the distribution chose.
 	if b := defaultBackend(); slices.Contains(available, b) {
-		return b, "it is this machine's default", nil
+		return b, "it is the default of the command iptables", nil
 	}
-	return available[0], "the other is not on this machine", nil
+	return available[0], "the other is not installed", nil
 }
 
-// kubeletChain returns the chain that the kubelet makes in mangle for the very purpose
-// of telling which backend the node uses (KEP-3178), or its predecessor; "" if neither
-// is there.
-func (k *kernel) kubeletChain() string {
-	if !k.backend.has("mangle") {
+// kubeletChain returns the chain in mangle by which the kubelet tells others which
+// backend the node uses (KEP-3178), or its predecessor; "" without either.
+func (r *runner) kubeletChain() string {
+	if !r.backend.has("mangle") {
 		return ""
 	}
-	chains, _ := k.tables.ListChains("mangle")
+	chains, _ := r.tables.ListChains("mangle")
 	for _, chain := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
 		if slices.Contains(chains, chain) {
 			return chain
@@ -123,19 +120,19 @@ func (k *kernel) kubeletChain() string {
 	return ""
 }
 
-// countRules counts the rules of others in the hooks that programs put rules in. Those
-// in chains of their own are left out: kube-proxy can have tens of thousands.
-func (k *kernel) countRules() (n int) {
+// countRules counts the rules of other programs in the usual hooks. Those in chains are
+// not counted: kube-proxy can have tens of thousands.
+func (r *runner) countRules() (n int) {
 	for _, hook := range []chain{
 		{table: "nat", hook: "PREROUTING"}, {table: "nat", hook: "POSTROUTING"},
 		{table: "filter", hook: "INPUT"}, {table: "filter", hook: "FORWARD"},
 	} {
-		if !k.backend.has(hook.table) {
+		if !r.backend.has(hook.table) {
 			continue
 		}
-		lines, _ := k.tables.List(hook.table, hook.hook)
+		lines, _ := r.tables.List(hook.table, hook.hook)
 		for _, rule := range rulesIn(lines) {
-			if !mentionsOurs(rule) {
+			if !mentionsOwnChain(rule) {
 				n++
 			}
 		}
@@ -143,8 +140,8 @@ func (k *kernel) countRules() (n int) {
 	return n
 }
 
-// has reports whether a backend may have a table of that name. Asking
-// iptables-legacy itself would load the kernel's modules for it, and so make it.
+// has reports whether a backend may have a table. The command iptables-legacy would
+// load the kernel's module for the table, and so create it.
 func (b Backend) has(table string) bool {
 	if b != Legacy {
 		return true

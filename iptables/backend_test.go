@@ -10,10 +10,10 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-func TestTheBackendOfTheNodeIsFound(t *testing.T) {
+func TestDetectBackend(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
-		n.backend = iptables.Auto
+		n.backend = iptables.BackendAuto
 		for name, prepare := range map[string]func(){
 			"by its rules": func() { n.iptablesOn(backend, "nat", "-A", "POSTROUTING", "-j", "RETURN") },
 			"by the kubelet's chain, against more rules in the other": func() {
@@ -37,7 +37,7 @@ func TestTheBackendOfTheNodeIsFound(t *testing.T) {
 	})
 }
 
-func TestAChainInTheOtherBackendIsRemovedOnceOursIsInPlace(t *testing.T) {
+func TestStaleChainInOtherBackend(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.iptablesOn(other(backend), "nat", "-N", "aad-metadata")

@@ -12,14 +12,14 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 )
 
-func TestStatusOnANodeWhoseProgramsMayBypassTheRules(t *testing.T) {
+func TestStatusBypass(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Routed)
 	host, err := testbed.AddCiliumHost()
 	require.NoError(t, err)
 	defer func() { assert.NoError(t, netlink.LinkDel(host)) }()
 	pods := &testbed.PodList{}
 	pods.Set(n.pod.Addr)
-	cfg := n.config(iptables.AutoMode)
+	cfg := n.config(iptables.ModeAuto)
 	cfg.Pods = pods.Addresses
 	r, _ := n.reconcile(cfg)
 	require.NoError(t, r.Status().Bypass, "no program")
@@ -33,12 +33,12 @@ func TestStatusOnANodeWhoseProgramsMayBypassTheRules(t *testing.T) {
 	assert.ErrorIs(t, r.Status().Bypass, links.ErrBypass)
 	assert.ErrorContains(t, r.Status().Bypass, n.pod.Link+" has a tcx ingress program")
 	assert.ErrorContains(t, r.Status().Bypass, "--redirect-mode=none with a local redirect policy (deploy/cilium)")
-	assert.NoError(t, r.Status().Err, "the rules are written all the same")
+	assert.NoError(t, r.Status().Err, "the rules are written nevertheless")
 	assert.True(t, n.inPlace())
 
-	cfg.Mode = iptables.DNAT // somebody knows better
+	cfg.Mode = iptables.DNAT // the operator knows better
 	chosen, _ := n.reconcile(cfg)
 	require.NoError(t, chosen.Status().Bypass)
 	require.Len(t, chosen.Status().Notes, 1)
-	assert.Contains(t, chosen.Status().Notes[0], "mode dnat was chosen, although packets of pods may bypass iptables: there is cilium_host, and "+n.pod.Link+" has a tcx ingress program")
+	assert.Contains(t, chosen.Status().Notes[0], "mode dnat is set, although pods' packets may bypass iptables: cilium_host exists, and "+n.pod.Link+" has a tcx ingress program")
 }

@@ -11,13 +11,13 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-func TestAutoModeFollowsPodsThatComeAndGo(t *testing.T) {
+func TestModeAutoWithPodChurn(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.agent(iptables.Redirect) // on all addresses
 		known := &testbed.PodList{}
 		known.Set(n.pod.Addr)
-		cfg := n.config(iptables.AutoMode)
+		cfg := n.config(iptables.ModeAuto)
 		cfg.Pods = known.Addresses
 		r, _ := n.reconcile(cfg)
 		becomes := func(mode iptables.Mode, when string) {
@@ -31,7 +31,7 @@ func TestAutoModeFollowsPodsThatComeAndGo(t *testing.T) {
 			bridged, removeBridged := n.addPod("10.244.0.20", testbed.Bridge)
 			neighbour, removeNeighbour := n.addPod("10.244.0.21", testbed.Bridge)
 			known.Set(n.pod.Addr, bridged.Addr, neighbour.Addr)
-			assert.Equal(t, "agent", ask(bridged), "before it is known")
+			assert.Equal(t, "agent", ask(bridged), "before Pods has it")
 			routed, removeRouted := n.addPod("10.244.0.30", testbed.Routed)
 			known.Set(n.pod.Addr, bridged.Addr, neighbour.Addr, routed.Addr)
 			becomes(iptables.DNAT, "a routed pod is there")

@@ -18,58 +18,58 @@ type tuple struct {
 	src, dst netip.AddrPort
 }
 
-// bypassing picks out, of all the connections that the kernel tracks, those with the
-// metadata service that the agent is not at the other end of. The nat table is asked
-// for a connection's first packet alone, and so never for these. Without its entry
-// the next packet counts as a first one, is redirected, and is answered with a reset,
-// since the agent knows of no such connection (nf_conntrack_tcp_loose).
+// staleFlows matches tracked connections to the metadata service that bypass the agent:
+// the nat table sees only the first packet of a connection, and so never theirs. Without
+// its conntrack entry the next packet counts as the first one, is redirected, and is
+// answered with a reset, since the agent has no such connection
+// (nf_conntrack_tcp_loose).
 //
-// There are two kinds: connections that a pod opened before the rules came, and those
-// that seem to come from the metadata service. It opens none, so somebody forged a
-// packet in order to have what is sent to it taken for an answer.
-type bypassing struct {
+// There are two kinds: connections that a pod opened before the rules were in place, and
+// connections that claim to come from the metadata service. It opens none: their first
+// packet was forged, so that packets to it count as replies.
+type staleFlows struct {
 	metadata netip.AddrPort
-	local    map[netip.Addr]bool // the node's own addresses: its own connections are to bypass
+	local    map[netip.Addr]bool // the node's addresses: its own connections are legitimate
 }
 
-func (b bypassing) match(orig, reply tuple) bool {
+func (f staleFlows) match(orig, reply tuple) bool {
 	if orig.protocol != unix.IPPROTO_TCP {
 		return false
 	}
-	// Answers come from where the packets were sent to. One that leads to the
-	// node itself leads to an agent, be it one that is handing over to this one; or
-	// it is the node's own connection, of which an answer was seen first.
-	if b.local[reply.src.Addr()] {
+	// Replies come from where the packets are delivered. If that is the node itself, it
+	// is an agent, perhaps one that is handing over to this one; or it is the node's own
+	// connection, of which conntrack saw a reply first.
+	if f.local[reply.src.Addr()] {
 		return false
 	}
 	switch {
-	case orig.dst == b.metadata:
-		return !b.local[orig.src.Addr()]
-	case orig.src == b.metadata, reply.dst == b.metadata:
+	case orig.dst == f.metadata:
+		return !f.local[orig.src.Addr()]
+	case orig.src == f.metadata, reply.dst == f.metadata:
 		return true
 	}
 	return false
 }
 
-// cutBypassing deletes the entries that bypass the agent, and says how many.
-func cutBypassing(metadata netip.AddrPort) (int, error) {
+// flushStaleFlows deletes the conntrack entries of stale flows, and returns how many.
+func flushStaleFlows(metadata netip.AddrPort) (int, error) {
 	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
 	if err != nil {
 		return 0, fmt.Errorf("listing the node's addresses: %w", err)
 	}
-	b := bypassing{metadata: metadata, local: make(map[netip.Addr]bool)}
+	stale := staleFlows{metadata: metadata, local: make(map[netip.Addr]bool)}
 	for _, a := range addrs {
 		if addr, ok := netip.AddrFromSlice(a.IP.To4()); ok {
-			b.local[addr] = true
+			stale.local[addr] = true
 		}
 	}
 
-	// A busy node tracks hundreds of thousands of connections, and a pod can make
-	// it so: the table streams by, and only what matches is kept.
+	// A node can track hundreds of thousands of connections, if only because of one pod:
+	// entries are streamed, and only matching ones kept.
 	var matching [][]byte
 	list := conntrackRequest(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_DUMP)
 	err = list.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(entry []byte) bool {
-		if orig, reply, ok := parseEntry(entry); ok && b.match(orig, reply) {
+		if orig, reply, ok := parseEntry(entry); ok && stale.match(orig, reply) {
 			matching = append(matching, slices.Clone(entry))
 		}
 		return true
@@ -81,7 +81,7 @@ func cutBypassing(metadata netip.AddrPort) (int, error) {
 		del := conntrackRequest(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
 		del.AddRawData(entry[nl.SizeofNfgenmsg:])
 		if _, err := del.Execute(unix.NETLINK_NETFILTER, 0); err != nil && !errors.Is(err, unix.ENOENT) {
-			return i, fmt.Errorf("deleting a connection that bypasses the agent: %w", err)
+			return i, fmt.Errorf("deleting the conntrack entry of a connection that bypasses the agent: %w", err)
 		}
 	}
 	return len(matching), nil
@@ -121,11 +121,10 @@ func parseTuple(b []byte) (tuple, bool) {
 	}, true
 }
 
-// maxAttribute is the highest type among the attributes that matter here.
+// maxAttribute is the highest attribute type that is used here.
 const maxAttribute = 3
 
-// attributes returns the values of netlink attributes by type. What cannot be
-// read is left out.
+// attributes returns the values of netlink attributes by type, up to a malformed one.
 func attributes(b []byte) (values [maxAttribute + 1][]byte) {
 	for len(b) >= unix.SizeofNlAttr {
 		size := int(binary.NativeEndian.Uint16(b))

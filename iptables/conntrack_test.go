@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestWhichConnectionsBypassTheAgent(t *testing.T) {
-	b := bypassing{metadata: metadata, local: map[netip.Addr]bool{
+func TestStaleFlowsMatch(t *testing.T) {
+	stale := staleFlows{metadata: metadata, local: map[netip.Addr]bool{
 		netip.MustParseAddr("127.0.0.1"): true, netip.MustParseAddr("10.0.0.4"): true, netip.MustParseAddr("10.244.0.1"): true, DefaultAddress: true,
 	}}
 	for name, tc := range map[string]struct {
@@ -34,12 +34,12 @@ func TestWhichConnectionsBypassTheAgent(t *testing.T) {
 			from, to, leads := netip.MustParseAddrPort(tc.from), netip.MustParseAddrPort(tc.to), netip.MustParseAddrPort(tc.leads)
 			orig := tuple{protocol: tc.protocol, src: from, dst: to}
 			reply := tuple{protocol: tc.protocol, src: leads, dst: from}
-			assert.Equal(t, tc.want, b.match(orig, reply))
+			assert.Equal(t, tc.want, stale.match(orig, reply))
 		})
 	}
-	assert.False(t, b.match(tuple{}, tuple{}))
+	assert.False(t, stale.match(tuple{}, tuple{}))
 
-	// Of these the first packet came, or seemed to come, from the metadata service.
+	// The first packet of these came, or claims to come, from the metadata service.
 	for name, tc := range map[string]struct {
 		to    string // as the packet says
 		leads string // where its packets go
@@ -57,16 +57,16 @@ func TestWhichConnectionsBypassTheAgent(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			orig := tuple{protocol: unix.IPPROTO_TCP, src: metadata, dst: netip.MustParseAddrPort(tc.to)}
 			reply := tuple{protocol: unix.IPPROTO_TCP, src: netip.MustParseAddrPort(tc.leads), dst: netip.MustParseAddrPort(tc.back)}
-			assert.Equal(t, tc.want, b.match(orig, reply))
+			assert.Equal(t, tc.want, stale.match(orig, reply))
 		})
 	}
-	// Rewritten on the way here, as a translation of somebody else's may do.
-	assert.True(t, b.match(
+	// Translated by another program's rule.
+	assert.True(t, stale.match(
 		tuple{unix.IPPROTO_TCP, netip.MustParseAddrPort("10.244.0.8:1"), netip.MustParseAddrPort("10.0.0.4:8080")},
 		tuple{unix.IPPROTO_TCP, netip.MustParseAddrPort("10.244.0.7:40000"), metadata}))
 }
 
-// FuzzParseEntry: the kernel is trusted to be kind, not to be understood.
+// FuzzParseEntry parses arbitrary conntrack messages.
 func FuzzParseEntry(f *testing.F) {
 	f.Add([]byte{2, 0, 0, 0, 20, 0, 1, 128, 16, 0, 1, 128, 8, 0, 1, 0, 10, 244, 0, 7, 4, 0, 2, 0})
 	f.Add([]byte{2, 0, 0, 0, 3, 0, 1, 0})

@@ -8,23 +8,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errPrivileges means that this process lacks capabilities that it needs, which
-// only who starts it can change.
+// errPrivileges means that this process lacks capabilities that it needs.
 var errPrivileges = errors.New("run as root with the capabilities NET_ADMIN and NET_RAW")
 
-// forbidden is the advice for EPERM in spite of all capabilities. On AKS nodes with
-// eBPF host routing an LSM program refuses every rule that is written in the node's
-// network namespace (azure-block-iptables of Azure/azure-container-networking).
+// forbidden is the advice for EPERM with all capabilities. On AKS nodes with eBPF host
+// routing an LSM program refuses every rule that is written in the node's network
+// namespace (azure-block-iptables of Azure/azure-container-networking).
 const forbidden = "the node may forbid iptables rules, as AKS nodes with eBPF host routing do (label kubernetes.azure.com/ebpf-host-routing=true): " +
 	"there, use --redirect-mode=none with a local redirect policy of Cilium"
 
-// missingCapabilities names those that are not effective in this process. Policy
+// missingCapabilities names the capabilities that this process needs and lacks. Policy
 // routing, iptables-nft and conntrack need NET_ADMIN; iptables-legacy also NET_RAW.
 func missingCapabilities() (missing []string) {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData // version 3 has two, for 64 capabilities
 	if err := unix.Capget(&header, &data[0]); err != nil {
-		return nil // what is refused will say so
+		return nil // the operations that are refused will fail
 	}
 	for _, c := range []struct {
 		bit  int
@@ -37,8 +36,7 @@ func missingCapabilities() (missing []string) {
 	return missing
 }
 
-// permissionAdvice is what to do about EPERM, given the capabilities that are
-// missing.
+// permissionAdvice says what to do about EPERM, given the missing capabilities.
 func permissionAdvice(missing []string) error {
 	if len(missing) == 0 {
 		return errors.New(forbidden)
@@ -46,7 +44,7 @@ func permissionAdvice(missing []string) error {
 	return fmt.Errorf("%w (missing: %s)", errPrivileges, strings.Join(missing, ", "))
 }
 
-// explainErrno adds what to do to the error of a system call, where that is known.
+// explainErrno adds what to do about the error of a system call, where that is known.
 func explainErrno(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
@@ -62,8 +60,8 @@ func explainErrno(err error) error {
 // errLocked means that another program holds the xtables lock.
 var errLocked = errors.New("another program holds the xtables lock")
 
-// toolError turns the text of a failed iptables into an error that says what to
-// do about it. It is the one place that knows these texts.
+// toolError turns the output of a failed iptables into an error that says what to do
+// about it. No other function knows these texts.
 func toolError(doing, text string) error {
 	text = strings.Join(strings.Fields(text), " ")
 	switch {

@@ -41,7 +41,7 @@ func (n *node) guard() string {
 	return rules
 }
 
-func TestTheFencesAreThereAndTheNodeReachesTheMetadataService(t *testing.T) {
+func TestFences(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		before := n.ipRules()
@@ -52,7 +52,7 @@ func TestTheFencesAreThereAndTheNodeReachesTheMetadataService(t *testing.T) {
 		assert.Equal(t, "-A nmi-guard -d 169.254.169.254/32 -j DROP\n-A nmi-guard -s 169.254.169.254/32 -j DROP\n", n.guard())
 		assert.Contains(t, n.iptablesOn(backend, "mangle", "-S", "FORWARD"), "-A FORWARD -j nmi-guard")
 
-		// The source of its answers is looked up by the same rules.
+		// The kernel looks up the source of the replies by the same rules.
 		for _, setting := range []string{"0", "1", "2"} {
 			n.rpFilter(n.network.Uplink.Name, setting)
 			assert.Equal(t, "imds", n.askFromNode(), "rp_filter %s", setting)
@@ -67,7 +67,7 @@ func TestTheFencesAreThereAndTheNodeReachesTheMetadataService(t *testing.T) {
 	})
 }
 
-func TestInModeNoneTheFencesStandAlone(t *testing.T) {
+func TestFencesInModeNone(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.redirect(iptables.DNAT)()
@@ -80,15 +80,15 @@ func TestInModeNoneTheFencesStandAlone(t *testing.T) {
 		assert.Equal(t, before, n.iptables("-S"))
 		assert.Contains(t, n.ipRules(), routingFence)
 		assert.Contains(t, n.guard(), "-j DROP")
-		assert.Empty(t, askFor(n.pod, aMoment), "nobody redirects")
+		assert.Empty(t, askFor(n.pod, aMoment), "no redirect")
 		assert.Equal(t, "imds", n.askFromNode())
 		assert.EqualValues(t, 1, n.leaks.Load(), "the node's own request")
 	})
 }
 
-// A node without the iptables commands, or that refuses their rules, has the other
-// fence.
-func TestWhereIptablesIsRefusedTheRoutingFenceStands(t *testing.T) {
+// Without the iptables commands, or where the node forbids their rules, the routing fence
+// remains.
+func TestRoutingFenceWithoutIptables(t *testing.T) {
 	refusing := t.TempDir()
 	for _, name := range []string{"iptables-nft", "iptables-nft-restore"} {
 		writeScript(t, refusing+"/"+name, `[ "$1" = --version ] && echo "iptables v1.8.9 (nf_tables)" && exit; echo 'iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)' >&2; exit 4`)
@@ -102,7 +102,7 @@ func TestWhereIptablesIsRefusedTheRoutingFenceStands(t *testing.T) {
 				n := newNode(t, iptables.NFT, testbed.Ptp)
 				path := setPath(t, tc.path)
 				r, err := iptables.New(n.config(mode))
-				require.NoError(t, err, "the rest of the rules can be written")
+				require.NoError(t, err, "other rules can be written")
 				n.start(r)
 				if mode == iptables.None {
 					n.eventually(func() bool { return r.Status().Err == nil }, "ready")
@@ -121,8 +121,8 @@ func TestWhereIptablesIsRefusedTheRoutingFenceStands(t *testing.T) {
 	}
 }
 
-// An agent that only starts, and may never come to serve, takes no fence away.
-func TestFencesOfAnotherAgentStay(t *testing.T) {
+// An agent that only starts, and may never serve, removes no fence.
+func TestFenceKeepsOtherAgentsFences(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		first, err := iptables.New(n.config(iptables.Redirect))
@@ -144,8 +144,8 @@ func TestFencesOfAnotherAgentStay(t *testing.T) {
 	})
 }
 
-// Each is put back by itself; the other stands meanwhile, and so nothing leaks.
-func TestAFenceThatGoesIsPutBackAndSaysSo(t *testing.T) {
+// Each fence is repaired; the other one is in place meanwhile, and nothing leaks.
+func TestFenceRepair(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.agent(iptables.Redirect)
@@ -180,8 +180,8 @@ func TestAFenceThatGoesIsPutBackAndSaysSo(t *testing.T) {
 	})
 }
 
-// AKS's IMDS restriction, as the kubelet's start puts it there, in whichever table.
-func TestRulesThatCanOnlyDropMayComeFirst(t *testing.T) {
+// AKS's IMDS restriction, as written when the kubelet starts, in either table.
+func TestDropRulesMayPrecedeOwn(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.agent(iptables.Redirect)
@@ -194,7 +194,7 @@ func TestRulesThatCanOnlyDropMayComeFirst(t *testing.T) {
 				"-m", "comment", "--comment", "AKS managed: added by AgentBaker ensureIMDSRestriction for IMDS restriction feature", "-j", "DROP")
 			n.eventually(func() bool { return r.Stats().Checks > checks }, "seen in "+table)
 			assert.NoError(t, r.Status().Err)
-			assert.Equal(t, repairs, r.Stats().Repairs, "not fought in "+table)
+			assert.Equal(t, repairs, r.Stats().Repairs, "no repair in "+table)
 			assert.Contains(t, n.forward(table)[0], "AKS managed", table)
 			assert.Equal(t, "agent", n.ask())
 			n.iptablesOn(backend, table, "-D", "FORWARD", "1")
@@ -202,7 +202,7 @@ func TestRulesThatCanOnlyDropMayComeFirst(t *testing.T) {
 	})
 }
 
-func TestRoutingRulesOfOthersAreLeftAloneAndNamedWhereTheyComeFirst(t *testing.T) {
+func TestPrecedingRoutingRules(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	others := []string{
 		"pref 9 fwmark 0x200/0xf00 lookup 2004", // Cilium's, by their mark
@@ -233,7 +233,7 @@ func TestRoutingRulesOfOthersAreLeftAloneAndNamedWhereTheyComeFirst(t *testing.T
 	assert.Equal(t, before, n.ipRules())
 }
 
-func TestAFenceForAnotherMetadataAddressIsReplaced(t *testing.T) {
+func TestRoutingFenceForAnotherMetadataAddress(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	n.run("", "ip", "rule", "add", "pref", "12", "nop", "protocol", "kernel")
 	n.run("", "ip", "rule", "add", "pref", "10", "to", "169.254.169.1", "iif", "lo", "goto", "12", "protocol", "kernel")
@@ -284,33 +284,33 @@ func setPath(t *testing.T, path string) (restore func()) {
 	return restore
 }
 
-// A repair does not wait for anything when the last check is a while ago, and the log
-// says what pods have had.
-func TestRulesThatAreGoneArePutBackAtOnceWithAWarning(t *testing.T) {
+// The first repair after a quiet time is not delayed, and the log says what the impact on
+// pods was.
+func TestLostRulesAreLogged(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp) // legacy tables announce nothing
 	var log testlog.Buffer
 	cfg := n.config(iptables.Redirect)
 	cfg.Logger = slog.New(slog.NewTextHandler(&log, nil))
 	r, stop := n.reconcile(cfg)
-	assert.NotContains(t, log.String(), "level=WARN", "a start is no loss")
+	assert.NotContains(t, log.String(), "level=WARN", "nothing is lost at the start")
 	fastest := time.Hour
 	for range 3 {
-		time.Sleep(1200 * time.Millisecond) // quiet: for longer than the checks are apart
+		time.Sleep(1200 * time.Millisecond) // longer than debounce
 		repairs := r.Stats().Repairs
 		flushed := time.Now()
 		n.iptables("-F", "PREROUTING")
-		n.eventually(func() bool { return r.Stats().Repairs > repairs }, "put back")
+		n.eventually(func() bool { return r.Stats().Repairs > repairs }, "repaired")
 		fastest = min(fastest, time.Since(flushed))
 	}
 	t.Log("fastest of three repairs:", fastest)
-	assert.Less(t, fastest, 450*time.Millisecond, "from the command that flushes on")
-	assert.Equal(t, 3, strings.Count(log.String(), `level=WARN msg="rules were removed or changed by another program" rules=[redirect] meanwhile="pods' requests for tokens were refused or dropped; a fence stood, and none reached the metadata service"`), log.String())
+	assert.Less(t, fastest, 450*time.Millisecond, "since the start of the flush command")
+	assert.Equal(t, 3, strings.Count(log.String(), `level=WARN msg="rules were removed or changed by another program" rules=[redirect] impact="pods' token requests were refused or dropped; a fence kept them from the metadata service"`), log.String())
 
 	n.run("", "ip", "rule", "del", "pref", "11")
 	n.eventually(func() bool { return strings.Contains(log.String(), "rules=[routing]") }, "said")
-	assert.Contains(t, log.String(), "were served; the other fence stood")
+	assert.Contains(t, log.String(), "were served, and the other fence was in place")
 
-	// Another agent that had taken over, in another mode, is no such program.
+	// Changes by another agent that had taken over are no losses.
 	stop()
 	losses := strings.Count(log.String(), "rules were removed")
 	n.redirect(iptables.DNAT)()

@@ -2,9 +2,9 @@ package iptables_test
 
 import "strings"
 
-// calico writes rules as Felix does, in four tables and each jump in the first
-// place, for a node whose workloads' interfaces are called veth rather than cali.
-// What a workload's policy allows is marked 0x10000 and accepted.
+// calico writes rules as Felix does, in four tables and each jump first, for a node whose
+// workloads' interfaces are named veth instead of cali. Packets that policy allows are
+// marked 0x10000 and accepted.
 func (n *node) calico() {
 	n.t.Helper()
 	n.run(`create cali40masq-ipam-pools hash:net
@@ -12,8 +12,7 @@ create cali40all-ipam-pools hash:net
 add cali40masq-ipam-pools 10.244.0.0/16
 add cali40all-ipam-pools 10.244.0.0/16
 `, "ipset", "restore", "-exist")
-	// Felix flushes nothing that is not its own; here the other hooks hold
-	// nothing else.
+	// Felix flushes only its own chains; here the other hooks have no other rules.
 	n.restore(strings.NewReplacer("$LINK", n.pod.Link, "$FIRST", strings.TrimSpace(n.first("-j cali-PREROUTING"))).Replace(calicoRules))
 }
 

@@ -20,15 +20,15 @@ func (n *node) run(input, name string, args ...string) string {
 	return string(out)
 }
 
-// restore changes tables as other programs do: chains that it names are emptied,
-// the rest stays.
+// restore changes tables as other programs do: chains that input names are flushed, others
+// stay.
 func (n *node) restore(input string) {
 	n.t.Helper()
 	n.run(input, "iptables-"+string(n.backend)+"-restore", "--noflush", "--wait=10")
 }
 
-// first lists what makes the jump to a chain the first rule of nat's PREROUTING, be
-// it there already or not.
+// first returns the lines that move a jump to the first place in PREROUTING of nat, or
+// insert it there.
 func (n *node) first(jump string) string {
 	n.t.Helper()
 	again := ""
@@ -38,7 +38,7 @@ func (n *node) first(jump string) string {
 	return again + "-I PREROUTING 1 " + jump + "\n"
 }
 
-// otherRules lists the chains and rules of the node that are not ours, by table.
+// otherRules lists the node's chains and rules of other programs, by table.
 func (n *node) otherRules() []string {
 	n.t.Helper()
 	var rules []string
@@ -87,8 +87,8 @@ func (n *node) forgetRules() {
 	n.run("add table ip kube-proxy\ndelete table ip kube-proxy\n", "nft", "-f", "-")
 }
 
-// kubeProxy writes rules as kube-proxy does for a thousand services: 5,000 of
-// them, in chains of their own, behind a jump that it puts first.
+// kubeProxy writes rules as kube-proxy does for a thousand services: 5,000 rules, in
+// chains, after a jump that it inserts first.
 func (n *node) kubeProxy() {
 	n.t.Helper()
 	var b strings.Builder
@@ -104,8 +104,7 @@ func (n *node) kubeProxy() {
 	n.restore(b.String())
 }
 
-// kubeProxyIPVS writes a handful of rules, whatever the number of services: their
-// addresses are in sets.
+// kubeProxyIPVS writes a constant number of rules: services' addresses are in sets.
 func (n *node) kubeProxyIPVS() {
 	n.t.Helper()
 	n.run(`create KUBE-CLUSTER-IP hash:ip,port
@@ -149,15 +148,15 @@ COMMIT
 `)
 }
 
-// nftRules lists the table of kube-proxy, and the rules of others beside ours.
+// nftRules lists the table of kube-proxy, and otherRules.
 func (n *node) nftRules() []string {
 	n.t.Helper()
 	table := n.run("", "nft", "--stateless", "list", "table", "ip", "kube-proxy")
 	return append(n.otherRules(), strings.Split(table, "\n")...)
 }
 
-// kubeProxyNFT writes a table that iptables knows nothing of. Its hook has the
-// same priority as PREROUTING of nat: which is asked first is not for a jump to say.
+// kubeProxyNFT writes a table that the iptables commands do not show. Its hook has the
+// priority of PREROUTING of nat, so that no jump decides which comes first.
 func (n *node) kubeProxyNFT() {
 	n.t.Helper()
 	n.run(`add table ip kube-proxy

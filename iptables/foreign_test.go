@@ -10,8 +10,8 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-// foreigners are programs that keep rules of their own on the node. The names of
-// chains and sets are those of kube-proxy and of Calico's Felix.
+// foreigners are other programs that keep rules on the node. The names of chains and sets
+// are those of kube-proxy and of Calico's Felix.
 var foreigners = []struct {
 	name  string
 	shape testbed.Shape // of pods beside it
@@ -25,14 +25,14 @@ var foreigners = []struct {
 	{"Calico", testbed.Routed, iptables.DNAT, (*node).calico, (*node).otherRules},
 }
 
-func TestBesideTheRulesOfOthersWhicheverComeFirst(t *testing.T) {
+func TestBesideOtherProgramsRules(t *testing.T) {
 	for _, backend := range backends {
 		for _, other := range foreigners {
 			t.Run(string(backend)+", "+other.name, func(t *testing.T) {
 				n := newNode(t, backend, other.shape)
 				t.Cleanup(n.forgetRules)
 				other.write(n)
-				require.Equal(t, "imds", n.ask(), "no rule of theirs stops the pod")
+				require.Equal(t, "imds", n.ask(), "their rules do not stop the pod")
 				theirs := other.rules(n)
 				require.NotEmpty(t, theirs)
 				n.leaks.Store(0)
@@ -41,18 +41,18 @@ func TestBesideTheRulesOfOthersWhicheverComeFirst(t *testing.T) {
 				n.agent(other.mode)
 				require.True(t, n.inPlace())
 				stopAsking := n.askAllTheTime()
-				other.write(n) // its jump is first now, or was until a moment ago
+				other.write(n) // its jump was first for a moment
 				n.eventually(n.inPlace, "first again")
 				stopAsking()
 				assert.Zero(t, n.leaks.Load())
 				assert.Empty(t, changed(theirs, other.rules(n)))
 
 				n.iptables("-F", "aad-metadata")
-				n.eventually(n.inPlace, "still watching after so many changes")
+				n.eventually(n.inPlace, "still watching after many changes")
 				stopRules()
 				require.NoError(t, iptables.Cleanup(t.Context(), n.config(other.mode)))
 				assert.Empty(t, changed(theirs, other.rules(n)))
-				assert.Equal(t, "imds", n.ask(), "and all is as it was")
+				assert.Equal(t, "imds", n.ask(), "as before")
 			})
 		}
 	}

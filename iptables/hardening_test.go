@@ -18,7 +18,7 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-// dial connects a pod, or with nil the node itself, with an address of the node.
+// dial connects from a pod, or with nil from the node, to an address of the node.
 func dial(pod *testbed.Pod, address string, patience time.Duration) (err error) {
 	connect := func() error {
 		conn, err := net.DialTimeout("tcp4", address, patience)
@@ -39,23 +39,23 @@ func unanswered(err error) bool {
 	return errors.As(err, &timeout) && timeout.Timeout()
 }
 
-func TestDirectConnectionsToTheAgentsPort(t *testing.T) {
+func TestInputDropsDirectConnections(t *testing.T) {
 	for _, backend := range backends {
 		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
 			t.Run(fmt.Sprintf("%s, mode %s", backend, mode), func(t *testing.T) {
 				n := newNode(t, backend, testbed.Ptp)
 				n.agent(iptables.Redirect) // on all addresses
 				stop := n.redirect(mode)
-				direct := []string{testbed.NodeAddress + ":2579", "10.244.0.1:2579"} // by the pod's gateway, too
+				direct := []string{testbed.NodeAddress + ":2579", "10.244.0.1:2579"} // the pod's gateway is the node too
 				if mode == iptables.DNAT {
 					direct = append(direct, "169.254.169.252:2579")
 				}
 				for _, address := range direct {
 					assert.True(t, unanswered(dial(n.pod, address, aMoment)), address)
 				}
-				assert.Equal(t, "agent", n.ask(), "what is redirected is served")
+				assert.Equal(t, "agent", n.ask(), "redirected connections are served")
 				for _, address := range []string{"127.0.0.1:2579", testbed.NodeAddress + ":2579"} {
-					assert.NoError(t, dial(nil, address, patience), "the node itself, over lo, at %s", address)
+					assert.NoError(t, dial(nil, address, patience), "from the node, over lo, to %s", address)
 				}
 
 				n.iptablesOn(backend, "mangle", "-F", "nmi-input")
@@ -66,7 +66,7 @@ func TestDirectConnectionsToTheAgentsPort(t *testing.T) {
 
 				stop()
 				n.iptablesOn(backend, "mangle", "-F", "nmi-input")
-				assert.NoError(t, dial(n.pod, direct[0], patience), "without the rule the kernel shakes hands")
+				assert.NoError(t, dial(n.pod, direct[0], patience), "without the rule the kernel accepts")
 				n.redirect(mode)()
 				require.True(t, unanswered(dial(n.pod, direct[0], aMoment)))
 				require.NoError(t, iptables.Cleanup(t.Context(), n.config(mode)))
@@ -77,23 +77,22 @@ func TestDirectConnectionsToTheAgentsPort(t *testing.T) {
 	}
 }
 
-// A redirect of others may leave no trace in conntrack.
-func TestModeNoneTakesDirectConnections(t *testing.T) {
+// Another program's redirect may not use conntrack.
+func TestInputInModeNone(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.agent(iptables.Redirect) // on all addresses
 		const address = testbed.NodeAddress + ":2579"
 		n.redirect(iptables.DNAT)()
 		require.True(t, unanswered(dial(n.pod, address, aMoment)))
-		n.redirect(iptables.None) // the agent before had another mode
-		n.eventually(func() bool { return dial(n.pod, address, patience) == nil }, "taken away")
+		n.redirect(iptables.None) // the previous agent had another mode
+		n.eventually(func() bool { return dial(n.pod, address, patience) == nil }, "removed")
 		assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-input")
 	})
 }
 
-// Whoever takes over may have another port. Connections that the predecessor has still
-// to answer are not cut.
-func TestAnotherPort(t *testing.T) {
+// A successor may have another port. Connections to the predecessor are kept.
+func TestInputWithAnotherPort(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.agent(iptables.Redirect)
@@ -115,17 +114,16 @@ func TestAnotherPort(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, "agent", answer, "from before")
 		assert.True(t, unanswered(dial(n.pod, testbed.NodeAddress+":2580", aMoment)))
-		assert.NoError(t, dial(n.pod, testbed.NodeAddress+":2579", patience), "the old port may be somebody else's now")
+		assert.NoError(t, dial(n.pod, testbed.NodeAddress+":2579", patience), "the old port may be another program's now")
 	})
 }
 
-// The ports that the node's own connections are made from, so that a flood of all of
-// them is short.
+// The source ports of the node's connections: few, so that a flood of all is short.
 const firstPort, ports = 40000, 500
 
-// Forged answers of the metadata service to connections that the node has yet to make
-// spoil these where the node drops what conntrack finds invalid.
-func TestAFloodOfForgedAnswersToTheNode(t *testing.T) {
+// Forged replies of the metadata service to connections that the node has not opened yet
+// break these connections, if the node drops INVALID packets.
+func TestAntispoof(t *testing.T) {
 	const ranges = "/proc/sys/net/ipv4/ip_local_port_range"
 	before, err := os.ReadFile(ranges)
 	require.NoError(t, err)
@@ -177,8 +175,8 @@ func TestAFloodOfForgedAnswersToTheNode(t *testing.T) {
 	}
 }
 
-// A second way to the metadata service is the node's choice, and no forgery.
-func TestAnswersComeByTheRouteThatTheNodeHas(t *testing.T) {
+// Replies over the uplink that the node's route uses are not forged.
+func TestAntispoofWithTwoUplinks(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	second, err := n.network.AddUplink()
 	require.NoError(t, err)
@@ -189,8 +187,8 @@ func TestAnswersComeByTheRouteThatTheNodeHas(t *testing.T) {
 	}
 }
 
-// A kernel without a module is no reason to hand out no tokens.
-func TestWithoutModulesForHardening(t *testing.T) {
+// Without a kernel module for hardening the agent is ready.
+func TestHardeningWithoutKernelModules(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	bin := t.TempDir()
 	writeScript(t, bin+"/iptables-nft", `exec /usr/sbin/iptables-nft "$@"`)

@@ -12,18 +12,18 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
+func TestModeAuto(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	n.agent(iptables.Redirect) // on all addresses
 	pods := &testbed.PodList{}
-	cfg := n.config(iptables.AutoMode)
+	cfg := n.config(iptables.ModeAuto)
 	cfg.Pods = pods.Addresses
 	r, _ := n.reconcile(cfg)
 	becomes := func(mode iptables.Mode, why string) {
 		t.Helper()
 		n.eventually(func() bool {
 			s := r.Status()
-			return s.Err == nil && s.Mode == mode && strings.Contains(s.Why, why)
+			return s.Err == nil && s.Mode == mode && strings.Contains(s.Reason, why)
 		}, why)
 		assert.Equal(t, "agent", n.ask())
 	}
@@ -51,17 +51,17 @@ func TestAutoModeFollowsThePodsInterfaces(t *testing.T) {
 	addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
 	require.NoError(t, err)
 	require.Len(t, addrs, 1)
-	stopAsking() // without the address the pod has no gateway to ask through
+	stopAsking() // without the address the pod has no gateway
 	require.NoError(t, netlink.AddrDel(link, &addrs[0]))
-	n.eventually(func() bool { return r.Status().Mode == iptables.DNAT }, "noticed that the address is gone")
+	n.eventually(func() bool { return r.Status().Mode == iptables.DNAT }, "the address is gone")
 	assert.Zero(t, n.leaks.Load())
 }
 
-func TestARestartChangesNoRules(t *testing.T) {
+func TestRestartChangesNoRules(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		pods := &testbed.PodList{}
-		cfg := n.config(iptables.AutoMode)
+		cfg := n.config(iptables.ModeAuto)
 		cfg.Pods = pods.Addresses
 		pods.Set(n.pod.Addr)
 		first, stop := n.reconcile(cfg)
@@ -72,13 +72,15 @@ func TestARestartChangesNoRules(t *testing.T) {
 		second, _ := n.reconcile(cfg)
 		assert.Equal(t, iptables.Redirect, second.Status().Mode)
 		pods.Set(n.pod.Addr)
-		n.eventually(func() bool { return second.Status().Why == "every interface that leads to a pod has an IPv4 address" }, "knows why")
+		n.eventually(func() bool {
+			return second.Status().Reason == "every interface that leads to a pod has an IPv4 address"
+		}, "knows why")
 		assert.Zero(t, second.Stats().Repairs)
 		assert.Equal(t, uint64(1), second.Stats().Checks, "pods that come are no reason to look at the rules")
 	})
 }
 
-func TestAProgramThatKeepsChangingTheRulesIsNamed(t *testing.T) {
+func TestDetectConflict(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Ptp)
 	r, _ := n.reconcile(n.config(iptables.Redirect))
 	for range 6 {
@@ -86,6 +88,6 @@ func TestAProgramThatKeepsChangingTheRulesIsNamed(t *testing.T) {
 		n.eventually(n.inPlace, "first again")
 	}
 	n.eventually(func() bool { return len(r.Status().Notes) > 0 }, "noted")
-	assert.Contains(t, r.Status().Notes[0], "another program keeps changing the rules: they were put back")
+	assert.Contains(t, r.Status().Notes[0], "another program keeps changing the rules: repaired")
 	assert.NoError(t, r.Status().Err)
 }

@@ -34,7 +34,7 @@ func eachBackend(t *testing.T, test func(*testing.T, iptables.Backend)) {
 	}
 }
 
-// node is a node with one pod and a metadata service that counts its visitors.
+// node is a node with one pod and a metadata service that counts requests.
 type node struct {
 	t       testing.TB
 	backend iptables.Backend
@@ -70,7 +70,7 @@ func newNode(tb testing.TB, backend iptables.Backend, shape testbed.Shape) *node
 	return n
 }
 
-// lastCaller is the address that the metadata service was last called from.
+// lastCaller returns the source address of the metadata service's last request.
 func (n *node) lastCaller() string {
 	caller, _ := n.caller.Load().(string)
 	return caller
@@ -86,8 +86,7 @@ func (n *node) addPod(addr string, shape testbed.Shape) (pod *testbed.Pod, remov
 	return pod, remove
 }
 
-// serve answers every request with what says returns, until the test ends or the
-// returned function is called.
+// serve answers requests with what says returns, until the test ends or stop is called.
 func (n *node) serve(ln net.Listener, says func(caller string) string) (stop func()) {
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		caller, _, _ := net.SplitHostPort(r.RemoteAddr)
@@ -106,8 +105,8 @@ func (n *node) config(mode iptables.Mode) iptables.Config {
 	}
 }
 
-// redirect keeps rules in place until the test ends or the returned function is
-// called, and returns once they are there.
+// redirect keeps rules in place until the test ends or stop is called, and returns once
+// they are in place.
 func (n *node) redirect(mode iptables.Mode) (stop func()) {
 	n.t.Helper()
 	_, stop = n.reconcile(n.config(mode))
@@ -124,7 +123,7 @@ func (n *node) reconcile(cfg iptables.Config) (r *iptables.Reconciler, stop func
 	return r, stop
 }
 
-// start lets r run until the test ends or the returned function is called.
+// start runs r until the test ends or stop is called.
 func (n *node) start(r *iptables.Reconciler) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -134,7 +133,7 @@ func (n *node) start(r *iptables.Reconciler) (stop func()) {
 	return stop
 }
 
-// agent answers "agent" where the mode leads to.
+// agent serves "agent" at the destination of a mode.
 func (n *node) agent(mode iptables.Mode) (stop func()) {
 	n.t.Helper()
 	addr := "0.0.0.0:2579"
@@ -146,24 +145,24 @@ func (n *node) agent(mode iptables.Mode) (stop func()) {
 	return n.serve(ln, func(string) string { return "agent" })
 }
 
-// patience is for what must happen, on a machine that is busy with other things, too.
+// patience is the timeout for what must happen, also on a busy machine.
 const patience = 30 * time.Second
 
-// ask is what the pod hears when it calls the metadata service over a new
-// connection; "" when that is refused.
+// ask sends the pod's request to the metadata service over a new connection, and returns
+// the body of the response; "" if the connection is refused.
 func (n *node) ask() string { return ask(n.pod) }
 
 func ask(pod *testbed.Pod) string { return askFor(pod, patience) }
 
-// askFor is ask for a pod that gives up; "" when it has heard nothing by then.
+// askFor is ask with a timeout.
 func askFor(pod *testbed.Pod, patience time.Duration) string { return get(pod.Client(patience)) }
 
-// askFromNode is what the node itself hears from the metadata service.
+// askFromNode is ask from the node itself.
 func (n *node) askFromNode() string {
 	return get(&http.Client{Timeout: patience, Transport: &http.Transport{}})
 }
 
-// get asks the metadata service over a new connection; "" when nothing comes.
+// get sends the request of ask with a client.
 func get(client *http.Client) string {
 	defer client.CloseIdleConnections()
 	resp, err := client.Get("http://" + testbed.MetadataAddress + "/metadata/instance")
@@ -175,13 +174,12 @@ func get(client *http.Client) string {
 	return string(body)
 }
 
-// askAllTheTime lets the pod ask until the test ends or the returned function is
-// called. Whatever changes meanwhile, it must hear the agent and nothing else, and
-// must not have to call twice: the kernel does so after a second, which is all that
-// an SDK's probe waits.
+// askAllTheTime sends the pod's requests until the test ends or stop is called. Whatever
+// changes meanwhile, only the agent may answer, and no SYN may be retransmitted: the
+// kernel does so after a second, which is the timeout of SDKs' probes.
 func (n *node) askAllTheTime() (stop func()) {
 	done := make(chan struct{})
-	before := calledTwice(n.t, n.pod)
+	before := retransmittedSYNs(n.t, n.pod)
 	var asking sync.WaitGroup
 	asking.Go(func() {
 		for asked := 0; assert.Equal(n.t, "agent", n.ask(), "request %d", asked); asked++ {
@@ -195,15 +193,14 @@ func (n *node) askAllTheTime() (stop func()) {
 	stop = sync.OnceFunc(func() {
 		close(done)
 		asking.Wait()
-		assert.Equal(n.t, before, calledTwice(n.t, n.pod), "connections whose first packet was lost")
+		assert.Equal(n.t, before, retransmittedSYNs(n.t, n.pod), "retransmitted SYNs")
 	})
 	n.t.Cleanup(stop)
 	return stop
 }
 
-// calledTwice is how often the pod has had to send the first packet of a connection
-// again.
-func calledTwice(tb testing.TB, pod *testbed.Pod) (times string) {
+// retransmittedSYNs returns how many SYNs the pod has retransmitted.
+func retransmittedSYNs(tb testing.TB, pod *testbed.Pod) (times string) {
 	tb.Helper()
 	require.NoError(tb, pod.Do(func() error {
 		text, err := os.ReadFile("/proc/thread-self/net/netstat")
@@ -222,7 +219,7 @@ func calledTwice(tb testing.TB, pod *testbed.Pod) (times string) {
 	return times
 }
 
-// iptables runs a command on the nat table, as somebody else on the node would.
+// iptables runs a command on the nat table, as another program would.
 func (n *node) iptables(args ...string) string {
 	n.t.Helper()
 	return n.iptablesOn(n.backend, "nat", args...)
@@ -240,8 +237,8 @@ func (n *node) eventually(is func() bool, what string) {
 	require.Eventually(n.t, is, patience, 5*time.Millisecond, what)
 }
 
-// inPlace reports whether the jump is the first rule of PREROUTING and the only
-// one, and the chain holds one rule.
+// inPlace reports whether the redirect's jump is the first rule of PREROUTING and the only
+// jump, and the chain has one rule.
 func (n *node) inPlace() bool {
 	var jumps, first, rules int
 	position := 0
@@ -262,5 +259,5 @@ func (n *node) inPlace() bool {
 	return jumps == 1 && first == 1 && rules == 1
 }
 
-// aMoment is for what must not happen.
+// aMoment is how long to wait for what must not happen.
 const aMoment = 700 * time.Millisecond

@@ -14,30 +14,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The routing fence is three policy routing rules (ip-rule(8)), written through
-// netlink, so that it works where iptables is refused:
+// The routing fence is three policy routing rules (ip-rule(8)), written through netlink,
+// so that it works where the node forbids iptables:
 //
 //	10: from all to METADATA iif lo goto 12
 //	11: from all to METADATA prohibit
 //	12: from all nop
 //
-// The kernel looks up the packets that the node itself sends with the input
-// interface lo (flowi4_iif, LOOPBACK_IFINDEX): they go on through the node's
-// ordinary rules. It uses the same lookup for the source address of a packet that
-// is delivered here (__fib_validate_source), so that answers of the metadata service
-// to the node pass rp_filter. Everything else to the metadata service is being
-// forwarded, and is answered with "administratively prohibited".
+// The kernel looks up routes for the node's own packets with the input interface lo
+// (flowi4_iif, LOOPBACK_IFINDEX): they skip the prohibit rule. The same goes for the
+// lookup of the source of a received packet (__fib_validate_source), so that replies of
+// the metadata service to the node pass rp_filter and rpfilter. All other packets to the
+// metadata service are being forwarded, and get "administratively prohibited".
 //
-// The preferences are those that CNI plugins leave free: Cilium uses 9, 10 and 100,
-// AWS 512 and above. Sharing one with others does no harm.
+// CNI plugins leave these preferences free: Cilium uses 9, 10 and 100, AWS 512 and above.
+// Sharing one does no harm.
 const (
 	prefNode   = 10
 	prefOthers = 11
 	prefEnd    = 12
 )
 
-// routingRule is what matters here of a policy routing rule (struct fib_rule_hdr
-// and the FRA_ attributes of linux/fib_rules.h). It is a value, to be compared.
+// routingRule is a policy routing rule, as far as it matters here (struct fib_rule_hdr
+// and the FRA_ attributes of linux/fib_rules.h). It is comparable.
 type routingRule struct {
 	pref   uint32
 	action uint8        // nl.FR_ACT_*
@@ -45,15 +44,14 @@ type routingRule struct {
 	iif    string
 	target uint32 // of nl.FR_ACT_GOTO
 
-	// Of rules of others; all zero in ours.
+	// Of other programs' rules; all zero in own ones.
 	src      netip.Prefix
 	table    uint32
 	selected bool // by a mark, an output interface, a port and so on
 }
 
-// routingRules returns the fence's rules in the order to write them in: a goto
-// whose target is not there yet is skipped, and the node's own packets would be
-// refused.
+// routingRules returns the fence's rules in the order to write them in: a goto without
+// its target is skipped, and the node's own packets would be refused.
 func routingRules(metadata netip.Addr) []routingRule {
 	dst := netip.PrefixFrom(metadata, metadata.BitLen())
 	return []routingRule{
@@ -63,15 +61,15 @@ func routingRules(metadata netip.Addr) []routingRule {
 	}
 }
 
-// ours reports whether a rule is of our making, for whatever metadata address.
-func (r routingRule) ours() bool {
+// isOwn reports whether a rule is one of the fence's, for any metadata address.
+func (r routingRule) isOwn() bool {
 	return slices.Contains(routingRules(r.dst.Addr()), r) || r == routingRules(netip.IPv4Unspecified())[0]
 }
 
-// ensureRoutingFence writes the rules that are missing and removes those for
-// another metadata address. standing is whether the fence held before that. notes
-// tell of rules of others that come first and may lead pods' packets past it.
-func ensureRoutingFence(metadata netip.Addr) (standing, changed bool, notes []string, err error) {
+// ensureRoutingFence adds missing rules and deletes those for another metadata address.
+// intact is whether none was missing. notes name other programs' rules that come first
+// and may route pods' packets past the fence.
+func ensureRoutingFence(metadata netip.Addr) (intact, changed bool, notes []string, err error) {
 	rules, err := listRoutingRules()
 	if err != nil {
 		return false, false, nil, err
@@ -82,19 +80,19 @@ func ensureRoutingFence(metadata netip.Addr) (standing, changed bool, notes []st
 		return false, added, nil, err
 	}
 	stale := slices.DeleteFunc(slices.Clone(rules), func(r routingRule) bool {
-		return !r.ours() || slices.Contains(desired, r)
+		return !r.isOwn() || slices.Contains(desired, r)
 	})
 	if err := deleteRoutingRules(stale); err != nil {
 		return !added, true, nil, err
 	}
-	if before := shadowing(rules, metadata); len(before) > 0 {
-		notes = []string{"policy routing rules of another program come before the fence's: they may lead what pods send to the metadata service past it, to where only the guard chain drops it: " + strings.Join(before, "; ")}
+	if preceding := precedingRules(rules, metadata); len(preceding) > 0 {
+		notes = []string{"policy routing rules of another program precede the fence's and may route pods' packets to the metadata service past it; only the guard chain drops them then: " + strings.Join(preceding, "; ")}
 	}
 	return !added, added || len(stale) > 0, notes, nil
 }
 
-// addRoutingFence writes the rules that are missing and removes none, and reports
-// whether any was.
+// addRoutingFence adds missing rules and deletes none, and reports whether any was
+// missing.
 func addRoutingFence(metadata netip.Addr) (added bool, err error) {
 	rules, err := listRoutingRules()
 	if err != nil {
@@ -103,8 +101,8 @@ func addRoutingFence(metadata netip.Addr) (added bool, err error) {
 	return addMissing(routingRules(metadata), rules)
 }
 
-// addMissing adds the desired rules that are not among those that there are, and
-// reports whether any was missing.
+// addMissing adds the desired rules that are not among rules, and reports whether any was
+// missing.
 func addMissing(desired, rules []routingRule) (added bool, err error) {
 	for _, rule := range desired {
 		if slices.Contains(rules, rule) {
@@ -118,19 +116,19 @@ func addMissing(desired, rules []routingRule) (added bool, err error) {
 	return added, nil
 }
 
-// removeRoutingFence removes the rules, for whatever metadata address, and reports
+// removeRoutingFence deletes the fence's rules, for any metadata address, and reports
 // whether there were any.
 func removeRoutingFence() (removed bool, err error) {
 	rules, err := listRoutingRules()
 	if err != nil {
 		return false, err
 	}
-	rules = slices.DeleteFunc(rules, func(r routingRule) bool { return !r.ours() })
+	rules = slices.DeleteFunc(rules, func(r routingRule) bool { return !r.isOwn() })
 	return len(rules) > 0, deleteRoutingRules(rules)
 }
 
-// deleteRoutingRules deletes rules of ours, what refuses first: without its goto it
-// would refuse the node's own packets.
+// deleteRoutingRules deletes own rules, prohibit first: without the goto it would refuse
+// the node's own packets.
 func deleteRoutingRules(rules []routingRule) error {
 	for _, action := range []uint8{nl.FR_ACT_PROHIBIT, nl.FR_ACT_GOTO, nl.FR_ACT_NOP} {
 		for _, rule := range rules {
@@ -152,9 +150,9 @@ func (r routingRule) add() error {
 	return nil
 }
 
-// message is a rule of ours for netlink. Its protocol says that the kernel made it:
-// systemd-networkd removes all others when it starts (ManageForeignRoutingPolicyRules
-// of networkd.conf(5)).
+// message returns an own rule for netlink. Its protocol is the kernel's:
+// systemd-networkd deletes rules of other protocols when it starts
+// (ManageForeignRoutingPolicyRules of networkd.conf(5)).
 func (r routingRule) message() *netlink.Rule {
 	m := netlink.NewRule()
 	m.Family, m.Priority, m.Type, m.IifName, m.Protocol = unix.AF_INET, int(r.pref), r.action, r.iif, unix.RTPROT_KERNEL
@@ -167,7 +165,7 @@ func (r routingRule) message() *netlink.Rule {
 	return m
 }
 
-// String is the rule much as ip-rule(8) shows it.
+// String formats the rule much as ip-rule(8) does.
 func (r routingRule) String() string {
 	text := fmt.Sprintf("%d:", r.pref)
 	if r.src.IsValid() {
@@ -193,15 +191,15 @@ func (r routingRule) String() string {
 	}
 }
 
-// shadowing lists the rules of others before the fence that pods' packets to the
-// metadata service can take. Rules that a packet must be marked for are left out:
-// whether it will be cannot be told.
-func shadowing(rules []routingRule, metadata netip.Addr) (found []string) {
+// precedingRules lists other programs' rules before the fence that can match pods'
+// packets to the metadata service. Rules that match a mark or the like are left out:
+// which packets have it is unknown.
+func precedingRules(rules []routingRule, metadata netip.Addr) (found []string) {
 	for _, r := range rules {
 		switch {
 		case r.pref > prefOthers:
 			return found
-		case r.ours(), r.selected, r.iif == "lo", r.table == unix.RT_TABLE_LOCAL:
+		case r.isOwn(), r.selected, r.iif == "lo", r.table == unix.RT_TABLE_LOCAL:
 		case r.dst.IsValid() && !r.dst.Contains(metadata):
 		case r.action == nl.FR_ACT_TO_TBL, r.action == nl.FR_ACT_GOTO && r.target > prefOthers:
 			found = append(found, r.String())
@@ -210,8 +208,8 @@ func shadowing(rules []routingRule, metadata netip.Addr) (found []string) {
 	return found
 }
 
-// listRoutingRules returns the node's IPv4 rules in the order in which the kernel
-// asks them. (netlink.RuleList does not tell what a rule does.)
+// listRoutingRules returns the node's IPv4 rules in the kernel's order.
+// (netlink.RuleList does not return a rule's action.)
 func listRoutingRules() ([]routingRule, error) {
 	const attempts = 5
 	for range attempts {
@@ -219,7 +217,7 @@ func listRoutingRules() ([]routingRule, error) {
 		req.AddData(nl.NewIfInfomsg(unix.AF_INET))
 		messages, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
 		if errors.Is(err, netlink.ErrDumpInterrupted) {
-			continue // they changed meanwhile
+			continue // the rules changed meanwhile
 		}
 		if err != nil {
 			return nil, fmt.Errorf("listing the routing rules: %w", explainErrno(err))
@@ -235,7 +233,7 @@ func listRoutingRules() ([]routingRule, error) {
 	return nil, errors.New("listing the routing rules: they keep changing")
 }
 
-// Attributes of linux/fib_rules.h that select no packets.
+// neutral are the attributes of linux/fib_rules.h that match no packets.
 var neutral = []uint16{nl.FRA_TABLE, nl.FRA_SUPPRESS_PREFIXLEN, nl.FRA_SUPPRESS_IFGROUP, nl.FRA_FLOW, nl.FRA_PROTOCOL, fraPad}
 
 const (

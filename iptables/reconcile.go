@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// What Run keeps in place, by the names that logs and metrics have for it.
+// The parts of what Run keeps in place, as logs and metrics name them.
 const (
 	partRouting    = "routing"    // the routing fence
 	partGuard      = "guard"      // the guard chain
@@ -20,73 +20,99 @@ const (
 	partAntispoof  = "antispoof"  // the rule against forged packets
 )
 
-// parts lists what Run keeps in place, in the order in which it is written.
+// parts lists all of them, in the order in which they are written.
 var parts = []string{partRouting, partGuard, partRedirect, partWireserver, partInput, partAntispoof}
 
-// check is one check of everything that Run keeps in place.
-type check struct {
-	written  []string // parts that had to be written
-	gone     []string // parts that an earlier check left in place, and that were not there
-	down     []string // fences that did not stand when the check began
+// result is what one reconciliation found and did.
+type result struct {
+	written  []string // parts that were missing or wrong, and have been written
+	lost     []string // parts that this Run had left in place, and that were gone or changed
+	down     []string // fences that were not in place before
 	notes    []string
 	err      error // of parts that are required
 	optional error // of parts that are not
 }
 
-// reconcile makes the kernel's state the desired one, and reports whether it had
-// to change it for that. The fences come first. A part that fails hinders no other.
+// reconcile makes the kernel's state the desired one, and reports whether it changed
+// anything. The fences come first, and what the agent can do without comes last. An
+// error in one part does not keep the others from being written.
 //
-// Where the mode cannot be told yet, it decides for the one whose rules are there, so
-// that a restart changes nothing; else for DNAT.
+// As long as the mode is not known, it keeps the one whose rules are there, so that a
+// restart changes nothing; else it takes DNAT.
 func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
-	var c check
-	r.checkRoutingFence(&c)
-	redirected := r.checkRequired(ctx, &c, status)
-	r.logGone(ctx, &c)
-	r.logWritten(ctx, c.written, status)
-	if r.kernel != nil {
-		required := len(c.written)
-		c.gone = nil
-		r.checkChains(ctx, &c, hardening(r.cfg, status.Mode))
-		r.logGone(ctx, &c)
-		r.logWritten(ctx, c.written[required:], status)
+	var res result
+	r.ensureRouting(&res)
+	redirected := r.ensureRequired(ctx, &res, status)
+	r.report(ctx, res.written, res.lost, res.down, status)
+	if r.runner != nil {
+		written, lost := len(res.written), len(res.lost)
+		r.ensureChains(ctx, &res, hardening(r.cfg, status.Mode))
+		r.report(ctx, res.written[written:], res.lost[lost:], nil, status)
 	}
-	if len(c.written) > 0 {
+	if len(res.written) > 0 {
 		r.repairs.Add(1)
-		r.written = append(r.written, time.Now())
-		r.settled = false
+		r.repairTimes = append(r.repairTimes, time.Now())
+		r.cleaned = false
 	}
-	status.rules = c.notes
-	if c.optional != nil {
-		if text := c.optional.Error(); text != r.optional {
-			r.cfg.Logger.Warn("running without rules that are not required", "error", c.optional)
+	status.ruleNotes = res.notes
+	if res.optional != nil {
+		if text := res.optional.Error(); text != r.lastOptional {
+			r.cfg.Logger.WarnContext(ctx, "running without rules that are not required", "error", res.optional)
 		}
-		status.rules = append(status.rules, "running without rules that are not required: "+strings.ReplaceAll(c.optional.Error(), "\n", "; "))
+		status.ruleNotes = append(status.ruleNotes, "running without rules that are not required: "+strings.ReplaceAll(res.optional.Error(), "\n", "; "))
 	}
-	r.optional = errorText(c.optional)
-	if !r.settled && redirected {
-		r.settle(ctx)
+	r.lastOptional = errorText(res.optional)
+	if !r.cleaned && redirected {
+		r.cleanStale(ctx)
 	}
-	return len(c.written) > 0, c.err
+	return len(res.written) > 0, res.err
 }
 
-// logWritten says which parts have just been written.
-func (r *Reconciler) logWritten(ctx context.Context, written []string, status *Status) {
-	if len(written) == 0 {
-		return
+// report logs which parts were lost, with the consequence for pods, and which have been
+// written.
+func (r *Reconciler) report(ctx context.Context, written, lost, down []string, status *Status) {
+	warn, info := slog.LevelWarn, slog.LevelInfo
+	if len(r.repairTimes) >= conflictThreshold { // detectConflict warns once a minute instead
+		warn, info = slog.LevelDebug, slog.LevelDebug
 	}
-	level := slog.LevelInfo
-	if len(r.written) >= contested {
-		level = slog.LevelDebug // it is said once a minute, see contest
+	if len(lost) > 0 {
+		for _, part := range lost {
+			r.lost[part].Add(1)
+		}
+		r.cfg.Logger.Log(ctx, warn, "rules were removed or changed by another program", "rules", lost, "impact", impact(lost, down))
 	}
-	r.cfg.Logger.Log(ctx, level, "routing and iptables rules put in place", "rules", written, "mode", status.Mode, "why", status.Why)
+	if len(written) > 0 {
+		r.cfg.Logger.Log(ctx, info, "routing and iptables rules put in place", "rules", written, "mode", status.Mode, "reason", status.Reason)
+	}
 }
 
-// Fence writes the fences now where there are none, and returns why one could not be
-// written. It is for before Run, which tries again: whatever keeps the rest of the agent
-// from starting must not leave the node open. Fences of another agent, which may be for
-// another metadata address, stay as they are until Run replaces them: this agent may
-// never come so far.
+// impact says what pods could do while parts were lost and fences down.
+func impact(lost, down []string) string {
+	var texts []string
+	switch {
+	case slices.Contains(down, partRouting) && slices.Contains(down, partGuard):
+		texts = append(texts, "both fences were down: pods may have reached the metadata service and got tokens of the node's identities")
+	case slices.Contains(lost, partRedirect):
+		texts = append(texts, "pods' token requests were refused or dropped; a fence kept them from the metadata service")
+	case slices.Contains(lost, partRouting) || slices.Contains(lost, partGuard):
+		texts = append(texts, "none: pods' token requests were served, and the other fence was in place")
+	}
+	for _, tc := range []struct{ part, text string }{
+		{partWireserver, "pods may have reached the wireserver"},
+		{partInput, "the agent itself had to refuse connections that were not redirected"},
+		{partAntispoof, "forged packets may have kept the node from the metadata service"},
+	} {
+		if slices.Contains(lost, tc.part) {
+			texts = append(texts, tc.text)
+		}
+	}
+	return strings.Join(texts, "; ")
+}
+
+// Fence writes the fences that are missing, and returns why one could not be written. It
+// is for before Run, which tries again: an agent that fails to start must not leave the
+// node open. Fences of another agent, which may be for another metadata address, stay
+// until Run replaces them: this agent may never get that far.
 func (r *Reconciler) Fence(ctx context.Context) error {
 	var written []string
 	added, routingErr := addRoutingFence(r.cfg.Metadata.Addr())
@@ -97,8 +123,8 @@ func (r *Reconciler) Fence(ctx context.Context) error {
 	if guardErr == nil {
 		guard := desired(r.cfg, None)[0]
 		var s state
-		if s, guardErr = r.kernel.read(guard); guardErr == nil && len(s.rules) == 0 {
-			guardErr = r.kernel.apply(ctx, s.install(guard.rules))
+		if s, guardErr = r.runner.read(guard); guardErr == nil && len(s.rules) == 0 {
+			guardErr = r.runner.apply(ctx, s.install(guard.rules))
 			written = append(written, partGuard)
 		}
 	}
@@ -108,161 +134,133 @@ func (r *Reconciler) Fence(ctx context.Context) error {
 	return errors.Join(routingErr, guardErr)
 }
 
-// failed records the error of a part. In mode None nothing is required but what was
-// asked for. What hardens is nowhere: a node whose kernel lacks a module for it is
-// better off with an agent that serves.
-func (r *Reconciler) failed(c *check, part string, err error) {
-	if r.cfg.Mode == None && part != partWireserver || part == partInput || part == partAntispoof {
-		c.optional = errors.Join(c.optional, err)
-	} else {
-		c.err = errors.Join(c.err, err)
+// required reports whether the agent is not ready without a part. In mode None nothing
+// is required but what was asked for. Hardening never is: on a kernel without a module
+// for it, an agent that serves is better than none.
+func (r *Reconciler) required(part string) bool {
+	switch part {
+	case partWireserver:
+		return true
+	case partInput, partAntispoof:
+		return false
+	default:
+		return r.cfg.Mode != None
 	}
 }
 
-func (r *Reconciler) checkRoutingFence(c *check) {
-	standing, written, notes, err := ensureRoutingFence(r.cfg.Metadata.Addr())
-	if !standing {
-		c.down = append(c.down, partRouting)
+// fail records why a part is not in place.
+func (r *Reconciler) fail(res *result, part string, err error) {
+	if r.required(part) {
+		res.err = errors.Join(res.err, err)
+	} else {
+		res.optional = errors.Join(res.optional, err)
+	}
+}
+
+func (r *Reconciler) ensureRouting(res *result) {
+	intact, written, notes, err := ensureRoutingFence(r.cfg.Metadata.Addr())
+	if !intact {
+		res.down = append(res.down, partRouting)
 		if r.fenced {
-			c.gone = append(c.gone, partRouting)
+			res.lost = append(res.lost, partRouting)
 		}
 	}
 	if r.fenced = err == nil; !r.fenced {
-		r.failed(c, partRouting, fmt.Errorf("the policy routing rules that refuse what is forwarded to the metadata service are not in place: %w", err))
+		r.fail(res, partRouting, fmt.Errorf("the policy routing rules that refuse packets forwarded to the metadata service are not in place: %w", err))
 	} else if written {
-		c.written = append(c.written, partRouting)
+		res.written = append(res.written, partRouting)
 	}
-	c.notes = append(c.notes, notes...)
+	res.notes = append(res.notes, notes...)
 }
 
-// checkRequired checks the chains that are required, and reports whether the redirect,
-// if there is to be one, is in place now.
-func (r *Reconciler) checkRequired(ctx context.Context, c *check, status *Status) (redirected bool) {
+// ensureRequired ensures the chains that are desired, and reports whether the redirect,
+// if there is to be one, is in place.
+func (r *Reconciler) ensureRequired(ctx context.Context, res *result, status *Status) (redirected bool) {
 	err := r.open()
-	if status.Mode == AutoMode {
+	if status.Mode == ModeAuto {
 		status.Mode = DNAT
 		if err == nil && r.inPlace(desired(r.cfg, Redirect)[1]) {
 			status.Mode = Redirect
 		}
 	}
 	if err != nil {
-		c.down = append(c.down, partGuard)
+		res.down = append(res.down, partGuard)
 		part := partGuard
 		if r.cfg.BlockWireserver {
 			part = partWireserver
 		}
-		r.failed(c, part, fmt.Errorf("no iptables rules can be written: %w", err))
+		r.fail(res, part, fmt.Errorf("iptables is not usable: %w", err))
 		return false
 	}
-	return r.checkChains(ctx, c, desired(r.cfg, status.Mode))
+	return r.ensureChains(ctx, res, desired(r.cfg, status.Mode))
 }
 
-// checkChains checks some chains, and reports whether the redirect, if it is among
-// them, is in place now.
-func (r *Reconciler) checkChains(ctx context.Context, c *check, chains []chain) (redirected bool) {
+// ensureChains reports whether the redirect, if it is among the chains, is in place.
+func (r *Reconciler) ensureChains(ctx context.Context, res *result, chains []chain) (redirected bool) {
 	redirected = true
-	found := r.kernel.readAll(chains)
+	found := r.runner.readAll(chains)
 	for i, want := range chains {
-		standing, err := r.checkChain(ctx, c, want, found[i])
-		if want.part == partGuard && !standing {
-			c.down = append(c.down, want.part)
+		intact, err := r.ensureChain(ctx, res, want, found[i])
+		if want.part == partGuard && !intact {
+			res.down = append(res.down, want.part)
 		}
 		if err != nil {
 			redirected = redirected && want.part != partRedirect
-			r.failed(c, want.part, fmt.Errorf("%s (chain %s, %s) is not in place: %w", want.purpose, want.name, want.place(), err))
+			r.fail(res, want.part, fmt.Errorf("%s (chain %s, %s) is not in place: %w", want.purpose, want.name, want.place(), err))
 		}
 	}
 	return redirected
 }
 
-// inPlace reports whether a chain and its jump are as they should be.
+// inPlace reports whether a chain and its jump are as desired.
 func (r *Reconciler) inPlace(want chain) bool {
-	s, err := r.kernel.read(want)
+	s, err := r.runner.read(want)
 	return err == nil && s.install(want.rules) == ""
 }
 
-// checkChain makes a chain and its jump as they should be, and reports whether they
-// were.
-func (r *Reconciler) checkChain(ctx context.Context, c *check, want chain, found stateOrError) (standing bool, err error) {
+// ensureChain makes a chain and its jump as desired, and reports whether they were.
+func (r *Reconciler) ensureChain(ctx context.Context, res *result, want chain, found stateOrError) (intact bool, err error) {
 	if found.err != nil {
 		return false, found.err
 	}
-	s, part := found.state, want.part
-	if part == partRedirect && strings.Contains(want.rules[0], "-j DNAT") {
+	s := found.state
+	if want.part == partRedirect && strings.Contains(want.rules[0], "-j DNAT") {
 		if err := ensureAddress(r.cfg.Address); err != nil {
 			return false, err
 		}
 	}
-	if last, ok := r.last[part]; ok && !s.holds(last) {
-		c.gone = append(c.gone, part)
-		delete(r.last, part)
+	if last, ok := r.last[want.part]; ok && !s.inEffect(last) {
+		res.lost = append(res.lost, want.part)
+		delete(r.last, want.part)
 	}
 	change := s.install(want.rules)
 	if change != "" {
-		if err := r.kernel.apply(ctx, change); err != nil {
+		if err := r.runner.apply(ctx, change); err != nil {
 			return false, err
 		}
-		c.written = append(c.written, part)
+		res.written = append(res.written, want.part)
 	}
-	r.last[part] = want.rules
+	r.last[want.part] = want.rules
 	return change == "", nil
 }
 
-// logGone says that rules were there and are gone, and what that meant for pods.
-func (r *Reconciler) logGone(ctx context.Context, c *check) {
-	if len(c.gone) == 0 {
-		return
-	}
-	for _, part := range c.gone {
-		r.lost[part].Add(1)
-	}
-	level := slog.LevelWarn
-	if len(r.written) > contested {
-		level = slog.LevelDebug
-	}
-	r.cfg.Logger.Log(ctx, level, "rules were removed or changed by another program", "rules", c.gone, "meanwhile", meanwhile(c.gone, c.down))
-}
+// conflictThreshold is how often in a minute rules are written for ordinary reasons.
+const conflictThreshold = 5
 
-// meanwhile says what pods may have had while parts were gone and fences down.
-func meanwhile(gone, down []string) string {
-	var said []string
-	switch {
-	case slices.Contains(down, partRouting) && slices.Contains(down, partGuard):
-		said = append(said, "no fence stood: pods may have reached the metadata service, and been given tokens of the node's identities")
-	case slices.Contains(gone, partRedirect):
-		said = append(said, "pods' requests for tokens were refused or dropped; a fence stood, and none reached the metadata service")
-	case slices.Contains(gone, partRouting) || slices.Contains(gone, partGuard):
-		said = append(said, "pods' requests for tokens were served; the other fence stood, and none reached the metadata service")
-	}
-	for _, tc := range []struct{ part, text string }{
-		{partWireserver, "pods may have reached the wireserver"},
-		{partInput, "connections to the agent's port that were not redirected were refused by the agent itself"},
-		{partAntispoof, "forged packets may have kept the node from the metadata service"},
-	} {
-		if slices.Contains(gone, tc.part) {
-			said = append(said, tc.text)
-		}
-	}
-	return strings.Join(said, "; ")
-}
-
-// contested is how often in a minute rules are written for ordinary reasons.
-const contested = 5
-
-// contest says so when somebody else keeps changing the rules. They are put back
-// at the same pace all the same: each moment without them is one in which pods are
-// refused.
-func (r *Reconciler) contest() []string {
+// detectConflict warns, and returns a note, while another program keeps changing the
+// rules. They are repaired at the same pace all the same: pods are refused as long as
+// they are missing.
+func (r *Reconciler) detectConflict() []string {
 	now := time.Now()
-	r.written = slices.DeleteFunc(r.written, func(at time.Time) bool { return now.Sub(at) > time.Minute })
-	if len(r.written) <= contested {
+	r.repairTimes = slices.DeleteFunc(r.repairTimes, func(at time.Time) bool { return now.Sub(at) > time.Minute })
+	if len(r.repairTimes) <= conflictThreshold {
 		return nil
 	}
-	if now.Sub(r.blamed) > time.Minute {
-		r.blamed = now
-		r.cfg.Logger.Warn("another program keeps changing the rules in the place of ours", "repairs_in_last_minute", len(r.written))
+	if now.Sub(r.lastConflict) > time.Minute {
+		r.lastConflict = now
+		r.cfg.Logger.Warn("another program keeps changing the rules", "repairs_in_last_minute", len(r.repairTimes))
 	}
-	return []string{fmt.Sprintf("another program keeps changing the rules: they were put back %d times in the last minute", len(r.written))}
+	return []string{fmt.Sprintf("another program keeps changing the rules: repaired %d times in the last minute", len(r.repairTimes))}
 }
 
 func errorText(err error) string {

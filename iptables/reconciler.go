@@ -1,27 +1,27 @@
-// Package iptables keeps the rules that hand pods' calls to the metadata service
-// to the agent, and two fences that keep everything else of pods' away from it.
+// Package iptables maintains the rules that redirect pods' requests to the metadata
+// service to the agent, and two fences that keep all other packets of pods away from it.
 //
 // The redirect serves, the fences protect. The redirect is a rule of the nat table,
-// which sees the first packet of a connection alone, in its original direction: a
-// forged packet, a NOTRACK rule or a flush is a way around it. No packet to or from
-// the metadata service is ever forwarded with good reason, and so each fence refuses
-// all of them: a guard chain, first in FORWARD of the mangle table, and policy routing
-// rules, which have nothing in common with iptables. Either is enough.
+// which sees only the first packet of a connection, in its original direction: a forged
+// packet, a NOTRACK rule or a flush is a way around it. No packet to or from the
+// metadata service is ever legitimately forwarded, so each fence refuses all of them: a
+// guard chain, first in FORWARD of the mangle table, and policy routing rules, which
+// share nothing with iptables. Either is enough.
 //
 // The life of the rules:
 //
 //  1. The desired rules follow from the configuration and the mode alone.
-//  2. Run reads what the kernel has. What is not as desired is written, the fences
-//     first. One iptables-restore writes a chain in one transaction: there is no
-//     moment with half of the rules. A part that fails hinders no other.
-//  3. What was there before is dealt with: the chains of an old agent in the other
-//     backend, connections from before the rules.
-//  4. It checks them again as soon as the kernel announces a change of links,
-//     addresses, routing rules or tables, when pods come and go, and every interval.
-//     Each time it looks at the interfaces that lead to pods: they decide the mode.
-//  5. The rules stay when Run ends, however it ends. With no agent behind them a
+//  2. Run reads the kernel's state and writes what differs, the fences first. One
+//     iptables-restore writes a chain in one transaction: half of the rules are never in
+//     place. An error in one part does not keep the others from being written.
+//  3. Stale state is cleaned up: chains of an old agent in the other backend, connections
+//     from before the rules.
+//  4. Run reconciles again when the kernel announces a change of links, addresses,
+//     routing rules or tables, and every interval. When links or pods change it selects
+//     the mode anew, by the interfaces that lead to pods.
+//  5. The rules stay when Run ends, however it ends. Without an agent behind them a
 //     pod's connection is refused; it never reaches the node's own identity.
-//  6. Cleanup removes what is ours, and nothing else.
+//  6. Cleanup removes the agent's own rules, and nothing else.
 package iptables
 
 import (
@@ -37,9 +37,8 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 )
 
-// DefaultAddress is the address on lo that mode DNAT leads to, unless told
-// otherwise. It is link-local, beside that of the metadata service, and network
-// policies can name it.
+// DefaultAddress is the default for Config.Address. It is link-local, next to the
+// metadata service's, and network policies can name it.
 var DefaultAddress = netip.MustParseAddr("169.254.169.252")
 
 // Config says what is redirected and where to. Mode, Metadata, Port, Address and
@@ -48,12 +47,12 @@ type Config struct {
 	Mode     Mode
 	Metadata netip.AddrPort // of the metadata service, IPv4
 	Port     uint16         // that the agent listens on
-	Address  netip.Addr     // on lo, for mode DNAT
-	Interval time.Duration  // between two checks of the rules, when nothing seems to happen
-	// Pods returns the addresses of this node's pods, and a channel that is
-	// closed when they have changed; nil if nobody knows. AutoMode needs it.
+	Address  netip.Addr     // on lo, the destination in mode DNAT
+	Interval time.Duration  // between two checks of the rules without an announced change
+	// Pods returns the addresses of this node's pods, and a channel that is closed when
+	// they have changed. ModeAuto requires it.
 	Pods            func() ([]netip.Addr, <-chan struct{})
-	Backend         Backend      // whose tables to use; "" means Auto
+	Backend         Backend      // whose tables to use; "" means BackendAuto
 	BlockWireserver bool         // reject what pods send to 168.63.129.16, ports 80 and 32526
 	Logger          *slog.Logger // nil means slog.Default
 }
@@ -63,55 +62,55 @@ type Reconciler struct {
 	cfg    Config
 	status atomic.Pointer[Status]
 
-	checks, repairs, cut atomic.Uint64
-	contended            atomic.Uint64
-	lost                 map[string]*atomic.Uint64 // by part; all of parts are there
+	checks, repairs, staleFlows atomic.Uint64
+	contended                   atomic.Uint64
+	lost                        map[string]*atomic.Uint64 // by part; has all of parts
 
-	// For New and Run alone.
-	kernel   *kernel             // nil as long as there are no iptables commands
-	settled  bool                // what others left has been dealt with
-	fenced   bool                // the last check of this Run left the routing fence in place
-	last     map[string][]string // by part, the rules of the chain that a check of this Run left in place
-	optional string              // error of a fence that mode None goes on without, as last logged
-	written  []time.Time         // when rules were put in place, in the last minute
-	blamed   time.Time           // when it was last said that somebody else keeps changing them
+	// Used by New and Run only.
+	runner       *runner             // nil as long as iptables is not usable
+	cleaned      bool                // cleanStale has succeeded since the last repair
+	fenced       bool                // the last reconciliation of this Run left the routing fence in place
+	last         map[string][]string // by part, the rules that a reconciliation of this Run left in place
+	lastOptional string              // error of parts that are not required, as last logged
+	repairTimes  []time.Time         // in the last minute
+	lastConflict time.Time           // when detectConflict last warned
 }
 
-// Status is what Run found or did at its last check.
+// Status is the outcome of the last reconciliation.
 type Status struct {
-	Err error // why the rules are not in place; nil when they are
-	// Bypass is why rules may be in vain, and what to do; wraps links.ErrBypass. It is
-	// for AutoMode alone: somebody who chose a mode is told by a note.
+	Err error // why required rules are not in place; nil when they are
+	// Bypass is why rules may be without effect, and what to do; it wraps
+	// links.ErrBypass. In another mode than ModeAuto it is a note.
 	Bypass error
-	Mode   Mode   // other than AutoMode, once there was a check
-	Why    string // this mode
-	// Notes are what else somebody may want to know of the rules, a sentence each.
+	Mode   Mode   // after the first reconciliation other than ModeAuto
+	Reason string // for this mode
+	// Notes are what else an operator may want to know of the rules, a sentence each.
 	Notes []string
 
-	rules []string // those of the Notes that the last check of the rules gave
+	ruleNotes []string // the part of Notes that comes from reconcile
 }
 
-// errNotYet is the error of the Status before the first check.
+// errNotYet is the error of the Status before the first reconciliation.
 var errNotYet = errors.New("the iptables rules are not in place yet")
 
 // Stats are counts since New.
 type Stats struct {
 	Checks        uint64            // of the rules
-	Repairs       uint64            // checks that found them wanting and wrote them, the first included
+	Repairs       uint64            // checks that wrote missing or changed rules, the first included
 	Lost          map[string]uint64 // by part, times that it had been in place and was gone
-	LockContended uint64            // commands before which another program held the xtables lock
-	Cut           uint64            // connections past the agent that were ended
+	LockContended uint64            // commands that found the xtables lock held by another program
+	StaleFlows    uint64            // connections past the agent that were ended
 }
 
-// New changes nothing. Its errors say which privileges are missing; mode None needs
-// none. Whatever else hinders the rules is in the Status, and tried again by Run: an
-// agent that ended for it would leave the node without the rest of them.
+// New changes nothing. Its errors say which privileges are missing; mode None requires
+// none. Whatever else keeps rules from being written is in the Status and retried by
+// Run: an agent that exited for it would leave the node without the other rules.
 func New(cfg Config) (*Reconciler, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	if cfg.Mode == AutoMode && cfg.Pods == nil {
-		return nil, errors.New("mode auto needs to know the pods' addresses")
+	if cfg.Mode == ModeAuto && cfg.Pods == nil {
+		return nil, errors.New("mode auto requires the pods' addresses")
 	}
 	if cfg.Mode != None || cfg.BlockWireserver {
 		if missing := missingCapabilities(); len(missing) > 0 {
@@ -123,37 +122,37 @@ func New(cfg Config) (*Reconciler, error) {
 		r.lost[part] = new(atomic.Uint64)
 	}
 	if err := r.open(); err != nil {
-		cfg.Logger.Warn("no iptables rules can be written", "error", err)
+		cfg.Logger.Warn("iptables is not usable; retrying", "error", err)
 	}
 	r.status.Store(&Status{Err: errNotYet})
 	return r, nil
 }
 
-// open finds the backend and its commands, if that has not been done yet.
+// open selects the backend and finds its commands, if that has not been done yet.
 func (r *Reconciler) open() (err error) {
-	if r.kernel != nil {
+	if r.runner != nil {
 		return nil
 	}
-	backend, why := r.cfg.Backend, "it was asked for"
-	if backend == Auto || backend == "" {
-		if backend, why, err = detect(); err != nil {
+	backend, reason := r.cfg.Backend, reasonFlag
+	if backend == BackendAuto || backend == "" {
+		if backend, reason, err = detect(); err != nil {
 			return err
 		}
 	}
-	if r.kernel, err = openKernel(backend, &r.contended); err != nil {
+	if r.runner, err = newRunner(backend, &r.contended); err != nil {
 		return err
 	}
-	r.cfg.Logger.Info("iptables backend", "backend", backend, "why", why)
+	r.cfg.Logger.Info("iptables backend selected", "backend", backend, "reason", reason)
 	return nil
 }
 
-// Status returns what the last check came to.
+// Status returns the outcome of the last reconciliation.
 func (r *Reconciler) Status() Status { return *r.status.Load() }
 
-// Stats returns what has been counted so far.
+// Stats returns the counts so far.
 func (r *Reconciler) Stats() Stats {
 	s := Stats{
-		Checks: r.checks.Load(), Repairs: r.repairs.Load(), Cut: r.cut.Load(), LockContended: r.contended.Load(),
+		Checks: r.checks.Load(), Repairs: r.repairs.Load(), StaleFlows: r.staleFlows.Load(), LockContended: r.contended.Load(),
 		Lost: make(map[string]uint64, len(r.lost)),
 	}
 	for part, n := range r.lost {
@@ -165,26 +164,25 @@ func (r *Reconciler) Stats() Stats {
 const (
 	// firstRetry is the pause after a failure; it doubles up to the interval.
 	firstRetry = time.Second
-	// debounce is the least time from one check to the next that a change gives
-	// rise to: on a node where kube-proxy writes rules all the time, one check
-	// answers for many. The first of several changes is not kept waiting.
+	// debounce is the least time between two reconciliations that changes trigger: on a
+	// node where kube-proxy writes rules all the time, one answers for many. The first
+	// change after a quiet time is not delayed.
 	debounce = 500 * time.Millisecond
+	// reasonFlag is the reason for a mode or a backend that was configured.
+	reasonFlag = "set by flag"
 )
 
-// Run keeps the rules in place until ctx ends: it checks them when the kernel
-// announces a change, when pods come and go, and every interval. It leaves them
-// there.
+// Run keeps the rules in place until ctx ends, and leaves them there.
 func (r *Reconciler) Run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	w, err := newWatcher(ctx, r.backend(), r.tables())
 	if err != nil {
-		r.cfg.Logger.Warn("changes will be noticed late", "error", err, "every", r.cfg.Interval)
+		r.cfg.Logger.Warn("watching for changes failed; checking periodically", "error", err, "interval", r.cfg.Interval)
 	}
 	defer w.close()
 	defer cancel()
 
-	// What happened to the rules since an earlier Run was perhaps the doing of the
-	// agent that had taken over.
+	// Changes since an earlier Run may be those of the agent that had taken over.
 	r.fenced = false
 	clear(r.last)
 	retry := min(firstRetry, r.cfg.Interval)
@@ -192,13 +190,13 @@ func (r *Reconciler) Run(ctx context.Context) {
 	defer due.Stop()
 	var status Status
 	var podsChanged <-chan struct{}
-	look, check := true, true // at the pods' links, and at the rules
+	podsTrigger, rulesTrigger := true, true
 	for {
-		if look {
-			status, podsChanged = r.survey(status)
+		if podsTrigger {
+			status, podsChanged = r.selectMode(status)
 		}
-		if check || status.Mode != r.status.Load().Mode {
-			w.watched(func() bool {
+		if rulesTrigger || status.Mode != r.status.Load().Mode {
+			w.observe(func() bool {
 				var changed bool
 				changed, status.Err = r.reconcile(ctx, &status)
 				return !changed && status.Err == nil
@@ -211,26 +209,26 @@ func (r *Reconciler) Run(ctx context.Context) {
 			if status.Err != nil {
 				next = retry
 				retry = min(2*retry, r.cfg.Interval)
-				r.cfg.Logger.Error("not all rules are in place; trying again", "error", status.Err, "in", next)
+				r.cfg.Logger.Error("putting rules in place failed; retrying", "error", status.Err, "in", next)
 			} else {
 				retry = min(firstRetry, r.cfg.Interval)
 			}
 			due.Reset(next)
 		}
 		published := status
-		published.Notes = slices.Concat(r.contest(), status.rules, status.Notes)
+		published.Notes = slices.Concat(r.detectConflict(), status.ruleNotes, status.Notes)
 		r.status.Store(&published)
 		checked := time.Now()
 		select {
 		case <-due.C:
-			look, check = true, true
+			podsTrigger, rulesTrigger = true, true
 			continue
-		case <-w.links: // the address on lo is one of them
-			look, check = true, true
+		case <-w.links: // also when the address on lo is removed
+			podsTrigger, rulesTrigger = true, true
 		case <-w.rules:
-			look, check = false, true
+			podsTrigger, rulesTrigger = false, true
 		case <-podsChanged:
-			look, check = true, false
+			podsTrigger, rulesTrigger = true, false
 		case <-ctx.Done():
 			return
 		}
@@ -242,19 +240,19 @@ func (r *Reconciler) Run(ctx context.Context) {
 	}
 }
 
-// backend is the one whose tables are used; "" if that is not known yet.
+// backend returns the backend that is used; "" if iptables is not usable.
 func (r *Reconciler) backend() Backend {
-	if r.kernel == nil {
+	if r.runner == nil {
 		return ""
 	}
-	return r.kernel.backend
+	return r.runner.backend
 }
 
-// tables names the tables that rules of ours are wanted in.
+// tables names the tables that the configuration writes to.
 func (r *Reconciler) tables() (names []string) {
 	mode := r.cfg.Mode
-	if mode == AutoMode {
-		mode = DNAT // either
+	if mode == ModeAuto {
+		mode = DNAT // Redirect has the same
 	}
 	for _, c := range slices.Concat(desired(r.cfg, mode), hardening(r.cfg, mode)) {
 		if !slices.Contains(names, c.table) {
@@ -264,27 +262,27 @@ func (r *Reconciler) tables() (names []string) {
 	return names
 }
 
-// survey looks at the pods' interfaces: which mode to use now and why. The channel says
-// when to look again.
-func (r *Reconciler) survey(last Status) (Status, <-chan struct{}) {
-	s := Status{Err: last.Err, Mode: r.cfg.Mode, Why: "it was asked for", rules: last.rules}
+// selectMode selects the mode by the interfaces that lead to pods, and looks for a
+// dataplane that bypasses iptables. The channel is closed when pods have changed.
+func (r *Reconciler) selectMode(last Status) (Status, <-chan struct{}) {
+	s := Status{Err: last.Err, Mode: r.cfg.Mode, Reason: reasonFlag, ruleNotes: last.ruleNotes}
 	if r.cfg.Pods == nil {
 		return s, nil
 	}
 	pods, changed := r.cfg.Pods()
-	if r.cfg.Mode == AutoMode {
-		s.Mode, s.Why = choose(pods)
-		if s.Mode == AutoMode && last.Mode != "" { // not known any more: as before
-			s.Mode, s.Why = last.Mode, last.Why
+	if r.cfg.Mode == ModeAuto {
+		s.Mode, s.Reason = modeFor(pods)
+		if s.Mode == ModeAuto && last.Mode != "" { // no pods any more: unchanged
+			s.Mode, s.Reason = last.Mode, last.Reason
 		}
 	}
 	switch bypass := links.Bypass(); {
 	case bypass == nil || r.cfg.Mode == None:
-	case r.cfg.Mode == AutoMode:
-		s.Bypass = fmt.Errorf("mode auto cannot tell whether the redirect works: %w: use --redirect-mode=none with a local redirect policy "+
+	case r.cfg.Mode == ModeAuto:
+		s.Bypass = fmt.Errorf("mode auto cannot tell whether a redirect would work: %w: use --redirect-mode=none with a local redirect policy "+
 			"(deploy/cilium), or, if you know that Cilium routes through iptables here (legacy host routing), --redirect-mode=dnat", bypass)
 	default:
-		s.Notes = append(s.Notes, fmt.Sprintf("mode %s was chosen, although %s", r.cfg.Mode, bypass))
+		s.Notes = append(s.Notes, fmt.Sprintf("mode %s is set, although %s", r.cfg.Mode, bypass))
 	}
 	return s, changed
 }

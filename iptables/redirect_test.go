@@ -18,12 +18,12 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-func TestPodsReachTheAgent(t *testing.T) {
+func TestRedirect(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		for _, tc := range []struct {
-			shape testbed.Shape
-			mode  iptables.Mode
-			hears string
+			shape  testbed.Shape
+			mode   iptables.Mode
+			answer string
 		}{
 			{testbed.Ptp, iptables.Redirect, "agent"},
 			{testbed.Ptp, iptables.DNAT, "agent"},
@@ -36,14 +36,14 @@ func TestPodsReachTheAgent(t *testing.T) {
 		} {
 			t.Run(fmt.Sprintf("%s, mode %s", tc.shape, tc.mode), func(t *testing.T) {
 				n := newNode(t, backend, tc.shape)
-				require.Equal(t, "imds", n.ask(), "without rules a pod reaches the metadata service")
+				require.Equal(t, "imds", n.ask(), "without rules the pod reaches the metadata service")
 				require.EqualValues(t, 1, n.leaks.Load())
 				n.redirect(tc.mode)
 				n.agent(tc.mode)
-				if tc.hears == "" {
+				if tc.answer == "" {
 					assert.Empty(t, askFor(n.pod, aMoment))
 				} else {
-					assert.Equal(t, tc.hears, n.ask())
+					assert.Equal(t, tc.answer, n.ask())
 				}
 				assert.EqualValues(t, 1, n.leaks.Load())
 			})
@@ -51,7 +51,7 @@ func TestPodsReachTheAgent(t *testing.T) {
 	})
 }
 
-func TestRulesOutliveTheAgent(t *testing.T) {
+func TestRulesOutliveAgent(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
 			t.Run(string(mode), func(t *testing.T) {
@@ -64,28 +64,28 @@ func TestRulesOutliveTheAgent(t *testing.T) {
 				assert.Empty(t, n.ask())
 				assert.True(t, n.inPlace())
 				n.agent(mode)
-				assert.Equal(t, "agent", n.ask(), "back without a word to iptables")
+				assert.Equal(t, "agent", n.ask(), "without any change of the rules")
 				assert.Zero(t, n.leaks.Load())
 			})
 		}
 	})
 }
 
-func TestForeignChangesAreRepaired(t *testing.T) {
+func TestRedirectRepair(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.redirect(iptables.Redirect)
 		n.agent(iptables.Redirect)
 		for what, change := range map[string]func(){
-			"chain flushed":        func() { n.iptables("-F", "aad-metadata") },
-			"jump deleted":         func() { n.iptables("-D", "PREROUTING", "-j", "aad-metadata") },
-			"nat flushed":          func() { n.iptables("-F") },
-			"all of nat deleted":   func() { n.run("*nat\nCOMMIT\n", "iptables-"+string(backend)+"-restore", "--wait=10") },
-			"a rule above ours":    func() { n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT") },
-			"our jump twice":       func() { n.iptables("-A", "PREROUTING", "-j", "aad-metadata") },
-			"a narrower jump":      func() { n.iptables("-A", "PREROUTING", "-i", "veth+", "-j", "aad-metadata") },
-			"a rule in our chain":  func() { n.iptables("-I", "aad-metadata", "1", "-j", "RETURN") },
-			"another agent's port": func() { n.iptables("-R", "aad-metadata", "1", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "1") },
+			"chain flushed":         func() { n.iptables("-F", "aad-metadata") },
+			"jump deleted":          func() { n.iptables("-D", "PREROUTING", "-j", "aad-metadata") },
+			"nat flushed":           func() { n.iptables("-F") },
+			"all of nat deleted":    func() { n.run("*nat\nCOMMIT\n", "iptables-"+string(backend)+"-restore", "--wait=10") },
+			"a rule above the jump": func() { n.iptables("-I", "PREROUTING", "1", "-p", "udp", "-j", "ACCEPT") },
+			"the jump twice":        func() { n.iptables("-A", "PREROUTING", "-j", "aad-metadata") },
+			"a narrower jump":       func() { n.iptables("-A", "PREROUTING", "-i", "veth+", "-j", "aad-metadata") },
+			"a rule in the chain":   func() { n.iptables("-I", "aad-metadata", "1", "-j", "RETURN") },
+			"another agent's port":  func() { n.iptables("-R", "aad-metadata", "1", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "1") },
 		} {
 			change()
 			n.eventually(func() bool { return n.inPlace() && n.ask() == "agent" }, what)
@@ -93,7 +93,7 @@ func TestForeignChangesAreRepaired(t *testing.T) {
 	})
 }
 
-func TestTheChainOfAnOldNMIIsTakenOver(t *testing.T) {
+func TestChainOfOldNMI(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Routed)
 		n.iptables("-N", "aad-metadata")
@@ -105,11 +105,11 @@ func TestTheChainOfAnOldNMIIsTakenOver(t *testing.T) {
 		n.agent(iptables.DNAT)
 		assert.Equal(t, "agent", n.ask())
 		assert.True(t, n.inPlace())
-		assert.Contains(t, n.iptables("-S", "PREROUTING"), "-p udp", "the rules of others stay")
+		assert.Contains(t, n.iptables("-S", "PREROUTING"), "-p udp", "other programs' rules stay")
 	})
 }
 
-func TestCleanupRemovesWhatIsOursAndNothingElse(t *testing.T) {
+func TestCleanup(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.iptables("-N", "KUBE-SERVICES")
@@ -129,7 +129,7 @@ func TestCleanupRemovesWhatIsOursAndNothingElse(t *testing.T) {
 	})
 }
 
-func TestALockHeldByAnotherProgramIsWaitedFor(t *testing.T) {
+func TestXtablesLock(t *testing.T) {
 	n := newNode(t, iptables.Legacy, testbed.Ptp) // nft has no such lock
 	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
 	require.NoError(t, err)
@@ -147,18 +147,18 @@ func TestALockHeldByAnotherProgramIsWaitedFor(t *testing.T) {
 	n.eventually(func() bool { return r.Status().Err == nil && n.inPlace() }, "rules in place once the lock is free")
 }
 
-func TestACleanupThatSomebodyElseHindersGoesAsFarAsItCan(t *testing.T) {
+func TestCleanupWithForeignReference(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		n.redirect(iptables.Redirect)()
-		n.iptables("-A", "OUTPUT", "-j", "aad-metadata") // somebody else's
+		n.iptables("-A", "OUTPUT", "-j", "aad-metadata") // another program's
 		err := iptables.Cleanup(t.Context(), n.config(iptables.Redirect))
-		require.ErrorContains(t, err, "removing what is ours from iptables-"+string(backend))
-		assert.Equal(t, "imds", n.ask(), "our jump is gone, and the chain empty")
+		require.ErrorContains(t, err, "removing own chains from iptables-"+string(backend))
+		assert.Equal(t, "imds", n.ask(), "the jump is gone, and the chain empty")
 		n.iptables("-F", "OUTPUT")
 		require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
 
-		// In the other backend it is no reason not to be ready.
+		// In the other backend it does not affect readiness.
 		n.iptablesOn(other(backend), "nat", "-N", "aad-metadata")
 		n.iptablesOn(other(backend), "nat", "-A", "OUTPUT", "-j", "aad-metadata")
 		n.redirect(iptables.Redirect)
@@ -167,7 +167,7 @@ func TestACleanupThatSomebodyElseHindersGoesAsFarAsItCan(t *testing.T) {
 	})
 }
 
-// onLo reports whether lo has the address, for this host alone.
+// onLo reports whether lo has the address.
 func onLo(t *testing.T, addr netip.Addr) bool {
 	t.Helper()
 	lo, err := netlink.LinkByName("lo")
@@ -182,8 +182,8 @@ func onLo(t *testing.T, addr netip.Addr) bool {
 	return false
 }
 
-// BenchmarkCheckBesideKubeProxy is what one check of the rules costs beside 5,000
-// rules of kube-proxy, when there is nothing to repair.
+// BenchmarkCheckBesideKubeProxy measures one reconciliation beside 5,000 rules of
+// kube-proxy, with nothing to repair.
 func BenchmarkCheckBesideKubeProxy(b *testing.B) {
 	for _, backend := range backends {
 		b.Run(string(backend), func(b *testing.B) {
@@ -203,9 +203,8 @@ func BenchmarkCheckBesideKubeProxy(b *testing.B) {
 	}
 }
 
-// BenchmarkRepairBesideKubeProxy is the time in which a foreign flush is repaired beside
-// 5,000 rules of kube-proxy, the commands that undo and look included: each
-// iteration undoes our chain, and ends when it is noticed and repaired.
+// BenchmarkRepairBesideKubeProxy measures the time from a flush to its repair beside 5,000
+// rules of kube-proxy, including the commands that flush and look.
 func BenchmarkRepairBesideKubeProxy(b *testing.B) {
 	for _, backend := range backends {
 		b.Run(string(backend), func(b *testing.B) {

@@ -7,28 +7,25 @@ import (
 	"strings"
 )
 
-// wireserver is the other service that Azure gives every virtual machine: the
-// host's agent. To whoever asks on these ports it gives the machine's
-// configuration, certificates and bootstrap secrets included; on port 53 it is
-// the resolver, which pods need.
+// wireserver is Azure's other service for virtual machines. On these ports it serves the
+// machine's configuration, including certificates and bootstrap secrets, to any client;
+// on port 53 it is the DNS resolver, which pods need.
 // https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
 var wireserver = netip.MustParseAddr("168.63.129.16")
 
 const wireserverPorts = "80,32526"
 
-// chain is one of our chains: where it hangs, and the rules in it, in the words of
-// iptables -S. It is a value: equal configurations make equal chains.
+// chain is one of the agent's own chains: the hook that jumps to it, and its rules in
+// the syntax of iptables -S. It is a value: equal configurations make equal chains.
 type chain struct {
-	part              string // of Run's work, for logs and metrics
-	purpose           string // what its rules do
+	part              string // for logs and metrics
+	purpose           string // what its rules do, for errors
 	table, hook, name string
-	// anywhere: rules of others may come before the jump. It is written first all the
-	// same.
-	anywhere bool
-	rules    []string
+	anywhere          bool // the jump is inserted first, but need not stay first
+	rules             []string
 }
 
-// The chains that may be of our making, without their rules.
+// The agent's own chains, without their rules.
 var (
 	guardChain = chain{
 		part: partGuard, purpose: "the guard that drops what is forwarded to or from the metadata service",
@@ -49,20 +46,21 @@ var (
 		table: "mangle", hook: "INPUT", name: "nmi-input",
 	}
 	// Calico keeps its own jump first in PREROUTING of raw, and its chain drops forged
-	// packets too: who comes first there is not worth a fight.
+	// packets too: competing with it for the first place would gain nothing.
 	antispoofChain = chain{
 		part: partAntispoof, purpose: "the rule that drops packets that claim to come from the metadata service and do not",
 		table: "raw", hook: "PREROUTING", name: "nmi-antispoof", anywhere: true,
 	}
 
-	// ours are all of them, in the order to remove them in: as long as a fence
-	// stands, pods are refused.
-	ours = []chain{redirectChain, wireserverChain, inputChain, antispoofChain, guardChain}
+	// ownChains are all of them, in the order to remove them in: pods are refused as
+	// long as a fence is in place.
+	ownChains = []chain{redirectChain, wireserverChain, inputChain, antispoofChain, guardChain}
 )
 
-// mentionsOurs reports whether a line of iptables -S is of or about a chain of ours.
-func mentionsOurs(line string) bool {
-	return slices.ContainsFunc(ours, func(c chain) bool { return strings.Contains(line, c.name) })
+// mentionsOwnChain reports whether a line of iptables -S is a rule in or a jump to one of
+// the agent's own chains.
+func mentionsOwnChain(line string) bool {
+	return slices.ContainsFunc(ownChains, func(c chain) bool { return strings.Contains(line, c.name) })
 }
 
 // with returns the chain with these rules.
@@ -74,16 +72,16 @@ func (c chain) with(rules ...string) chain {
 	return c
 }
 
-// desired are the chains that the configuration asks for in a mode other than
-// AutoMode, in the order to write them in: the guard is there before anything is
+// desired returns the chains that the configuration requires in a mode other than
+// ModeAuto, in the order to write them in: the guard is in place before anything is
 // redirected.
 func desired(cfg Config, mode Mode) []chain {
 	metadata := cfg.Metadata.Addr()
-	// No packet to or from the metadata service is forwarded with good reason: the
-	// agent serves excepted pods too. The nat table sees the first packet of a
-	// connection alone, and not that of one that conntrack takes for an answer
-	// (a forged packet from the metadata service is enough) or does not track. In
-	// mangle an ACCEPT of the filter table, whoever wrote it, comes too late.
+	// No packet to or from the metadata service is legitimately forwarded: the agent
+	// serves excepted pods too. The nat table sees only the first packet of a connection,
+	// and not even that if conntrack takes it for a reply (one forged packet from the
+	// metadata service is enough) or does not track it. mangle comes before any ACCEPT
+	// of the filter table.
 	want := []chain{guardChain.with(
 		fmt.Sprintf("-d %s/32 -j DROP", metadata),
 		fmt.Sprintf("-s %s/32 -j DROP", metadata),
@@ -102,39 +100,39 @@ func desired(cfg Config, mode Mode) []chain {
 	return want
 }
 
-// hardening are the chains that the agent can do without: they keep a pod with many
-// packets from hurting others, and no token depends on them.
+// hardening returns the chains that are not required: they keep a pod's flood of packets
+// from hurting others, and no token depends on them.
 func hardening(cfg Config, mode Mode) (want []chain) {
 	// The agent refuses a connection that was not redirected, but only after the kernel
-	// has shaken hands for it. A redirect of others, which mode None is for, need not be
-	// conntrack's (Cilium's is eBPF's). As with the guard, mangle comes before any ACCEPT
-	// of the filter table; and nobody else writes to INPUT of mangle, where kubelet,
-	// kube-proxy and Calico all insert theirs first in INPUT of filter.
+	// has completed its handshake. In mode None the redirect may not be conntrack's
+	// (Cilium's is eBPF). As for the guard, mangle comes before any ACCEPT of the filter
+	// table; and no other program competes for the first place in INPUT of mangle, where
+	// kubelet, kube-proxy and Calico all insert jumps first in INPUT of filter.
 	if mode != None {
 		want = append(want, inputChain.with(
 			fmt.Sprintf("! -i lo -p tcp -m tcp --dport %d -m conntrack ! --ctstate DNAT -j DROP", cfg.Port)))
 	}
-	// Packets that seem to come from the metadata service make conntrack entries for
-	// connections of the node that it has yet to open. What the real one answers then is
-	// INVALID, which some nodes drop. raw comes before conntrack. A lookup of the route
-	// back (rpfilter of iptables-extensions(8)) tells them apart, whatever rp_filter says.
+	// Forged packets from the metadata service to the node create conntrack entries for
+	// connections that the node has not opened yet. The real replies to these are then
+	// INVALID, and some nodes drop INVALID packets. raw comes before conntrack. A reverse
+	// path lookup (rpfilter of iptables-extensions(8)) tells forged packets from real
+	// ones, whatever the sysctl rp_filter.
 	return append(want, antispoofChain.with(
 		fmt.Sprintf("-s %s/32 -m rpfilter --invert -j DROP", cfg.Metadata.Addr())))
 }
 
-// state is what iptables -S says of a chain of ours and of the hook that it hangs
-// from.
+// state is the current state of a chain and of its hook, as iptables -S shows it.
 type state struct {
 	chain
 	hookRules []string
-	exists    bool // there is a chain of our name; rules are what is in it
+	exists    bool // the chain; rules are its current ones
 }
 
-// jump is the only rule that may lead into the chain, and must be the first of
-// its hook.
+// jump is the only rule that may jump to the chain, and must be the first of its hook
+// (but see anywhere).
 func (c chain) jump() string { return "-A " + c.hook + " -j " + c.name }
 
-// place says where the jump must be.
+// place says where the jump must be, for errors.
 func (c chain) place() string {
 	if c.anywhere {
 		return fmt.Sprintf("in %s of the table %s", c.hook, c.table)
@@ -142,11 +140,10 @@ func (c chain) place() string {
 	return fmt.Sprintf("first in %s of the table %s", c.hook, c.table)
 }
 
-// jumps lists the rules of the hook that lead into our chain, however they are
-// written, and whether ours is the only one and comes first (unless anywhere). Rules before it that
-// can only drop take nothing from it, and stay: AKS's IMDS restriction inserts such
-// a one in the first place each time that the kubelet starts (AgentBaker's
-// ensure_imds_restriction.sh), in FORWARD of mangle or of filter.
+// jumps lists the rules of the hook that jump to the chain, in whatever form, and whether
+// jump is the only one and in its place. Rules before it that only drop do no harm and
+// stay: AKS's IMDS restriction inserts such a rule first in FORWARD of mangle or filter
+// each time the kubelet starts (AgentBaker's ensure_imds_restriction.sh).
 func (s state) jumps() (found []string, inPlace bool) {
 	first := ""
 	for _, rule := range s.hookRules {
@@ -160,16 +157,15 @@ func (s state) jumps() (found []string, inPlace bool) {
 	return found, len(found) == 1 && (first == s.jump() || s.anywhere && found[0] == s.jump())
 }
 
-// holds reports whether the chain has these rules, and packets get there if no rule
-// before the jump stops them.
-func (s state) holds(rules []string) bool {
+// inEffect reports whether the chain has these rules and a jump, be it in its place or
+// not.
+func (s state) inEffect(rules []string) bool {
 	return s.exists && slices.Equal(s.rules, rules) && slices.Contains(s.hookRules, s.jump())
 }
 
-// install returns the input of iptables-restore --noflush that gives the chain
-// these rules in a single transaction, or "" if it has them already. A chain
-// that somebody else filled (an old NMI) is taken over; jumps that are doubled,
-// or no longer first, are replaced by one in the first place.
+// install returns the input of iptables-restore --noflush that gives the chain these
+// rules in a single transaction, or "" if it has them. The contents of a chain of that
+// name (of an old NMI) are replaced, and so are duplicate or misplaced jumps.
 func (s state) install(rules []string) string {
 	found, inPlace := s.jumps()
 	if inPlace && s.exists && slices.Equal(s.rules, rules) {
@@ -186,9 +182,9 @@ func (s state) install(rules []string) string {
 	return strings.Join(lines, "\n")
 }
 
-// remove returns the inputs that leave nothing of the chain there. The chain
-// itself goes in a transaction of its own: it cannot while somebody else's rule
-// leads to it.
+// remove returns the inputs that remove the jumps and the chain. The chain is deleted in
+// a transaction of its own, which fails as long as a rule of another program refers to
+// it.
 func (s state) remove() []string {
 	found, _ := s.jumps()
 	if len(found) == 0 && !s.exists {

@@ -23,7 +23,7 @@ func TestDesired(t *testing.T) {
 		None:     nil,
 	} {
 		want := slices.Concat(guard, redirect)
-		assert.Equal(t, want, rulesOf(desired(config, mode)), "%s: the fence before the redirect", mode)
+		assert.Equal(t, want, rulesOf(desired(config, mode)), "%s: the guard before the redirect", mode)
 		blocking := config
 		blocking.BlockWireserver = true
 		assert.Equal(t, append(want, wire), rulesOf(desired(blocking, mode)), mode)
@@ -42,15 +42,15 @@ func TestHardening(t *testing.T) {
 	for mode, want := range map[Mode][]string{Redirect: {input, antispoof}, DNAT: {input, antispoof}, None: {antispoof}} {
 		assert.Equal(t, want, rulesOf(hardening(config, mode)), mode)
 	}
-	assert.ElementsMatch(t, []string{"mangle", "nat", "raw"}, (&Reconciler{cfg: Config{Mode: AutoMode}}).tables(), "legacy tables that are polled")
+	assert.ElementsMatch(t, []string{"mangle", "nat", "raw"}, (&Reconciler{cfg: Config{Mode: ModeAuto}}).tables(), "legacy tables to poll")
 	assert.Equal(t, "-A INPUT -j nmi-input", inputChain.jump())
 	assert.Equal(t, "mangle", inputChain.table)
 	assert.Equal(t, "-A PREROUTING -j nmi-antispoof", antispoofChain.jump())
 	assert.Equal(t, "raw", antispoofChain.table)
 }
 
-// Calico's raw chain may come first: it drops forged packets itself.
-func TestAntispoofMayComeAfterOthers(t *testing.T) {
+// Calico's jump in raw may come first: its chain drops forged packets, too.
+func TestAntispoofAfterCalico(t *testing.T) {
 	const calico, jump = "-A PREROUTING -j cali-PREROUTING", "-A PREROUTING -j nmi-antispoof"
 	want := hardening(config, None)[0]
 	for _, hook := range [][]string{{jump}, {calico, jump}, {jump, calico}} {
@@ -68,7 +68,7 @@ func rulesOf(chains []chain) (rules []string) {
 	return rules
 }
 
-// have is a state of the chain of the redirect.
+// have returns a state of the redirect's chain.
 func have(hookRules, rules []string, exists bool) state {
 	c := redirectChain
 	c.rules = rules
@@ -119,7 +119,7 @@ func TestRemove(t *testing.T) {
 }
 
 func TestParseMode(t *testing.T) {
-	for _, m := range []Mode{AutoMode, Redirect, DNAT, None} {
+	for _, m := range []Mode{ModeAuto, Redirect, DNAT, None} {
 		got, err := ParseMode(string(m))
 		require.NoError(t, err)
 		assert.Equal(t, m, got)
@@ -128,7 +128,7 @@ func TestParseMode(t *testing.T) {
 	assert.EqualError(t, err, `"REDIRECT" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`)
 }
 
-func TestToolErrorsSayWhatToDo(t *testing.T) {
+func TestToolError(t *testing.T) {
 	for text, want := range map[string]string{
 		"iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)\n": "the node may forbid iptables rules, as AKS nodes with eBPF host routing do (label kubernetes.azure.com/ebpf-host-routing=true)",
 		"iptables-nft-restore v1.8.9: line 4: RULE_APPEND failed (Operation not permitted): rule in chain nmi-guard":  "the node may forbid iptables rules",
@@ -143,21 +143,21 @@ func TestToolErrorsSayWhatToDo(t *testing.T) {
 	assert.EqualError(t, err, "run as root with the capabilities NET_ADMIN and NET_RAW (missing: NET_RAW)")
 }
 
-func TestMeanwhile(t *testing.T) {
+func TestImpact(t *testing.T) {
 	for name, tc := range map[string]struct {
-		gone, down []string
+		lost, down []string
 		want       string
 	}{
-		"the redirect":           {[]string{partRedirect}, nil, "refused or dropped; a fence stood"},
-		"the redirect, a fence":  {[]string{partRouting, partRedirect}, []string{partRouting}, "refused or dropped; a fence stood"},
-		"a fence":                {[]string{partGuard}, []string{partGuard}, "were served; the other fence stood"},
+		"the redirect":           {[]string{partRedirect}, nil, "refused or dropped; a fence kept them"},
+		"the redirect, a fence":  {[]string{partRouting, partRedirect}, []string{partRouting}, "refused or dropped; a fence kept them"},
+		"a fence":                {[]string{partGuard}, []string{partGuard}, "were served, and the other fence was in place"},
 		"both fences":            {[]string{partRouting, partGuard}, []string{partRouting, partGuard}, "tokens of the node's identities"},
 		"all":                    {[]string{partRouting, partGuard, partRedirect}, []string{partRouting, partGuard}, "tokens of the node's identities"},
 		"one, the other refused": {[]string{partRouting}, []string{partRouting, partGuard}, "tokens of the node's identities"},
 		"the wireserver's":       {[]string{partWireserver}, nil, "may have reached the wireserver"},
-		"input":                  {[]string{partInput}, nil, "refused by the agent itself"},
+		"input":                  {[]string{partInput}, nil, "the agent itself had to refuse"},
 		"antispoof":              {[]string{partAntispoof}, nil, "may have kept the node from the metadata service"},
 	} {
-		assert.Contains(t, meanwhile(tc.gone, tc.down), tc.want, name)
+		assert.Contains(t, impact(tc.lost, tc.down), tc.want, name)
 	}
 }

@@ -17,56 +17,55 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockWait is how long one command waits for the xtables lock, in seconds;
-// kube-proxy holds it for a second or two at a time on large nodes.
+// lockWait is how long a command waits for the xtables lock, in seconds. On large nodes
+// kube-proxy holds it for a second or two.
 const lockWait = 10
 
-// applyTimeout bounds one iptables-restore, the wait for the lock included.
+// applyTimeout bounds one iptables-restore, including the wait for the lock.
 const applyTimeout = 30 * time.Second
 
-// lockFile is held by whoever changes legacy tables, for that long (XT_LOCK_NAME
-// of iptables). The nft backend has no such lock.
+// lockFile is held by programs while they change legacy tables (XT_LOCK_NAME of
+// iptables). The nft backend has no such lock.
 const lockFile = "/run/xtables.lock"
 
-// kernel reads and writes the tables of one backend through its commands.
-type kernel struct {
+// runner reads and writes the tables of one backend through its commands.
+type runner struct {
 	backend   Backend
-	path      string // of iptables; iptables-restore stands beside it
+	path      string // of iptables; iptables-restore is next to it
 	tables    *goiptables.IPTables
-	contended *atomic.Uint64 // commands before which another program held the lock
+	contended *atomic.Uint64 // commands that found the lock held by another program
 }
 
-func openKernel(backend Backend, contended *atomic.Uint64) (*kernel, error) {
+func newRunner(backend Backend, contended *atomic.Uint64) (*runner, error) {
 	path, err := backend.path()
 	if err != nil {
 		return nil, err
 	}
 	if _, err = exec.LookPath(path + "-restore"); err != nil {
-		return nil, fmt.Errorf("%s-restore is not on this machine: install the iptables package: %w", path, err)
+		return nil, fmt.Errorf("%s-restore is not installed: install the iptables package: %w", path, err)
 	}
 	tables, err := goiptables.New(goiptables.Path(path), goiptables.Timeout(lockWait))
 	if err != nil {
-		return nil, fmt.Errorf("asking %s for its version: %w", path, err)
+		return nil, fmt.Errorf("getting the version of %s: %w", path, err)
 	}
-	return &kernel{backend: backend, path: path, tables: tables, contended: contended}, nil
+	return &runner{backend: backend, path: path, tables: tables, contended: contended}, nil
 }
 
-// noSuchChain is the exit status of iptables for a chain that is not there. The texts
-// differ: iptables-nft 1.8.9 calls such a chain "incompatible". Other failures have
-// other numbers.
+// noSuchChain is the exit status of iptables for a chain that does not exist; other
+// failures have others. The texts differ: iptables-nft 1.8.9 calls it "incompatible".
 const noSuchChain = 1
 
-// read returns the state of one of our chains, whatever its rules.
-func (k *kernel) read(c chain) (state, error) {
-	k.countContention()
+// read returns the state of a chain, whatever its rules.
+func (r *runner) read(c chain) (state, error) {
+	r.countContention()
 	s := state{chain: c}
 	s.rules = nil
-	lines, err := k.tables.List(c.table, c.hook)
+	lines, err := r.tables.List(c.table, c.hook)
 	if err != nil {
 		return state{}, toolError("reading the "+c.table+" table", err.Error())
 	}
 	s.hookRules = rulesIn(lines)
-	lines, err = k.tables.List(c.table, c.name)
+	lines, err = r.tables.List(c.table, c.name)
 	var failure *goiptables.Error
 	switch {
 	case errors.As(err, &failure) && failure.ExitStatus() == noSuchChain:
@@ -79,7 +78,7 @@ func (k *kernel) read(c chain) (state, error) {
 	return s, nil
 }
 
-// rulesIn leaves out the lines of iptables -S that declare a chain (-N, -P).
+// rulesIn drops the lines of iptables -S that declare a chain (-N, -P).
 func rulesIn(lines []string) []string {
 	return slices.DeleteFunc(lines, func(line string) bool { return !strings.HasPrefix(line, "-A ") })
 }
@@ -89,14 +88,14 @@ type stateOrError struct {
 	err   error
 }
 
-// readAll reads several chains. In the nft backend, which has no lock, that is done at
-// once: starting a command takes longer than what it does.
-func (k *kernel) readAll(chains []chain) []stateOrError {
+// readAll reads several chains, concurrently in the nft backend, which has no lock:
+// starting a command takes longer than its work.
+func (r *runner) readAll(chains []chain) []stateOrError {
 	found := make([]stateOrError, len(chains))
 	var reading sync.WaitGroup
 	for i, c := range chains {
-		read := func() { found[i].state, found[i].err = k.read(c) }
-		if k.backend == NFT {
+		read := func() { found[i].state, found[i].err = r.read(c) }
+		if r.backend == NFT {
 			reading.Go(read)
 		} else {
 			read()
@@ -106,28 +105,28 @@ func (k *kernel) readAll(chains []chain) []stateOrError {
 	return found
 }
 
-// countContention finds out whether the command that comes next has to wait for the
-// lock, by taking it for a moment, shared. iptables itself waits in silence.
-func (k *kernel) countContention() {
-	if k.backend != Legacy {
+// countContention finds out whether the next command has to wait for the lock, by
+// taking it for a moment, shared. iptables itself waits silently.
+func (r *runner) countContention() {
+	if r.backend != Legacy {
 		return
 	}
 	f, err := os.Open(lockFile)
 	if err != nil {
-		return // nobody has ever held it
+		return // no program has held it yet
 	}
 	defer f.Close() //nolint:errcheck // nothing was written
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
-		k.contended.Add(1)
+		r.contended.Add(1)
 	}
 }
 
-// apply hands input to iptables-restore: all of it takes effect, or nothing.
-func (k *kernel) apply(ctx context.Context, input string) error {
-	k.countContention()
+// apply runs iptables-restore on input: all of it takes effect, or nothing.
+func (r *runner) apply(ctx context.Context, input string) error {
+	r.countContention()
 	ctx, cancel := context.WithTimeout(ctx, applyTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, k.path+"-restore", "--noflush", fmt.Sprintf("--wait=%d", lockWait))
+	cmd := exec.CommandContext(ctx, r.path+"-restore", "--noflush", fmt.Sprintf("--wait=%d", lockWait))
 	cmd.Stdin = strings.NewReader(input)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr

@@ -47,13 +47,12 @@ func (c *connection) ask() (string, error) {
 	return string(body), err
 }
 
-func TestConnectionsFromBeforeTheRulesAreCutAndNoOthers(t *testing.T) {
+func TestStaleFlows(t *testing.T) {
 	for _, backend := range backends {
 		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
 			t.Run(fmt.Sprintf("%s, mode %s", backend, mode), func(t *testing.T) {
 				n := newNode(t, backend, testbed.Ptp)
-				// As on a node with kube-proxy: connections are tracked already.
-				// Where they are not, there is nothing to remember.
+				// As on a node with kube-proxy, connections are tracked already.
 				n.iptables("-A", "POSTROUTING", "-s", "10.255.0.0/16", "-j", "MASQUERADE")
 				pods, nodes := connect(t, n.pod.DialContext), connect(t, (&net.Dialer{}).DialContext)
 				for _, c := range []*connection{pods, nodes} {
@@ -68,9 +67,9 @@ func TestConnectionsFromBeforeTheRulesAreCutAndNoOthers(t *testing.T) {
 				assert.EqualValues(t, 2, n.leaks.Load(), "requests at IMDS: the two from before")
 				answer, err := nodes.ask()
 				require.NoError(t, err)
-				assert.Equal(t, "imds", answer, "the node's own connection goes on")
+				assert.Equal(t, "imds", answer, "the node's own connection is kept")
 
-				// One that leads to the agent is left alone when rules are repaired.
+				// A repair does not end connections to the agent.
 				through := connect(t, n.pod.DialContext)
 				answer, err = through.ask()
 				require.NoError(t, err)

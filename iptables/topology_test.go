@@ -12,11 +12,11 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-// bridged says whether iptables gets to see what a bridge forwards; it is there
-// with the module br_netfilter alone, which kube-proxy asks for.
+// bridged is the sysctl that shows packets on a bridge to iptables. It exists with the
+// module br_netfilter, which kube-proxy requires.
 const bridged = "/proc/sys/net/bridge/bridge-nf-call-iptables"
 
-func TestPodsOnABridgeReachTheAgentAndOneAnother(t *testing.T) {
+func TestBridge(t *testing.T) {
 	was, err := os.ReadFile(bridged)
 	settings := []string{"0", "1"}
 	if err != nil {
@@ -44,13 +44,13 @@ func TestPodsOnABridgeReachTheAgentAndOneAnother(t *testing.T) {
 				conn, err := n.pod.DialContext(t.Context(), "tcp", "10.244.0.8:8080")
 				require.NoError(t, err)
 				defer conn.Close()
-				assert.Contains(t, neighbours(t, n.pod), "10.244.0.8", "on the same wire")
+				assert.Contains(t, neighbours(t, n.pod), "10.244.0.8", "on the same link")
 			})
 		}
 	}
 }
 
-// neighbours lists the addresses whose hardware address a pod has learnt.
+// neighbours lists a pod's neighbour entries.
 func neighbours(t *testing.T, pod *testbed.Pod) (addrs []string) {
 	t.Helper()
 	require.NoError(t, pod.Do(func() error {
@@ -63,7 +63,7 @@ func neighbours(t *testing.T, pod *testbed.Pod) (addrs []string) {
 	return addrs
 }
 
-func TestPodsReachTheAgentWhicheverUplinkLeadsToTheMetadataService(t *testing.T) {
+func TestTwoUplinks(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		second, err := n.network.AddUplink()

@@ -17,24 +17,24 @@ const (
 	// nftablesGroup is NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h: every
 	// change of a ruleset is announced to it.
 	nftablesGroup = 7
-	// legacyPoll is how often the legacy tables are looked at, by one system call
-	// each. They announce nothing.
+	// legacyPoll is how often legacy tables are polled, with one system call each. They
+	// announce no changes.
 	legacyPoll = 250 * time.Millisecond
 )
 
-// watcher notices that the kernel's state may have changed, whoever changed it:
-// links and addresses, routing rules, and the tables of one backend.
+// watcher notifies of possible changes of the kernel's state: links and addresses,
+// routing rules, and the tables of one backend.
 type watcher struct {
-	links   chan struct{}           // of capacity 1, like rules
-	rules   chan struct{}           // of the routing rules and of the tables
-	good    atomic.Pointer[layouts] // the legacy tables when a check last found them well; nil is unknown
+	links   chan struct{}           // links and addresses; of capacity 1, like rules
+	rules   chan struct{}           // routing rules and tables
+	desired atomic.Pointer[layouts] // of legacy tables that were found as desired; nil is unknown
 	legacy  []string                // names of the legacy tables to poll
 	sockets []*nl.NetlinkSocket
 	running sync.WaitGroup
 }
 
-// newWatcher returns a watcher of what can be watched, and an error for the rest.
-// The tables are those of the backend that matter.
+// newWatcher returns a watcher, and an error for what it cannot watch. tables are those
+// of the backend to watch.
 func newWatcher(ctx context.Context, backend Backend, tables []string) (*watcher, error) {
 	w := &watcher{links: make(chan struct{}, 1), rules: make(chan struct{}, 1)}
 	err := errors.Join(
@@ -48,13 +48,12 @@ func newWatcher(ctx context.Context, backend Backend, tables []string) (*watcher
 		w.running.Go(func() { w.pollLegacy(ctx) })
 	}
 	if err != nil {
-		return w, fmt.Errorf("listening to the kernel's changes: %w", err)
+		return w, fmt.Errorf("subscribing to the kernel's changes: %w", err)
 	}
 	return w, nil
 }
 
-// close ends the subscriptions; the context that newWatcher was given must have
-// ended.
+// close ends the subscriptions, after the context of newWatcher has ended.
 func (w *watcher) close() {
 	for _, s := range w.sockets {
 		s.Close()
@@ -62,15 +61,15 @@ func (w *watcher) close() {
 	w.running.Wait()
 }
 
-// watched does a check, which reports whether it left the tables as they were. If
-// it did, they are well as they were before it; if it did not, what they are now
-// is for the next check to find out.
-func (w *watcher) watched(check func() (untouched bool)) {
+// observe runs a reconciliation, which reports whether it found the tables as desired.
+// Their layouts from before are then the ones that polling compares with. If it did not,
+// the next poll triggers another one.
+func (w *watcher) observe(reconcile func() (asDesired bool)) {
 	before := w.layouts()
-	if check() {
-		w.good.Store(&before)
+	if reconcile() {
+		w.desired.Store(&before)
 	} else {
-		w.good.Store(nil)
+		w.desired.Store(nil)
 	}
 }
 
@@ -89,8 +88,8 @@ func (w *watcher) subscribe(ctx context.Context, changed chan<- struct{}, protoc
 	w.sockets = append(w.sockets, socket)
 	w.running.Go(func() {
 		for {
-			// What changed does not matter: even messages that were lost for
-			// want of room (ENOBUFS), or cannot be read, say that something did.
+			// What changed does not matter. Messages that were lost (ENOBUFS) or are
+			// unreadable are changes too.
 			_, _, err := socket.Receive()
 			if ctx.Err() != nil {
 				return
@@ -99,7 +98,7 @@ func (w *watcher) subscribe(ctx context.Context, changed chan<- struct{}, protoc
 			if err == nil {
 				continue
 			}
-			select { // an error that comes at once, and again, must not spin
+			select { // do not spin on a persistent error
 			case <-time.After(debounce):
 			case <-ctx.Done():
 				return
@@ -115,7 +114,7 @@ func (w *watcher) pollLegacy(ctx context.Context) {
 	for {
 		select {
 		case <-tick.C:
-			if good := w.good.Load(); good == nil || w.layouts() != *good {
+			if desired := w.desired.Load(); desired == nil || w.layouts() != *desired {
 				notify(w.rules)
 			}
 		case <-ctx.Done():
@@ -134,7 +133,7 @@ type getInfo struct {
 	size       uint32
 }
 
-// layouts are those of the legacy tables that matter.
+// layouts are those of the watched legacy tables.
 type layouts [4]getInfo
 
 func (w *watcher) layouts() (all layouts) {
@@ -144,11 +143,10 @@ func (w *watcher) layouts() (all layouts) {
 	return all
 }
 
-// legacyLayout asks the kernel for the size and layout of a legacy table: one
-// system call, where iptables-legacy would copy the table. A flush, an insertion
-// or a deletion shows in it; one rule replaced by another of the same size is
-// left to the interval. The kernel makes the table if there is none, so this is
-// for nodes that use the legacy backend.
+// legacyLayout returns the size and layout of a legacy table with one system call, where
+// iptables-legacy would copy the table. A flush, an insertion or a deletion changes it; a
+// rule replaced by one of the same size is found after Config.Interval. The kernel
+// creates a missing table, so this is for nodes that use the legacy backend.
 func legacyLayout(table string) getInfo {
 	var info getInfo
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)

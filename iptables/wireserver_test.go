@@ -15,7 +15,7 @@ import (
 	"github.com/podidentity/nmi/iptables"
 )
 
-func TestTheWireserverIsClosedToPodsWhenAskedFor(t *testing.T) {
+func TestBlockWireserver(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
 		n := newNode(t, backend, testbed.Ptp)
 		require.NoError(t, n.network.Metadata.Do(func() error {
@@ -51,31 +51,31 @@ func TestTheWireserverIsClosedToPodsWhenAskedFor(t *testing.T) {
 		refused := func() bool {
 			return errors.Is(dial(pod, "80"), unix.ECONNREFUSED) && errors.Is(dial(pod, "32526"), unix.ECONNREFUSED)
 		}
-		require.NoError(t, dial(pod, "80"), "as long as nobody asks for it")
+		require.NoError(t, dial(pod, "80"), "without the option")
 
 		cfg := n.config(iptables.DNAT)
 		cfg.BlockWireserver = true
 		_, stop := n.reconcile(cfg)
-		assert.True(t, refused(), "at once, and not after a time-out")
-		assert.NoError(t, dial(pod, "53"), "names are looked up there")
-		assert.NoError(t, dial(net.DialTimeout, "80"), "the node's own agent needs it")
+		assert.True(t, refused(), "refused, not dropped")
+		assert.NoError(t, dial(pod, "53"), "DNS")
+		assert.NoError(t, dial(net.DialTimeout, "80"), "from the node")
 
 		n.iptablesOn(backend, "filter", "-F", "FORWARD")
-		n.iptablesOn(backend, "filter", "-A", "FORWARD", "-j", "ACCEPT") // another's, which would let it pass
+		n.iptablesOn(backend, "filter", "-A", "FORWARD", "-j", "ACCEPT") // another program's, which would accept it
 		n.eventually(refused, "repaired, and first")
 		n.iptablesOn(backend, "filter", "-F", "nmi-wireserver")
 		n.eventually(refused, "repaired")
 
-		// An agent without the flag takes it away.
+		// An agent without the option removes the rule.
 		stop()
 		stop = n.redirect(iptables.DNAT)
 		n.eventually(func() bool { return dial(pod, "80") == nil }, "open again")
 		assert.NotContains(t, n.iptablesOn(backend, "filter", "-S"), "nmi-wireserver")
 		n.iptablesOn(backend, "filter", "-F", "FORWARD")
 
-		// So does cleanup.
+		// So does Cleanup.
 		stop()
-		cfg.Mode = iptables.None // it does not depend on the redirect
+		cfg.Mode = iptables.None // independent of the redirect
 		_, stop = n.reconcile(cfg)
 		assert.True(t, refused())
 		stop()

@@ -41,10 +41,10 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
 
 	// New: the redirect.
-	parsedVar(fs, &c.rules.Mode, "redirect-mode", string(iptables.AutoMode), iptables.ParseMode,
+	parsedVar(fs, &c.rules.Mode, "redirect-mode", string(iptables.ModeAuto), iptables.ParseMode,
 		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": whichever works for this node's pods; "none": the redirect is somebody else's, such as Cilium's`)
 	c.addRedirectAddress(fs)
-	parsedVar(fs, &c.rules.Backend, "iptables-backend", string(iptables.Auto), iptables.ParseBackend, `"nft" or "legacy"; "auto" finds out which one the node uses`)
+	parsedVar(fs, &c.rules.Backend, "iptables-backend", string(iptables.BackendAuto), iptables.ParseBackend, `"nft" or "legacy"; "auto" finds out which one the node uses`)
 	fs.BoolVar(&c.rules.BlockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
 
 	// New: what pods get.

@@ -52,7 +52,7 @@ func TestDefaults(t *testing.T) {
 	assert.Equal(t, &config{
 		resolver: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
 		rules: iptables.Config{
-			Mode: iptables.AutoMode, Backend: iptables.Auto, Metadata: metadata, Port: 2579,
+			Mode: iptables.ModeAuto, Backend: iptables.BackendAuto, Metadata: metadata, Port: 2579,
 			Address: netip.MustParseAddr("169.254.169.252"), Interval: time.Minute,
 		},
 		upstream:    upstream.Config{IMDS: &url.URL{Scheme: "http", Host: metadata.String()}, UserAgent: "nmi/dev", PerSecond: 18, AtOnce: 4},

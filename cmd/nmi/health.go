@@ -36,7 +36,7 @@ func newHealth(ctx context.Context, a *agent) *health {
 		},
 		notes: func() string {
 			s := a.rules.Status()
-			notes := append([]string{fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Why)}, slices.Concat(s.Notes, a.links.Status().Notes)...)
+			notes := append([]string{fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Reason)}, slices.Concat(s.Notes, a.links.Status().Notes)...)
 			if err := a.resolver.Stale(); err != nil {
 				notes = append(notes, "decisions may be out of date:\n"+list(err))
 			}

@@ -91,7 +91,7 @@ func observeRules(meter metric.Meter, rules *iptables.Reconciler) error {
 		}))
 	all = errors.Join(all, err)
 	counter("iptables.lock_contended", "iptables commands that had to wait for the xtables lock", func(s iptables.Stats) uint64 { return s.LockContended })
-	counter("connections.cut", "Connections that bypassed the agent and were cut", func(s iptables.Stats) uint64 { return s.Cut })
+	counter("connections.cut", "Connections that bypassed the agent and were cut", func(s iptables.Stats) uint64 { return s.StaleFlows })
 	return all
 }
 

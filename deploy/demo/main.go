@@ -187,7 +187,7 @@ func (d *demo) buildAgent() error {
 	d.onClose(tokens.Close)
 	d.server = proxy.New(proxy.Config{Pods: d.resolver, Tokens: tokens, Upstream: source})
 	d.rules, err = iptables.New(iptables.Config{
-		Mode: iptables.AutoMode, Pods: d.resolver.Addresses,
+		Mode: iptables.ModeAuto, Pods: d.resolver.Addresses,
 		Metadata: metadata, Port: port, Address: iptables.DefaultAddress, Interval: time.Minute,
 	})
 	if err != nil {

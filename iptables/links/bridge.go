@@ -13,48 +13,47 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// port is the port of a bridge that an address was found behind: its answers go there.
+// port is the bridge port that an address is behind.
 type port struct {
 	bridge, index int
 	hardwareAddr  string
 }
 
-// checkPortLocked is claimLocked for a connection that came in over a bridge. Of that the
-// kernel says no more, but the answers which made up the handshake went to the address's
-// hardware address (ARP), and that is behind a port (the bridge's forwarding database).
-// Whoever takes both over is behind another port than the pod was.
+// checkPortLocked is claimLocked for a connection that came in over a bridge. The kernel
+// does not say over which port. But the handshake's replies went to the address's
+// hardware address (ARP), and the bridge's forwarding database has the port of that. A
+// pod that takes over both is behind another port than their owner was.
 func (t *Tracker) checkPortLocked(bridge *iface, addr netip.Addr, pod Pod, now time.Time) error {
-	found, err := t.portLocked(bridge.index, addr)
+	port, err := t.portLocked(bridge.index, addr)
 	if err != nil {
 		return fmt.Errorf("address %s on %s: %w", addr, bridge.name, err)
 	}
-	on := t.ifaces[found.index]
-	if on == nil {
-		return fmt.Errorf("%w: its port of %s (index %d) is gone", ErrReused, bridge.name, found.index)
+	ingress := t.ifaces[port.index]
+	if ingress == nil {
+		return fmt.Errorf("%w: its port of %s (index %d) is gone", ErrReused, bridge.name, port.index)
 	}
-	if err := on.classify(); err != nil {
+	if err := ingress.classify(); err != nil {
 		return err
 	}
-	if on.kind != kindPod {
-		// Perhaps several pods are behind it. One that was seen on a port of its own has
-		// left that.
-		if seen := t.seenElsewhereLocked(pod.UID, on); seen != nil && !pod.Started.After(seen.Started) {
-			return fmt.Errorf("%w: it is behind %s, and the pod that the API server names was seen elsewhere", ErrReused, on.name)
+	if ingress.kind != kindPod {
+		// Several pods may be behind it. One that owned a port of its own is not.
+		if other := t.ownerElsewhereLocked(pod.UID, ingress); other != nil && !pod.Started.After(other.Started) {
+			return fmt.Errorf("%w: it is behind %s, and the API server's pod was seen on another interface", ErrReused, ingress.name)
 		}
 		return nil
 	}
-	return t.claimLocked(on, pod, now)
+	return t.claimLocked(ingress, pod, now)
 }
 
-// portLocked finds the port that an address is behind. What it finds is remembered until
-// the kernel announces a change.
+// portLocked finds the port that an address is behind, and caches it until the kernel
+// announces a change.
 func (t *Tracker) portLocked(bridge int, addr netip.Addr) (port, error) {
 	if known, ok := t.ports[addr]; ok && known.bridge == bridge {
 		return known, nil
 	}
 	if !t.events.neighbours {
 		if err := t.socket.join(unix.RTNLGRP_NEIGH); err != nil {
-			return port{}, fmt.Errorf("watching neighbours: %w", err)
+			return port{}, fmt.Errorf("subscribing to neighbours: %w", err)
 		}
 		t.events.neighbours = true
 	}
@@ -64,7 +63,7 @@ func (t *Tracker) portLocked(bridge int, addr netip.Addr) (port, error) {
 	}
 	hardwareAddr := hardwareAddrOf(neighbours, addr)
 	if hardwareAddr == nil {
-		return port{}, errors.New("the node has no hardware address of it (neighbour entry)")
+		return port{}, errors.New("no neighbour entry (ARP)")
 	}
 	entries, err := netlink.NeighListExecute(netlink.Ndmsg{Family: unix.AF_BRIDGE})
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -99,9 +98,9 @@ func hardwareAddrOf(neighbours []netlink.Neigh, addr netip.Addr) net.HardwareAdd
 	return nil
 }
 
-// applyNeighbourLocked forgets what a change of neighbours bears on: struct ndmsg and
-// attributes. Of an address it is a change of its hardware address, of a bridge's
-// forwarding database one of the hardware address's port.
+// applyNeighbourLocked drops cached ports that a change affects (struct ndmsg and
+// attributes): of a neighbour, the port of its address; of a bridge's forwarding
+// database, those of its hardware address.
 func (t *Tracker) applyNeighbourLocked(body []byte) {
 	if len(body) < unix.SizeofNdMsg {
 		return
@@ -112,7 +111,7 @@ func (t *Tracker) applyNeighbourLocked(body []byte) {
 		case family == unix.AF_INET && kind == unix.NDA_DST:
 			if addr, ok := netip.AddrFromSlice(value); ok {
 				delete(t.ports, addr)
-				delete(t.routes, addr) // it may have been pinned
+				delete(t.routes, addr) // may no longer be pinned
 			}
 		case family == unix.AF_BRIDGE && kind == unix.NDA_LLADDR:
 			t.forgetPortsLocked(func(_ netip.Addr, p port) bool { return p.hardwareAddr == string(value) })

@@ -15,11 +15,11 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 )
 
-func TestWhereAPodCanTakeAnothersAddressNoSourceIsTrusted(t *testing.T) {
+func TestStolenAddress(t *testing.T) {
 	for name, guard := range map[string]func(t *testing.T, victim *testbed.Pod){
 		"an open bridge": func(*testing.T, *testbed.Pod) {},
-		// Azure CNI's bridge mode answers pods' questions for an address with this
-		// rule. The node's own do not pass it, nor does what nobody asked for.
+		// Azure CNI's bridge mode answers pods' ARP requests with this rule. It does not
+		// match the node's requests, nor unsolicited replies.
 		"with ARP answered by ebtables": func(t *testing.T, victim *testbed.Pod) {
 			t.Helper()
 			rule := fmt.Sprintf("-A PREROUTING -p ARP --arp-op Request --arp-ip-dst %s -j arpreply --arpreply-mac %s --arpreply-target DROP", victim.Addr, hardwareAddr(t, victim))
@@ -34,10 +34,10 @@ func TestWhereAPodCanTakeAnothersAddressNoSourceIsTrusted(t *testing.T) {
 			victim, _ := n.addPod("10.244.0.7", testbed.Bridge)
 			thief, _ := n.addPod("10.244.0.8", testbed.Bridge)
 			bridge := n.call(victim, victim.Addr) // the node knows the address
-			require.Equal(t, indexOf(t, testbed.BridgeName), bridge, "the kernel tells the bridge, and not its port")
+			require.Equal(t, indexOf(t, testbed.BridgeName), bridge, "the kernel reports the bridge, not its port")
 			guard(t, victim)
 			steal(t, thief, victim.Addr)
-			require.Equal(t, bridge, n.call(thief, victim.Addr), "the thief is taken for the other pod")
+			require.Equal(t, bridge, n.call(thief, victim.Addr), "the node takes the thief for the victim")
 			err := tracker.Check(victim.Addr, bridge, started("victim", 0))
 			require.ErrorIs(t, err, links.ErrUnguarded)
 			require.ErrorContains(t, err, testbed.BridgeName)
@@ -58,18 +58,18 @@ func TestPinnedAddresses(t *testing.T) {
 	_, err := n.tryCall(thief, victim.Addr, aMoment)
 	require.Error(t, err)
 	require.NoError(t, tracker.Check(victim.Addr, n.call(victim, victim.Addr), started("victim", 0)))
-	require.ErrorIs(t, tracker.Check(thief.Addr, bridge, started("thief", 0)), links.ErrUnguarded, "each address for itself")
+	require.ErrorIs(t, tracker.Check(thief.Addr, bridge, started("thief", 0)), links.ErrUnguarded, "not pinned")
 }
 
-// A pod that takes over the hardware address too is behind another port.
+// A pod that takes over the hardware address, too, is behind another port.
 func TestStolenHardwareAddress(t *testing.T) {
 	for name, tc := range map[string]struct {
 		victim, thief time.Duration // since their containers started
 		thiefSeen     bool
 	}{
-		"the thief is younger":              {time.Minute, 0, false},
-		"the thief is older":                {0, time.Minute, false},
-		"the thief is older and has called": {0, time.Minute, true},
+		"the thief started later":                  {time.Minute, 0, false},
+		"the thief started earlier":                {0, time.Minute, false},
+		"the thief started earlier and has called": {0, time.Minute, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -98,14 +98,14 @@ func TestStolenHardwareAddress(t *testing.T) {
 				}
 				return netlink.LinkSetDown(eth0)
 			}))
-			require.NoError(t, tracker.Check(victim.Addr, n.call(victim, victim.Addr), victimPod), "the victim itself is served again")
+			require.NoError(t, tracker.Check(victim.Addr, n.call(victim, victim.Addr), victimPod), "the victim is served again")
 		})
 	}
 }
 
-// Whoever allows unguarded bridges does not ask for the identity of a pod that is gone.
+// AllowUnguarded does not accept the previous pod.
 func TestReusedAddressOnABridge(t *testing.T) {
-	for name, seen := range map[string]bool{"of a pod that has called": true, "of one that never has": false} {
+	for name, seen := range map[string]bool{"the previous pod has called": true, "the previous pod never called": false} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
 			n.addPod("10.244.0.9", testbed.Bridge) // so that the bridge stays
@@ -127,21 +127,21 @@ func TestReusedAddressOnABridge(t *testing.T) {
 	}
 }
 
-// A bridge says that its port is gone when it leaves; the interface stays.
-func TestAPortThatLeavesItsBridge(t *testing.T) {
+// A bridge announces that its port is deleted when it leaves; the interface stays.
+func TestPortLeavesBridge(t *testing.T) {
 	n := newNode(t)
 	tracker := n.track(links.Config{AllowUnguarded: true})
 	pod, _ := n.addPod("10.244.0.7", testbed.Bridge)
-	who := started("a", 0)
-	require.NoError(t, tracker.Check(pod.Addr, n.call(pod, pod.Addr), who))
+	claimed := started("a", 0)
+	require.NoError(t, tracker.Check(pod.Addr, n.call(pod, pod.Addr), claimed))
 	link, err := netlink.LinkByName(pod.Link)
 	require.NoError(t, err)
 	require.NoError(t, netlink.LinkSetNoMaster(link))
-	require.NoError(t, tracker.Check(pod.Addr, link.Attrs().Index, who))
+	require.NoError(t, tracker.Check(pod.Addr, link.Attrs().Index, claimed))
 }
 
-// A bridge by another name: the pods' gateway is on an interface above it.
-func TestASharedLinkIsKnownByItsRoute(t *testing.T) {
+// The pods' gateway is on an interface above the bridge.
+func TestSubnetRoute(t *testing.T) {
 	n := newNode(t)
 	n.addPod("10.244.0.7", testbed.Bridge)
 	attrs := netlink.NewLinkAttrs()
@@ -158,7 +158,7 @@ func TestASharedLinkIsKnownByItsRoute(t *testing.T) {
 	require.ErrorContains(t, err, "above")
 }
 
-func TestTrustInAnAddressEnds(t *testing.T) {
+func TestUnpinnedAddress(t *testing.T) {
 	n := newNode(t)
 	pod, _ := n.addPod("10.244.0.7", testbed.Bridge)
 	tracker := n.track(links.Config{})
@@ -166,10 +166,10 @@ func TestTrustInAnAddressEnds(t *testing.T) {
 	entry := pin(t, pod)
 	require.NoError(t, tracker.Check(pod.Addr, bridge, started("a", 0)))
 	require.NoError(t, netlink.NeighDel(entry))
-	assert.ErrorIs(t, tracker.Check(pod.Addr, bridge, started("a", 0)), links.ErrUnguarded, "at once, although trust is remembered")
+	assert.ErrorIs(t, tracker.Check(pod.Addr, bridge, started("a", 0)), links.ErrUnguarded, "at once, in spite of the cache")
 }
 
-func TestUnguardedIsAllowed(t *testing.T) {
+func TestAllowUnguarded(t *testing.T) {
 	n := newNode(t)
 	pod, _ := n.addPod("10.244.0.7", testbed.Bridge)
 	tracker := n.track(links.Config{AllowUnguarded: true})

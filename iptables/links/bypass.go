@@ -9,18 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrBypass means that packets of pods may pass iptables by: eBPF programs on the pods'
-// interfaces hand them to their destination (Cilium's BPF host routing), and no rule sees
-// them. Programs are there with Cilium's legacy host routing too, which does not bypass
-// iptables, and nothing outside of Cilium tells the two apart.
-var ErrBypass = errors.New("packets of pods may bypass iptables")
+// ErrBypass means that pods' packets may bypass iptables: eBPF programs on the pods'
+// interfaces forward them (Cilium's BPF host routing), and no rule sees them. With
+// Cilium's legacy host routing there are programs too, which do not bypass iptables;
+// nothing outside of Cilium tells the two apart.
+var ErrBypass = errors.New("pods' packets may bypass iptables")
 
-// ciliumHost is the interface that Cilium makes on every node.
+// ciliumHost is an interface that Cilium creates on every node.
 const ciliumHost = "cilium_host"
 
 // Bypass returns an error that wraps ErrBypass, with the reason, if pods' packets may
-// bypass iptables: there is cilium_host, and an interface of a pod's own is a netkit, or
-// runs an eBPF program on what the pod sends, or does not let that be found out.
+// bypass iptables: cilium_host exists, and a pod's interface is a netkit device, or has an
+// eBPF program on its ingress, or cannot be inspected.
 func Bypass() error {
 	var absent netlink.LinkNotFoundError
 	if _, err := netlink.LinkByName(ciliumHost); errors.As(err, &absent) {
@@ -30,26 +30,26 @@ func Bypass() error {
 	}
 	all, err := netlink.LinkList()
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return fmt.Errorf("%w: there is %s, and the interfaces of pods cannot be listed: %w", ErrBypass, ciliumHost, err)
+		return fmt.Errorf("%w: %s exists, and listing pods' interfaces failed: %w", ErrBypass, ciliumHost, err)
 	}
 	for _, link := range all {
-		if !podKind(link) {
+		if !isPodLink(link) {
 			continue
 		}
 		program, err := ingressProgram(link)
 		switch {
 		case err != nil:
-			return fmt.Errorf("%w: there is %s, and it cannot be told whether %s runs an eBPF program on what its pod sends: %w",
+			return fmt.Errorf("%w: %s exists, and inspecting %s for eBPF programs failed: %w",
 				ErrBypass, ciliumHost, link.Attrs().Name, err)
 		case program != "":
-			return fmt.Errorf("%w: there is %s, and %s %s", ErrBypass, ciliumHost, link.Attrs().Name, program)
+			return fmt.Errorf("%w: %s exists, and %s %s", ErrBypass, ciliumHost, link.Attrs().Name, program)
 		}
 	}
 	return nil
 }
 
-// ingressProgram says which eBPF program runs on what a pod sends over its interface; ""
-// if none does.
+// ingressProgram says which kind of eBPF program an interface has on its ingress, where a
+// pod's packets arrive; "" for none.
 func ingressProgram(link netlink.Link) (string, error) {
 	if link.Type() == "netkit" {
 		return "is a netkit device", nil
@@ -75,8 +75,7 @@ func ingressProgram(link netlink.Link) (string, error) {
 // bpfTCXIngress is BPF_TCX_INGRESS of enum bpf_attach_type (linux/bpf.h, since 6.6).
 const bpfTCXIngress = 46
 
-// tcxPrograms counts the tcx programs on what comes in over an interface, as bpf(2)'s
-// BPF_PROG_QUERY has it.
+// tcxPrograms counts the tcx programs on an interface's ingress (BPF_PROG_QUERY of bpf(2)).
 func tcxPrograms(index int) (int, error) {
 	attr := struct { // the "query" member of union bpf_attr
 		ifindex, attachType      uint32
@@ -91,9 +90,9 @@ func tcxPrograms(index int) (int, error) {
 	switch errno {
 	case 0:
 		return int(attr.count), nil
-	case unix.EINVAL, unix.ENOENT, unix.EOPNOTSUPP, unix.ENOSYS: // an older kernel, or none there
+	case unix.EINVAL, unix.ENOENT, unix.EOPNOTSUPP, unix.ENOSYS: // an older kernel, or no program
 		return 0, nil
 	default:
-		return 0, fmt.Errorf("asking for its tcx programs: %w", errno)
+		return 0, fmt.Errorf("querying its tcx programs: %w", errno)
 	}
 }

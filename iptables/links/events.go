@@ -12,13 +12,13 @@ import (
 )
 
 const (
-	// receiveBuffer is room for some thousand announcements.
+	// receiveBuffer holds some thousand announcements.
 	receiveBuffer = 1 << 20
-	// maxDrain bounds the datagrams that are read at one go.
+	// maxDrain bounds the datagrams that are read at a time.
 	maxDrain = 10_000
 )
 
-// socket receives what the kernel announces of interfaces, and lists them.
+// socket receives the kernel's announcements of interfaces, and lists interfaces.
 type socket struct {
 	file *os.File
 	raw  syscall.RawConn
@@ -30,8 +30,8 @@ func subscribe() (*socket, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Without the privilege for more the buffer is as large as for any process; what
-	// does not fit is listed anew.
+	// Without the privilege for this the buffer has the default size; lost announcements
+	// cause a new listing.
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (unix.RTNLGRP_LINK - 1)}); err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
@@ -43,9 +43,9 @@ func subscribe() (*socket, error) {
 
 func (s *socket) close() error { return s.file.Close() }
 
-// wait returns when there is something to read, or after a while.
-func (s *socket) wait(atMost time.Duration) error {
-	if err := s.file.SetReadDeadline(time.Now().Add(atMost)); err != nil {
+// wait returns when there is something to read, or after the timeout.
+func (s *socket) wait(timeout time.Duration) error {
+	if err := s.file.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 		return err
 	}
 	woken := false
@@ -64,8 +64,8 @@ func (s *socket) wait(atMost time.Duration) error {
 	return err
 }
 
-// receive reads one datagram, without waiting; EAGAIN if there is none. Its bytes are
-// good until the next call.
+// receive reads one datagram without waiting; EAGAIN if there is none. It is valid until
+// the next call.
 func (s *socket) receive() (datagram []byte, err error) {
 	var n int
 	var from unix.Sockaddr
@@ -79,15 +79,14 @@ func (s *socket) receive() (datagram []byte, err error) {
 	case err != nil:
 		return nil, err
 	case n > len(s.buf):
-		return nil, unix.ENOBUFS // part of it is lost
+		return nil, unix.ENOBUFS // truncated
 	case sender == nil || sender.Pid != 0:
 		return nil, nil // not the kernel
 	}
 	return s.buf[:n], nil
 }
 
-// list asks for all interfaces. The kernel's answers come among its announcements, in
-// order.
+// list requests all interfaces. The replies arrive among the announcements, in order.
 func (s *socket) list(sequence uint32) error {
 	req := make([]byte, unix.SizeofNlMsghdr+unix.SizeofIfInfomsg)
 	binary.NativeEndian.PutUint32(req[0:], uint32(len(req))) //nolint:gosec // 32
@@ -112,21 +111,17 @@ func (s *socket) join(group int) error {
 
 // eventState is how far the kernel's announcements have been read.
 type eventState struct {
-	// upTo is a time before which everything has been read.
-	upTo time.Time
-	// lost: something may have been lost, and all interfaces must be listed anew.
-	lost bool
-	// listing is the number of the listing under way, or of the last one.
-	listing  uint32
-	underWay bool
-	complete bool // there was a complete listing
+	readUntil  time.Time // all announcements before this time have been read
+	lost       bool      // announcements may have been lost: all interfaces must be listed
+	listing    uint32    // the number of the last listing
+	inProgress bool      // it is
+	complete   bool      // there was a complete listing
 
-	neighbours bool // the announcements of neighbours are subscribed to
+	neighbours bool // subscribed to neighbours
 }
 
-// drainLocked reads all that the kernel has announced up to now, without waiting for
-// more. It lists all interfaces anew if something was lost, or could not be read last
-// time.
+// drainLocked reads all announcements so far, without waiting for more. It lists all
+// interfaces if announcements were lost.
 func (t *Tracker) drainLocked() error {
 	e := &t.events
 	for range maxDrain {
@@ -140,14 +135,14 @@ func (t *Tracker) drainLocked() error {
 		case errors.Is(err, unix.EAGAIN) && e.lost:
 			e.lost = false
 			e.listing++
-			e.underWay = true
+			e.inProgress = true
 			if err := t.socket.list(e.listing); err != nil {
-				e.lost, e.underWay = true, false
+				e.lost, e.inProgress = true, false
 				return err
 			}
 		case errors.Is(err, unix.EAGAIN):
-			if !e.underWay {
-				e.upTo = now
+			if !e.inProgress {
+				e.readUntil = now
 			}
 			return nil
 		case err != nil:
@@ -156,7 +151,7 @@ func (t *Tracker) drainLocked() error {
 			t.applyLocked(datagram)
 		}
 	}
-	return nil // more comes in than can be read; this is not all that the caller has to do
+	return nil // more arrives than can be read; the caller has other work too
 }
 
 func (t *Tracker) applyLocked(datagram []byte) {
@@ -179,8 +174,8 @@ func (t *Tracker) applyLocked(datagram []byte) {
 		case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 			t.applyNeighbourLocked(body)
 		case unix.NLMSG_DONE, unix.NLMSG_ERROR:
-			if e.underWay && sequence == e.listing {
-				e.underWay = false
+			if e.inProgress && sequence == e.listing {
+				e.inProgress = false
 				e.lost = e.lost || kind == unix.NLMSG_ERROR
 				t.listedLocked()
 			}
@@ -189,7 +184,7 @@ func (t *Tracker) applyLocked(datagram []byte) {
 	}
 }
 
-// listedLocked ends a listing: if it had no gaps, interfaces that were not in it are gone.
+// listedLocked ends a listing: if it was complete, interfaces that it lacked are gone.
 func (t *Tracker) listedLocked() {
 	e := &t.events
 	if e.lost {
@@ -203,11 +198,10 @@ func (t *Tracker) listedLocked() {
 	}
 }
 
-// applyLinkLocked takes note of an interface: struct ifinfomsg and attributes
-// (rtnetlink(7)).
+// applyLinkLocked records an interface (struct ifinfomsg and attributes, rtnetlink(7)).
 func (t *Tracker) applyLinkLocked(body []byte, gone bool) {
-	// Messages of a bridge about its ports have a family, and say that a port is gone
-	// when it leaves the bridge (br_ifinfo_notify).
+	// Messages of a bridge about its ports have a family. They call a port deleted when
+	// it leaves the bridge (br_ifinfo_notify).
 	if len(body) < unix.SizeofIfInfomsg || body[0] != unix.AF_UNSPEC {
 		return
 	}
@@ -227,16 +221,16 @@ func (t *Tracker) applyLinkLocked(body []byte, gone bool) {
 		}
 	}
 	if before := t.ifaces[index]; before != nil {
-		// Where announcements were lost, the index may have been used again.
+		// If announcements were lost, the index may have been reused.
 		same := before.name == now.name && before.hardwareAddr == now.hardwareAddr
-		if same || !e.lost && !e.underWay {
+		if same || !e.lost && !e.inProgress {
 			before.name, before.hardwareAddr, before.listed = now.name, now.hardwareAddr, now.listed
 			return
 		}
 		t.removeLocked(index)
 	}
-	if e.complete { // else it was there before the Tracker
-		now.appeared = e.upTo
+	if e.complete { // else it is older than the Tracker
+		now.appeared = e.readUntil
 	}
 	t.ifaces[index] = now
 }
@@ -247,13 +241,13 @@ func (t *Tracker) removeLocked(index int) {
 		return
 	}
 	delete(t.ifaces, index)
-	if gone.holder.UID != "" {
-		t.departed.Add(gone.holder.UID, gone.holder.Started)
+	if gone.owner.UID != "" {
+		t.departed.Add(gone.owner.UID, gone.owner.Started)
 	}
 	t.forgetPortsLocked(func(_ netip.Addr, p port) bool { return p.index == index || p.bridge == index })
 }
 
-// attributes yields the netlink attributes in b; a malformed one ends them.
+// attributes yields the netlink attributes in b, up to a malformed one.
 func attributes(b []byte) func(yield func(kind uint16, value []byte) bool) {
 	return func(yield func(uint16, []byte) bool) {
 		for len(b) >= unix.SizeofNlAttr {

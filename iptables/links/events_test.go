@@ -23,8 +23,8 @@ func addLink(t *testing.T, inside *testbed.Namespace, name string, index int) ne
 	return link
 }
 
-// The kernel drops announcements that nobody reads in time. Nobody does here: the Tracker
-// is not running.
+// The kernel drops announcements that are not read in time. Here the Tracker is not
+// running.
 func TestLostAnnouncements(t *testing.T) {
 	inside, err := testbed.NewNamespace()
 	require.NoError(t, err)
@@ -49,9 +49,9 @@ func TestLostAnnouncements(t *testing.T) {
 	require.NoError(t, tracker.Check(addr(1), stays, Pod{"stays", old.Started}))
 	require.NoError(t, tracker.Check(addr(2), goes.Attrs().Index, Pod{"goes", old.Started}))
 	require.NoError(t, tracker.Check(addr(3), reused.Attrs().Index, Pod{"reused", old.Started}))
-	listing, upTo := tracker.events.listing, tracker.events.upTo
+	listing, upTo := tracker.events.listing, tracker.events.readUntil
 
-	for i := range 20 { // more than there is room for
+	for i := range 20 { // more than the buffer holds
 		require.NoError(t, netlink.LinkDel(addLink(t, inside, fmt.Sprintf("noise%d", i), 0)))
 	}
 	require.NoError(t, netlink.LinkDel(goes))
@@ -59,21 +59,21 @@ func TestLostAnnouncements(t *testing.T) {
 	again := addLink(t, inside, "again", 7003)
 	fresh := addLink(t, inside, "fresh", 0)
 	drain()
-	require.Greater(t, tracker.events.listing, listing, "announcements were lost, and all listed anew")
+	require.Greater(t, tracker.events.listing, listing, "announcements were lost, and there was a new listing")
 
 	require.NoError(t, tracker.Check(addr(1), stays, Pod{"stays", old.Started}))
 	require.ErrorIs(t, tracker.Check(addr(2), goes.Attrs().Index, Pod{"goes", old.Started}), ErrReused, "gone")
-	require.ErrorIs(t, tracker.Check(addr(3), again.Attrs().Index, Pod{"reused", old.Started}), ErrReused, "another of the same index")
+	require.ErrorIs(t, tracker.Check(addr(3), again.Attrs().Index, Pod{"reused", old.Started}), ErrReused, "another interface with the same index")
 	for _, link := range []netlink.Link{again, fresh} {
-		assert.Equal(t, upTo, tracker.ifaces[link.Attrs().Index].appeared, "when it may have appeared at the earliest")
+		assert.Equal(t, upTo, tracker.ifaces[link.Attrs().Index].appeared, "the earliest time at which it may have appeared")
 	}
 	require.ErrorIs(t, tracker.Check(addr(4), fresh.Attrs().Index, Pod{"never seen", old.Started.Add(-time.Minute)}), ErrReused)
 	require.NoError(t, tracker.Check(addr(4), fresh.Attrs().Index, Pod{"new", old.Started.Add(time.Minute)}))
 	drain()
-	assert.True(t, tracker.events.upTo.After(upTo))
+	assert.True(t, tracker.events.readUntil.After(upTo))
 }
 
-func TestInterfacesAreForgottenWithTheKernel(t *testing.T) {
+func TestDeletedInterfaces(t *testing.T) {
 	inside, err := testbed.NewNamespace()
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, inside.Close()) })

@@ -12,26 +12,26 @@ import (
 type Link struct {
 	Index int
 	Name  string
-	// Shared: other pods may be behind the interface too, and ARP decides which of
-	// them has an address. It is a bridge, or the route is to a whole subnet.
+	// Shared means that other pods may be behind the interface too, and ARP decides which
+	// one has an address: it is a bridge, or the route is to a subnet.
 	Shared bool
-	// Pinned: the address has a permanent neighbour entry, which no ARP message
-	// changes.
+	// Pinned means that the address has a permanent neighbour entry, which ARP does not
+	// change.
 	Pinned bool
 }
 
-// errGateway means that the route to a pod leads to a gateway: its packets come in on
-// another interface than the route's (Cilium's cilium_host), or the pod has no route of
-// its own yet, or no more, and this is the default route.
+// errGateway means that the route to a pod leads to a gateway: its packets come in over
+// another interface (Cilium's cilium_host), or the pod's own route does not exist yet, or
+// no longer, and this is the default route.
 var errGateway = errors.New("is behind a gateway, not on an interface of its own")
 
-// Finder looks up the interfaces that lead to pods. It remembers what it has found and
-// does not refresh it: use a new one for each survey.
+// Finder looks up the interfaces that lead to pods. It caches results and never refreshes
+// them: use a new one each time.
 type Finder struct {
-	byPod      map[netip.Addr]linkOrError
-	links      map[int]netlink.Link
-	neighbours map[int]map[netip.Addr]bool // that are pinned, by interface
-	addresses  map[int]bool                // interfaces with an IPv4 address; nil until listed
+	byPod     map[netip.Addr]linkOrError
+	links     map[int]netlink.Link
+	pinned    map[int]map[netip.Addr]bool // by interface
+	addresses map[int]bool                // interfaces with an IPv4 address; nil until listed
 }
 
 type linkOrError struct {
@@ -42,14 +42,13 @@ type linkOrError struct {
 // NewFinder returns an empty Finder.
 func NewFinder() *Finder {
 	return &Finder{
-		byPod:      make(map[netip.Addr]linkOrError),
-		links:      make(map[int]netlink.Link),
-		neighbours: make(map[int]map[netip.Addr]bool),
+		byPod:  make(map[netip.Addr]linkOrError),
+		links:  make(map[int]netlink.Link),
+		pinned: make(map[int]map[netip.Addr]bool),
 	}
 }
 
-// Find returns the link of a pod. Its error completes a sentence that begins with the
-// pod's address.
+// Find returns a pod's link. The text of an error follows the pod's address in a sentence.
 func (f *Finder) Find(pod netip.Addr) (Link, error) {
 	known, ok := f.byPod[pod]
 	if !ok {
@@ -60,7 +59,7 @@ func (f *Finder) Find(pod netip.Addr) (Link, error) {
 }
 
 func (f *Finder) lookUp(pod netip.Addr) (Link, error) {
-	// FIBMatch: the route as it was written, not as resolved for this one address.
+	// FIBMatch: the route as it is in the table, not as resolved for this address.
 	routes, err := netlink.RouteGetWithOptions(pod.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
 	if err != nil || len(routes) == 0 {
 		return Link{}, errors.New("has no route")
@@ -84,14 +83,14 @@ func (f *Finder) lookUp(pod netip.Addr) (Link, error) {
 	}
 	if found.Shared {
 		if found.Pinned, err = f.isPinned(found.Index, pod); err != nil {
-			return Link{}, fmt.Errorf("is on %s, whose neighbours cannot be listed: %w", found.Name, err)
+			return Link{}, fmt.Errorf("is on %s; listing its neighbours failed: %w", found.Name, err)
 		}
 	}
 	return found, nil
 }
 
 func (f *Finder) isPinned(index int, pod netip.Addr) (bool, error) {
-	pinned := f.neighbours[index]
+	pinned := f.pinned[index]
 	if pinned == nil {
 		all, err := netlink.NeighList(index, netlink.FAMILY_V4)
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -103,13 +102,13 @@ func (f *Finder) isPinned(index int, pod netip.Addr) (bool, error) {
 				pinned[addr] = true
 			}
 		}
-		f.neighbours[index] = pinned
+		f.pinned[index] = pinned
 	}
 	return pinned[pod], nil
 }
 
-// HasAddress reports whether an interface has an IPv4 address; false if the addresses
-// cannot be listed.
+// HasAddress reports whether an interface has an IPv4 address; false if listing the
+// addresses fails.
 func (f *Finder) HasAddress(index int) bool {
 	if f.addresses == nil {
 		f.addresses = make(map[int]bool)

@@ -23,11 +23,11 @@ import (
 func TestMain(m *testing.M) { testbed.Main(m.Run) }
 
 const (
-	// patience is for what must happen, on a machine that is busy with other things.
+	// patience is the timeout for what must happen, also on a busy machine.
 	patience = 30 * time.Second
-	// aMoment is for what must not happen.
+	// aMoment is how long to wait for what must not happen.
 	aMoment = 700 * time.Millisecond
-	// tick is how often a condition is looked at.
+	// tick is how often a condition is checked.
 	tick = 5 * time.Millisecond
 )
 
@@ -77,7 +77,7 @@ func (n *node) track(cfg links.Config) *links.Tracker {
 	return tracker
 }
 
-// call connects a pod with the server, from one of its addresses, and returns the index of
+// call connects a pod to the server, from one of its addresses, and returns the index of
 // the interface that the connection came in over.
 func (n *node) call(pod *testbed.Pod, from netip.Addr) int {
 	n.Helper()
@@ -132,7 +132,7 @@ func indexOf(tb testing.TB, name string) int {
 	return link.Attrs().Index
 }
 
-// started is a pod whose containers started so long ago.
+// started returns a pod whose containers started some time ago.
 func started(uid string, ago time.Duration) links.Pod {
 	return links.Pod{UID: uid, Started: time.Now().Add(-ago).Truncate(time.Second)}
 }

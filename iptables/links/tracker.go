@@ -1,23 +1,23 @@
-// Package links knows the interfaces between the node and its pods: which one leads to
-// a pod, and whether a connection that came in over one can be that of the pod which the
-// API server names for its source address.
+// Package links knows the interfaces between the node and its pods: which interface leads
+// to a pod, and whether a pod's address can be trusted. The rules need the first, to
+// select a mode; callers are checked by the second.
 //
-// The life of an interface, to the Tracker:
+// The life of an interface, as the Tracker sees it:
 //
-//  1. The kernel announces it, and the Tracker notes when that was.
-//  2. A connection comes in over it. The kernel says over which interface
+//  1. The kernel announces it, and the Tracker records the time.
+//  2. A connection comes in over it. The kernel reports the interface
 //     (in_pktinfo.ipi_ifindex), and no pod can forge that.
-//  3. The API server names a pod for the source address. If the pod's containers
-//     started after the interface appeared, it is the interface's holder from then on;
-//     see claimLocked.
-//  4. A request of the holder costs a look-up. Another pod becomes the holder only with
-//     younger containers.
-//  5. The kernel announces that the interface is gone. No caller comes over it any more.
-//     Its holder is remembered: it must restart its containers to be seen elsewhere.
+//  3. The API server names a pod for the source address. If the pod's containers started
+//     after the interface appeared, the pod becomes the interface's owner; see
+//     claimLocked.
+//  4. A request of the owner costs a map look-up. Another pod becomes the owner only with
+//     containers that started later.
+//  5. The kernel announces that the interface is gone. Connections over it are refused.
+//     Its owner is accepted on another interface only after its containers restart.
 //
-// On a bridge, the port of the caller's hardware address takes the interface's place.
-// An interface of another kind (a gateway, a physical device) is not one pod's: there
-// the API server's word stands.
+// On a bridge, the port of the caller's hardware address takes the interface's place. An
+// interface of another kind (a gateway, a physical device) is not one pod's, and the API
+// server's answer is accepted unchecked.
 package links
 
 import (
@@ -34,10 +34,10 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Config is what a Tracker can be told.
+// Config configures a Tracker.
 type Config struct {
-	// AllowUnguarded accepts source addresses where pods can take over each other's, as
-	// long as the bridge port is not another pod's.
+	// AllowUnguarded accepts addresses where pods can take over each other's, unless the
+	// bridge port is another pod's.
 	AllowUnguarded bool
 	// Pods returns the addresses of this node's pods, and a channel that is closed when
 	// they have changed. nil leaves the Status empty.
@@ -46,53 +46,49 @@ type Config struct {
 }
 
 const (
-	// tick is how often an idle Tracker reads from the kernel: an interface may be
-	// taken for older than it is by as much, see iface.appeared.
+	// tick is how often an idle Tracker reads announcements: an interface may count as
+	// older by as much, see iface.appeared.
 	tick = 200 * time.Millisecond
-	// surveyInterval is how often the links of all pods are looked at for the Status when
-	// the pods are the same.
+	// surveyInterval is how often the Status is updated when pods do not change.
 	surveyInterval = 10 * time.Second
 	// readRetry is the pause after a failed read.
 	readRetry = time.Second
-	// What was found of the route to an address is remembered for trustFor if the
-	// address can be trusted, else for distrustFor. Nothing announces all that bears on
-	// it.
+	// The route to an address is cached for trustFor if the address can be trusted, else
+	// for distrustFor: not all changes that affect it are announced.
 	trustFor    = 5 * time.Second
 	distrustFor = time.Second
-	// maxAddresses bounds what is remembered of addresses: many times the pods that a
-	// node can have.
+	// maxAddresses bounds the caches by address, at many times a node's pods.
 	maxAddresses = 4096
-	// maxDeparted bounds the pods that are remembered when their interface is gone.
+	// maxDeparted bounds the owners of interfaces that are gone.
 	maxDeparted = 1024
 )
 
-// Tracker watches the node's interfaces, and judges by them which pod is calling.
+// Tracker watches the node's interfaces, and checks by them which pod is calling.
 type Tracker struct {
 	cfg     Config
 	socket  *socket
 	refused atomic.Uint64
 	status  atomic.Pointer[Status]
-	warned  []string // links that were last warned of; for Run alone
+	warned  []string // links in the last warning; used by Run only
 
 	mu     sync.RWMutex // guards all below
 	ifaces map[int]*iface
 	routes map[netip.Addr]*route
 	ports  map[netip.Addr]port
-	// departed is when the containers of pods started whose interface is gone, by UID.
+	// departed has the owners of interfaces that are gone: Pod.Started by Pod.UID.
 	departed *simplelru.LRU[string, time.Time]
 	events   eventState
 }
 
-// route is where the node's route to an address leads, and for how long that is
-// remembered.
+// route is the cached route to an address.
 type route struct {
 	Link
 	err   error
 	until time.Time
 }
 
-// New returns a Tracker that knows the interfaces that there are, and notices changes
-// from here on. Run must be called.
+// New returns a Tracker of the current interfaces, which records changes from now on. Run
+// must be called.
 func New(cfg Config) (*Tracker, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
@@ -118,7 +114,7 @@ func New(cfg Config) (*Tracker, error) {
 	return t, nil
 }
 
-// Run reads what the kernel announces, and keeps the Status, until ctx ends.
+// Run reads the kernel's announcements and updates the Status until ctx ends.
 func (t *Tracker) Run(ctx context.Context) {
 	defer t.socket.close() //nolint:errcheck // nothing was written
 	var podsChanged <-chan struct{}
@@ -139,7 +135,7 @@ func (t *Tracker) Run(ctx context.Context) {
 		if err == nil {
 			continue
 		}
-		t.cfg.Logger.WarnContext(ctx, "cannot read the kernel's announcements of interfaces; trying again", "error", err, "in", readRetry)
+		t.cfg.Logger.WarnContext(ctx, "reading the kernel's announcements of interfaces failed; retrying", "error", err, "in", readRetry)
 		select {
 		case <-time.After(readRetry):
 		case <-ctx.Done():
@@ -152,23 +148,22 @@ type Stats struct {
 	Refused uint64 // checks that ended in ErrReused
 }
 
-// Stats returns what has been counted so far.
+// Stats returns the counts so far.
 func (t *Tracker) Stats() Stats { return Stats{Refused: t.refused.Load()} }
 
-// Check returns nil if a connection from a source address, which came in over the
-// interface of that index, can only be that of the pod which the API server names for
-// the address. Its error wraps ErrUnguarded if the node's network does not tell which pod
-// is calling, and ErrReused if the address may be another pod's by now. Any other says
-// why it cannot be told now.
+// Check returns nil if a connection from addr that came in over the interface with the
+// index ifindex can only be that of pod, which the API server names for the address. Its
+// error wraps ErrUnguarded if other pods can take over the address, and ErrReused if the
+// address may be another pod's by now. Other errors are temporary.
 func (t *Tracker) Check(addr netip.Addr, ifindex int, pod Pod) error {
 	if pod.UID == "" {
 		return errors.New("the pod's object has no UID")
 	}
 	now := time.Now()
 	t.mu.RLock()
-	on, route := t.ifaces[ifindex], t.routes[addr]
-	known := on != nil && route != nil && route.err == nil && now.Before(route.until) &&
-		(on.kind == kindOther || on.kind == kindPod && on.holder.UID == pod.UID && !pod.Started.After(on.holder.Started))
+	ingress, route := t.ifaces[ifindex], t.routes[addr]
+	known := ingress != nil && route != nil && route.err == nil && now.Before(route.until) &&
+		(ingress.kind == kindOther || ingress.kind == kindPod && ingress.owner.UID == pod.UID && !pod.Started.After(ingress.owner.Started))
 	t.mu.RUnlock()
 	if known {
 		return nil
@@ -180,11 +175,11 @@ func (t *Tracker) Check(addr netip.Addr, ifindex int, pod Pod) error {
 	return err
 }
 
-// check is Check without the short cut.
+// check is Check without the fast path.
 func (t *Tracker) check(addr netip.Addr, ifindex int, pod Pod, now time.Time) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	// What happened before the connection came, the kernel has announced by now.
+	// The kernel has announced all that happened before the connection.
 	if err := t.drainLocked(); err != nil {
 		return fmt.Errorf("address %s: %w", addr, err)
 	}
@@ -192,46 +187,45 @@ func (t *Tracker) check(addr netip.Addr, ifindex int, pod Pod, now time.Time) er
 	if errors.Is(route.err, ErrUnguarded) {
 		return route.err
 	}
-	on := t.ifaces[ifindex]
-	if on == nil {
+	ingress := t.ifaces[ifindex]
+	if ingress == nil {
 		return fmt.Errorf("%w: its interface (index %d) is gone", ErrReused, ifindex)
 	}
-	if err := on.classify(); err != nil {
+	if err := ingress.classify(); err != nil {
 		return err
 	}
 	switch {
-	case on.kind == kindPod && route.Shared && route.Index == ifindex:
-		return nil // a subnet is behind it, and not one pod
-	case on.kind == kindPod:
-		if on.holder.UID != pod.UID { // one that is known there may ask while its route comes and goes
-			if other := t.routedToLocked(on, addr); other != "" {
-				return fmt.Errorf("%w: the route to %s leads to %s, and the connection came in over %s", ErrReused, addr, other, on.name)
+	case ingress.kind == kindPod && route.Shared && route.Index == ifindex:
+		return nil // a subnet is behind it, not one pod
+	case ingress.kind == kindPod:
+		if ingress.owner.UID != pod.UID { // the owner may call while its route is removed and added
+			if other := t.routedToLocked(ingress, addr); other != "" {
+				return fmt.Errorf("%w: the route to %s leads to %s, and the connection came in over %s", ErrReused, addr, other, ingress.name)
 			}
 		}
-		return t.claimLocked(on, pod, now)
-	case on.kind == kindBridge:
-		return t.checkPortLocked(on, addr, pod, now)
+		return t.claimLocked(ingress, pod, now)
+	case ingress.kind == kindBridge:
+		return t.checkPortLocked(ingress, addr, pod, now)
 	default:
 		return route.err
 	}
 }
 
-// routedToLocked returns the name of another pod's interface that the node's route to an
-// address leads to; "" if it leads to none. The answers that made up a handshake went
-// there: only a pod that guessed its numbers (with SYN cookies, RFC 4987) gets as far over
-// its own interface, and it must not become the holder of that.
-func (t *Tracker) routedToLocked(on *iface, addr netip.Addr) string {
+// routedToLocked returns the name of another pod's interface that the route to an address
+// leads to; "" for none. The handshake's replies went there: a pod on the ingress
+// interface has guessed the sequence number (SYN cookies, RFC 4987), and must not become
+// its owner.
+func (t *Tracker) routedToLocked(ingress *iface, addr netip.Addr) string {
 	link, err := NewFinder().Find(addr)
 	other := t.ifaces[link.Index]
-	if err != nil || link.Shared || other == nil || other == on || other.classify() != nil || other.kind != kindPod {
+	if err != nil || link.Shared || other == nil || other == ingress || other.classify() != nil || other.kind != kindPod {
 		return ""
 	}
 	return other.name
 }
 
-// Expect returns what Check would say of a connection from a pod's address that came in over
-// the interface which the node's route to the address leads to, as far as that can be known
-// without one: of pods behind a bridge it is not. It records nothing.
+// Expect returns what Check would return for a connection from addr over the interface
+// that the route to addr leads to. It does not check bridge ports, and records nothing.
 func (t *Tracker) Expect(addr netip.Addr, pod Pod) error {
 	now := time.Now()
 	t.mu.Lock()
@@ -239,20 +233,20 @@ func (t *Tracker) Expect(addr netip.Addr, pod Pod) error {
 	if err := t.drainLocked(); err != nil {
 		return fmt.Errorf("address %s: %w", addr, err)
 	}
-	delete(t.routes, addr) // what is remembered may be of the interface before
+	delete(t.routes, addr) // it may lead to a former interface
 	route := t.routeLocked(addr, now)
-	on := t.ifaces[route.Index]
-	if route.err != nil || on == nil || route.Shared {
+	ingress := t.ifaces[route.Index]
+	if route.err != nil || ingress == nil || route.Shared {
 		return route.err
 	}
-	if err := on.classify(); err != nil || on.kind != kindPod {
+	if err := ingress.classify(); err != nil || ingress.kind != kindPod {
 		return err
 	}
-	return t.judgeLocked(on, pod, now)
+	return t.checkClaimLocked(ingress, pod, now)
 }
 
-// routeLocked returns where the route to an address leads, and ErrUnguarded where others
-// can take the address over there.
+// routeLocked returns the route to an address, with ErrUnguarded if other pods can take
+// over the address there.
 func (t *Tracker) routeLocked(addr netip.Addr, now time.Time) *route {
 	if known, ok := t.routes[addr]; ok && now.Before(known.until) {
 		return known
@@ -260,7 +254,7 @@ func (t *Tracker) routeLocked(addr netip.Addr, now time.Time) *route {
 	found := &route{until: now.Add(trustFor)}
 	switch found.Link, found.err = NewFinder().Find(addr); {
 	case errors.Is(found.err, errGateway):
-		found.err = nil // not on one link with other pods; it is the plugin's to guard
+		found.err = nil // shares no link with other pods; the plugin must prevent spoofing
 	case found.err != nil:
 		found.err = fmt.Errorf("address %s %w", addr, found.err)
 	case found.Shared && !found.Pinned && !t.cfg.AllowUnguarded:
@@ -276,20 +270,19 @@ func (t *Tracker) routeLocked(addr netip.Addr, now time.Time) *route {
 	return found
 }
 
-// kind is what an interface says about the callers that come in over it.
+// kind is what an interface proves about callers.
 type kind uint8
 
 const (
-	kindUnknown kind = iota // not looked at yet
+	kindUnknown kind = iota // not classified yet
 	kindPod                 // one pod is at the other end
 	kindBridge              // ports of it lead to pods
 	kindOther               // nothing
 )
 
-// classify finds out the kind of an interface. A pod's own is a pair of devices whose
-// other end is in another network namespace: cilium_host is a veth too, and both its
-// ends are the node's. What is not a pod's own may become one: a pair is made before one
-// of its ends is moved.
+// classify finds out the kind of an interface. A pod's is a pair whose other end is in
+// another network namespace (both ends of the veth cilium_host are the node's). Another
+// kind may become a pod's: a pair is created before one of its ends is moved.
 func (i *iface) classify() error {
 	if i.kind == kindPod || i.kind == kindBridge {
 		return nil
@@ -301,7 +294,7 @@ func (i *iface) classify() error {
 	switch kind := link.Type(); {
 	case kind == "bridge":
 		i.kind = kindBridge
-	case podKind(link):
+	case isPodLink(link):
 		i.kind = kindPod
 	default:
 		i.kind = kindOther
@@ -309,8 +302,8 @@ func (i *iface) classify() error {
 	return nil
 }
 
-// podKind reports whether an interface is one end of a pair, and the other end is in
+// isPodLink reports whether an interface is one end of a pair, and the other end is in
 // another network namespace.
-func podKind(link netlink.Link) bool {
+func isPodLink(link netlink.Link) bool {
 	return (link.Type() == "veth" || link.Type() == "netkit") && link.Attrs().NetNsID >= 0 // IFLA_LINK_NETNSID
 }

@@ -15,12 +15,12 @@ import (
 
 var shapes = []testbed.Shape{testbed.Ptp, testbed.Routed}
 
-// The network plugin has given the address to another pod, and the API server goes on
-// naming the one before: until its status is written, or for as long as an outage lasts.
+// The network plugin has given the address to another pod, and the API server still names
+// the previous one: until a status is written, or as long as an outage lasts.
 func TestReusedAddress(t *testing.T) {
 	for _, shape := range shapes {
 		t.Run(string(shape), func(t *testing.T) {
-			for name, seen := range map[string]bool{"of a pod that has called": true, "of one that never has": false} {
+			for name, seen := range map[string]bool{"the previous pod has called": true, "the previous pod never called": false} {
 				t.Run(name, func(t *testing.T) {
 					n := newNode(t)
 					tracker := n.track(links.Config{})
@@ -37,14 +37,14 @@ func TestReusedAddress(t *testing.T) {
 					require.ErrorIs(t, tracker.Expect(next.Addr, before), links.ErrReused)
 					require.NoError(t, tracker.Expect(next.Addr, started("after", 0)))
 					index := n.call(next, next.Addr)
-					for range 1000 { // no news, however often it asks
+					for range 1000 { // without news, every time
 						require.ErrorIs(t, tracker.Check(next.Addr, index, before), links.ErrReused)
 					}
 					assert.Equal(t, uint64(1000), tracker.Stats().Refused)
 					after := started("after", 0)
-					require.NoError(t, tracker.Check(next.Addr, index, after), "the API server has heard of it")
+					require.NoError(t, tracker.Check(next.Addr, index, after), "the API server names the new pod")
 					require.NoError(t, tracker.Check(next.Addr, index, after))
-					require.ErrorIs(t, tracker.Check(next.Addr, index, before), links.ErrReused, "and not again of the one before")
+					require.ErrorIs(t, tracker.Check(next.Addr, index, before), links.ErrReused, "and never the previous one again")
 					require.ErrorIs(t, tracker.Expect(next.Addr, before), links.ErrReused)
 					require.NoError(t, tracker.Expect(next.Addr, after))
 				})
@@ -53,21 +53,21 @@ func TestReusedAddress(t *testing.T) {
 	}
 }
 
-// What comes and goes is the route, and not the link.
+// The route is removed and added, and the link stays.
 func TestRouteFlaps(t *testing.T) {
 	for _, shape := range shapes {
 		t.Run(string(shape), func(t *testing.T) {
 			n := newNode(t)
 			tracker := n.track(links.Config{})
 			pod, _ := n.addPod("10.244.0.7", shape)
-			who := started("a", 0)
+			claimed := started("a", 0)
 			kept := n.call(pod, pod.Addr)
 			link, err := netlink.LinkByName(pod.Link)
 			require.NoError(t, err)
 			route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: netlink.NewIPNet(pod.Addr.AsSlice()), Scope: netlink.SCOPE_LINK}
 			refused := 0
 			check := func(index int) {
-				if err := tracker.Check(pod.Addr, index, who); err != nil {
+				if err := tracker.Check(pod.Addr, index, claimed); err != nil {
 					refused++
 					t.Log(err)
 				}
@@ -84,41 +84,41 @@ func TestRouteFlaps(t *testing.T) {
 	}
 }
 
-func TestALinkThatIsGoneHasNoCallers(t *testing.T) {
+func TestDeletedLink(t *testing.T) {
 	n := newNode(t)
 	tracker := n.track(links.Config{})
 	pod, remove := n.addPod("10.244.0.7", testbed.Ptp)
 	kept := n.call(pod, pod.Addr)
-	who := started("a", 0)
-	require.NoError(t, tracker.Check(pod.Addr, kept, who))
+	claimed := started("a", 0)
+	require.NoError(t, tracker.Check(pod.Addr, kept, claimed))
 	remove()
-	require.Eventually(t, func() bool { return tracker.Check(pod.Addr, kept, who) != nil }, patience, time.Millisecond)
-	require.ErrorIs(t, tracker.Check(pod.Addr, kept, who), links.ErrReused)
-	require.ErrorIs(t, tracker.Check(pod.Addr, 0, who), links.ErrReused, "of no interface at all")
+	require.Eventually(t, func() bool { return tracker.Check(pod.Addr, kept, claimed) != nil }, patience, time.Millisecond)
+	require.ErrorIs(t, tracker.Check(pod.Addr, kept, claimed), links.ErrReused)
+	require.ErrorIs(t, tracker.Check(pod.Addr, 0, claimed), links.ErrReused, "unknown interface")
 	require.Error(t, tracker.Check(pod.Addr, kept, links.Pod{}))
 }
 
-// A container that starts again is no reason to doubt, nor is a pod whose sandbox was made
-// anew, with a link of its own, once its containers have started.
+// A restarted container does not void a claim, nor does a new sandbox with a new link, once
+// its containers have started.
 func TestRestartedContainers(t *testing.T) {
 	n := newNode(t)
 	tracker := n.track(links.Config{})
 	pod, remove := n.addPod("10.244.0.7", testbed.Ptp)
 	index := n.call(pod, pod.Addr)
-	who := started("a", 0)
-	require.NoError(t, tracker.Check(pod.Addr, index, who))
-	restarted := links.Pod{UID: who.UID, Started: who.Started.Add(5 * time.Second)}
+	claimed := started("a", 0)
+	require.NoError(t, tracker.Check(pod.Addr, index, claimed))
+	restarted := links.Pod{UID: claimed.UID, Started: claimed.Started.Add(5 * time.Second)}
 	require.NoError(t, tracker.Check(pod.Addr, index, restarted))
-	require.NoError(t, tracker.Check(pod.Addr, index, who), "an answer of the API server that is older")
+	require.NoError(t, tracker.Check(pod.Addr, index, claimed), "from an older status")
 	remove()
 
 	pod, _ = n.addPod("10.244.0.7", testbed.Ptp)
 	index = n.call(pod, pod.Addr)
 	require.ErrorIs(t, tracker.Check(pod.Addr, index, restarted), links.ErrReused)
-	require.NoError(t, tracker.Check(pod.Addr, index, links.Pod{UID: who.UID, Started: restarted.Started.Add(time.Second)}))
+	require.NoError(t, tracker.Check(pod.Addr, index, links.Pod{UID: claimed.UID, Started: restarted.Started.Add(time.Second)}))
 }
 
-func TestALinkOfTheSameNameOrIndexIsAnother(t *testing.T) {
+func TestReusedNameAndIndex(t *testing.T) {
 	n := newNode(t)
 	tracker := n.track(links.Config{})
 	inside, err := testbed.NewNamespace()
@@ -138,14 +138,14 @@ func TestALinkOfTheSameNameOrIndexIsAnother(t *testing.T) {
 	require.NoError(t, tracker.Check(addr, index, old))
 	require.NoError(t, netlink.LinkDel(first))
 	link(index)
-	require.ErrorIs(t, tracker.Check(addr, index, old), links.ErrReused, "of the same name and index")
+	require.ErrorIs(t, tracker.Check(addr, index, old), links.ErrReused, "same name and index")
 	require.ErrorIs(t, tracker.Check(addr, index, started("older", time.Minute)), links.ErrReused)
 	require.NoError(t, tracker.Check(addr, index, started("new", 0)))
 }
 
-// When they appeared is not known. The first pod that is seen passes, and is not followed
-// by one whose containers are older.
-func TestLinksFromBeforeTheTracker(t *testing.T) {
+// When these appeared is unknown. The first pod is accepted, and after it none whose
+// containers started earlier.
+func TestLinksOlderThanTracker(t *testing.T) {
 	n := newNode(t)
 	pod, _ := n.addPod("10.244.0.7", testbed.Ptp)
 	index := n.call(pod, pod.Addr)
@@ -153,7 +153,7 @@ func TestLinksFromBeforeTheTracker(t *testing.T) {
 	require.NoError(t, tracker.Check(pod.Addr, index, started("first", time.Hour)))
 	require.ErrorIs(t, tracker.Check(pod.Addr, index, started("older", 2*time.Hour)), links.ErrReused)
 	require.ErrorIs(t, tracker.Check(pod.Addr, index, links.Pod{UID: "without containers"}), links.ErrReused)
-	require.NoError(t, tracker.Check(pod.Addr, index, started("younger", time.Minute)))
+	require.NoError(t, tracker.Check(pod.Addr, index, started("later", time.Minute)))
 	require.ErrorIs(t, tracker.Check(pod.Addr, index, started("first", time.Hour)), links.ErrReused)
 
 	another, _ := n.addPod("10.244.0.8", testbed.Ptp)
@@ -166,15 +166,15 @@ func TestPodsWithoutStartedContainers(t *testing.T) {
 	tracker := n.track(links.Config{})
 	after, _ := n.addPod("10.244.0.8", testbed.Ptp)
 	waiting := links.Pod{UID: "waiting"}
-	require.NoError(t, tracker.Check(before.Addr, n.call(before, before.Addr), waiting), "nothing is known of the link")
+	require.NoError(t, tracker.Check(before.Addr, n.call(before, before.Addr), waiting), "the link's age is unknown")
 	index := n.call(after, after.Addr)
 	require.ErrorIs(t, tracker.Check(after.Addr, index, links.Pod{UID: "new"}), links.ErrReused)
 	require.ErrorContains(t, tracker.Check(after.Addr, index, links.Pod{UID: "new"}), "have not started")
 	require.NoError(t, tracker.Check(after.Addr, index, started("new", 0)))
 }
 
-// cilium_host is a veth as well, with both ends on the node.
-func TestWhereAPodHasNoLinkOfItsOwnTheAPIServersWordStands(t *testing.T) {
+// cilium_host is a veth with both ends on the node.
+func TestOtherInterfaces(t *testing.T) {
 	n := newNode(t)
 	tracker := n.track(links.Config{})
 	host, err := testbed.AddCiliumHost()
@@ -186,7 +186,7 @@ func TestWhereAPodHasNoLinkOfItsOwnTheAPIServersWordStands(t *testing.T) {
 		require.NoError(t, tracker.Check(gateway, indexOf(t, name), started("older", 2*time.Hour)))
 	}
 
-	// An end that is moved to a pod makes it the pod's own.
+	// An end that is moved to a pod makes it the pod's.
 	inside, err := testbed.NewNamespace()
 	require.NoError(t, err)
 	defer func() { assert.NoError(t, inside.Close()) }()
@@ -196,7 +196,7 @@ func TestWhereAPodHasNoLinkOfItsOwnTheAPIServersWordStands(t *testing.T) {
 	require.ErrorIs(t, tracker.Check(netip.MustParseAddr("10.245.0.8"), indexOf(t, "cilium_host"), started("old", time.Hour)), links.ErrReused)
 }
 
-func TestWithALinkOfItsOwnAPodCannotTakeAnothersAddress(t *testing.T) {
+func TestStolenAddressWithOwnLink(t *testing.T) {
 	for _, shape := range shapes {
 		t.Run(string(shape), func(t *testing.T) {
 			n := newNode(t)
@@ -218,10 +218,10 @@ func BenchmarkCheck(b *testing.B) {
 			tracker := n.track(links.Config{AllowUnguarded: true})
 			pod, _ := n.addPod("10.244.0.7", shape)
 			index := n.call(pod, pod.Addr)
-			who := started("a", 0)
+			claimed := started("a", 0)
 			b.ReportAllocs()
 			for b.Loop() {
-				if err := tracker.Check(pod.Addr, index, who); err != nil {
+				if err := tracker.Check(pod.Addr, index, claimed); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -229,9 +229,9 @@ func BenchmarkCheck(b *testing.B) {
 	}
 }
 
-// A connection over another pod's interface than the one that answers go to can only have
-// been completed by guessing.
-func TestAnAddressThatIsRoutedToAnotherPod(t *testing.T) {
+// A handshake over another interface than the replies' can only have been completed by
+// guessing.
+func TestAddressRoutedToAnotherPod(t *testing.T) {
 	n := newNode(t)
 	tracker := n.track(links.Config{})
 	first, _ := n.addPod("10.244.0.7", testbed.Ptp)
@@ -240,6 +240,6 @@ func TestAnAddressThatIsRoutedToAnotherPod(t *testing.T) {
 	one, two := started("a", 0), started("b", 0)
 	require.NoError(t, tracker.Check(first.Addr, kept, one))
 	require.ErrorIs(t, tracker.Check(second.Addr, kept, two), links.ErrReused, "over the first pod's link")
-	assert.NoError(t, tracker.Check(first.Addr, kept, one), "which is still the first pod's")
-	assert.NoError(t, tracker.Check(second.Addr, over, two), "as its own is the second's")
+	assert.NoError(t, tracker.Check(first.Addr, kept, one), "still the first pod's link")
+	assert.NoError(t, tracker.Check(second.Addr, over, two), "over its own link")
 }

@@ -26,27 +26,27 @@ func TestStatus(t *testing.T) {
 			require.Eventually(t, func() bool { return is(tracker.Status()) }, patience, tick, what)
 			return tracker.Status()
 		}
-		require.Equal(t, links.Status{}, tracker.Status(), "no pods, no trouble")
+		require.Equal(t, links.Status{}, tracker.Status(), "no pods")
 
 		pods.Set(ptp.Addr, pinned.Addr)
 		s := eventually(func(s links.Status) bool { return len(s.Notes) > 0 }, "the pinned address is noted")
 		require.NoError(t, s.Unguarded)
-		assert.Contains(t, s.Notes[0], "not each attempt is noticed, on: cbr0")
+		assert.Contains(t, s.Notes[0], "not every attempt is noticed, on: cbr0")
 		assert.Empty(t, log.String())
 
 		pods.Set(ptp.Addr, bridged.Addr)
-		s = eventually(func(s links.Status) bool { return len(s.Notes) == 0 }, "pods are others")
+		s = eventually(func(s links.Status) bool { return len(s.Notes) == 0 }, "no pinned pod")
 		if allowed {
 			require.NoError(t, s.Unguarded)
-			assert.Contains(t, log.String(), `tokens="handed out all the same"`)
+			assert.Contains(t, log.String(), `tokens="handed out nevertheless"`)
 		} else {
 			require.ErrorIs(t, s.Unguarded, links.ErrUnguarded)
-			require.ErrorContains(t, s.Unguarded, "cbr0: nothing there stops ARP spoofing (CVE-2021-1677)")
+			require.ErrorContains(t, s.Unguarded, "cbr0: nothing there prevents ARP spoofing (CVE-2021-1677)")
 			require.ErrorContains(t, s.Unguarded, "--allow-network-plugin-kubenet")
 			assert.Contains(t, log.String(), "links=[cbr0] tokens=withheld")
 		}
 
 		pods.Set(ptp.Addr)
-		eventually(func(s links.Status) bool { return s.Unguarded == nil }, "all is well")
+		eventually(func(s links.Status) bool { return s.Unguarded == nil }, "no bridged pod")
 	}
 }
