@@ -108,68 +108,70 @@ func (n *node) attackers() []*attacker {
 
 func TestForgedPackets(t *testing.T) {
 	const attempts = 4
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		pods := n.attackers()
-		n.agent(iptables.Redirect) // on all addresses
-		for _, invalidDropped := range []bool{false, true} {
-			patience := 500 * time.Millisecond
-			if invalidDropped {
-				patience = 1400 * time.Millisecond // the metadata service's second SYN/ACK included
-				n.iptablesOn(backend, "filter", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
-			}
-			for _, standing := range fencesToTry(backend) {
-				n.fenced(iptables.DNAT, standing)
-				n.leaks.Store(0)
-				missing := make(map[string]bool) // attacks that must succeed without a fence
-				var mu sync.Mutex                // guards missing
-				round := func() {
-					var attacking sync.WaitGroup
-					for _, pod := range pods {
-						for _, first := range []attack.FirstPacket{attack.ACK, attack.SYN} {
-							ports := pod.nextPorts(attempts)
-							attacking.Go(func() {
-								results, err := pod.Attack(t.Context(), attack.Config{First: first, Ports: ports, Patience: patience, Path: "/"})
-								assert.NoError(t, err)
-								mu.Lock()
-								defer mu.Unlock()
-								what := fmt.Sprintf("%s, %s, INVALID dropped: %t", pod.what, first, invalidDropped)
-								if _, ok := missing[what]; !ok && pod.opens && (first == attack.SYN || !invalidDropped) {
-									missing[what] = true
-								}
-								for _, result := range results {
-									if result.Answer == "imds" {
-										missing[what] = false
-										assert.Equal(t, noFence, standing, what)
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			pods := n.attackers()
+			n.agent(iptables.Redirect) // on all addresses
+			for _, invalidDropped := range []bool{false, true} {
+				patience := 500 * time.Millisecond
+				if invalidDropped {
+					patience = 1400 * time.Millisecond // the metadata service's second SYN/ACK included
+					n.iptablesOn(backend, "filter", "-A", "FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+				}
+				for _, standing := range fencesToTry(backend) {
+					n.fenced(iptables.DNAT, standing)
+					n.leaks.Store(0)
+					missing := make(map[string]bool) // attacks that must succeed without a fence
+					var mu sync.Mutex                // guards missing
+					round := func() {
+						var attacking sync.WaitGroup
+						for _, pod := range pods {
+							for _, first := range []attack.FirstPacket{attack.ACK, attack.SYN} {
+								ports := pod.nextPorts(attempts)
+								attacking.Go(func() {
+									results, err := pod.Attack(t.Context(), attack.Config{First: first, Ports: ports, Patience: patience, Path: "/"})
+									assert.NoError(t, err)
+									mu.Lock()
+									defer mu.Unlock()
+									what := fmt.Sprintf("%s, %s, INVALID dropped: %t", pod.what, first, invalidDropped)
+									if _, ok := missing[what]; !ok && pod.opens && (first == attack.SYN || !invalidDropped) {
+										missing[what] = true
 									}
-								}
-							})
+									for _, result := range results {
+										if result.Answer == "imds" {
+											missing[what] = false
+											assert.Equal(t, noFence, standing, what)
+										}
+									}
+								})
+							}
 						}
+						attacking.Wait()
 					}
-					attacking.Wait()
-				}
-				round()
-				if standing == noFence {
-					// Attempts succeed by chance: see attack.SYN.
-					for range 10 {
-						if !anyTrue(missing) {
-							break
+					round()
+					if standing == noFence {
+						// Attempts succeed by chance: see attack.SYN.
+						for range 10 {
+							if !anyTrue(missing) {
+								break
+							}
+							round()
 						}
-						round()
+						for what, isMissing := range missing {
+							assert.False(t, isMissing, "the attack did not work where it should: %s", what)
+						}
+						continue
 					}
-					for what, isMissing := range missing {
-						assert.False(t, isMissing, "the attack did not work where it should: %s", what)
+					assert.Zero(t, n.leaks.Load(), "%s, INVALID dropped: %t", standing, invalidDropped)
+					for _, pod := range pods {
+						assert.Equal(t, "agent", ask(pod.Pod), "%s: served with %s", pod.what, standing)
 					}
-					continue
-				}
-				assert.Zero(t, n.leaks.Load(), "%s, INVALID dropped: %t", standing, invalidDropped)
-				for _, pod := range pods {
-					assert.Equal(t, "agent", ask(pod.Pod), "%s: served with %s", pod.what, standing)
 				}
 			}
-		}
-		n.iptablesOn(backend, "filter", "-F", "FORWARD")
-	})
+			n.iptablesOn(backend, "filter", "-F", "FORWARD")
+		})
+	}
 }
 
 func anyTrue(m map[string]bool) bool {
@@ -242,113 +244,117 @@ func (n *node) answersLost(do string) {
 // Whatever another program does to connections before the redirect, pods do not reach the
 // metadata service.
 func TestOtherProgramsBypassingTheRedirect(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		n.agent(iptables.Redirect) // on all addresses
-		for _, tc := range []struct {
-			what     string
-			do, undo func()
-		}{
-			{
-				"NOTRACK for pods, an option of Cilium and Calico",
-				func() {
-					n.iptablesOn(backend, "raw", "-A", "PREROUTING", "-s", "10.244.0.0/16", "-j", "NOTRACK")
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect) // on all addresses
+			for _, tc := range []struct {
+				what     string
+				do, undo func()
+			}{
+				{
+					"NOTRACK for pods, an option of Cilium and Calico",
+					func() {
+						n.iptablesOn(backend, "raw", "-A", "PREROUTING", "-s", "10.244.0.0/16", "-j", "NOTRACK")
+					},
+					func() { n.iptablesOn(backend, "raw", "-F") },
 				},
-				func() { n.iptablesOn(backend, "raw", "-F") },
-			},
-			{
-				"another program's DNAT first",
-				func() {
-					n.run("table ip other {\nchain prerouting {\ntype nat hook prerouting priority -110;\nip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.254:80\n}\n}\n", "nft", "-f", "-")
+				{
+					"another program's DNAT first",
+					func() {
+						n.run("table ip other {\nchain prerouting {\ntype nat hook prerouting priority -110;\nip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.254:80\n}\n}\n", "nft", "-f", "-")
+					},
+					func() { n.run("", "nft", "delete", "table", "ip", "other") },
 				},
-				func() { n.run("", "nft", "delete", "table", "ip", "other") },
-			},
-			{
-				"an ACCEPT before the jump",
-				func() { n.iptables("-I", "PREROUTING", "1", "-j", "ACCEPT") },
-				func() { n.iptables("-D", "PREROUTING", "1") },
-			},
-			{
-				"nat flushed, FORWARD accepted",
-				func() {
-					n.iptables("-F")
-					n.iptablesOn(backend, "filter", "-I", "FORWARD", "1", "-j", "ACCEPT")
+				{
+					"an ACCEPT before the jump",
+					func() { n.iptables("-I", "PREROUTING", "1", "-j", "ACCEPT") },
+					func() { n.iptables("-D", "PREROUTING", "1") },
 				},
-				func() { n.iptablesOn(backend, "filter", "-F", "FORWARD") },
-			},
-		} {
-			for _, standing := range fencesToTry(backend) {
-				n.fenced(iptables.DNAT, standing)
-				tc.do()
-				n.leaks.Store(0)
-				answer := askFor(n.pod, 300*time.Millisecond)
-				if standing == noFence {
-					assert.Equal(t, "imds", answer, "%s bypasses the redirect", tc.what)
-				} else {
-					assert.Empty(t, answer, "%s: %s", standing, tc.what)
-					assert.Zero(t, n.leaks.Load(), "%s: %s", standing, tc.what)
+				{
+					"nat flushed, FORWARD accepted",
+					func() {
+						n.iptables("-F")
+						n.iptablesOn(backend, "filter", "-I", "FORWARD", "1", "-j", "ACCEPT")
+					},
+					func() { n.iptablesOn(backend, "filter", "-F", "FORWARD") },
+				},
+			} {
+				for _, standing := range fencesToTry(backend) {
+					n.fenced(iptables.DNAT, standing)
+					tc.do()
+					n.leaks.Store(0)
+					answer := askFor(n.pod, 300*time.Millisecond)
+					if standing == noFence {
+						assert.Equal(t, "imds", answer, "%s bypasses the redirect", tc.what)
+					} else {
+						assert.Empty(t, answer, "%s: %s", standing, tc.what)
+						assert.Zero(t, n.leaks.Load(), "%s: %s", standing, tc.what)
+					}
+					tc.undo()
 				}
-				tc.undo()
 			}
-		}
-	})
+		})
+	}
 }
 
 // Another program flushes one kind of rules repeatedly, while pods send requests.
 func TestFlushLeaksNoRequest(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		second, _ := n.addPod("10.244.0.8", testbed.Ptp)
-		n.agent(iptables.Redirect)
-		r, _ := n.reconcile(n.config(iptables.Redirect))
-		for _, tc := range []struct {
-			what   string
-			times  int
-			flush  func()
-			served bool // pods are still served
-		}{
-			{"nat", 200, func() { n.iptables("-F") }, false},
-			{"mangle", 50, func() { n.iptablesOn(backend, "mangle", "-F") }, true},
-			{"routing rules", 50, func() {
-				n.run("", "sh", "-c", "ip rule del pref 11; ip rule del pref 10; ip rule del pref 12; true")
-			}, true},
-		} {
-			done := make(chan struct{})
-			var asking sync.WaitGroup
-			for _, pod := range []*testbed.Pod{n.pod, second} {
-				asking.Go(func() {
-					for {
-						answer := askFor(pod, 100*time.Millisecond)
-						if tc.served {
-							answer = ask(pod)
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			second, _ := n.addPod("10.244.0.8", testbed.Ptp)
+			n.agent(iptables.Redirect)
+			r, _ := n.reconcile(n.config(iptables.Redirect))
+			for _, tc := range []struct {
+				what   string
+				times  int
+				flush  func()
+				served bool // pods are still served
+			}{
+				{"nat", 200, func() { n.iptables("-F") }, false},
+				{"mangle", 50, func() { n.iptablesOn(backend, "mangle", "-F") }, true},
+				{"routing rules", 50, func() {
+					n.run("", "sh", "-c", "ip rule del pref 11; ip rule del pref 10; ip rule del pref 12; true")
+				}, true},
+			} {
+				done := make(chan struct{})
+				var asking sync.WaitGroup
+				for _, pod := range []*testbed.Pod{n.pod, second} {
+					asking.Go(func() {
+						for {
+							answer := askFor(pod, 100*time.Millisecond)
+							if tc.served {
+								answer = ask(pod)
+							}
+							assert.NotEqual(t, "imds", answer)
+							if tc.served {
+								assert.Equal(t, "agent", answer, tc.what)
+							}
+							select {
+							case <-done:
+								return
+							default:
+							}
 						}
-						assert.NotEqual(t, "imds", answer)
-						if tc.served {
-							assert.Equal(t, "agent", answer, tc.what)
-						}
-						select {
-						case <-done:
-							return
-						default:
-						}
-					}
-				})
+					})
+				}
+				for range tc.times {
+					tc.flush()
+				}
+				close(done)
+				asking.Wait()
+				assert.Zero(t, n.leaks.Load(), tc.what)
+				n.eventually(func() bool { return n.inPlace() && len(n.forward("mangle")) == 1 }, tc.what+" back")
+				assert.Equal(t, "agent", n.ask())
 			}
-			for range tc.times {
-				tc.flush()
-			}
-			close(done)
-			asking.Wait()
-			assert.Zero(t, n.leaks.Load(), tc.what)
-			n.eventually(func() bool { return n.inPlace() && len(n.forward("mangle")) == 1 }, tc.what+" back")
-			assert.Equal(t, "agent", n.ask())
-		}
-		n.eventually(func() bool { // the last reconciliation may be debounced
-			lost := r.Stats().Lost
-			return lost["redirect"] > 0 && lost["guard"] > 0 && lost["routing"] > 0
-		}, "each loss is counted")
-		assert.Zero(t, r.Stats().Lost["wireserver"])
-	})
+			n.eventually(func() bool { // the last reconciliation may be debounced
+				lost := r.Stats().Lost
+				return lost["redirect"] > 0 && lost["guard"] > 0 && lost["routing"] > 0
+			}, "each loss is counted")
+			assert.Zero(t, r.Stats().Lost["wireserver"])
+		})
+	}
 }
 
 // Conntrack entries of packets that were forged before the rules were in place are

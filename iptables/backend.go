@@ -123,14 +123,13 @@ func (r *runner) kubeletChain() string {
 // countRules counts the rules of other programs in the usual hooks. Those in chains are
 // not counted: kube-proxy can have tens of thousands.
 func (r *runner) countRules() (n int) {
-	for _, hook := range []chain{
-		{table: "nat", hook: "PREROUTING"}, {table: "nat", hook: "POSTROUTING"},
-		{table: "filter", hook: "INPUT"}, {table: "filter", hook: "FORWARD"},
+	for _, hook := range []struct{ table, name string }{
+		{"nat", "PREROUTING"}, {"nat", "POSTROUTING"}, {"filter", "INPUT"}, {"filter", "FORWARD"},
 	} {
 		if !r.backend.has(hook.table) {
 			continue
 		}
-		lines, _ := r.tables.List(hook.table, hook.hook)
+		lines, _ := r.tables.List(hook.table, hook.name)
 		for _, rule := range rulesIn(lines) {
 			if !mentionsOwnChain(rule) {
 				n++

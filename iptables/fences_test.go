@@ -42,48 +42,52 @@ func (n *node) guard() string {
 }
 
 func TestFences(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		before := n.ipRules()
-		stop := n.redirect(iptables.Redirect)
-		assert.Contains(t, n.ipRules(), routingFence)
-		assert.Equal(t, 3, strings.Count(n.run("", "ip", "-details", "rule", "list", "to", "169.254.169.254"), "proto kernel")+strings.Count(n.run("", "ip", "-details", "rule", "list", "pref", "12"), "proto kernel"),
-			"systemd-networkd leaves these alone")
-		assert.Equal(t, "-A nmi-guard -d 169.254.169.254/32 -j DROP\n-A nmi-guard -s 169.254.169.254/32 -j DROP\n", n.guard())
-		assert.Contains(t, n.iptablesOn(backend, "mangle", "-S", "FORWARD"), "-A FORWARD -j nmi-guard")
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			before := n.ipRules()
+			stop := n.redirect(iptables.Redirect)
+			assert.Contains(t, n.ipRules(), routingFence)
+			assert.Equal(t, 3, strings.Count(n.run("", "ip", "-details", "rule", "list", "to", "169.254.169.254"), "proto kernel")+strings.Count(n.run("", "ip", "-details", "rule", "list", "pref", "12"), "proto kernel"),
+				"systemd-networkd leaves these alone")
+			assert.Equal(t, "-A nmi-guard -d 169.254.169.254/32 -j DROP\n-A nmi-guard -s 169.254.169.254/32 -j DROP\n", n.guard())
+			assert.Contains(t, n.iptablesOn(backend, "mangle", "-S", "FORWARD"), "-A FORWARD -j nmi-guard")
 
-		// The kernel looks up the source of the replies by the same rules.
-		for _, setting := range []string{"0", "1", "2"} {
-			n.rpFilter(n.network.Uplink.Name, setting)
-			assert.Equal(t, "imds", n.askFromNode(), "rp_filter %s", setting)
-		}
+			// The kernel looks up the source of the replies by the same rules.
+			for _, setting := range []string{"0", "1", "2"} {
+				n.rpFilter(n.network.Uplink.Name, setting)
+				assert.Equal(t, "imds", n.askFromNode(), "rp_filter %s", setting)
+			}
 
-		stop()
-		for range 2 {
-			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
-			assert.Equal(t, before, n.ipRules())
-			assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-guard")
-		}
-	})
+			stop()
+			for range 2 {
+				require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.Redirect)))
+				assert.Equal(t, before, n.ipRules())
+				assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-guard")
+			}
+		})
+	}
 }
 
 func TestFencesInModeNone(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		n.redirect(iptables.DNAT)()
-		before := n.iptables("-S")
-		n.redirect(iptables.None)()
-		assert.Equal(t, before, n.iptables("-S"), "a redirect from before stays")
-		require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
-		before = n.iptables("-S")
-		n.redirect(iptables.None)
-		assert.Equal(t, before, n.iptables("-S"))
-		assert.Contains(t, n.ipRules(), routingFence)
-		assert.Contains(t, n.guard(), "-j DROP")
-		assert.Empty(t, askFor(n.pod, aMoment), "no redirect")
-		assert.Equal(t, "imds", n.askFromNode())
-		assert.EqualValues(t, 1, n.leaks.Load(), "the node's own request")
-	})
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.redirect(iptables.DNAT)()
+			before := n.iptables("-S")
+			n.redirect(iptables.None)()
+			assert.Equal(t, before, n.iptables("-S"), "a redirect from before stays")
+			require.NoError(t, iptables.Cleanup(t.Context(), n.config(iptables.DNAT)))
+			before = n.iptables("-S")
+			n.redirect(iptables.None)
+			assert.Equal(t, before, n.iptables("-S"))
+			assert.Contains(t, n.ipRules(), routingFence)
+			assert.Contains(t, n.guard(), "-j DROP")
+			assert.Empty(t, askFor(n.pod, aMoment), "no redirect")
+			assert.Equal(t, "imds", n.askFromNode())
+			assert.EqualValues(t, 1, n.leaks.Load(), "the node's own request")
+		})
+	}
 }
 
 // Without the iptables commands, or where the node forbids their rules, the routing fence
@@ -123,83 +127,89 @@ func TestRoutingFenceWithoutIptables(t *testing.T) {
 
 // An agent that only starts, and may never serve, removes no fence.
 func TestFenceKeepsOtherAgentsFences(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		first, err := iptables.New(n.config(iptables.Redirect))
-		require.NoError(t, err)
-		require.NoError(t, first.Fence(t.Context()))
-		assert.Empty(t, askFor(n.pod, aMoment))
-		guard := n.iptablesOn(backend, "mangle", "-S")
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			first, err := iptables.New(n.config(iptables.Redirect))
+			require.NoError(t, err)
+			require.NoError(t, first.Fence(t.Context()))
+			assert.Empty(t, askFor(n.pod, aMoment))
+			guard := n.iptablesOn(backend, "mangle", "-S")
 
-		cfg := n.config(iptables.Redirect)
-		cfg.Metadata = netip.MustParseAddrPort("169.254.169.253:80")
-		second, err := iptables.New(cfg)
-		require.NoError(t, err)
-		require.NoError(t, second.Fence(t.Context()))
-		assert.Equal(t, guard, n.iptablesOn(backend, "mangle", "-S"))
-		assert.Contains(t, n.ipRules(), "169.254.169.254 prohibit")
-		assert.Contains(t, n.ipRules(), "169.254.169.253 prohibit")
-		assert.Empty(t, askFor(n.pod, aMoment))
-		assert.Zero(t, n.leaks.Load())
-	})
+			cfg := n.config(iptables.Redirect)
+			cfg.Metadata = netip.MustParseAddrPort("169.254.169.253:80")
+			second, err := iptables.New(cfg)
+			require.NoError(t, err)
+			require.NoError(t, second.Fence(t.Context()))
+			assert.Equal(t, guard, n.iptablesOn(backend, "mangle", "-S"))
+			assert.Contains(t, n.ipRules(), "169.254.169.254 prohibit")
+			assert.Contains(t, n.ipRules(), "169.254.169.253 prohibit")
+			assert.Empty(t, askFor(n.pod, aMoment))
+			assert.Zero(t, n.leaks.Load())
+		})
+	}
 }
 
 // Each fence is repaired; the other one is in place meanwhile, and nothing leaks.
 func TestFenceRepair(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		n.agent(iptables.Redirect)
-		r, _ := n.reconcile(n.config(iptables.Redirect))
-		n.askAllTheTime()
-		for _, tc := range []struct {
-			what   string
-			parts  []string
-			change func()
-		}{
-			{"the guard flushed", []string{partGuard}, func() { n.iptablesOn(backend, "mangle", "-F", "nmi-guard") }},
-			{"mangle flushed", []string{partGuard, partInput}, func() { n.iptablesOn(backend, "mangle", "-F") }},
-			{"the guard's jump deleted", []string{partGuard}, func() { n.iptablesOn(backend, "mangle", "-D", "FORWARD", "-j", "nmi-guard") }},
-			{"prohibit deleted", []string{partRouting}, func() { n.run("", "ip", "rule", "del", "pref", "11") }},
-			{"goto deleted", []string{partRouting}, func() { n.run("", "ip", "rule", "del", "pref", "10") }},
-			{"its target deleted", []string{partRouting}, func() { n.run("", "ip", "rule", "del", "pref", "12") }},
-			{"a rule above the guard", nil, func() { n.iptablesOn(backend, "mangle", "-I", "FORWARD", "1", "-j", "ACCEPT") }},
-		} {
-			before := r.Stats()
-			tc.change()
-			n.eventually(func() bool { return r.Stats().Repairs > before.Repairs }, tc.what)
-			assert.Contains(t, n.ipRules(), routingFence, tc.what)
-			assert.Contains(t, n.guard(), "-s 169.254.169.254/32 -j DROP", tc.what)
-			assert.Equal(t, "-A FORWARD -j nmi-guard", n.forward("mangle")[0], tc.what)
-			for part, lost := range r.Stats().Lost {
-				if slices.Contains(tc.parts, part) {
-					before.Lost[part]++
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect)
+			r, _ := n.reconcile(n.config(iptables.Redirect))
+			n.askAllTheTime()
+			for _, tc := range []struct {
+				what   string
+				parts  []string
+				change func()
+			}{
+				{"the guard flushed", []string{partGuard}, func() { n.iptablesOn(backend, "mangle", "-F", "nmi-guard") }},
+				{"mangle flushed", []string{partGuard, partInput}, func() { n.iptablesOn(backend, "mangle", "-F") }},
+				{"the guard's jump deleted", []string{partGuard}, func() { n.iptablesOn(backend, "mangle", "-D", "FORWARD", "-j", "nmi-guard") }},
+				{"prohibit deleted", []string{partRouting}, func() { n.run("", "ip", "rule", "del", "pref", "11") }},
+				{"goto deleted", []string{partRouting}, func() { n.run("", "ip", "rule", "del", "pref", "10") }},
+				{"its target deleted", []string{partRouting}, func() { n.run("", "ip", "rule", "del", "pref", "12") }},
+				{"a rule above the guard", nil, func() { n.iptablesOn(backend, "mangle", "-I", "FORWARD", "1", "-j", "ACCEPT") }},
+			} {
+				before := r.Stats()
+				tc.change()
+				n.eventually(func() bool { return r.Stats().Repairs > before.Repairs }, tc.what)
+				assert.Contains(t, n.ipRules(), routingFence, tc.what)
+				assert.Contains(t, n.guard(), "-s 169.254.169.254/32 -j DROP", tc.what)
+				assert.Equal(t, "-A FORWARD -j nmi-guard", n.forward("mangle")[0], tc.what)
+				for part, lost := range r.Stats().Lost {
+					if slices.Contains(tc.parts, part) {
+						before.Lost[part]++
+					}
+					assert.Equal(t, before.Lost[part], lost, "%s: lost %s", tc.what, part)
 				}
-				assert.Equal(t, before.Lost[part], lost, "%s: lost %s", tc.what, part)
 			}
-		}
-	})
+		})
+	}
 }
 
 // AKS's IMDS restriction, as written when the kubelet starts, in either table.
 func TestDropRulesMayPrecedeOwn(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		n.agent(iptables.Redirect)
-		cfg := n.config(iptables.Redirect)
-		cfg.BlockWireserver = true
-		r, _ := n.reconcile(cfg)
-		for _, table := range []string{"mangle", "filter"} {
-			repairs, checks := r.Stats().Repairs, r.Stats().Checks
-			n.iptablesOn(backend, table, "-I", "FORWARD", "1", "!", "-s", testbed.NodeAddress, "-d", "169.254.169.254/32", "-p", "tcp", "-m", "tcp", "--dport", "80",
-				"-m", "comment", "--comment", "AKS managed: added by AgentBaker ensureIMDSRestriction for IMDS restriction feature", "-j", "DROP")
-			n.eventually(func() bool { return r.Stats().Checks > checks }, "seen in "+table)
-			assert.NoError(t, r.Status().Err)
-			assert.Equal(t, repairs, r.Stats().Repairs, "no repair in "+table)
-			assert.Contains(t, n.forward(table)[0], "AKS managed", table)
-			assert.Equal(t, "agent", n.ask())
-			n.iptablesOn(backend, table, "-D", "FORWARD", "1")
-		}
-	})
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect)
+			cfg := n.config(iptables.Redirect)
+			cfg.BlockWireserver = true
+			r, _ := n.reconcile(cfg)
+			for _, table := range []string{"mangle", "filter"} {
+				repairs, checks := r.Stats().Repairs, r.Stats().Checks
+				n.iptablesOn(backend, table, "-I", "FORWARD", "1", "!", "-s", testbed.NodeAddress, "-d", "169.254.169.254/32", "-p", "tcp", "-m", "tcp", "--dport", "80",
+					"-m", "comment", "--comment", "AKS managed: added by AgentBaker ensureIMDSRestriction for IMDS restriction feature", "-j", "DROP")
+				n.eventually(func() bool { return r.Stats().Checks > checks }, "seen in "+table)
+				assert.NoError(t, r.Status().Err)
+				assert.Equal(t, repairs, r.Stats().Repairs, "no repair in "+table)
+				assert.Contains(t, n.forward(table)[0], "AKS managed", table)
+				assert.Equal(t, "agent", n.ask())
+				n.iptablesOn(backend, table, "-D", "FORWARD", "1")
+			}
+		})
+	}
 }
 
 func TestPrecedingRoutingRules(t *testing.T) {

@@ -79,47 +79,54 @@ func TestInputDropsDirectConnections(t *testing.T) {
 
 // Another program's redirect may not use conntrack.
 func TestInputInModeNone(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		n.agent(iptables.Redirect) // on all addresses
-		const address = testbed.NodeAddress + ":2579"
-		n.redirect(iptables.DNAT)()
-		require.True(t, unanswered(dial(n.pod, address, aMoment)))
-		n.redirect(iptables.None) // the previous agent had another mode
-		n.eventually(func() bool { return dial(n.pod, address, patience) == nil }, "removed")
-		assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-input")
-	})
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect) // on all addresses
+			const address = testbed.NodeAddress + ":2579"
+			n.redirect(iptables.DNAT)()
+			require.True(t, unanswered(dial(n.pod, address, aMoment)))
+			n.redirect(iptables.None) // the previous agent had another mode
+			n.eventually(func() bool { return dial(n.pod, address, patience) == nil }, "removed")
+			assert.NotContains(t, n.iptablesOn(backend, "mangle", "-S"), "nmi-input")
+		})
+	}
 }
 
 // A successor may have another port. Connections to the predecessor are kept.
 func TestInputWithAnotherPort(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		n.agent(iptables.Redirect)
-		stop := n.redirect(iptables.Redirect)
-		before := connect(t, n.pod.DialContext)
-		answer, err := before.ask()
-		require.NoError(t, err)
-		require.Equal(t, "agent", answer)
-		stop()
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			n.agent(iptables.Redirect)
+			stop := n.redirect(iptables.Redirect)
+			before := connect(t, n.pod.DialContext)
+			answer, err := before.ask()
+			require.NoError(t, err)
+			require.Equal(t, "agent", answer)
+			stop()
 
-		ln, err := net.Listen("tcp4", "0.0.0.0:2580")
-		require.NoError(t, err)
-		n.serve(ln, func(string) string { return "next agent" })
-		cfg := n.config(iptables.Redirect)
-		cfg.Port = 2580
-		n.reconcile(cfg)
-		assert.Equal(t, "next agent", n.ask())
-		answer, err = before.ask()
-		require.NoError(t, err)
-		assert.Equal(t, "agent", answer, "from before")
-		assert.True(t, unanswered(dial(n.pod, testbed.NodeAddress+":2580", aMoment)))
-		assert.NoError(t, dial(n.pod, testbed.NodeAddress+":2579", patience), "the old port may be another program's now")
-	})
+			ln, err := net.Listen("tcp4", "0.0.0.0:2580")
+			require.NoError(t, err)
+			n.serve(ln, func(string) string { return "next agent" })
+			cfg := n.config(iptables.Redirect)
+			cfg.Port = 2580
+			n.reconcile(cfg)
+			assert.Equal(t, "next agent", n.ask())
+			answer, err = before.ask()
+			require.NoError(t, err)
+			assert.Equal(t, "agent", answer, "from before")
+			assert.True(t, unanswered(dial(n.pod, testbed.NodeAddress+":2580", aMoment)))
+			assert.NoError(t, dial(n.pod, testbed.NodeAddress+":2579", patience), "the old port may be another program's now")
+		})
+	}
 }
 
 // The source ports of the node's connections: few, so that a flood of all is short.
 const firstPort, ports = 40000, 500
+
+// late is more than the entries that last packets of the node's earlier connections make.
+const late = 20
 
 // Forged replies of the metadata service to connections that the node has not opened yet
 // break these connections, if the node drops INVALID packets.
@@ -149,7 +156,7 @@ func TestAntispoof(t *testing.T) {
 				for _, setting := range []string{"0", "2"} {
 					n.rpFilter(n.network.Uplink.Name, setting)
 					flood()
-					assert.Empty(t, forgedEntries(t), "uplink's rp_filter %s", setting)
+					assert.Less(t, len(forgedEntries(t)), late, "uplink's rp_filter %s", setting)
 					for range 5 {
 						assert.Equal(t, "imds", n.askFromNode(), "uplink's rp_filter %s", setting)
 					}
@@ -158,7 +165,7 @@ func TestAntispoof(t *testing.T) {
 					assert.Equal(t, "agent", n.ask())
 				}
 				n.iptablesOn(backend, "raw", "-F")
-				n.eventually(func() bool { flood(); return len(forgedEntries(t)) == 0 }, "repaired")
+				n.eventually(func() bool { flood(); return len(forgedEntries(t)) < late }, "repaired")
 
 				stop()
 				n.iptablesOn(backend, "raw", "-F")

@@ -58,26 +58,28 @@ func TestModeAuto(t *testing.T) {
 }
 
 func TestRestartChangesNoRules(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		pods := &testbed.PodList{}
-		cfg := n.config(iptables.ModeAuto)
-		cfg.Pods = pods.Addresses
-		pods.Set(n.pod.Addr)
-		first, stop := n.reconcile(cfg)
-		require.Equal(t, iptables.Redirect, first.Status().Mode)
-		stop()
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			pods := &testbed.PodList{}
+			cfg := n.config(iptables.ModeAuto)
+			cfg.Pods = pods.Addresses
+			pods.Set(n.pod.Addr)
+			first, stop := n.reconcile(cfg)
+			require.Equal(t, iptables.Redirect, first.Status().Mode)
+			stop()
 
-		pods.Set() // an agent that has not synced
-		second, _ := n.reconcile(cfg)
-		assert.Equal(t, iptables.Redirect, second.Status().Mode)
-		pods.Set(n.pod.Addr)
-		n.eventually(func() bool {
-			return second.Status().Reason == "every interface that leads to a pod has an IPv4 address"
-		}, "knows why")
-		assert.Zero(t, second.Stats().Repairs)
-		assert.Equal(t, uint64(1), second.Stats().Checks, "pods that come are no reason to look at the rules")
-	})
+			pods.Set() // an agent that has not synced
+			second, _ := n.reconcile(cfg)
+			assert.Equal(t, iptables.Redirect, second.Status().Mode)
+			pods.Set(n.pod.Addr)
+			n.eventually(func() bool {
+				return second.Status().Reason == "every interface that leads to a pod has an IPv4 address"
+			}, "knows why")
+			assert.Zero(t, second.Stats().Repairs)
+			assert.Equal(t, uint64(1), second.Stats().Checks, "pods that come are no reason to look at the rules")
+		})
+	}
 }
 
 func TestDetectConflict(t *testing.T) {

@@ -27,13 +27,6 @@ func TestMain(m *testing.M) { testbed.Main(m.Run) }
 
 var backends = []iptables.Backend{iptables.NFT, iptables.Legacy}
 
-// eachBackend runs a test with either.
-func eachBackend(t *testing.T, test func(*testing.T, iptables.Backend)) {
-	for _, backend := range backends {
-		t.Run(string(backend), func(t *testing.T) { test(t, backend) })
-	}
-}
-
 // node is a node with one pod and a metadata service that counts requests.
 type node struct {
 	t       testing.TB

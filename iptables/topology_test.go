@@ -64,34 +64,36 @@ func neighbours(t *testing.T, pod *testbed.Pod) (addrs []string) {
 }
 
 func TestTwoUplinks(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend iptables.Backend) {
-		n := newNode(t, backend, testbed.Ptp)
-		second, err := n.network.AddUplink()
-		require.NoError(t, err)
-		uplinks := []*testbed.Uplink{second, n.network.Uplink}
-		for _, uplink := range uplinks {
-			require.NoError(t, uplink.Route("0.0.0.0/0"))
-			sent := packetsSent(t, uplink)
-			require.Equal(t, "imds", n.ask(), uplink.Name)
-			n.eventually(func() bool { return packetsSent(t, uplink) > sent+3 }, "it went over "+uplink.Name)
-		}
-		n.leaks.Store(0)
-		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
-			stopRules := n.redirect(mode)
-			stopAgent := n.agent(mode)
-			stopAsking := n.askAllTheTime()
-			for _, destination := range []string{"0.0.0.0/0", "169.254.169.254/32"} {
-				for _, uplink := range uplinks {
-					require.NoError(t, uplink.Route(destination))
-					assert.Equal(t, "agent", n.ask(), "%s, route to %s over %s", mode, destination, uplink.Name)
-				}
+	for _, backend := range backends {
+		t.Run(string(backend), func(t *testing.T) {
+			n := newNode(t, backend, testbed.Ptp)
+			second, err := n.network.AddUplink()
+			require.NoError(t, err)
+			uplinks := []*testbed.Uplink{second, n.network.Uplink}
+			for _, uplink := range uplinks {
+				require.NoError(t, uplink.Route("0.0.0.0/0"))
+				sent := packetsSent(t, uplink)
+				require.Equal(t, "imds", n.ask(), uplink.Name)
+				n.eventually(func() bool { return packetsSent(t, uplink) > sent+3 }, "it went over "+uplink.Name)
 			}
-			stopAsking()
-			stopAgent()
-			stopRules()
-		}
-		assert.Zero(t, n.leaks.Load())
-	})
+			n.leaks.Store(0)
+			for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {
+				stopRules := n.redirect(mode)
+				stopAgent := n.agent(mode)
+				stopAsking := n.askAllTheTime()
+				for _, destination := range []string{"0.0.0.0/0", "169.254.169.254/32"} {
+					for _, uplink := range uplinks {
+						require.NoError(t, uplink.Route(destination))
+						assert.Equal(t, "agent", n.ask(), "%s, route to %s over %s", mode, destination, uplink.Name)
+					}
+				}
+				stopAsking()
+				stopAgent()
+				stopRules()
+			}
+			assert.Zero(t, n.leaks.Load())
+		})
+	}
 }
 
 func packetsSent(t *testing.T, uplink *testbed.Uplink) uint64 {
