@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/iptables/links"
 )
 
@@ -19,7 +20,7 @@ func TestStatus(t *testing.T) {
 	ptp, _ := n.addPod("10.244.1.8", testbed.Ptp)
 	for _, allowed := range []bool{false, true} {
 		pods := &testbed.PodList{}
-		var log testbed.LogBuffer
+		var log testlog.Buffer
 		tracker := n.track(links.Config{Pods: pods.Addresses, AllowUnguarded: allowed, Logger: slog.New(slog.NewTextHandler(&log, nil))})
 		eventually := func(is func(links.Status) bool, what string) links.Status {
 			t.Helper()
