@@ -36,7 +36,9 @@ func TestAStreamedListIsTheSame(t *testing.T) {
 	rows, version, err := read(wholeList)
 	require.NoError(t, err)
 	assert.Equal(t, "7more", version)
-	var list aadpodidentity.AzureIdentityList
+	var list struct {
+		Items []aadpodidentity.AzureIdentity `json:"items"`
+	}
 	// The last item apart: encoding/json does not tell its fields by case.
 	text := wholeList[:strings.Index(wholeList, ",\n{\"metadata\":{\"name\":\"c\"")] + "]}"
 	require.NoError(t, stdjson.Unmarshal([]byte(text), &list))

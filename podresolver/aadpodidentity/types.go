@@ -1,8 +1,3 @@
-// Package aadpodidentity holds the Go types of the four custom resources of
-// aad-pod-identity: group aadpodidentity.k8s.io, version v1, all namespaced.
-//
-// They are read as the API server stores them, never written by the agent.
-// Field names are those of the published definitions, case included.
 package aadpodidentity
 
 import (
@@ -29,26 +24,26 @@ const (
 	BehaviorAnnotation = "aadpodidentity.k8s.io/Behavior"
 	// BehaviorNamespaced is the value of BehaviorAnnotation.
 	BehaviorNamespaced = "namespaced"
-	// Created is the state of an AzureAssignedIdentity whose identity is not on the
-	// pod's node yet.
+	// Created is the state of an AzureAssignedIdentity whose identity MIC has yet to
+	// assign to the pod's node.
 	Created = "Created"
-	// Assigned is the state of one whose identity is.
+	// Assigned is the state of one whose identity is assigned to the node.
 	Assigned = "Assigned"
-	// NodeNameLabel on an AzureAssignedIdentity is the node that its pod is on.
+	// NodeNameLabel on an AzureAssignedIdentity is the name of its pod's node.
 	NodeNameLabel = "nodename"
 )
 
 // IdentityType says how an AzureIdentity authenticates.
 type IdentityType int
 
-// The types that there are.
+// The values of AzureIdentity.spec.type.
 const (
 	UserAssignedMSI             IdentityType = 0 // a user-assigned managed identity
 	ServicePrincipal            IdentityType = 1 // a client secret
 	ServicePrincipalCertificate IdentityType = 2 // a PKCS12 certificate
 )
 
-// String names the type as a user would.
+// String describes the type.
 func (t IdentityType) String() string {
 	switch t {
 	case UserAssignedMSI:
@@ -62,7 +57,9 @@ func (t IdentityType) String() string {
 	}
 }
 
-// AzureIdentity is an identity in Azure and how to become it.
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+
+// AzureIdentity is an Azure identity and how to authenticate as it.
 type AzureIdentity struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata"`
@@ -74,10 +71,10 @@ type AzureIdentity struct {
 type AzureIdentitySpec struct {
 	Type       IdentityType `json:"type"`
 	ResourceID string       `json:"resourceID,omitempty"` // of a managed identity
-	ClientID   string       `json:"clientID,omitempty"`   // of either kind
-	Unreadable string       `json:"-"`                    // why the stored spec does not fit this type; the rest is empty then
+	ClientID   string       `json:"clientID,omitempty"`   // of a managed identity or service principal
+	Unreadable string       `json:"-"`                    // the decoding error of a malformed spec, whose other fields are empty
 
-	// The rest is for service principals.
+	// The remaining fields are for service principals.
 
 	ClientPassword     SecretReference `json:"clientPassword,omitzero"`
 	TenantID           string          `json:"tenantID,omitempty"`
@@ -93,8 +90,10 @@ type SecretReference struct {
 	Namespace string `json:"namespace,omitempty"`
 }
 
-// AzureIdentityBinding gives an AzureIdentity to the pods whose label
-// aadpodidbinding has the value Selector.
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+
+// AzureIdentityBinding binds an AzureIdentity to the pods whose label aadpodidbinding
+// equals Selector.
 type AzureIdentityBinding struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata"`
@@ -102,14 +101,16 @@ type AzureIdentityBinding struct {
 	Spec AzureIdentityBindingSpec `json:"spec"`
 }
 
-// AzureIdentityBindingSpec joins an identity's name to a selector.
+// AzureIdentityBindingSpec names the AzureIdentity and the selector.
 type AzureIdentityBindingSpec struct {
 	AzureIdentity string `json:"azureIdentity,omitempty"`
 	Selector      string `json:"selector,omitempty"`
 	Weight        int    `json:"weight,omitempty"` // never read
 }
 
-// AzureAssignedIdentity is an identity given to one pod by the MIC controller
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+
+// AzureAssignedIdentity assigns an identity to one pod. The MIC controller creates them
 // (standard mode).
 type AzureAssignedIdentity struct {
 	metav1.TypeMeta   `json:",inline"`
@@ -130,14 +131,16 @@ type AzureAssignedIdentitySpec struct {
 	Replicas         *int32                `json:"replicas,omitempty"` // never read
 }
 
-// AzureAssignedIdentityStatus says how far the assignment has come: "",
-// "Created", "Assigned" or "Unassigned".
+// AzureAssignedIdentityStatus is the state of the assignment: "", "Created", "Assigned" or
+// "Unassigned".
 type AzureAssignedIdentityStatus struct {
 	Status string `json:"status,omitempty"`
 }
 
-// AzurePodIdentityException excepts pods of its namespace that carry any one of
-// its labels: what they send to IMDS is passed on unprocessed.
+// +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
+
+// AzurePodIdentityException excepts the pods of its namespace that have any one of its
+// labels: their requests are passed through to IMDS unchanged.
 type AzurePodIdentityException struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata"`

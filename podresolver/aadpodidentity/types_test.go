@@ -15,8 +15,8 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 )
 
-// decode is what a client does with an answer of the API server.
-func decode[T runtime.Object](t *testing.T, body string, into T) T {
+// decodeObject decodes a response body of the API server as a client does.
+func decodeObject[T runtime.Object](t *testing.T, body string, into T) T {
 	t.Helper()
 	scheme := runtime.NewScheme()
 	require.NoError(t, AddToScheme(scheme))
@@ -30,92 +30,62 @@ func decode[T runtime.Object](t *testing.T, body string, into T) T {
 	return got
 }
 
-func one(kind, rest string) string {
-	return `{"apiVersion":"aadpodidentity.k8s.io/v1","kind":"` + kind + `","metadata":{"namespace":"shop","name":"n"},` + rest + `}`
+// object is the JSON of an object with these fields beside its metadata.
+func object(kind, fields string) string {
+	return `{"apiVersion":"aadpodidentity.k8s.io/v1","kind":"` + kind + `","metadata":{"namespace":"shop","name":"n"},` + fields + `}`
 }
 
-func listOf(kind string, items ...string) string {
-	list := `{"apiVersion":"aadpodidentity.k8s.io/v1","kind":"` + kind + `List","metadata":{"resourceVersion":"7"},"items":[`
-	for i, item := range items {
-		if i > 0 {
-			list += ","
-		}
-		list += one(kind, item)
-	}
-	return list + "]}"
-}
-
-func TestAnObjectThatDoesNotFitDoesNotSpoilTheList(t *testing.T) {
-	for _, odd := range []string{
-		`"spec":{"type":{},"clientID":"c1"}`, `"spec":{"type":"0","clientID":"c1"}`, `"spec":{"type":1.5,"clientID":"c1"}`,
-		`"spec":{"type":0,"clientID":["c1"]}`, `"spec":[]`, `"spec":"text"`, `"spec":7`, `"spec":{"replicas":"two","clientID":"c1"}`,
+func TestMalformedIdentitySpec(t *testing.T) {
+	for _, spec := range []string{
+		`{"type":{},"clientID":"c1"}`, `{"type":"0","clientID":"c1"}`, `{"type":1.5,"clientID":"c1"}`,
+		`{"type":0,"clientID":["c1"]}`, `[]`, `"text"`, `7`, `{"replicas":"two","clientID":"c1"}`,
 	} {
-		got := decode(t, listOf("AzureIdentity", `"spec":{"type":1,"clientID":"before"}`, odd, `"spec":{"type":2,"clientID":"after"}`), &AzureIdentityList{})
-		require.Len(t, got.Items, 3, odd)
-		assert.Equal(t, "7", got.ResourceVersion)
-		assert.Equal(t, AzureIdentitySpec{Type: 1, ClientID: "before"}, got.Items[0].Spec)
-		assert.Equal(t, AzureIdentitySpec{Type: 2, ClientID: "after"}, got.Items[2].Spec)
-		why := got.Items[1].Spec.Unreadable
-		assert.NotEmpty(t, why, odd)
-		assert.Equal(t, AzureIdentitySpec{Unreadable: why}, got.Items[1].Spec, "nothing of it is believed")
-		assert.Equal(t, "n", got.Items[1].Name)
-	}
-
-	bindings := decode(t, listOf("AzureIdentityBinding", `"spec":{"selector":{},"azureIdentity":"i"}`, `"spec":{"selector":"x"}`), &AzureIdentityBindingList{})
-	require.Len(t, bindings.Items, 2)
-	assert.Zero(t, bindings.Items[0].Spec, "it matches nothing")
-	assert.Equal(t, "x", bindings.Items[1].Spec.Selector)
-
-	exceptions := decode(t, listOf("AzurePodIdentityException", `"spec":{"podLabels":["app"]}`, `"spec":{"podLabels":{"app":"x"}}`), &AzurePodIdentityExceptionList{})
-	require.Len(t, exceptions.Items, 2)
-	assert.Zero(t, exceptions.Items[0].Spec, "it excepts nobody")
-	assert.Equal(t, map[string]string{"app": "x"}, exceptions.Items[1].Spec.PodLabels)
-
-	assigned := decode(t, listOf("AzureAssignedIdentity", `"spec":{"pod":7,"nodename":"n"}`, `"spec":{"pod":"p"}`), &AzureAssignedIdentityList{})
-	require.Len(t, assigned.Items, 2)
-	assert.Zero(t, assigned.Items[0].Spec)
-	assert.Equal(t, "p", assigned.Items[1].Spec.Pod)
-}
-
-func TestAnIdentityInAnAssignmentMayNotFitEither(t *testing.T) {
-	got := decode(t, listOf("AzureAssignedIdentity",
-		`"spec":{"pod":"p","azureIdentityRef":{"metadata":{"name":"i"},"spec":{"type":"odd"}}}`, `"spec":{"pod":"q"}`), &AzureAssignedIdentityList{})
-	require.Len(t, got.Items, 2)
-	assert.Equal(t, "p", got.Items[0].Spec.Pod)
-	assert.NotEmpty(t, got.Items[0].Spec.AzureIdentityRef.Spec.Unreadable)
-}
-
-// TestAStatusThatDoesNotFitDoesNotSpoilTheList, nor what is beside a spec.
-func TestAStatusThatDoesNotFitDoesNotSpoilTheList(t *testing.T) {
-	for _, odd := range []string{`"status":"Assigned"`, `"status":{"status":1}`, `"status":{"status":{"a":1}}`} {
-		t.Run(odd, func(t *testing.T) {
-			got := decode(t, listOf("AzureAssignedIdentity", odd, `"spec":{"pod":"p"}`), &AzureAssignedIdentityList{})
-			require.Len(t, got.Items, 2)
-			assert.NotContains(t, []string{"", Assigned, Created}, got.Items[0].Status.Status, `"" means Assigned`)
-		})
+		got := decodeObject(t, object("AzureIdentity", `"spec":`+spec), &AzureIdentity{})
+		assert.NotEmpty(t, got.Spec.Unreadable, spec)
+		assert.Equal(t, AzureIdentitySpec{Unreadable: got.Spec.Unreadable}, got.Spec, "no field is used")
+		assert.Equal(t, "n", got.Name)
 	}
 }
 
-func TestWhatIsLeftOutIsEmpty(t *testing.T) {
+func TestMalformedSpecsGrantNothing(t *testing.T) {
+	assert.Zero(t, decodeObject(t, object("AzureIdentityBinding", `"spec":{"selector":{},"azureIdentity":"i"}`), &AzureIdentityBinding{}).Spec)
+	assert.Zero(t, decodeObject(t, object("AzurePodIdentityException", `"spec":{"podLabels":["app"]}`), &AzurePodIdentityException{}).Spec)
+	assert.Zero(t, decodeObject(t, object("AzureAssignedIdentity", `"spec":{"pod":7,"nodename":"n"}`), &AzureAssignedIdentity{}).Spec)
+
+	embedded := decodeObject(t, object("AzureAssignedIdentity",
+		`"spec":{"pod":"p","azureIdentityRef":{"metadata":{"name":"i"},"spec":{"type":"odd"}}}`), &AzureAssignedIdentity{})
+	assert.Equal(t, "p", embedded.Spec.Pod)
+	assert.NotEmpty(t, embedded.Spec.AzureIdentityRef.Spec.Unreadable)
+}
+
+func TestMalformedStatus(t *testing.T) {
+	for _, status := range []string{`"Assigned"`, `{"status":1}`, `{"status":{"a":1}}`} {
+		got := decodeObject(t, object("AzureAssignedIdentity", `"spec":{"pod":"p"},"status":`+status), &AzureAssignedIdentity{})
+		assert.Equal(t, "p", got.Spec.Pod)
+		assert.NotContains(t, []string{"", Assigned, Created}, got.Status.Status, `"" means Assigned`)
+	}
+}
+
+func TestMissingSpec(t *testing.T) {
 	for _, body := range []string{`"spec":null`, `"spec":{}`, `"other":1`} {
-		assert.Zero(t, decode(t, one("AzureIdentity", body), &AzureIdentity{}).Spec, body)
-		assert.Zero(t, decode(t, one("AzureAssignedIdentity", body), &AzureAssignedIdentity{}).Spec, body)
+		assert.Zero(t, decodeObject(t, object("AzureIdentity", body), &AzureIdentity{}).Spec, body)
+		assert.Zero(t, decodeObject(t, object("AzureAssignedIdentity", body), &AzureAssignedIdentity{}).Spec, body)
 	}
 }
 
 func TestFieldNamesAreCaseSensitive(t *testing.T) {
-	got := decode(t, one("AzureIdentity", `"spec":{"Type":2,"clientid":"a","ClientID":"b","resourceId":"c","clientpassword":{"name":"d"}},"Spec":{"clientID":"e"}`), &AzureIdentity{})
+	got := decodeObject(t, object("AzureIdentity", `"spec":{"Type":2,"clientid":"a","ClientID":"b","resourceId":"c","clientpassword":{"name":"d"}},"Spec":{"clientID":"e"}`), &AzureIdentity{})
 	assert.Zero(t, got.Spec)
-	got = decode(t, one("AzureIdentity", `"spec":{"clientID":"a","clientid":"b","clientPassword":{"name":"n","Name":"m"}}`), &AzureIdentity{})
+	got = decodeObject(t, object("AzureIdentity", `"spec":{"clientID":"a","clientid":"b","clientPassword":{"name":"n","Name":"m"}}`), &AzureIdentity{})
 	assert.Equal(t, AzureIdentitySpec{ClientID: "a", ClientPassword: SecretReference{Name: "n"}}, got.Spec)
-	assert.Zero(t, decode(t, one("AzureIdentityBinding", `"spec":{"AzureIdentity":"a","Selector":"b"}`), &AzureIdentityBinding{}).Spec)
-	assert.Zero(t, decode(t, one("AzurePodIdentityException", `"spec":{"PodLabels":{"a":"b"}}`), &AzurePodIdentityException{}).Spec)
-	assigned := decode(t, one("AzureAssignedIdentity", `"spec":{"nodeName":"a","azureidentityref":{}},"status":{"Status":"Created"}`), &AzureAssignedIdentity{})
+	assert.Zero(t, decodeObject(t, object("AzureIdentityBinding", `"spec":{"AzureIdentity":"a","Selector":"b"}`), &AzureIdentityBinding{}).Spec)
+	assert.Zero(t, decodeObject(t, object("AzurePodIdentityException", `"spec":{"PodLabels":{"a":"b"}}`), &AzurePodIdentityException{}).Spec)
+	assigned := decodeObject(t, object("AzureAssignedIdentity", `"spec":{"nodeName":"a","azureidentityref":{}},"status":{"Status":"Created"}`), &AzureAssignedIdentity{})
 	assert.Zero(t, assigned.Spec)
 	assert.Zero(t, assigned.Status)
 }
 
-func full() []runtime.Object {
+func TestRoundTrip(t *testing.T) {
 	replicas := int32(2)
 	meta := metav1.ObjectMeta{
 		Namespace: "shop", Name: "n", Labels: map[string]string{NodeNameLabel: "node1"}, CreationTimestamp: metav1.NewTime(time.Unix(1_700_000_000, 0)),
@@ -131,31 +101,27 @@ func full() []runtime.Object {
 	binding := &AzureIdentityBinding{TypeMeta: kind("AzureIdentityBinding"), ObjectMeta: meta, Spec: AzureIdentityBindingSpec{
 		AzureIdentity: "n", Selector: "x", Weight: 3,
 	}}
-	return []runtime.Object{
+	for _, in := range []runtime.Object{
 		identity, binding,
 		&AzureAssignedIdentity{TypeMeta: kind("AzureAssignedIdentity"), ObjectMeta: meta, Spec: AzureAssignedIdentitySpec{
-			AzureIdentityRef: identity.deepCopy(), AzureBindingRef: binding.deepCopy(), Pod: "p", PodNamespace: "shop", NodeName: "node1", Replicas: &replicas,
+			AzureIdentityRef: identity.DeepCopy(), AzureBindingRef: binding.DeepCopy(), Pod: "p", PodNamespace: "shop", NodeName: "node1", Replicas: &replicas,
 		}, Status: AzureAssignedIdentityStatus{Status: Assigned}},
 		&AzurePodIdentityException{TypeMeta: kind("AzurePodIdentityException"), ObjectMeta: meta, Spec: AzurePodIdentityExceptionSpec{
 			PodLabels: map[string]string{"app": "x"},
 		}},
-	}
-}
-
-func TestWhatIsWrittenIsReadTheSame(t *testing.T) {
-	for _, in := range full() {
+	} {
 		body, err := json.Marshal(in)
 		require.NoError(t, err)
 		empty, ok := reflect.New(reflect.TypeOf(in).Elem()).Interface().(runtime.Object)
 		require.True(t, ok)
-		out := decode(t, string(body), empty)
-		in.GetObjectKind().SetGroupVersionKind(schema.GroupVersionKind{}) // a client's decoder leaves it out
+		out := decodeObject(t, string(body), empty)
+		in.GetObjectKind().SetGroupVersionKind(schema.GroupVersionKind{}) // a client's decoder clears it
 		assert.Equal(t, in, out)
 	}
 }
 
-func TestEventsAreDecodedToo(t *testing.T) {
-	got := decode(t, `{"type":"ADDED","object":`+one("AzureIdentity", `"spec":{"clientID":"c"}`)+`}`, &metav1.WatchEvent{})
+func TestWatchEvent(t *testing.T) {
+	got := decodeObject(t, `{"type":"ADDED","object":`+object("AzureIdentity", `"spec":{"clientID":"c"}`)+`}`, &metav1.WatchEvent{})
 	assert.Equal(t, string(watch.Added), got.Type)
-	assert.Equal(t, "c", decode(t, string(got.Object.Raw), &AzureIdentity{}).Spec.ClientID)
+	assert.Equal(t, "c", decodeObject(t, string(got.Object.Raw), &AzureIdentity{}).Spec.ClientID)
 }

@@ -2,27 +2,26 @@ package aadpodidentity
 
 import "sigs.k8s.io/json"
 
-// An object that does not fit its type (stored before the definitions had a schema)
-// must not keep a whole list from being read: its spec is left empty, which
-// matches and grants nothing.
+// A malformed object (one stored before the CRDs had a schema) must not fail the list that it
+// is in. Its spec is left empty, which matches nothing and grants nothing.
 
-// tolerate decodes b into spec, or returns why it does not fit. Field names are
+// decode decodes b into v, which is left alone if b is malformed. Field names are
 // case-sensitive, as everywhere in Kubernetes.
-func tolerate[Spec any](b []byte, spec *Spec) (unreadable string) {
-	var in Spec
-	if err := json.UnmarshalCaseSensitivePreserveInts(b, &in); err != nil {
-		return err.Error()
+func decode[T any](b []byte, v *T) error {
+	var decoded T
+	if err := json.UnmarshalCaseSensitivePreserveInts(b, &decoded); err != nil {
+		return err
 	}
-	*spec = in
-	return ""
+	*v = decoded
+	return nil
 }
 
 // UnmarshalJSON implements json.Unmarshaler. It returns no error.
 func (s *AzureIdentitySpec) UnmarshalJSON(b []byte) error {
 	type plain AzureIdentitySpec // without this method
 	*s = AzureIdentitySpec{}
-	if why := tolerate(b, (*plain)(s)); why != "" {
-		s.Unreadable = why
+	if err := decode(b, (*plain)(s)); err != nil {
+		s.Unreadable = err.Error()
 	}
 	return nil
 }
@@ -31,7 +30,7 @@ func (s *AzureIdentitySpec) UnmarshalJSON(b []byte) error {
 func (s *AzureIdentityBindingSpec) UnmarshalJSON(b []byte) error {
 	type plain AzureIdentityBindingSpec
 	*s = AzureIdentityBindingSpec{}
-	tolerate(b, (*plain)(s))
+	_ = decode(b, (*plain)(s))
 	return nil
 }
 
@@ -39,7 +38,7 @@ func (s *AzureIdentityBindingSpec) UnmarshalJSON(b []byte) error {
 func (s *AzureAssignedIdentitySpec) UnmarshalJSON(b []byte) error {
 	type plain AzureAssignedIdentitySpec
 	*s = AzureAssignedIdentitySpec{}
-	tolerate(b, (*plain)(s))
+	_ = decode(b, (*plain)(s))
 	return nil
 }
 
@@ -47,16 +46,16 @@ func (s *AzureAssignedIdentitySpec) UnmarshalJSON(b []byte) error {
 func (s *AzurePodIdentityExceptionSpec) UnmarshalJSON(b []byte) error {
 	type plain AzurePodIdentityExceptionSpec
 	*s = AzurePodIdentityExceptionSpec{}
-	tolerate(b, (*plain)(s))
+	_ = decode(b, (*plain)(s))
 	return nil
 }
 
-// UnmarshalJSON implements json.Unmarshaler. It returns no error. A status that does
-// not fit must not read as none, which is what MIC wrote before there were states.
+// UnmarshalJSON implements json.Unmarshaler. It returns no error. A malformed status must not
+// read as "", which early versions of MIC wrote for an assigned identity.
 func (s *AzureAssignedIdentityStatus) UnmarshalJSON(b []byte) error {
 	type plain AzureAssignedIdentityStatus
 	*s = AzureAssignedIdentityStatus{}
-	if tolerate(b, (*plain)(s)) != "" {
+	if decode(b, (*plain)(s)) != nil {
 		s.Status = "unreadable"
 	}
 	return nil
