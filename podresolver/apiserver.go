@@ -50,11 +50,24 @@ func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 			}
 			o.FieldSelector += onNode
 		}),
-		Identities: newListing(custom, aadpodidentity.AzureIdentities, "AzureIdentity", "", listedIdentity),
-		Bindings:   newListing(custom, aadpodidentity.AzureIdentityBindings, "AzureIdentityBinding", "", listedBinding),
-		Exceptions: newListing(custom, aadpodidentity.AzurePodIdentityExceptions, "AzurePodIdentityException", "", listedException),
-		Assigned:   newListing(custom, aadpodidentity.AzureAssignedIdentities, "AzureAssignedIdentity", assignedOnNode, listedAssigned(node)),
+		Identities: newListing(custom, aadpodidentity.AzureIdentities, "AzureIdentity", "", identityParts, identityRowOf),
+		Bindings: newListing(custom, aadpodidentity.AzureIdentityBindings, "AzureIdentityBinding", "",
+			func(o *aadpodidentity.AzureIdentityBinding) decodeInto {
+				return decodeInto{meta: &o.ObjectMeta, spec: &o.Spec}
+			}, bindingRowOf),
+		Exceptions: newListing(custom, aadpodidentity.AzurePodIdentityExceptions, "AzurePodIdentityException", "",
+			func(o *aadpodidentity.AzurePodIdentityException) decodeInto {
+				return decodeInto{meta: &o.ObjectMeta, spec: &o.Spec}
+			}, exceptionRowOf),
+		Assigned: newListing(custom, aadpodidentity.AzureAssignedIdentities, "AzureAssignedIdentity", assignedOnNode,
+			func(o *aadpodidentity.AzureAssignedIdentity) decodeInto {
+				return decodeInto{&o.ObjectMeta, &o.Spec, &o.Status}
+			}, assignedRowFor(node)),
 	}, nil
+}
+
+func identityParts(o *aadpodidentity.AzureIdentity) decodeInto {
+	return decodeInto{meta: &o.ObjectMeta, spec: &o.Spec}
 }
 
 // client returns a REST client for one group and version.

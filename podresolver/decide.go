@@ -6,39 +6,53 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/client-go/tools/cache"
+
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 // decide says what follows from the tables for one pod. The tables are locked.
 func (r *Resolver) decide(row *podRow) *Pod {
-	p := &Pod{Namespace: row.namespace, Name: row.name, UID: row.uid, Started: row.started, strict: r.cfg.StrictSelection}
+	p := r.newPod(row)
 	exception, ignored := r.exceptionOf(row)
 	if p.exception = exception; exception != "" {
 		p.refusal = fmt.Errorf("%w: it is excepted", ErrNoIdentity)
 		return p
 	}
-	if r.cfg.Mode == Standard {
-		r.decideStandard(p, row)
-	} else {
-		r.decideManaged(p, row)
-	}
+	r.decideIdentities(p)
 	if p.refusal != nil && ignored != "" {
 		p.refusal = fmt.Errorf("%w; %s", p.refusal, ignored)
 	}
 	return p
 }
 
+func (r *Resolver) newPod(row *podRow) *Pod {
+	return &Pod{Namespace: row.Namespace, Name: row.Name, UID: row.uid, Started: row.started, row: row, strict: r.cfg.StrictSelection}
+}
+
+// decideIdentities decides for a pod as if no exception applied to it.
+func (r *Resolver) decideIdentities(p *Pod) {
+	if r.cfg.Mode == Standard {
+		r.decideStandard(p)
+	} else {
+		r.decideManaged(p)
+	}
+	if len(p.identities)+len(p.pending) == 0 {
+		p.refusal = r.refusal(p)
+	}
+}
+
 // exceptionOf names the exception that applies to a pod, "" if none does; of
 // several the first by name. ignored says which one would apply if exceptions of its
 // namespace counted.
 func (r *Resolver) exceptionOf(row *podRow) (name, ignored string) {
-	for _, exception := range r.tables.exceptionsByNS[row.namespace] {
-		if matchedLabel(row.labels, exception.labels) != "" && (name == "" || exception.name < name) {
-			name = exception.name
+	for _, exception := range r.tables.exceptionsByNS[row.Namespace] {
+		if matchedLabel(row.labels, exception.labels) != "" && (name == "" || exception.Name < name) {
+			name = exception.Name
 		}
 	}
-	if allowed := r.cfg.ExceptionNamespaces; name != "" && allowed != nil && !slices.Contains(allowed, row.namespace) {
-		ignored = fmt.Sprintf("AzurePodIdentityException %q does not count: namespace %q is not in --%s", name, row.namespace, ExceptionNamespacesFlag)
+	if allowed := r.cfg.ExceptionNamespaces; name != "" && allowed != nil && !slices.Contains(allowed, row.Namespace) {
+		ignored = fmt.Sprintf("AzurePodIdentityException %q does not count: namespace %q is not in --exception-namespaces", name, row.Namespace)
 		name = ""
 	}
 	if name == "" && row.mic {
@@ -77,16 +91,16 @@ func (r *Resolver) candidates(row *podRow) []candidate {
 	if label == "" {
 		return nil // an empty selector matches nothing, so no label matches nothing
 	}
-	bindings := slices.Clone(r.tables.bindingsBySelector[r.tables.key(row.namespace, label)])
+	bindings := slices.Clone(r.tables.bindingsBySelector[r.tables.key(row.Namespace, label)])
 	slices.SortFunc(bindings, preferred)
 	found := make([]candidate, 0, len(bindings))
 	for _, binding := range bindings {
-		id := r.tables.identities[ref{binding.namespace, binding.identity}]
+		id := r.tables.identities[cache.NewObjectName(binding.Namespace, binding.identity)]
 		c := candidate{binding: binding}
 		switch {
 		case id == nil:
 			c.why = "does not exist in the binding's namespace"
-		case binding.namespace != row.namespace && (r.cfg.Namespaced || id.namespaced):
+		case binding.Namespace != row.Namespace && (r.cfg.Namespaced || id.namespaced):
 			c.why = "is for pods of its own namespace only"
 		default:
 			c.Identity, c.why = r.usable(id, binding)
@@ -97,7 +111,7 @@ func (r *Resolver) candidates(row *podRow) []candidate {
 }
 
 func preferred(a, b *bindingRow) int {
-	return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.name, b.name), cmp.Compare(a.namespace, b.namespace))
+	return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Namespace, b.Namespace))
 }
 
 // usable turns a row into an Identity, or says why it cannot.
@@ -120,8 +134,8 @@ func (r *Resolver) usable(in *identityRow, binding *bindingRow) (_ Identity, why
 		return Identity{}, why
 	}
 	return Identity{
-		Namespace: in.namespace, Name: in.name, Type: in.kind,
-		ClientID: in.clientID, ResourceID: in.resourceID, Binding: binding.name,
+		Namespace: in.Namespace, Name: in.Name, Type: in.kind,
+		ClientID: in.clientID, ResourceID: in.resourceID, Binding: binding.Name,
 		Principal: in.principal,
 	}, ""
 }
@@ -141,7 +155,7 @@ func (r *Resolver) unfit(in *identityRow) string {
 		return "names no secret in clientPassword"
 	case len(p.AuxiliaryTenantIDs) > maxAuxiliaryTenants:
 		return fmt.Sprintf("has %d auxiliaryTenantIDs, more than %d", len(p.AuxiliaryTenantIDs), maxAuxiliaryTenants)
-	case p.SecretNamespace != in.namespace && (r.cfg.Mode != Standard || r.cfg.Namespaced || in.namespaced):
+	case p.SecretNamespace != in.Namespace && (r.cfg.Mode != Standard || r.cfg.Namespaced || in.namespaced):
 		// Who may write AzureIdentities in one namespace must not borrow what
 		// others keep in theirs.
 		return fmt.Sprintf("names a secret of namespace %q; an AzureIdentity that is for its own namespace may use that namespace's secrets only", p.SecretNamespace)
@@ -149,39 +163,37 @@ func (r *Resolver) unfit(in *identityRow) string {
 	return ""
 }
 
-// add appends an identity unless the pod has it already: two bindings may name one. What
-// MIC copied into an assignment may be older than the AzureIdentity and have other IDs.
-func (p *Pod) add(to *[]Identity, id Identity) {
+// appendIdentity appends an identity unless it is there already: two bindings may name one.
+// What MIC copied into an assignment may be older than the AzureIdentity and have other IDs.
+func appendIdentity(to []Identity, id Identity) []Identity {
 	same := func(other Identity) bool {
 		return other.Namespace == id.Namespace && other.Name == id.Name && other.ClientID == id.ClientID && other.ResourceID == id.ResourceID
 	}
-	if !slices.ContainsFunc(*to, same) {
-		*to = append(*to, id)
+	if slices.ContainsFunc(to, same) {
+		return to
 	}
+	return append(to, id)
 }
 
-func (r *Resolver) decideManaged(p *Pod, row *podRow) {
+func (r *Resolver) decideManaged(p *Pod) {
 	var unusable []string
-	for _, c := range r.candidates(row) {
+	for _, c := range r.candidates(p.row) {
 		if c.why != "" {
 			unusable = append(unusable, c.String())
 			continue
 		}
-		p.add(&p.identities, c.Identity)
+		p.identities = appendIdentity(p.identities, c.Identity)
 	}
 	p.unusable = some(unusable)
-	if len(p.identities) == 0 {
-		p.refusal = r.refusal(p, row)
-	}
 }
 
 func (c candidate) String() string {
-	return fmt.Sprintf("AzureIdentityBinding %q names AzureIdentity %q, which %s", c.binding.name, c.binding.identity, c.why)
+	return fmt.Sprintf("AzureIdentityBinding %q names AzureIdentity %q, which %s", c.binding.Name, c.binding.identity, c.why)
 }
 
 // refusal says why a pod has no identity, in the words of whoever made the objects.
-func (r *Resolver) refusal(p *Pod, row *podRow) error {
-	label := row.labels[aadpodidentity.BindingLabel]
+func (r *Resolver) refusal(p *Pod) error {
+	label := p.row.labels[aadpodidentity.BindingLabel]
 	switch {
 	case p.unusable != "":
 		return fmt.Errorf("%w: %s", ErrNoIdentity, p.unusable)
@@ -190,7 +202,7 @@ func (r *Resolver) refusal(p *Pod, row *podRow) error {
 	case r.tables.acrossNamespaces:
 		return fmt.Errorf("%w: no AzureIdentityBinding has the selector %q", ErrNoIdentity, label)
 	default:
-		return fmt.Errorf("%w: no AzureIdentityBinding in namespace %q has the selector %q", ErrNoIdentity, row.namespace, label)
+		return fmt.Errorf("%w: no AzureIdentityBinding in namespace %q has the selector %q", ErrNoIdentity, p.Namespace, label)
 	}
 }
 

@@ -133,5 +133,4 @@ func TestADecisionIsAllThatARequestNeeds(t *testing.T) {
 		ClientID: guid("c1"), ResourceID: strings.ToLower(path("/r/1")), Binding: "b",
 		Principal: &Principal{TenantID: "t", Authority: defaultAuthority, SecretNamespace: "shop", SecretName: "s"},
 	}, id)
-	assert.False(t, id.Managed())
 }

@@ -5,12 +5,6 @@ import (
 	"strings"
 )
 
-// Names of the flags that limit decisions, for texts that tell an operator why.
-const (
-	DenyIdentityFlag        = "deny-identity"
-	ExceptionNamespacesFlag = "exception-namespaces"
-)
-
 // DenyList names identities that bindings cannot give to a pod: those that are the
 // node's own, such as the kubelet's. The zero value denies nothing.
 //
@@ -44,9 +38,9 @@ func ParseDenyList(ids []string) (DenyList, error) {
 func (d DenyList) reason(in *identityRow) string {
 	switch {
 	case containsFold(d.ClientIDs, in.clientID):
-		return fmt.Sprintf("has client ID %s, withheld by --%s", in.clientID, DenyIdentityFlag)
+		return fmt.Sprintf("has client ID %s, withheld by --deny-identity", in.clientID)
 	case containsFold(d.ResourceIDs, in.resourceID):
-		return fmt.Sprintf("has resource ID %s, withheld by --%s", in.resourceID, DenyIdentityFlag)
+		return fmt.Sprintf("has resource ID %s, withheld by --deny-identity", in.resourceID)
 	}
 	return ""
 }
@@ -68,9 +62,9 @@ func (r *Resolver) CheckToken(clientID string) error {
 	case len(denied.ClientIDs) == 0:
 		return nil
 	case containsFold(denied.ClientIDs, clientID):
-		return fmt.Errorf("%w: the token is for client ID %s, withheld by --%s", ErrNoIdentity, clientID, DenyIdentityFlag)
+		return fmt.Errorf("%w: the token is for client ID %s, withheld by --deny-identity", ErrNoIdentity, clientID)
 	case !isGUID(clientID):
-		return fmt.Errorf("%w: the token is for client ID %.100q, which is not a GUID and cannot be compared with --%s", ErrNoIdentity, clientID, DenyIdentityFlag)
+		return fmt.Errorf("%w: the token is for client ID %.100q, which is not a GUID and cannot be compared with --deny-identity", ErrNoIdentity, clientID)
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"k8s.io/client-go/tools/cache"
+
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
@@ -90,7 +92,7 @@ func TestDenyList(t *testing.T) {
 				assert.ErrorContains(t, err, prefix)
 				assert.ErrorContains(t, err, tc.why)
 				world.put(p)
-				_, _, err = world.named(refOf(p), Selector{}, time.Now())
+				_, _, err = world.named(cache.MetaObjectToName(p), Selector{}, time.Now())
 				assert.ErrorIs(t, err, ErrNoIdentity, "nor to a program of the node that acts for it")
 			}
 		})

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"k8s.io/client-go/tools/cache"
+
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
@@ -16,7 +18,6 @@ import (
 type Decision struct {
 	Pod       string       // namespace/name
 	Addresses []netip.Addr // of its status
-	Label     string       // value of the pod's label aadpodidbinding
 	// HostNetwork means that what the pod sends does not come to the agent.
 	HostNetwork bool
 	// Refusal is the error of a request now that names no identity: from Resolve, or from
@@ -101,19 +102,18 @@ func (id Identity) String() string {
 // nil confirms every pod. Its error is ErrNotSynced or ErrUnknownPod. It is not for the road
 // of requests: it looks at every binding.
 func (r *Resolver) Explain(namespace, podName string, confirm func(netip.Addr, *Pod) error) (Decision, error) {
-	if !r.isSynced() {
+	if !closed(r.synced) {
 		return Decision{}, r.notSynced()
 	}
 	s := r.current.Load()
 	r.tables.mu.Lock()
 	defer r.tables.mu.Unlock()
-	row := r.tables.pods[ref{namespace, podName}]
+	row := r.tables.pods[cache.NewObjectName(namespace, podName)]
 	if row == nil {
 		return Decision{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, namespace, podName)
 	}
 	d := Decision{
-		Pod: namespace + "/" + podName, Addresses: row.addrs, Label: row.labels[aadpodidentity.BindingLabel],
-		HostNetwork: row.hostNetwork,
+		Pod: row.String(), Addresses: row.addrs, HostNetwork: row.hostNetwork,
 	}
 	say := func(format string, args ...any) { d.Reasons = append(d.Reasons, fmt.Sprintf(format, args...)) }
 	p, unserved := r.explainAddresses(s, row, confirm)
@@ -166,7 +166,7 @@ func (r *Resolver) explainAddresses(s *snapshot, row *podRow, confirm func(netip
 			p = found
 		case err == nil:
 			err = fmt.Errorf("%w: %s belongs to %s, which is younger", ErrUnconfirmed, addr, found)
-		case errors.Is(err, ErrUnknownAddress) && !row.until.IsZero() && !row.until.After(time.Now()):
+		case errors.Is(err, ErrUnknownAddress) && row.expired(time.Now()):
 			err = fmt.Errorf("%w: %s is not its own any more: it is being deleted, and its grace period ended at %s", ErrUnknownAddress, addr, row.until.UTC().Format(time.RFC3339))
 		}
 		if err != nil {
@@ -197,9 +197,9 @@ func (r *Resolver) explainIdentities(p *Pod, row *podRow, say func(string, ...an
 			case why != "":
 				say("%s", a.not(why))
 			case !a.ready:
-				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it, but not yet, or not any more", a.namespace, a.name, a.identity.namespace, a.identity.name)
+				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it, but not yet, or not any more", a.Namespace, a.Name, a.identity.Namespace, a.identity.Name)
 			default:
-				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it", a.namespace, a.name, a.identity.namespace, a.identity.name)
+				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it", a.Namespace, a.Name, a.identity.Namespace, a.identity.Name)
 			}
 		}
 	}
@@ -212,28 +212,28 @@ func (r *Resolver) explainIdentities(p *Pod, row *podRow, say func(string, ...an
 		}
 	}
 	if label != "" && !given {
-		say("%s", strings.TrimPrefix(r.refusal(p, row).Error(), ErrNoIdentity.Error()+": "))
+		say("%s", strings.TrimPrefix(r.refusal(p).Error(), ErrNoIdentity.Error()+": "))
 	}
 	for _, near := range r.nearMisses(row) {
 		say("%s", near)
 	}
 	var all []Identity
 	for _, id := range slices.Concat(p.identities, p.pending) {
-		p.add(&all, id)
+		all = appendIdentity(all, id)
 	}
 	for _, id := range all {
 		if id.ClientID == "" && len(r.cfg.Deny.ClientIDs) > 0 {
-			say("AzureIdentity %q gives no client ID: if its tokens are for one that --%s withholds, the agent hands out none", id.Name, DenyIdentityFlag)
+			say("AzureIdentity %q gives no client ID: if its tokens are for one that --deny-identity withholds, the agent hands out none", id.Name)
 		}
 	}
 }
 
 func (r *Resolver) explainException(row *podRow, name string, say func(string, ...any)) {
-	for _, e := range r.tables.exceptionsByNS[row.namespace] {
-		if key := matchedLabel(row.labels, e.labels); e.name == name && key != "" {
+	for _, e := range r.tables.exceptionsByNS[row.Namespace] {
+		if key := matchedLabel(row.labels, e.labels); e.Name == name && key != "" {
 			say("AzurePodIdentityException %q lists its label %s=%s", name, key, row.labels[key])
 			return
 		}
 	}
-	say("it is a pod of the Deployment mic in namespace %q", row.namespace)
+	say("it is a pod of the Deployment mic in namespace %q", row.Namespace)
 }

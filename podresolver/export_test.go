@@ -5,10 +5,10 @@ const (
 	LookupRate    = lookupRate
 	LookupBurst   = lookupBurst
 	LookupTimeout = lookupTimeout
-	LastRetry     = lastRetry
 )
 
 var (
+	LastRetry    = retryDelay.Cap
 	NewIdentity  = identity
 	GUID         = guid
 	Path         = path

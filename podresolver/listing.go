@@ -28,10 +28,14 @@ type listing struct{ *cache.ListWatch }
 // IsWatchListSemanticsUnSupported makes a reflector list before it watches.
 func (listing) IsWatchListSemanticsUnSupported() bool { return true }
 
-// rowMaker makes a row of the parts of an object.
-type rowMaker[Spec, Status any] func(metav1.ObjectMeta, Spec, Status) *gathered
+// decodeInto is where the parts of an item of a list are decoded into.
+type decodeInto struct {
+	meta         *metav1.ObjectMeta
+	spec, status any // pointers; a nil status is ignored
+}
 
-func newListing[Spec, Status any](client *rest.RESTClient, resource schema.GroupVersionResource, kind, labels string, row rowMaker[Spec, Status]) cache.ListerWatcher {
+// newListing returns what lists objects T as rows R, and watches them. parts are those of T.
+func newListing[T, R any](client *rest.RESTClient, resource schema.GroupVersionResource, kind, labels string, parts func(*T) decodeInto, parse func(*T) *R) cache.ListerWatcher {
 	request := func(o metav1.ListOptions) *rest.Request {
 		o.LabelSelector = labels
 		return client.Get().Resource(resource.Resource).VersionedParams(&o, metav1.ParameterCodec)
@@ -43,7 +47,7 @@ func newListing[Spec, Status any](client *rest.RESTClient, resource schema.Group
 				return nil, err
 			}
 			defer body.Close()
-			list, err := readList(body, kind+"List", row)
+			list, err := readList(body, kind+"List", parts, parse)
 			if err != nil {
 				return nil, fmt.Errorf("reading the list: %w", err)
 			}
@@ -58,7 +62,7 @@ func newListing[Spec, Status any](client *rest.RESTClient, resource schema.Group
 
 // readList reads a list of that kind, in JSON, to its end. Anything else is an
 // error: half a list is not to be mistaken for a whole one.
-func readList[Spec, Status any](body io.Reader, wantKind string, row rowMaker[Spec, Status]) (*metainternalversion.List, error) {
+func readList[T, R any](body io.Reader, wantKind string, parts func(*T) decodeInto, parse func(*T) *R) (*metainternalversion.List, error) {
 	list := &metainternalversion.List{}
 	in := stdjson.NewDecoder(body)
 	if err := expect(in, stdjson.Delim('{')); err != nil {
@@ -78,7 +82,7 @@ func readList[Spec, Status any](body io.Reader, wantKind string, row rowMaker[Sp
 		case "metadata":
 			err = in.Decode(&list.ListMeta)
 		case "items":
-			list.Items, err = readItems(in, row)
+			list.Items, err = readItems(in, parts, parse)
 			whole = true
 		default:
 			err = in.Decode(&ignored)
@@ -96,7 +100,7 @@ func readList[Spec, Status any](body io.Reader, wantKind string, row rowMaker[Sp
 	return list, nil
 }
 
-func readItems[Spec, Status any](in *stdjson.Decoder, row rowMaker[Spec, Status]) (rows []runtime.Object, err error) {
+func readItems[T, R any](in *stdjson.Decoder, parts func(*T) decodeInto, parse func(*T) *R) (rows []runtime.Object, err error) {
 	if err := expect(in, stdjson.Delim('[')); err != nil {
 		return nil, err
 	}
@@ -105,6 +109,8 @@ func readItems[Spec, Status any](in *stdjson.Decoder, row rowMaker[Spec, Status]
 		if err := in.Decode(&raw); err != nil {
 			return nil, err
 		}
+		var object T
+		to := parts(&object)
 		var item struct {
 			Metadata struct {
 				Name              string      `json:"name"`
@@ -114,18 +120,22 @@ func readItems[Spec, Status any](in *stdjson.Decoder, row rowMaker[Spec, Status]
 					Behavior string `json:"aadpodidentity.k8s.io/Behavior"` // BehaviorAnnotation
 				} `json:"annotations"`
 			} `json:"metadata"`
-			Spec   Spec   `json:"spec"`
-			Status Status `json:"status"`
+			Spec   any `json:"spec"`
+			Status any `json:"status"`
+		}
+		item.Spec, item.Status = to.spec, to.status
+		if to.status == nil {
+			item.Status = &struct{}{}
 		}
 		// Field names are case-sensitive, as everywhere in Kubernetes.
 		if err := json.UnmarshalCaseSensitivePreserveInts(raw, &item); err != nil {
 			return nil, err
 		}
-		meta := metav1.ObjectMeta{Name: item.Metadata.Name, Namespace: item.Metadata.Namespace, CreationTimestamp: item.Metadata.CreationTimestamp}
+		*to.meta = metav1.ObjectMeta{Name: item.Metadata.Name, Namespace: item.Metadata.Namespace, CreationTimestamp: item.Metadata.CreationTimestamp}
 		if b := item.Metadata.Annotations.Behavior; b != "" {
-			meta.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
+			to.meta.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
 		}
-		rows = append(rows, row(meta, item.Spec, item.Status))
+		rows = append(rows, &gathered{cache.MetaObjectToName(to.meta), parse(&object)})
 	}
 	return rows, expect(in, stdjson.Delim(']'))
 }
@@ -136,28 +146,6 @@ func expect(in *stdjson.Decoder, want stdjson.Delim) error {
 		err = fmt.Errorf("%v where %v should be", got, want)
 	}
 	return err
-}
-
-// noStatus is the status of the kinds that have none.
-type noStatus struct{}
-
-func listedIdentity(meta metav1.ObjectMeta, spec aadpodidentity.AzureIdentitySpec, _ noStatus) *gathered {
-	return &gathered{refOf(&meta), identityRowOf(&aadpodidentity.AzureIdentity{ObjectMeta: meta, Spec: spec})}
-}
-
-func listedBinding(meta metav1.ObjectMeta, spec aadpodidentity.AzureIdentityBindingSpec, _ noStatus) *gathered {
-	return &gathered{refOf(&meta), bindingRowOf(&aadpodidentity.AzureIdentityBinding{ObjectMeta: meta, Spec: spec})}
-}
-
-func listedException(meta metav1.ObjectMeta, spec aadpodidentity.AzurePodIdentityExceptionSpec, _ noStatus) *gathered {
-	return &gathered{refOf(&meta), exceptionRowOf(&aadpodidentity.AzurePodIdentityException{ObjectMeta: meta, Spec: spec})}
-}
-
-func listedAssigned(node string) rowMaker[aadpodidentity.AzureAssignedIdentitySpec, aadpodidentity.AzureAssignedIdentityStatus] {
-	rowOf := assignedRowFor(node)
-	return func(meta metav1.ObjectMeta, spec aadpodidentity.AzureAssignedIdentitySpec, status aadpodidentity.AzureAssignedIdentityStatus) *gathered {
-		return &gathered{refOf(&meta), rowOf(&aadpodidentity.AzureAssignedIdentity{ObjectMeta: meta, Spec: spec, Status: status})}
-	}
 }
 
 // GetObjectKind implements runtime.Object, which whatever is in a list must be.

@@ -8,6 +8,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"k8s.io/client-go/tools/cache"
+
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
@@ -20,7 +22,7 @@ const wholeList = `{"apiVersion":"aadpodidentity.k8s.io/v1","items":[
 ],"kind":"AzureIdentityList","metadata":{"continue":"more","resourceVersion":"7"}}`
 
 func read(text string) ([]*gathered, string, error) {
-	list, err := readList(strings.NewReader(text), "AzureIdentityList", listedIdentity)
+	list, err := readList(strings.NewReader(text), "AzureIdentityList", identityParts, identityRowOf)
 	if err != nil {
 		return nil, "", err
 	}
@@ -44,10 +46,10 @@ func TestAStreamedListIsTheSame(t *testing.T) {
 	require.NoError(t, stdjson.Unmarshal([]byte(text), &list))
 	require.Len(t, rows, 3)
 	for i := range list.Items {
-		assert.Equal(t, &gathered{refOf(&list.Items[i]), identityRowOf(&list.Items[i])}, rows[i])
+		assert.Equal(t, &gathered{cache.MetaObjectToName(&list.Items[i]), identityRowOf(&list.Items[i])}, rows[i])
 	}
 	assert.Equal(t, &identityRow{
-		ref: ref{"shop", "c"}, kind: aadpodidentity.ServicePrincipal,
+		ObjectName: cache.NewObjectName("shop", "c"), kind: aadpodidentity.ServicePrincipal,
 		principal: &Principal{Authority: defaultAuthority, SecretNamespace: "shop"},
 	}, rows[2].row)
 

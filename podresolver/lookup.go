@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -51,7 +52,7 @@ func (r *Resolver) ask(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (%s), and the API server cannot be asked: %w", ErrUnknownAddress, addr, err)
 	}
-	var claims []claim
+	var pods []*Pod
 	err = meta.EachListItem(list, func(obj runtime.Object) error {
 		pod, ok := obj.(*corev1.Pod)
 		if !ok {
@@ -59,7 +60,7 @@ func (r *Resolver) ask(ctx context.Context, addr netip.Addr) (*Pod, error) {
 		}
 		if row := r.podRow(pod); row != nil {
 			r.tables.mu.Lock()
-			claims = append(claims, claimsOf(row, r.decide(row))...)
+			pods = append(pods, r.decide(row))
 			r.tables.mu.Unlock()
 		}
 		return nil
@@ -67,7 +68,7 @@ func (r *Resolver) ask(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (%s): %w", ErrUnknownAddress, addr, err)
 	}
-	s, _ := newSnapshot(claims, time.Now())
+	s, _ := newSnapshot(slices.Values(pods), time.Now())
 	o, ok := s.byAddr[addr]
 	switch {
 	case !ok:

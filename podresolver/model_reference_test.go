@@ -10,6 +10,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
@@ -196,18 +197,18 @@ func (m *reference) denied(id *aadpodidentity.AzureIdentity) bool {
 
 // concerns are the pods that a change of one object may bear on: all that the
 // rules name, and none else.
-func (m *reference) concerns(object any) []ref {
-	var all []ref
+func (m *reference) concerns(object any) []cache.ObjectName {
+	var all []cache.ObjectName
 	labelled := func(namespace, selector string) {
 		for _, p := range m.pods {
 			if p.Labels[aadpodidentity.BindingLabel] == selector && (p.Namespace == namespace || m.cfg.Mode == Standard && !m.cfg.Namespaced) {
-				all = append(all, refOf(p))
+				all = append(all, cache.MetaObjectToName(p))
 			}
 		}
 	}
 	switch o := object.(type) {
 	case *corev1.Pod:
-		all = append(all, refOf(o))
+		all = append(all, cache.MetaObjectToName(o))
 	case *aadpodidentity.AzureIdentityBinding:
 		labelled(o.Namespace, o.Spec.Selector)
 	case *aadpodidentity.AzureIdentity:
@@ -219,11 +220,11 @@ func (m *reference) concerns(object any) []ref {
 	case *aadpodidentity.AzurePodIdentityException:
 		for _, p := range m.pods {
 			if p.Namespace == o.Namespace {
-				all = append(all, refOf(p))
+				all = append(all, cache.MetaObjectToName(p))
 			}
 		}
 	case *aadpodidentity.AzureAssignedIdentity:
-		all = append(all, ref{o.Spec.PodNamespace, o.Spec.Pod})
+		all = append(all, cache.NewObjectName(o.Spec.PodNamespace, o.Spec.Pod))
 	}
 	return all
 }

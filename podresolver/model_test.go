@@ -27,11 +27,11 @@ type kubeObject interface {
 
 // shelf is one kind of objects: those that there are, and the store that is told.
 type shelf struct {
-	live map[ref]kubeObject
+	live map[cache.ObjectName]kubeObject
 	past []kubeObject // that an event may bring back
 	to   store
 	make func(*machine) kubeObject
-	refs []ref
+	refs []cache.ObjectName
 }
 
 type machine struct {
@@ -40,7 +40,7 @@ type machine struct {
 	world   *driven
 	shelves []*shelf // pods, identities, bindings, exceptions, assigned
 	expiry  <-chan time.Time
-	touched map[ref]bool // since the last decision
+	touched map[cache.ObjectName]bool // since the last decision
 }
 
 var (
@@ -62,12 +62,12 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
 	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
 	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{modelPath0}}}[pick(4)]
-	m := &machine{t: tb, pick: pick, world: drive(tb, cfg), touched: make(map[ref]bool)}
+	m := &machine{t: tb, pick: pick, world: drive(tb, cfg), touched: make(map[cache.ObjectName]bool)}
 	s := m.world.stores
-	refs := func(namespaces []string, names ...string) (all []ref) {
+	refs := func(namespaces []string, names ...string) (all []cache.ObjectName) {
 		for _, namespace := range namespaces {
 			for _, name := range names {
-				all = append(all, ref{namespace, name})
+				all = append(all, cache.NewObjectName(namespace, name))
 			}
 		}
 		return all
@@ -78,10 +78,10 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 		{to: s.identities, make: (*machine).identity, refs: refs(both, "i0", "i1")},
 		{to: s.bindings, make: (*machine).binding, refs: refs(both, "b0", "b1", "b2")},
 		{to: s.exceptions, make: (*machine).exception, refs: refs(both, "e0", "e1")},
-		{to: s.assigned, make: (*machine).assignment, refs: []ref{{micAssignments, "a0"}, {micAssignments, "a1"}, {"a", "a2"}, {"b", "a3"}}},
+		{to: s.assigned, make: (*machine).assignment, refs: append(refs([]string{micAssignments}, "a0", "a1"), cache.NewObjectName("a", "a2"), cache.NewObjectName("b", "a3"))},
 	}
 	for _, s := range m.shelves {
-		s.live = make(map[ref]kubeObject)
+		s.live = make(map[cache.ObjectName]kubeObject)
 	}
 	m.expiry = m.world.update()
 	return m
@@ -188,7 +188,7 @@ func (m *machine) step() {
 		m.relist(s, event == 1)
 	case 3: // seen to be gone by a list, of which the last state is lost
 		m.change(s, at, nil)
-		_ = s.to.Delete(cache.DeletedFinalStateUnknown{Key: at.namespace + "/" + at.name})
+		_ = s.to.Delete(cache.DeletedFinalStateUnknown{Key: at.Namespace + "/" + at.Name})
 	case 4, 5:
 		gone := s.live[at]
 		m.change(s, at, nil)
@@ -202,7 +202,7 @@ func (m *machine) step() {
 	case 7: // an old state, after a newer one
 		if len(s.past) > 0 {
 			o := choose(m, s.past...)
-			m.change(s, refOf(o), o)
+			m.change(s, cache.MetaObjectToName(o), o)
 			_ = s.to.Update(o.DeepCopyObject())
 		}
 	default:
@@ -216,17 +216,17 @@ func (m *machine) step() {
 }
 
 // change keeps the objects, and notes whom the change bears on.
-func (m *machine) change(s *shelf, at ref, o kubeObject) {
+func (m *machine) change(s *shelf, at cache.ObjectName, o kubeObject) {
 	if before := s.live[at]; before != nil {
 		m.touch(before)
 		s.past = append(s.past, before)
 		delete(s.live, at)
 	}
 	if o != nil {
-		o.SetNamespace(at.namespace)
-		o.SetName(at.name)
+		o.SetNamespace(at.Namespace)
+		o.SetName(at.Name)
 		if uid := o.GetUID(); len(uid) == 1 { // no two objects have the same
-			o.SetUID(uid + types.UID(at.namespace+at.name))
+			o.SetUID(uid + types.UID(at.Namespace+at.Name))
 		}
 		s.live[at] = o
 		m.touch(o)
@@ -283,7 +283,7 @@ func (m *machine) decide() {
 			got = tell(p.Namespace, p.Name, p.UID, p.exception, modelQuestions, func(want Selector) string { return answerOf(m.t, p, want) })
 		}
 		require.Equal(m.t, want, got, addr)
-		if was := before[addr].pod; p != nil && was != nil && was.UID == p.UID && was.String() == p.String() && !m.touched[ref{p.Namespace, p.Name}] {
+		if was := before[addr].pod; p != nil && was != nil && was.UID == p.UID && was.String() == p.String() && !m.touched[cache.NewObjectName(p.Namespace, p.Name)] {
 			require.True(m.t, known[p], "%s was decided anew, and nothing bore on it", p)
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"k8s.io/client-go/tools/cache"
 )
 
 // ErrUnknownPod means that no pod of this node is known by the name. It may be about to
@@ -24,7 +26,7 @@ var ErrUnknownPod = errors.New("no pod of this node is known by this name")
 // addr is the address that the pod holds, which its own requests come from; the zero one if
 // it has none yet.
 func (r *Resolver) NamedIdentity(ctx context.Context, namespace, name string, want Selector) (id Identity, addr netip.Addr, err error) {
-	pod := ref{namespace, name}
+	pod := cache.NewObjectName(namespace, name)
 	known := time.NewTimer(r.cfg.PodWait)
 	defer known.Stop()
 	select {
@@ -59,26 +61,22 @@ func (r *Resolver) NamedIdentity(ctx context.Context, namespace, name string, wa
 	}
 }
 
-func (r *Resolver) named(pod ref, want Selector, now time.Time) (Identity, netip.Addr, error) {
+func (r *Resolver) named(pod cache.ObjectName, want Selector, now time.Time) (Identity, netip.Addr, error) {
 	r.tables.mu.Lock()
 	defer r.tables.mu.Unlock()
 	row := r.tables.pods[pod]
-	if row == nil || !row.until.IsZero() && !row.until.After(now) {
-		return Identity{}, netip.Addr{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, pod.namespace, pod.name)
+	if row == nil || row.expired(now) {
+		return Identity{}, netip.Addr{}, fmt.Errorf("%w: %s", ErrUnknownPod, pod)
 	}
-	decided := &Pod{Namespace: row.namespace, Name: row.name, UID: row.uid, strict: r.cfg.StrictSelection}
-	if r.cfg.Mode == Standard {
-		r.decideStandard(decided, row)
-	} else {
-		r.decideManaged(decided, row)
-	}
+	decided := r.newPod(row)
+	r.decideIdentities(decided)
 	id, err := decided.Identity(want)
 	if err != nil {
 		err = fmt.Errorf("pod %s: %w", decided, err)
 	}
 	var addr netip.Addr
-	if row.void == "" && len(row.addrs) > 0 { // on the host network it is the node's
-		addr = row.addrs[0]
+	if addrs := row.claimed(); len(addrs) > 0 { // on the host network it is the node's
+		addr = addrs[0]
 	}
 	return id, addr, err
 }

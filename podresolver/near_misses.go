@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/client-go/tools/cache"
+
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
@@ -21,11 +23,7 @@ func (r *Resolver) Hint(err error) string {
 	}
 	r.tables.mu.Lock()
 	defer r.tables.mu.Unlock()
-	row := r.tables.pods[ref{refusal.pod.Namespace, refusal.pod.Name}]
-	if row == nil {
-		return ""
-	}
-	return some(r.nearMisses(row))
+	return some(r.nearMisses(refusal.pod.row))
 }
 
 // nearMisses are sentences about what would match the pod if a letter had another case or
@@ -45,7 +43,7 @@ func (r *Resolver) nearMisses(row *podRow) []string {
 	}
 	near = append(near, r.nearBindings(row, label)...)
 	for _, c := range r.candidates(row) {
-		if r.tables.identities[ref{c.binding.namespace, c.binding.identity}] == nil {
+		if r.tables.identities[cache.NewObjectName(c.binding.Namespace, c.binding.identity)] == nil {
 			near = append(near, r.nearIdentities(c.binding)...)
 		}
 	}
@@ -55,16 +53,16 @@ func (r *Resolver) nearMisses(row *podRow) []string {
 func (r *Resolver) nearBindings(row *podRow, label string) []string {
 	var near []*bindingRow
 	for _, b := range r.tables.bindings {
-		if strings.EqualFold(b.selector, label) && (b.selector != label || b.namespace != row.namespace && !r.tables.acrossNamespaces) {
+		if strings.EqualFold(b.selector, label) && (b.selector != label || b.Namespace != row.Namespace && !r.tables.acrossNamespaces) {
 			near = append(near, b)
 		}
 	}
 	slices.SortFunc(near, preferred)
 	return sentences(near, func(b *bindingRow) string {
 		if b.selector != label {
-			return fmt.Sprintf("AzureIdentityBinding %s/%s does not match: its selector %q differs in case", b.namespace, b.name, b.selector)
+			return fmt.Sprintf("AzureIdentityBinding %s/%s does not match: its selector %q differs in case", b.Namespace, b.Name, b.selector)
 		}
-		return fmt.Sprintf("AzureIdentityBinding %s/%s does not match: it is in another namespace", b.namespace, b.name)
+		return fmt.Sprintf("AzureIdentityBinding %s/%s does not match: it is in another namespace", b.Namespace, b.Name)
 	})
 }
 
@@ -72,16 +70,16 @@ func (r *Resolver) nearBindings(row *podRow, label string) []string {
 func (r *Resolver) nearIdentities(b *bindingRow) []string {
 	var near []*identityRow
 	for _, id := range r.tables.identities {
-		if strings.EqualFold(id.name, strings.TrimSpace(b.identity)) {
+		if strings.EqualFold(id.Name, strings.TrimSpace(b.identity)) {
 			near = append(near, id)
 		}
 	}
-	slices.SortFunc(near, func(a, b *identityRow) int { return a.compare(b.ref) })
+	slices.SortFunc(near, func(a, b *identityRow) int { return compareNames(a.ObjectName, b.ObjectName) })
 	return sentences(near, func(id *identityRow) string {
-		if id.namespace != b.namespace {
-			return fmt.Sprintf("AzureIdentity %s/%s does not match: it is in another namespace than AzureIdentityBinding %q", id.namespace, id.name, b.name)
+		if id.Namespace != b.Namespace {
+			return fmt.Sprintf("AzureIdentity %s/%s does not match: it is in another namespace than AzureIdentityBinding %q", id.Namespace, id.Name, b.Name)
 		}
-		return fmt.Sprintf("AzureIdentity %s/%s does not match: AzureIdentityBinding %q spells it %q", id.namespace, id.name, b.name, b.identity)
+		return fmt.Sprintf("AzureIdentity %s/%s does not match: AzureIdentityBinding %q spells it %q", id.Namespace, id.Name, b.Name, b.identity)
 	})
 }
 
@@ -94,15 +92,15 @@ func (r *Resolver) nearExceptions(row *podRow) []string {
 	var near []miss
 	for _, e := range r.tables.exceptions {
 		switch key := matchedLabel(row.labels, e.labels); {
-		case key != "" && e.namespace != row.namespace:
-			near = append(near, miss{e, fmt.Sprintf("AzurePodIdentityException %s/%s lists its label %s=%s, and does not except it: it is in another namespace", e.namespace, e.name, key, row.labels[key])})
-		case key == "" && e.namespace == row.namespace:
+		case key != "" && e.Namespace != row.Namespace:
+			near = append(near, miss{e, fmt.Sprintf("AzurePodIdentityException %s/%s lists its label %s=%s, and does not except it: it is in another namespace", e.Namespace, e.Name, key, row.labels[key])})
+		case key == "" && e.Namespace == row.Namespace:
 			if key, wanted := foldedLabel(row.labels, e.labels); key != "" {
-				near = append(near, miss{e, fmt.Sprintf("AzurePodIdentityException %s/%s does not except it: its label %q differs in case from %q", e.namespace, e.name, key, wanted)})
+				near = append(near, miss{e, fmt.Sprintf("AzurePodIdentityException %s/%s does not except it: its label %q differs in case from %q", e.Namespace, e.Name, key, wanted)})
 			}
 		}
 	}
-	slices.SortFunc(near, func(a, b miss) int { return a.compare(b.ref) })
+	slices.SortFunc(near, func(a, b miss) int { return compareNames(a.ObjectName, b.ObjectName) })
 	return sentences(near, func(m miss) string { return m.text })
 }
 
@@ -130,6 +128,6 @@ func sentences[T any](objects []T, sentence func(T) string) []string {
 	return all
 }
 
-func (r ref) compare(other ref) int {
-	return cmp.Or(cmp.Compare(r.namespace, other.namespace), cmp.Compare(r.name, other.name))
+func compareNames(a, b cache.ObjectName) int {
+	return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
 }

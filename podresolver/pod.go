@@ -75,10 +75,6 @@ type Principal struct {
 // Entra's of the public cloud.
 const defaultAuthority = "https://login.microsoftonline.com"
 
-// Managed reports whether it is a user-assigned managed identity, whose tokens
-// come from the metadata service.
-func (id Identity) Managed() bool { return id.Type == aadpodidentity.UserAssignedMSI }
-
 // Pod is a pod of this node and what has been decided for it. Pods are made
 // anew when anything changes that bears on them, and never change.
 type Pod struct {
@@ -88,6 +84,7 @@ type Pod struct {
 	// none has.
 	Started time.Time
 
+	row        *podRow
 	exception  string     // name of the exception that applies, or ""
 	identities []Identity // that the pod may use, the default first
 	pending    []Identity // that it may use once MIC has assigned them

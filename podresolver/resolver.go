@@ -92,7 +92,7 @@ type Resolver struct {
 	expired atomic.Bool   // MaxStaleness has passed
 	waiting waiting
 
-	decided map[ref][]claim // by pod; the deciding goroutine's alone
+	decided map[cache.ObjectName]*Pod // the deciding goroutine's alone
 
 	pods      cache.ListerWatcherWithContext // for lookups
 	podRow    func(*corev1.Pod) *podRow
@@ -123,7 +123,7 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 	}
 	t := newTables(standard && !cfg.Namespaced)
 	r := &Resolver{
-		cfg: cfg, tables: t, synced: make(chan struct{}), decided: make(map[ref][]claim),
+		cfg: cfg, tables: t, synced: make(chan struct{}), decided: make(map[cache.ObjectName]*Pod),
 		pods: cache.ToListerWatcherWithContext(from.Pods), podRow: podRowFor(cfg.Node, cfg.MICNamespace),
 		limit: rate.NewLimiter(lookupRate, lookupBurst),
 	}
@@ -137,7 +137,7 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 		r.sources = append(r.sources,
 			newSource(r, aadpodidentity.AzureAssignedIdentities.GroupResource().String(), from.Assigned, false, t.assigned, assignedRowFor(cfg.Node), t.changedAssigned))
 	}
-	first, _ := newSnapshot(nil, time.Time{})
+	first, _ := newSnapshot(maps.Values(r.decided), time.Time{})
 	r.current.Store(first)
 	return r, nil
 }
@@ -241,7 +241,7 @@ func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot, err 
 	switch {
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
-	case !r.isSynced():
+	case !closed(r.synced):
 		return nil, r.notSynced()
 	case r.expired.Load():
 		return nil, ErrStale
@@ -307,8 +307,8 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	t := r.tables
 	t.mu.Lock()
 	for pod := range t.dirty {
-		if row := t.pods[pod]; row != nil && row.void == "" && len(row.addrs) > 0 {
-			r.decided[pod] = claimsOf(row, r.decide(row))
+		if row := t.pods[pod]; row != nil && len(row.claimed()) > 0 {
+			r.decided[pod] = r.decide(row)
 		} else {
 			delete(r.decided, pod)
 		}
@@ -316,12 +316,8 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	clear(t.dirty)
 	t.mu.Unlock()
 
-	var all []claim
-	for _, claims := range r.decided {
-		all = append(all, claims...)
-	}
 	now := time.Now()
-	next, expires := newSnapshot(all, now)
+	next, expires := newSnapshot(maps.Values(r.decided), now)
 	before := r.current.Load()
 	for addr, o := range next.byAddr {
 		if o.err != nil && before.byAddr[addr].err == nil {

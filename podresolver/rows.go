@@ -9,14 +9,13 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 // What is kept of each object. A string that was decoded has memory of its own, so
 // that keeping one does not keep the object.
-
-func refOf(obj metav1.Object) ref { return ref{obj.GetNamespace(), obj.GetName()} }
 
 // podRowFor returns the parser for the pods of one node. The API server filters by
 // node already; this is for one that does not.
@@ -26,7 +25,7 @@ func podRowFor(node, micNamespace string) func(*corev1.Pod) *podRow {
 			return nil
 		}
 		row := &podRow{
-			ref: refOf(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels,
+			ObjectName: cache.MetaObjectToName(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels,
 			mic: micPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: workloadIdentity(pod),
 		}
 		if pod.DeletionTimestamp != nil {
@@ -115,7 +114,7 @@ var trim = strings.TrimSpace
 
 func identityRowOf(in *aadpodidentity.AzureIdentity) *identityRow {
 	return &identityRow{
-		ref: refOf(in), kind: in.Spec.Type, unreadable: in.Spec.Unreadable,
+		ObjectName: cache.MetaObjectToName(in), kind: in.Spec.Type, unreadable: in.Spec.Unreadable,
 		clientID: strings.ToLower(trim(in.Spec.ClientID)), resourceID: strings.ToLower(trim(in.Spec.ResourceID)),
 		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
 		principal:  principalOf(in),
@@ -144,13 +143,13 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 
 func bindingRowOf(in *aadpodidentity.AzureIdentityBinding) *bindingRow {
 	return &bindingRow{
-		ref: refOf(in), identity: in.Spec.AzureIdentity, selector: in.Spec.Selector,
+		ObjectName: cache.MetaObjectToName(in), identity: in.Spec.AzureIdentity, selector: in.Spec.Selector,
 		created: in.CreationTimestamp.Unix(),
 	}
 }
 
 func exceptionRowOf(in *aadpodidentity.AzurePodIdentityException) *exceptionRow {
-	return &exceptionRow{ref: refOf(in), labels: in.Spec.PodLabels}
+	return &exceptionRow{ObjectName: cache.MetaObjectToName(in), labels: in.Spec.PodLabels}
 }
 
 // assignedRowFor returns the parser for the assignments to one node's pods.
@@ -160,7 +159,7 @@ func assignedRowFor(node string) func(*aadpodidentity.AzureAssignedIdentity) *as
 			return nil
 		}
 		row := &assignedRow{
-			ref: refOf(in), pod: ref{in.Spec.PodNamespace, in.Spec.Pod}, identity: *identityRowOf(in.Spec.AzureIdentityRef),
+			ObjectName: cache.MetaObjectToName(in), pod: cache.NewObjectName(in.Spec.PodNamespace, in.Spec.Pod), identity: *identityRowOf(in.Spec.AzureIdentityRef),
 			// MIC wrote no state at all before there were any. The remaining one
 			// is Unassigned: on its way out.
 			ready:  in.Status.Status == "" || in.Status.Status == aadpodidentity.Assigned,

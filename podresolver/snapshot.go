@@ -3,6 +3,7 @@ package podresolver
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"time"
@@ -37,77 +38,52 @@ func (s *snapshot) resolve(addr netip.Addr, confirm func(*Pod) error) (*Pod, err
 	return o.pod, nil
 }
 
-// claim is a pod that holds an address, as far as its own object says.
-type claim struct {
-	addr    netip.Addr
-	pod     *Pod
-	created time.Time
-	// until is the end of a terminating pod's grace (its deletionTimestamp has the
-	// grace in it); zero for one that stays. Past it the address may be given to
-	// another pod, whose status says so only later, while a finalizer keeps the
-	// old object.
-	until time.Time
-}
-
-func (c claim) terminating() bool { return !c.until.IsZero() }
-
-// younger orders claims by age. Creation is stored in seconds: of two that are as
-// old as each other the terminating one counts as the elder, then the UID decides.
-func younger(a, b claim) int {
-	switch byAge := b.created.Compare(a.created); {
+// compareClaims orders the pods that claim one address, youngest first. Creation times are
+// in whole seconds: of two pods created in the same second, a terminating one counts as the
+// older, then the UID decides.
+func compareClaims(a, b *Pod) int {
+	switch byAge := b.row.created.Compare(a.row.created); {
 	case byAge != 0:
 		return byAge
-	case a.terminating() != b.terminating():
-		if a.terminating() {
+	case a.row.terminating() != b.row.terminating():
+		if a.row.terminating() {
 			return 1
 		}
 		return -1
 	}
-	return cmp.Compare(b.pod.UID, a.pod.UID)
+	return cmp.Compare(b.UID, a.UID)
 }
 
-// newSnapshot settles who owns each address at now. A pod whose grace has ended
-// owns none. Of several the youngest does if all others are terminating; else the
-// address is nobody's, since one of them must be wrong. It returns when that
-// changes by time alone, zero if never.
-func newSnapshot(claims []claim, now time.Time) (_ *snapshot, expires time.Time) {
-	held := make(map[netip.Addr][]claim, len(claims))
-	for _, c := range claims {
-		if c.terminating() {
-			if !c.until.After(now) {
-				continue
-			}
-			if expires.IsZero() || c.until.Before(expires) {
-				expires = c.until
-			}
+// newSnapshot resolves the owner of each address at now. A pod whose grace period has ended
+// owns none. Of several pods the youngest is the owner if all others are terminating;
+// otherwise the address is ambiguous and has no owner. expires is the next time at which an
+// owner changes without an event, zero if none does.
+func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.Time) {
+	claims := make(map[netip.Addr][]*Pod)
+	for p := range pods {
+		if p.row.expired(now) {
+			continue
 		}
-		held[c.addr] = append(held[c.addr], c)
+		if until := p.row.until; p.row.terminating() && (expires.IsZero() || until.Before(expires)) {
+			expires = until
+		}
+		for _, addr := range p.row.claimed() {
+			claims[addr] = append(claims[addr], p)
+		}
 	}
-	s := &snapshot{byAddr: make(map[netip.Addr]owner, len(held)), replaced: make(chan struct{})}
-	for addr, by := range held {
-		s.byAddr[addr] = settle(addr, by)
+	s := &snapshot{byAddr: make(map[netip.Addr]owner, len(claims)), replaced: make(chan struct{})}
+	for addr, by := range claims {
+		s.byAddr[addr] = resolveOwner(addr, by)
 	}
 	return s, expires
 }
 
-func settle(addr netip.Addr, by []claim) owner {
-	slices.SortFunc(by, younger)
-	for _, elder := range by[1:] {
-		if !elder.terminating() {
-			return owner{err: fmt.Errorf("%w: %s and %s both hold %s", ErrAmbiguousAddress, by[0].pod, elder.pod, addr)}
+func resolveOwner(addr netip.Addr, claims []*Pod) owner {
+	slices.SortFunc(claims, compareClaims)
+	for _, older := range claims[1:] {
+		if !older.row.terminating() {
+			return owner{err: fmt.Errorf("%w: %s and %s both claim %s", ErrAmbiguousAddress, claims[0], older, addr)}
 		}
 	}
-	return owner{pod: by[0].pod}
-}
-
-// claimsOf lists the addresses that a pod holds.
-func claimsOf(row *podRow, decided *Pod) []claim {
-	if row.void != "" {
-		return nil // they are another's, or the node's
-	}
-	claims := make([]claim, len(row.addrs))
-	for i, addr := range row.addrs {
-		claims[i] = claim{addr: addr, pod: decided, created: row.created, until: row.until}
-	}
-	return claims
+	return owner{pod: claims[0]}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/url"
 	"sync"
 	"time"
@@ -24,35 +25,33 @@ type source struct {
 	log       *slog.Logger
 	reflector *cache.Reflector
 	fill      func(context.Context) error // lists once, without a watch
+	empty     func()                      // of an optional resource: there are no objects
 	synced    chan struct{}               // closed when the table has been filled
 
-	mu       sync.Mutex // guards the rest
-	lastErr  error      // of the list or watch that failed last; nil when the last one did not
-	routine  int        // errors in a row that the reflector handles by itself, see persist
-	heard    time.Time  // when the API server last sent an object, a list or a bookmark
-	isSynced bool
-	exists   bool            // it has been listed or watched
-	watch    watch.Interface // the latest; nil for none
-	ended    time.Time       // when attend last ended a watch
-	relist   bool            // attend wants a list
+	mu      sync.Mutex      // guards the rest
+	lastErr error           // of the list or watch that failed last; nil when the last one did not
+	routine int             // errors in a row that the reflector handles by itself, see persist
+	heard   time.Time       // when the API server last sent an object, a list or a bookmark
+	exists  bool            // it has been listed or watched
+	watch   watch.Interface // the latest; nil for none
+	ended   time.Time       // when attend last ended a watch
+	relist  bool            // attend wants a list
 }
 
 // newSource returns a source for a table of R that are parsed from T. A resource
 // that is optional counts as empty as long as the API server does not know it.
 func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optional bool,
-	rows map[ref]*R, parse func(*T) *R, changed func(before, after *R),
+	rows map[cache.ObjectName]*R, parse func(*T) *R, changed func(row *R, present bool),
 ) *source {
 	s := &source{name: name, log: r.cfg.Logger, synced: make(chan struct{})}
 	t := &table[R]{tables: r.tables, rows: rows, parse: rowOf(parse), changed: changed, heard: s.hear}
-	calls := cache.ToListerWatcherWithContext(lw)
-	missing := func(err error) {
-		if optional && apierrors.IsNotFound(err) && s.neverThere() {
-			_ = t.Replace(nil, "") // it never fails
-		}
+	if optional {
+		s.empty = func() { _ = t.Replace(nil, "") } // it never fails
 	}
+	calls := cache.ToListerWatcherWithContext(lw)
 	persistent := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (list runtime.Object, err error) {
-			err = s.persist(ctx, missing, func() error {
+			err = s.persist(ctx, func() error {
 				ctx, cancel := context.WithTimeout(ctx, listTimeout)
 				defer cancel()
 				list, err = calls.ListWithContext(ctx, o)
@@ -64,26 +63,23 @@ func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optio
 			if err := s.startWatch(o); err != nil {
 				return nil, err
 			}
-			err = s.persist(ctx, missing, func() error { w, err = calls.WatchWithContext(ctx, o); return err })
+			err = s.persist(ctx, func() error { w, err = calls.WatchWithContext(ctx, o); return err })
 			s.watches(w, err)
 			return w, err
 		},
 	}
 	s.fill = func(ctx context.Context) error {
 		list, err := calls.ListWithContext(ctx, metav1.ListOptions{})
-		if optional && apierrors.IsNotFound(err) {
-			return t.Replace(nil, "")
+		if apierrors.IsNotFound(err) && s.empty != nil {
+			s.empty()
+			return nil
 		}
 		if err != nil {
 			return advise(name, err)
 		}
-		objects, err := meta.ExtractList(list)
-		if err != nil {
+		var items []any
+		if err := meta.EachListItem(list, func(o runtime.Object) error { items = append(items, o); return nil }); err != nil {
 			return fmt.Errorf("%s: reading the list: %w", name, err)
-		}
-		items := make([]any, len(objects))
-		for i, o := range objects {
-			items[i] = o
 		}
 		return t.Replace(items, "")
 	}
@@ -112,7 +108,7 @@ const (
 func (s *source) attend(now time.Time, patience time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.isSynced || now.Sub(s.heard) <= patience || now.Sub(s.ended) <= relistPause {
+	if !closed(s.synced) || now.Sub(s.heard) <= patience || now.Sub(s.ended) <= relistPause {
 		return
 	}
 	s.ended, s.relist = now, true
@@ -145,28 +141,23 @@ func (s *source) watches(w watch.Interface, err error) {
 	}
 }
 
-// Between two tries; the longest is short enough for a person who has just
-// mended something, and long enough for an API server that a thousand nodes
-// come back to.
-const (
-	firstRetry = 500 * time.Millisecond
-	lastRetry  = 15 * time.Second
-)
+// retryDelay is short enough in the end for a person who has just repaired something, and long
+// enough for an API server that a thousand nodes come back to.
+var retryDelay = wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 0.5, Cap: 15 * time.Second, Steps: math.MaxInt}
 
 // persist repeats a call to the API server until it succeeds, ctx ends, or the
 // error is one that the reflector itself must see. A reflector left to repeat the
 // call would say nothing of a server that refuses connections, wait for up to a
 // minute, and not be stopped meanwhile (client-go v0.37, Reflector.watchList).
-func (s *source) persist(ctx context.Context, missing func(error), call func() error) error {
-	delay := firstRetry
-	for {
+func (s *source) persist(ctx context.Context, call func() error) error {
+	return retryDelay.DelayFunc().Until(ctx, true, true, func(ctx context.Context) (done bool, _ error) {
 		err := call()
 		switch {
 		case ctx.Err() != nil:
-			return err
+			return false, ctx.Err()
 		case err == nil:
 			s.succeeded()
-			return nil
+			return true, nil
 		case apierrors.IsInvalid(err), apierrors.IsResourceExpired(err), apierrors.IsGone(err), apierrors.IsTimeout(err):
 			// Streaming is not supported, or the resource version is too old or too new. That
 			// is routine, unless it does not end.
@@ -177,17 +168,11 @@ func (s *source) persist(ctx context.Context, missing func(error), call func() e
 			if lasting {
 				s.failed(err)
 			}
-			return err
+			return false, err
 		}
 		s.failed(err)
-		missing(err)
-		select {
-		case <-time.After(wait.Jitter(delay, 0.5)):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		delay = min(2*delay, lastRetry)
-	}
+		return false, nil
+	})
 }
 
 // hear notes that the API server has sent something; all says that it was
@@ -196,35 +181,25 @@ func (s *source) hear(all bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.heard = time.Now()
-	if all && !s.isSynced {
-		s.isSynced = true
+	if all && !closed(s.synced) {
 		close(s.synced)
 	}
 }
 
-func (s *source) hasSynced() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.isSynced
-}
-
-// neverThere reports whether the API server has never known the resource. One that
-// it has known, and now does not, may be a definition that is made anew.
-func (s *source) neverThere() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return !s.exists
-}
-
 // failed notes an error. The log gets each once, not once a try.
-func (s *source) failed(err error) {
-	err = advise(s.name, err)
+func (s *source) failed(cause error) {
+	err := advise(s.name, cause)
 	s.mu.Lock()
 	news := s.lastErr == nil || s.lastErr.Error() != err.Error()
 	s.lastErr = err
+	// A resource that the API server has known before may be a CRD that is replaced.
+	absent := apierrors.IsNotFound(cause) && s.empty != nil && !s.exists
 	s.mu.Unlock()
 	if news {
 		s.log.Warn("cannot watch the API server; trying again", "error", err)
+	}
+	if absent {
+		s.empty()
 	}
 }
 
@@ -261,7 +236,7 @@ func (s *source) pending() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.isSynced:
+	case closed(s.synced):
 		return nil
 	case s.lastErr != nil:
 		return s.lastErr
@@ -278,7 +253,7 @@ func (s *source) stale(now time.Time, limit time.Duration) error {
 	switch {
 	case s.lastErr != nil:
 		return s.lastErr
-	case !s.isSynced || silence <= limit:
+	case !closed(s.synced) || silence <= limit:
 		return nil
 	}
 	return fmt.Errorf("%s: the API server has sent nothing for %s, neither over a watch nor as a list: is a proxy or a firewall between?", s.name, silence.Truncate(time.Second))

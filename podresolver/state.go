@@ -12,9 +12,9 @@ import (
 // Synced is closed once every table is filled and lookups are answered.
 func (r *Resolver) Synced() <-chan struct{} { return r.synced }
 
-func (r *Resolver) isSynced() bool {
+func closed(done <-chan struct{}) bool {
 	select {
-	case <-r.synced:
+	case <-done:
 		return true
 	default:
 		return false
@@ -25,7 +25,7 @@ func (r *Resolver) isSynced() bool {
 // else an error which says what is awaited and what the API server last said about
 // it.
 func (r *Resolver) Ready() error {
-	if r.isSynced() {
+	if closed(r.synced) {
 		if r.expired.Load() {
 			return fmt.Errorf("%w:\n%w", ErrStale, r.Stale())
 		}
@@ -109,7 +109,7 @@ func (r *Resolver) Stats() Stats {
 	s := Stats{Addresses: len(r.current.Load().byAddr), Ambiguous: r.ambiguous.Load(), Lookups: r.asked.Load(), Found: r.found.Load()}
 	now := time.Now()
 	for _, source := range r.sources {
-		if !source.hasSynced() {
+		if !closed(source.synced) {
 			continue
 		}
 		s.Watches = append(s.Watches, Watch{source.name, source.silence(now)})

@@ -7,25 +7,23 @@ import (
 	"sync"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// ref is what an object is called; also a value in a namespace, where an index asks
-// for that.
-type ref struct{ namespace, name string }
-
 // The rows hold what a decision needs of an object, and no more: a cluster has tens
 // of thousands of them. They never change once they are in a table.
 type (
 	podRow struct {
-		ref
-		uid         string
-		created     time.Time
-		started     time.Time // see Pod.Started
-		until       time.Time // see claim
+		cache.ObjectName
+		uid     string
+		created time.Time
+		started time.Time // see Pod.Started
+		// until is the end of a terminating pod's grace period, which deletionTimestamp
+		// includes; zero for other pods. After it the address may have been given to
+		// another pod, although a finalizer keeps this object.
+		until       time.Time
 		labels      map[string]string
 		addrs       []netip.Addr // of its status
 		void        string       // why it holds none of addrs; "" if it holds them
@@ -35,7 +33,7 @@ type (
 		workloadIdentity string
 	}
 	identityRow struct {
-		ref
+		cache.ObjectName
 		kind                 aadpodidentity.IdentityType
 		clientID, resourceID string     // lower case
 		namespaced           bool       // by its annotation
@@ -43,17 +41,17 @@ type (
 		principal            *Principal // nil for a managed identity
 	}
 	bindingRow struct {
-		ref
+		cache.ObjectName
 		identity, selector string
 		created            int64 // Unix time
 	}
 	exceptionRow struct {
-		ref
+		cache.ObjectName
 		labels map[string]string
 	}
 	assignedRow struct {
-		ref
-		pod      ref
+		cache.ObjectName
+		pod      cache.ObjectName
 		binding  bindingRow // as it was when MIC made the assignment
 		identity identityRow
 		ready    bool // its state says that the identity is on the node
@@ -61,154 +59,134 @@ type (
 	}
 )
 
+func (p *podRow) terminating() bool { return !p.until.IsZero() }
+
+// expired reports whether the grace period of a terminating pod has ended.
+func (p *podRow) expired(now time.Time) bool { return p.terminating() && !p.until.After(now) }
+
+// claimed are the addresses that the pod claims to hold.
+func (p *podRow) claimed() []netip.Addr {
+	if p.void != "" {
+		return nil // they are another pod's or the node's
+	}
+	return p.addrs
+}
+
+// selectorKey is a binding's selector, or the label that it matches, in a namespace.
+type selectorKey struct{ namespace, selector string }
+
+// multimap is an index: values by a key that several have.
+type multimap[K comparable, V any] map[K][]*V
+
+// set adds a value or removes it.
+func (m multimap[K, V]) set(key K, value *V, present bool) {
+	if present {
+		m[key] = append(m[key], value)
+		return
+	}
+	if rest := slices.DeleteFunc(m[key], func(v *V) bool { return v == value }); len(rest) > 0 {
+		m[key] = rest
+	} else {
+		delete(m, key)
+	}
+}
+
 // tables are the objects, indexed by what decisions ask for, and the pods for
 // which a decision must be taken anew.
 type tables struct {
 	mu sync.Mutex // guards all of them
 
-	pods       map[ref]*podRow
-	identities map[ref]*identityRow
-	bindings   map[ref]*bindingRow
-	exceptions map[ref]*exceptionRow
-	assigned   map[ref]*assignedRow
+	pods       map[cache.ObjectName]*podRow
+	identities map[cache.ObjectName]*identityRow
+	bindings   map[cache.ObjectName]*bindingRow
+	exceptions map[cache.ObjectName]*exceptionRow
+	assigned   map[cache.ObjectName]*assignedRow
 
-	podsByLabel        map[ref]map[ref]struct{} // by the value of BindingLabel, see key
-	bindingsBySelector map[ref][]*bindingRow    // see key
-	bindingsByIdentity map[ref][]*bindingRow
-	exceptionsByNS     map[string][]*exceptionRow
-	assignedByPod      map[ref][]*assignedRow
+	podsByLabel        multimap[selectorKey, podRow] // by the value of BindingLabel
+	bindingsBySelector multimap[selectorKey, bindingRow]
+	bindingsByIdentity multimap[cache.ObjectName, bindingRow]
+	exceptionsByNS     multimap[string, exceptionRow]
+	assignedByPod      multimap[cache.ObjectName, assignedRow]
 
 	acrossNamespaces bool // bindings match pods of other namespaces
 
-	dirty map[ref]struct{} // pods
-	wake  chan struct{}    // of capacity 1: something is dirty
+	dirty map[cache.ObjectName]struct{} // pods
+	wake  chan struct{}                 // of capacity 1: something is dirty
 }
 
 func newTables(acrossNamespaces bool) *tables {
 	return &tables{
-		pods:               make(map[ref]*podRow),
-		identities:         make(map[ref]*identityRow),
-		bindings:           make(map[ref]*bindingRow),
-		exceptions:         make(map[ref]*exceptionRow),
-		assigned:           make(map[ref]*assignedRow),
-		podsByLabel:        make(map[ref]map[ref]struct{}),
-		bindingsBySelector: make(map[ref][]*bindingRow),
-		bindingsByIdentity: make(map[ref][]*bindingRow),
-		exceptionsByNS:     make(map[string][]*exceptionRow),
-		assignedByPod:      make(map[ref][]*assignedRow),
+		pods:               make(map[cache.ObjectName]*podRow),
+		identities:         make(map[cache.ObjectName]*identityRow),
+		bindings:           make(map[cache.ObjectName]*bindingRow),
+		exceptions:         make(map[cache.ObjectName]*exceptionRow),
+		assigned:           make(map[cache.ObjectName]*assignedRow),
+		podsByLabel:        make(multimap[selectorKey, podRow]),
+		bindingsBySelector: make(multimap[selectorKey, bindingRow]),
+		bindingsByIdentity: make(multimap[cache.ObjectName, bindingRow]),
+		exceptionsByNS:     make(multimap[string, exceptionRow]),
+		assignedByPod:      make(multimap[cache.ObjectName, assignedRow]),
 		acrossNamespaces:   acrossNamespaces,
-		dirty:              make(map[ref]struct{}),
+		dirty:              make(map[cache.ObjectName]struct{}),
 		wake:               make(chan struct{}, 1),
 	}
 }
 
 // key is where a selector meets the labels that it can match.
-func (t *tables) key(namespace, selector string) ref {
+func (t *tables) key(namespace, selector string) selectorKey {
 	if t.acrossNamespaces {
 		namespace = ""
 	}
-	return ref{namespace, selector}
+	return selectorKey{namespace, selector}
 }
 
-func (t *tables) markPod(pod ref) { t.dirty[pod] = struct{}{} }
-
-func (t *tables) markLabel(key ref) {
-	for pod := range t.podsByLabel[key] {
-		t.markPod(pod)
-	}
-}
-
-// The changed… functions keep the indexes and mark the pods that a change of one
-// row bears on. before is nil for a new row, after for one that is gone.
-
-func (t *tables) changedPod(before, after *podRow) {
-	if before != nil {
-		t.markPod(before.ref)
-		key := t.key(before.namespace, before.labels[aadpodidentity.BindingLabel])
-		if delete(t.podsByLabel[key], before.ref); len(t.podsByLabel[key]) == 0 {
-			delete(t.podsByLabel, key)
-		}
-	}
-	if after != nil {
-		t.markPod(after.ref)
-		key := t.key(after.namespace, after.labels[aadpodidentity.BindingLabel])
-		if t.podsByLabel[key] == nil {
-			t.podsByLabel[key] = make(map[ref]struct{})
-		}
-		t.podsByLabel[key][after.ref] = struct{}{}
+func (t *tables) markLabel(key selectorKey) {
+	for _, pod := range t.podsByLabel[key] {
+		t.dirty[pod.ObjectName] = struct{}{}
 	}
 }
 
-func (t *tables) changedBinding(before, after *bindingRow) {
-	if before != nil {
-		key := t.key(before.namespace, before.selector)
-		t.markLabel(key)
-		without(t.bindingsBySelector, key, before)
-		without(t.bindingsByIdentity, ref{before.namespace, before.identity}, before)
-	}
-	if after != nil {
-		key := t.key(after.namespace, after.selector)
-		t.markLabel(key)
-		t.bindingsBySelector[key] = append(t.bindingsBySelector[key], after)
-		identity := ref{after.namespace, after.identity}
-		t.bindingsByIdentity[identity] = append(t.bindingsByIdentity[identity], after)
+// The changed… functions keep the indexes, and mark the pods that a change bears on.
+// They are called for what a row was before, then for what it is after.
+
+func (t *tables) changedPod(pod *podRow, present bool) {
+	t.dirty[pod.ObjectName] = struct{}{}
+	t.podsByLabel.set(t.key(pod.Namespace, pod.labels[aadpodidentity.BindingLabel]), pod, present)
+}
+
+func (t *tables) changedBinding(b *bindingRow, present bool) {
+	key := t.key(b.Namespace, b.selector)
+	t.markLabel(key)
+	t.bindingsBySelector.set(key, b, present)
+	t.bindingsByIdentity.set(cache.NewObjectName(b.Namespace, b.identity), b, present)
+}
+
+func (t *tables) changedIdentity(id *identityRow, _ bool) {
+	for _, b := range t.bindingsByIdentity[id.ObjectName] {
+		t.markLabel(t.key(b.Namespace, b.selector))
 	}
 }
 
-func (t *tables) changedIdentity(before, after *identityRow) {
-	row := after
-	if row == nil {
-		row = before
-	}
-	for _, b := range t.bindingsByIdentity[row.ref] {
-		t.markLabel(t.key(b.namespace, b.selector))
-	}
-}
-
-func (t *tables) changedException(before, after *exceptionRow) {
-	namespace := ""
-	if before != nil {
-		namespace = before.namespace
-		without(t.exceptionsByNS, namespace, before)
-	}
-	if after != nil {
-		namespace = after.namespace
-		t.exceptionsByNS[namespace] = append(t.exceptionsByNS[namespace], after)
-	}
+func (t *tables) changedException(e *exceptionRow, present bool) {
+	t.exceptionsByNS.set(e.Namespace, e, present)
 	for pod := range t.pods { // this node's: some hundreds at most
-		if pod.namespace == namespace {
-			t.markPod(pod)
+		if pod.Namespace == e.Namespace {
+			t.dirty[pod] = struct{}{}
 		}
 	}
 }
 
-func (t *tables) changedAssigned(before, after *assignedRow) {
-	if before != nil {
-		t.markPod(before.pod)
-		without(t.assignedByPod, before.pod, before)
-	}
-	if after != nil {
-		t.markPod(after.pod)
-		t.assignedByPod[after.pod] = append(t.assignedByPod[after.pod], after)
-	}
-}
-
-// without removes a row from a list in an index.
-func without[K comparable, R any](index map[K][]*R, key K, row *R) {
-	rest := slices.DeleteFunc(index[key], func(r *R) bool { return r == row })
-	if len(rest) == 0 {
-		delete(index, key)
-		return
-	}
-	index[key] = rest
+func (t *tables) changedAssigned(a *assignedRow, present bool) {
+	t.dirty[a.pod] = struct{}{}
+	t.assignedByPod.set(a.pod, a, present)
 }
 
 // table is one kind of rows as a store for a reflector to fill.
 type table[R any] struct {
 	tables  *tables
-	rows    map[ref]*R
+	rows    map[cache.ObjectName]*R
 	parse   func(object any) *R // nil for what is not of this table
-	changed func(before, after *R)
+	changed func(row *R, present bool)
 	heard   func(synced bool) // called for whatever the API server sends; synced with a whole list
 }
 
@@ -216,7 +194,7 @@ var _ cache.TransformingStore = (*table[podRow])(nil)
 
 // set puts a row in its place, or takes it away if it is nil. A row that is the
 // same as before changes nothing.
-func (t *table[R]) set(key ref, row *R) {
+func (t *table[R]) set(key cache.ObjectName, row *R) {
 	before := t.rows[key]
 	switch {
 	case row == nil && before == nil, row != nil && before != nil && reflect.DeepEqual(*row, *before):
@@ -226,7 +204,12 @@ func (t *table[R]) set(key ref, row *R) {
 	default:
 		t.rows[key] = row
 	}
-	t.changed(before, row)
+	if before != nil {
+		t.changed(before, false)
+	}
+	if row != nil {
+		t.changed(row, true)
+	}
 }
 
 func (t *table[R]) update(change func()) error {
@@ -270,7 +253,7 @@ func (t *table[R]) Delete(obj any) error {
 
 // Replace implements cache.ReflectorStore. What is as it was stays untouched.
 func (t *table[R]) Replace(list []any, _ string) error {
-	fresh := make(map[ref]*R, len(list))
+	fresh := make(map[cache.ObjectName]*R, len(list))
 	for _, obj := range list {
 		if key, ok := keyOf(obj); ok {
 			fresh[key] = t.parse(obj)
@@ -311,21 +294,16 @@ func (t *table[R]) Transformer() cache.TransformFunc {
 
 // gathered is a row on its way from a list to its table.
 type gathered struct {
-	ref
+	cache.ObjectName
 	row any
 }
 
-func keyOf(obj any) (ref, bool) {
-	switch obj := obj.(type) {
-	case *gathered:
-		return obj.ref, true
-	case cache.DeletedFinalStateUnknown:
-		namespace, name, err := cache.SplitMetaNamespaceKey(obj.Key)
-		return ref{namespace, name}, err == nil
-	case metav1.Object:
-		return ref{obj.GetNamespace(), obj.GetName()}, true
+func keyOf(obj any) (cache.ObjectName, bool) {
+	if item, ok := obj.(*gathered); ok {
+		return item.ObjectName, true
 	}
-	return ref{}, false
+	name, err := cache.DeletionHandlingObjectToName(obj)
+	return name, err == nil
 }
 
 // rowOf makes a parse function out of one for a type.

@@ -2,6 +2,7 @@ package podresolver
 
 import (
 	"context"
+	"maps"
 	"net/netip"
 	"sync/atomic"
 	"testing"
@@ -13,11 +14,10 @@ import (
 
 // snapshotOf is one in which each address is a pod's.
 func snapshotOf(pods map[netip.Addr]*Pod) *snapshot {
-	var claims []claim
 	for addr, pod := range pods {
-		claims = append(claims, claim{addr: addr, pod: pod})
+		pod.row = &podRow{addrs: []netip.Addr{addr}}
 	}
-	s, _ := newSnapshot(claims, time.Now())
+	s, _ := newSnapshot(maps.Values(pods), time.Now())
 	return s
 }
 

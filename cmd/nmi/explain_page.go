@@ -35,7 +35,7 @@ func (e *explainer) explain(pod string) (string, error) {
 	}
 	if decision.Refusal != nil {
 		decision.Answer = proxy.Answer(decision.Refusal)
-	} else if slices.ContainsFunc(decision.Identities, podresolver.Identity.Managed) {
+	} else if slices.ContainsFunc(decision.Identities, func(id podresolver.Identity) bool { return id.Principal == nil }) {
 		decision.Reasons = append(decision.Reasons, "what is bound here counts only if the node has it: where an identity is not assigned to its virtual machine (scale set), IMDS refuses the token, and the agent's log quotes it")
 	}
 	return decision.String(), nil

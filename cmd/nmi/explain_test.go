@@ -135,7 +135,7 @@ var situations = map[string]situation{
 	"two pods with one address": {
 		objects: []runtime.Object{aPod(), aPod(named("q"))}, answer: "503 temporarily_unavailable: The address is claimed by more than one pod",
 		log:     []string{"several live pods claim this address", "shop/p", "shop/q"},
-		explain: []string{"would get", "several live pods claim this address: shop/", "both hold " + podAddr},
+		explain: []string{"would get", "several live pods claim this address: shop/", "both claim " + podAddr},
 	},
 	"an address that is a younger pod's": {
 		objects: []runtime.Object{aPod(deleted(time.Hour)), aPod(named("q"))}, answer: "200 " + cartID, // q's

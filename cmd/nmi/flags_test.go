@@ -202,7 +202,7 @@ func TestWarningsAboutFlags(t *testing.T) {
 // TestExplainTakesWhatDecides: nmi explain must be able to decide as the agent does.
 func TestExplainTakesWhatDecides(t *testing.T) {
 	flags := explainCommand(newConfig()).Flags()
-	for _, name := range []string{"operation-mode", "forceNamespaced", "MICNamespace", podresolver.DenyIdentityFlag, podresolver.ExceptionNamespacesFlag, "strict-identity-selection"} {
+	for _, name := range []string{"operation-mode", "forceNamespaced", "MICNamespace", "deny-identity", "exception-namespaces", "strict-identity-selection"} {
 		assert.NotNil(t, flags.Lookup(name), name)
 	}
 }

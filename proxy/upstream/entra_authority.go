@@ -19,10 +19,6 @@ var microsoftAuthorities = []string{
 	"login.sovcloud-identity.fr", "login.sovcloud-identity.de", "login.sovcloud-identity.sg",
 }
 
-// AuthorityFlag is the name of the flag that Config.Authorities comes from; errors
-// name it.
-const AuthorityFlag = "entra-authority"
-
 // ParseAuthority returns the host of an authority, with its port if that is not
 // 443. It takes https://host[:port], with or without a slash at its end, or the
 // host alone.
@@ -52,7 +48,7 @@ func (e *entra) allowed(authority string) (host string, err error) {
 		return "", fmt.Errorf("the identity's adEndpoint %w", err)
 	}
 	if !e.hosts[host] {
-		return "", fmt.Errorf("the identity's adEndpoint %.200q is neither one of Microsoft's nor named by --%s, so that nothing is sent there", authority, AuthorityFlag)
+		return "", fmt.Errorf("the identity's adEndpoint %.200q is neither one of Microsoft's nor named by --entra-authority, so that nothing is sent there", authority)
 	}
 	return host, nil
 }

@@ -69,7 +69,7 @@ func (x *exchange) refusal(now time.Time) *Error {
 type strayError struct{ to string }
 
 func (e *strayError) Error() string {
-	return fmt.Sprintf("Entra's own configuration leads to %.200s, where nothing is sent: it is neither one of Microsoft's authorities nor named by --%s", e.to, AuthorityFlag)
+	return fmt.Sprintf("Entra's own configuration leads to %.200s, where nothing is sent: it is neither one of Microsoft's authorities nor named by --entra-authority", e.to)
 }
 
 // NonRetriable tells azcore to leave it at that.
