@@ -14,8 +14,65 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// What is kept of each object. A string that was decoded has memory of its own, so
-// that keeping one does not keep the object.
+// The rows hold what a decision needs of an object, and no more: a cluster has tens
+// of thousands of them. They never change once they are in a table.
+type (
+	podRow struct {
+		cache.ObjectName
+		uid     string
+		created time.Time
+		started time.Time // see Pod.Started
+		// until is the end of a terminating pod's grace period, which deletionTimestamp
+		// includes; zero for other pods. After it the address may have been given to
+		// another pod, although a finalizer keeps this object.
+		until       time.Time
+		labels      map[string]string
+		addrs       []netip.Addr // of its status
+		void        string       // why it holds none of addrs; "" if it holds them
+		mic         bool         // it is MIC's own, see micPod
+		hostNetwork bool
+		// workloadIdentity is why its SDKs do not ask IMDS; "" if they do.
+		workloadIdentity string
+	}
+	identityRow struct {
+		cache.ObjectName
+		kind                 aadpodidentity.IdentityType
+		clientID, resourceID string     // lower case
+		namespaced           bool       // by its annotation
+		unreadable           string     // see aadpodidentity
+		principal            *Principal // nil for a managed identity
+	}
+	bindingRow struct {
+		cache.ObjectName
+		identity, selector string
+		created            int64 // Unix time
+	}
+	exceptionRow struct {
+		cache.ObjectName
+		labels map[string]string
+	}
+	assignedRow struct {
+		cache.ObjectName
+		pod      cache.ObjectName
+		binding  bindingRow // as it was when MIC made the assignment
+		identity identityRow
+		ready    bool // its state says that the identity is on the node
+		coming   bool // its state says that it will be
+	}
+)
+
+func (p *podRow) terminating() bool { return !p.until.IsZero() }
+
+// expired reports whether the grace period of a terminating pod has ended.
+func (p *podRow) expired(now time.Time) bool { return p.terminating() && !p.until.After(now) }
+
+// claimed are the addresses that the pod claims to hold.
+func (p *podRow) claimed() []netip.Addr {
+	if p.void != "" {
+		return nil // they are another pod's or the node's
+	}
+	return p.addrs
+}
 
 // podRowFor returns the parser for the pods of one node. The API server filters by
 // node already; this is for one that does not.
