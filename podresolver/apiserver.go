@@ -17,21 +17,20 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Sources are where objects come from: what can be listed and watched. Options
-// that a Resolver gives narrow what a source lists, and never widen it.
+// Sources list and watch the objects that a Resolver needs. The options that it passes must
+// narrow what a source lists, and never widen it.
 type Sources struct {
 	Pods       cache.ListerWatcher // of one node
 	Identities cache.ListerWatcher
 	Bindings   cache.ListerWatcher
 	Exceptions cache.ListerWatcher
-	Assigned   cache.ListerWatcher // to pods of that node; not needed in Managed mode
+	Assigned   cache.ListerWatcher // to pods of that node; nil in Managed mode
 }
 
-// FromAPIServer returns sources for the pods of a node. Nothing is sent yet.
+// FromAPIServer returns Sources for the pods of a node. It sends nothing yet.
 //
-// The clients decode into the types that are needed, and no others: those for all
-// of Kubernetes, or for objects of any type, cost more memory than everything that
-// is stored in the end.
+// The clients know only the types that are needed: a clientset or a dynamic client costs more
+// memory than all objects that are stored.
 func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 	pods, err := client(config, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf, corev1.AddToScheme)
 	if err != nil {
@@ -50,31 +49,31 @@ func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 			}
 			o.FieldSelector += onNode
 		}),
-		Identities: newListing(custom, aadpodidentity.AzureIdentities, "AzureIdentity", "", identityParts, identityRowOf),
-		Bindings: newListing(custom, aadpodidentity.AzureIdentityBindings, "AzureIdentityBinding", "",
-			func(o *aadpodidentity.AzureIdentityBinding) decodeInto {
-				return decodeInto{meta: &o.ObjectMeta, spec: &o.Spec}
-			}, bindingRowOf),
-		Exceptions: newListing(custom, aadpodidentity.AzurePodIdentityExceptions, "AzurePodIdentityException", "",
-			func(o *aadpodidentity.AzurePodIdentityException) decodeInto {
-				return decodeInto{meta: &o.ObjectMeta, spec: &o.Spec}
-			}, exceptionRowOf),
-		Assigned: newListing(custom, aadpodidentity.AzureAssignedIdentities, "AzureAssignedIdentity", assignedOnNode,
-			func(o *aadpodidentity.AzureAssignedIdentity) decodeInto {
-				return decodeInto{&o.ObjectMeta, &o.Spec, &o.Status}
-			}, assignedRowFor(node)),
+		Identities: newListStream(custom, aadpodidentity.AzureIdentities, "AzureIdentity", "", identityTargets, newIdentityInfo),
+		Bindings: newListStream(custom, aadpodidentity.AzureIdentityBindings, "AzureIdentityBinding", "",
+			func(o *aadpodidentity.AzureIdentityBinding) decodeTargets {
+				return decodeTargets{meta: &o.ObjectMeta, spec: &o.Spec}
+			}, newBindingInfo),
+		Exceptions: newListStream(custom, aadpodidentity.AzurePodIdentityExceptions, "AzurePodIdentityException", "",
+			func(o *aadpodidentity.AzurePodIdentityException) decodeTargets {
+				return decodeTargets{meta: &o.ObjectMeta, spec: &o.Spec}
+			}, newExceptionInfo),
+		Assigned: newListStream(custom, aadpodidentity.AzureAssignedIdentities, "AzureAssignedIdentity", assignedOnNode,
+			func(o *aadpodidentity.AzureAssignedIdentity) decodeTargets {
+				return decodeTargets{&o.ObjectMeta, &o.Spec, &o.Status}
+			}, assignmentInfoFor(node)),
 	}, nil
 }
 
-func identityParts(o *aadpodidentity.AzureIdentity) decodeInto {
-	return decodeInto{meta: &o.ObjectMeta, spec: &o.Spec}
+func identityTargets(o *aadpodidentity.AzureIdentity) decodeTargets {
+	return decodeTargets{meta: &o.ObjectMeta, spec: &o.Spec}
 }
 
 // client returns a REST client for one group and version.
 func client(config *rest.Config, version schema.GroupVersion, path, contentType string, addToScheme func(*runtime.Scheme) error) (*rest.RESTClient, error) {
 	scheme := runtime.NewScheme()
 	if err := addToScheme(scheme); err != nil {
-		return nil, fmt.Errorf("types of %s: %w", version, err)
+		return nil, fmt.Errorf("adding the types of %s: %w", version, err)
 	}
 	c := rest.CopyConfig(config)
 	c.GroupVersion = &version
@@ -83,12 +82,12 @@ func client(config *rest.Config, version schema.GroupVersion, path, contentType 
 	c.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	out, err := rest.RESTClientFor(c)
 	if err != nil {
-		return nil, fmt.Errorf("client for %s: %w", version, err)
+		return nil, fmt.Errorf("creating a client for %s: %w", version, err)
 	}
 	return out, nil
 }
 
-// NodeOf asks the API server which node a pod is on.
+// NodeOf returns the name of the node that a pod is on, from the API server.
 func NodeOf(ctx context.Context, config *rest.Config, namespace, podName string) (string, error) {
 	c, err := client(config, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf, corev1.AddToScheme)
 	if err != nil {
@@ -100,11 +99,11 @@ func NodeOf(ctx context.Context, config *rest.Config, namespace, podName string)
 		Do(ctx).Into(&list)
 	switch {
 	case err != nil:
-		return "", advise("pods", err)
+		return "", explainAPIError("pods", err)
 	case len(list.Items) == 0:
-		return "", fmt.Errorf("%s/%s: there is no such pod", namespace, podName)
+		return "", fmt.Errorf("pod %s/%s not found", namespace, podName)
 	case list.Items[0].Spec.NodeName == "":
-		return "", fmt.Errorf("%s/%s is on no node yet", namespace, podName)
+		return "", fmt.Errorf("pod %s/%s is not scheduled to a node yet", namespace, podName)
 	}
 	return list.Items[0].Spec.NodeName, nil
 }

@@ -89,7 +89,7 @@ func TestAThousandRequestsWaitForOneAssignment(t *testing.T) {
 			time.Sleep(time.Second)
 			w.Add(makes("Assigned"))
 		}()
-		took := together(func() {
+		took := concurrently(func() {
 			id, _, err := w.ask(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
 			if assert.NoError(t, err) {
 				assert.Equal(t, podresolver.GUID("c1"), id.ClientID)

@@ -110,7 +110,7 @@ func (w *world) name(addr netip.Addr) string {
 }
 
 // together calls do a thousand times at once, and says how long that took.
-func together(do func()) time.Duration {
+func concurrently(do func()) time.Duration {
 	begin := time.Now()
 	var wg sync.WaitGroup
 	for range 1000 {
@@ -303,5 +303,5 @@ func (g *gate) lookups() (asked []string) {
 
 func TestANodeIsNeeded(t *testing.T) {
 	_, err := podresolver.New(podresolver.Sources{}, podresolver.Config{})
-	assert.ErrorContains(t, err, "the node's name")
+	assert.ErrorContains(t, err, "the name of the node is required")
 }

@@ -11,9 +11,9 @@ import (
 
 // filled is a resolver that knows n pods of two identities each, and as many
 // identities of others.
-func filled(tb testing.TB, cfg Config, n, others int) *driven {
+func filled(tb testing.TB, cfg Config, n, others int) *harness {
 	tb.Helper()
-	world := drive(tb, cfg,
+	world := newHarness(tb, cfg,
 		identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0), identity("j", guid("c-2"), path("/r/2")), binding("c", "x", "j", 0))
 	for i := range others {
 		name := fmt.Sprint("other-", i)
@@ -100,25 +100,25 @@ func TestAnEventTouchesItsOwnPodsOnly(t *testing.T) {
 // and those that follow until it has looked do so no more.
 func TestAStormBeforeADecisionIsOneDecision(t *testing.T) {
 	world := filled(t, Config{}, 250, 0)
-	<-world.tables.wake
+	<-world.objects.wake
 	for i := range 1000 {
 		name := fmt.Sprint("n", i)
 		world.put(binding(name, "x", "i", time.Duration(i)*time.Second))
 	}
-	require.Len(t, world.tables.wake, 1)
-	<-world.tables.wake
-	assert.Len(t, world.tables.dirty, 250)
+	require.Len(t, world.objects.wake, 1)
+	<-world.objects.wake
+	assert.Len(t, world.objects.dirty, 250)
 	world.update()
-	assert.Empty(t, world.tables.dirty)
+	assert.Empty(t, world.objects.dirty)
 	assert.Equal(t, "n999", world.current.Load().byAddr[addr].pod.identities[0].Binding, "the oldest")
 }
 
 func TestWhatBearsOnNobodyWakesNobody(t *testing.T) {
 	world := filled(t, Config{}, 10, 0)
-	<-world.tables.wake
+	<-world.objects.wake
 	world.put(identity("unbound", guid("c"), ""), binding("elsewhere", "y", "i", 0), in("bank", exception("e", nil)))
 	world.put(identity("i", guid("c-1"), path("/r/1")), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // as they are
-	assert.Empty(t, world.tables.wake)
+	assert.Empty(t, world.objects.wake)
 }
 
 func BenchmarkResolve(b *testing.B) {

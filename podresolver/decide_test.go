@@ -13,7 +13,7 @@ import (
 )
 
 func TestWhichIdentityAPodGets(t *testing.T) {
-	world := drive(t, Config{},
+	world := newHarness(t, Config{},
 		identity("old", guid("C-OLD"), path("/subscriptions/S/old")),
 		identity("new", guid("c-new"), path("/subscriptions/s/new")),
 		identity("by-resource", "", path("/subscriptions/s/by-resource")),
@@ -45,10 +45,10 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 		"names one by client ID":                    {"cart", Selector{ClientID: guid("c-new")}, "new", ""},
 		"names one in another case":                 {"cart", Selector{ClientID: guid("c-OLD")}, "old", ""},
 		"names one by resource ID in another case":  {"cart", Selector{ResourceID: path("/SUBSCRIPTIONS/s/New")}, "new", ""},
-		"names one that is not bound to it":         {"resource", Selector{ClientID: guid("c-old")}, "", "none of the 1 bound"},
-		"an empty client ID is not a wildcard":      {"resource", Selector{ResourceID: path("/other")}, "", "none of the 1 bound"},
-		"an object ID is never the default":         {"cart", Selector{ObjectID: "o"}, "", "none of the 2 bound"},
-		"an object ID is not beside the point":      {"cart", Selector{ClientID: guid("c-new"), ObjectID: "o"}, "", "none of the 2 bound"},
+		"names one that is not bound to it":         {"resource", Selector{ClientID: guid("c-old")}, "", "none of those bound to it"},
+		"an empty client ID is not a wildcard":      {"resource", Selector{ResourceID: path("/other")}, "", "none of those bound to it"},
+		"an object ID is never the default":         {"cart", Selector{ObjectID: "o"}, "", "none of those bound to it"},
+		"an object ID is not beside the point":      {"cart", Selector{ClientID: guid("c-new"), ObjectID: "o"}, "", "none of those bound to it"},
 		"identity known by its resource ID alone":   {"resource", Selector{}, "by-resource", ""},
 		"selector differs in case":                  {"Cart", Selector{}, "", `no AzureIdentityBinding in namespace "shop" has the selector "Cart"`},
 		"no label":                                  {"", Selector{}, "", `it has no label "aadpodidbinding"`},
@@ -57,7 +57,7 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 		"one of two bindings is broken":             {"half", Selector{}, "new", ""},
 		"a binding of another namespace":            {"bank-only", Selector{}, "", `in namespace "shop" has the selector "bank-only"`},
 		"an identity of another namespace":          {"abroad", Selector{}, "", `AzureIdentity "vault", which does not exist`},
-		"not what another namespace gives by name":  {"cart", Selector{ClientID: guid("c-vault")}, "", "none of the 2 bound"},
+		"not what another namespace gives by name":  {"cart", Selector{ClientID: guid("c-vault")}, "", "none of those bound to it"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := world.of(newPod("cart-0", "", tc.label)).Identity(tc.want)
@@ -73,7 +73,7 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 }
 
 func TestTwoBindingsOfOneIdentityCountOnce(t *testing.T) {
-	p := drive(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", time.Hour), binding("a", "x", "i", 0)).of(newPod("p", "", "x"))
+	p := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", time.Hour), binding("a", "x", "i", 0)).of(newPod("p", "", "x"))
 	require.Len(t, p.identities, 1)
 	assert.Equal(t, "b", p.identities[0].Binding, "the older one is said to give it")
 }
@@ -84,18 +84,18 @@ func TestTheOrderDoesNotDependOnThatOfEvents(t *testing.T) {
 		binding("b", "x", "i", 0), binding("a", "x", "j", 0), binding("z", "x", "k", time.Second),
 	}
 	for range len(all) {
-		p := drive(t, Config{}, all...).of(newPod("p", "", "x"))
+		p := newHarness(t, Config{}, all...).of(newPod("p", "", "x"))
 		assert.Equal(t, []string{"k", "j", "i"}, names(p.identities))
 		all = slices.Concat(all[1:], all[:1])
 	}
 }
 
 func TestStrictSelectionRefusesToChoose(t *testing.T) {
-	world := drive(t, Config{StrictSelection: true},
+	world := newHarness(t, Config{StrictSelection: true},
 		identity("i", guid("c1"), ""), identity("j", guid("c2"), ""),
 		binding("a", "two", "i", 0), binding("b", "two", "j", 0), binding("c", "one", "i", 0))
 	_, err := world.of(newPod("p", "", "two")).Identity(Selector{})
-	require.ErrorIs(t, err, ErrSeveral)
+	require.ErrorIs(t, err, ErrMultipleIdentities)
 	got, err := world.of(newPod("p", "", "two")).Identity(Selector{ClientID: guid("C2")})
 	require.NoError(t, err)
 	assert.Equal(t, "j", got.Name)
@@ -108,7 +108,7 @@ func TestAnEmptyLabelValueMatchesNoEmptySelector(t *testing.T) {
 	pod := newPod("p", "", "")
 	pod.Labels = map[string]string{aadpodidentity.BindingLabel: ""}
 	for _, mode := range []Mode{Managed, Standard} {
-		p := drive(t, Config{Mode: mode}, identity("i", guid("c"), ""), binding("a", "", "i", 0)).of(pod)
+		p := newHarness(t, Config{Mode: mode}, identity("i", guid("c"), ""), binding("a", "", "i", 0)).of(pod)
 		_, err := p.Identity(Selector{})
 		assert.ErrorIs(t, err, ErrNoIdentity)
 	}
@@ -117,16 +117,16 @@ func TestAnEmptyLabelValueMatchesNoEmptySelector(t *testing.T) {
 func TestAnIdentityThatCannotBeReadSaysWhy(t *testing.T) {
 	odd := identity("odd", "", "")
 	odd.Spec.Unreadable = "type: not a number"
-	_, err := drive(t, Config{}, odd, binding("b", "x", "odd", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err := newHarness(t, Config{}, odd, binding("b", "x", "odd", 0)).of(newPod("p", "", "x")).Identity(Selector{})
 	require.ErrorIs(t, err, ErrNoIdentity)
-	assert.ErrorContains(t, err, `AzureIdentity "odd", which cannot be read: type: not a number`)
+	assert.ErrorContains(t, err, `AzureIdentity "odd", which is malformed: type: not a number`)
 }
 
 func TestADecisionIsAllThatARequestNeeds(t *testing.T) {
 	sp := identity("sp", guid("C1"), path("/R/1"))
 	sp.Spec.Type = aadpodidentity.ServicePrincipal
 	sp.Spec.TenantID, sp.Spec.ClientPassword.Name = "t", "s"
-	id, err := drive(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	id, err := newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
 	require.NoError(t, err)
 	assert.Equal(t, Identity{
 		Namespace: "shop", Name: "sp", Type: aadpodidentity.ServicePrincipal,

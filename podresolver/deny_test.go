@@ -52,35 +52,35 @@ func TestDenyList(t *testing.T) {
 		why                string // "" if it is given
 	}{
 		"nothing denied, odd spellings":        {"", braces, "", "is not a GUID"},
-		"client ID":                            {kubeletClient, kubeletClient, "", "has client ID " + kubeletClient + ", withheld by --deny-identity"},
-		"client ID in another case":            {kubeletClient, strings.ToUpper(kubeletClient), "", "withheld by --deny-identity"},
-		"client ID beside another resource ID": {kubeletClient, kubeletClient, cartResource, "withheld by --deny-identity"},
-		"resource ID":                          {kubeletResource, "", kubeletResource, "has resource ID " + strings.ToLower(kubeletResource) + ", withheld by --deny-identity"},
-		"resource ID in another case":          {kubeletResource, "", strings.ToUpper(kubeletResource), "withheld by --deny-identity"},
-		"resource ID beside another client ID": {kubeletResource, cartClient, kubeletResource, "withheld by --deny-identity"},
-		"the second of the list":               {cartClient + " " + kubeletClient, kubeletClient, "", "withheld by --deny-identity"},
+		"client ID":                            {kubeletClient, kubeletClient, "", "has client ID " + kubeletClient + ", denied by --deny-identity"},
+		"client ID in another case":            {kubeletClient, strings.ToUpper(kubeletClient), "", "denied by --deny-identity"},
+		"client ID beside another resource ID": {kubeletClient, kubeletClient, cartResource, "denied by --deny-identity"},
+		"resource ID":                          {kubeletResource, "", kubeletResource, "has resource ID " + strings.ToLower(kubeletResource) + ", denied by --deny-identity"},
+		"resource ID in another case":          {kubeletResource, "", strings.ToUpper(kubeletResource), "denied by --deny-identity"},
+		"resource ID beside another client ID": {kubeletResource, cartClient, kubeletResource, "denied by --deny-identity"},
+		"the second of the list":               {cartClient + " " + kubeletClient, kubeletClient, "", "denied by --deny-identity"},
 		"another identity":                     {kubeletClient + " " + kubeletResource, cartClient, cartResource, ""},
 		"its other ID alone, the client ID":    {kubeletResource, kubeletClient, "", ""}, // nobody can know, as documented
 		"its other ID alone, the resource ID":  {kubeletClient, "", kubeletResource, ""}, // CheckToken will know
 		"a GUID in braces":                     {kubeletClient, braces, "", "is not a GUID"},
 		"a GUID without hyphens":               {kubeletClient, strings.ReplaceAll(kubeletClient, "-", ""), "", "is not a GUID"},
-		"a GUID with a space":                  {kubeletClient, kubeletClient + " ", "", "withheld by --deny-identity"},
-		"a resource ID with two slashes":       {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "//resource", 1), "is not that of a user-assigned identity"},
-		"with a slash at its end":              {kubeletResource, "", kubeletResource + "/", "is not that of a user-assigned identity"},
-		"with a dot segment":                   {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "/./resource", 1), "is not that of a user-assigned identity"},
-		"with a percent-encoding":              {kubeletResource, "", strings.Replace(kubeletResource, "agentpool", "%61gentpool", 1), "is not that of a user-assigned identity"},
-		"with a line break":                    {kubeletResource, "", kubeletResource + "\n", "withheld by --deny-identity"},
+		"a GUID with a space":                  {kubeletClient, kubeletClient + " ", "", "denied by --deny-identity"},
+		"a resource ID with two slashes":       {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "//resource", 1), "is not the resource ID of a user-assigned identity"},
+		"with a slash at its end":              {kubeletResource, "", kubeletResource + "/", "is not the resource ID of a user-assigned identity"},
+		"with a dot segment":                   {kubeletResource, "", strings.Replace(kubeletResource, "/resource", "/./resource", 1), "is not the resource ID of a user-assigned identity"},
+		"with a percent-encoding":              {kubeletResource, "", strings.Replace(kubeletResource, "agentpool", "%61gentpool", 1), "is not the resource ID of a user-assigned identity"},
+		"with a line break":                    {kubeletResource, "", kubeletResource + "\n", "denied by --deny-identity"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			deny := denyList(t, strings.Fields(tc.deny)...)
 			managed := identity("kubelet", tc.clientID, tc.resource)
 			b := binding("b", "x", "kubelet", 0)
-			for world, prefix := range map[*driven]string{
-				drive(t, Config{Deny: deny}, managed, b):                                                         `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
-				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Assigned", managed, b)):         `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
-				drive(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Created", managed, b)):          `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
-				drive(t, Config{Deny: deny, Mode: Standard, IdentityWait: time.Nanosecond}, managed, b):          `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
-				drive(t, Config{Deny: deny, Mode: Standard}, in("kube-system", newPod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+			for world, prefix := range map[*harness]string{
+				newHarness(t, Config{Deny: deny}, managed, b):                                                         `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Assigned", managed, b)):         `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Created", managed, b)):          `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard, IdentityWait: time.Nanosecond}, managed, b):          `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard}, in("kube-system", newPod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
 			} {
 				p := newPod("p", "", "x")
 				_, err := world.of(p).Identity(Selector{})
@@ -92,7 +92,7 @@ func TestDenyList(t *testing.T) {
 				assert.ErrorContains(t, err, prefix)
 				assert.ErrorContains(t, err, tc.why)
 				world.put(p)
-				_, _, err = world.named(cache.MetaObjectToName(p), Selector{}, time.Now())
+				_, _, err = world.decideNamed(cache.MetaObjectToName(p), Selector{}, time.Now())
 				assert.ErrorIs(t, err, ErrNoIdentity, "nor to a program of the node that acts for it")
 			}
 		})
@@ -102,18 +102,18 @@ func TestDenyList(t *testing.T) {
 func TestADeniedServicePrincipal(t *testing.T) {
 	sp := identity("sp", kubeletClient, "")
 	sp.Spec.Type, sp.Spec.TenantID, sp.Spec.ClientPassword.Name = aadpodidentity.ServicePrincipal, "t", "s"
-	world := drive(t, Config{Deny: denyList(t, kubeletClient)}, sp, binding("b", "x", "sp", 0))
+	world := newHarness(t, Config{Deny: denyList(t, kubeletClient)}, sp, binding("b", "x", "sp", 0))
 	_, err := world.of(newPod("p", "", "x")).Identity(Selector{})
-	require.ErrorContains(t, err, "withheld by --deny-identity")
+	require.ErrorContains(t, err, "denied by --deny-identity")
 }
 
 // A pod that has other identities keeps them; one of them is its default.
 func TestADeniedIdentityAmongOthers(t *testing.T) {
 	kubelet, cart := identity("kubelet", kubeletClient, ""), identity("cart", cartClient, "")
 	b, c := binding("b", "x", "kubelet", time.Hour), binding("c", "x", "cart", 0)
-	for _, world := range []*driven{
-		drive(t, Config{Deny: denyList(t, kubeletClient), StrictSelection: true}, kubelet, cart, b, c),
-		drive(t, Config{Deny: denyList(t, kubeletClient), Mode: Standard}, assigned("a", "p", "", kubelet, b), assigned("b", "p", "", cart, c)),
+	for _, world := range []*harness{
+		newHarness(t, Config{Deny: denyList(t, kubeletClient), StrictSelection: true}, kubelet, cart, b, c),
+		newHarness(t, Config{Deny: denyList(t, kubeletClient), Mode: Standard}, assigned("a", "p", "", kubelet, b), assigned("b", "p", "", cart, c)),
 	} {
 		p := world.of(newPod("p", "", "x"))
 		got, err := p.Identity(Selector{})
@@ -121,17 +121,17 @@ func TestADeniedIdentityAmongOthers(t *testing.T) {
 		assert.Equal(t, "cart", got.Name)
 		_, err = p.Identity(Selector{ClientID: kubeletClient})
 		require.ErrorIs(t, err, ErrNoIdentity)
-		assert.ErrorContains(t, err, `none of the 1 bound to it has the client ID "`+kubeletClient+`" that it asked for: AzureIdentity shop/cart (user-assigned managed identity, client ID `+cartClient+"); Azure")
-		assert.ErrorContains(t, err, "has client ID "+kubeletClient+", withheld by --deny-identity")
+		assert.ErrorContains(t, err, `none of those bound to it has the requested client ID "`+kubeletClient+`": AzureIdentity shop/cart (user-assigned managed identity, client ID `+cartClient+"); Azure")
+		assert.ErrorContains(t, err, "has client ID "+kubeletClient+", denied by --deny-identity")
 	}
 }
 
 func TestCheckToken(t *testing.T) {
-	denying := drive(t, Config{Deny: denyList(t, kubeletClient, kubeletResource)})
+	denying := newHarness(t, Config{Deny: denyList(t, kubeletClient, kubeletResource)})
 	for clientID, want := range map[string]string{
 		cartClient:                     "",
-		kubeletClient:                  "the token is for client ID " + kubeletClient + ", withheld by --deny-identity",
-		strings.ToUpper(kubeletClient): "withheld by --deny-identity",
+		kubeletClient:                  "the token is for client ID " + kubeletClient + ", denied by --deny-identity",
+		strings.ToUpper(kubeletClient): "denied by --deny-identity",
 		"{" + kubeletClient + "}":      "is not a GUID and cannot be compared",
 		"":                             "is not a GUID",
 	} {
@@ -143,40 +143,40 @@ func TestCheckToken(t *testing.T) {
 		require.ErrorIs(t, err, ErrNoIdentity, clientID)
 		assert.ErrorContains(t, err, want)
 	}
-	require.NoError(t, drive(t, Config{}).CheckToken("anything"))
+	require.NoError(t, newHarness(t, Config{}).CheckToken("anything"))
 	assert.Zero(t, testing.AllocsPerRun(100, func() { _ = denying.CheckToken(cartClient) }))
 }
 
 func TestExplainNamesWhatTheFlagsWithhold(t *testing.T) {
 	explain := func(cfg Config, objects ...any) string {
-		return drive(t, cfg, append(objects, newPod("p", "10.0.0.1", "x"))...).explain(t)
+		return newHarness(t, cfg, append(objects, newPod("p", "10.0.0.1", "x"))...).explain(t)
 	}
 	deny := denyList(t, kubeletClient)
 	kubelet, b := identity("kubelet", kubeletClient, ""), binding("b", "x", "kubelet", 0)
 
 	assert.Equal(t, `pod shop/p, 10.0.0.1
-may use no identity
+has no identity
 because
-- AzureIdentityBinding "b" names AzureIdentity "kubelet", which has client ID `+kubeletClient+`, withheld by --deny-identity
+- AzureIdentityBinding "b" names AzureIdentity "kubelet", which has client ID `+kubeletClient+`, denied by --deny-identity
 `, explain(Config{Deny: deny}, kubelet, b))
 
 	assert.Contains(t, explain(Config{Mode: Standard, Deny: deny}, assigned("a", "p", "Assigned", kubelet, b)),
-		`- AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which has client ID `+kubeletClient+", withheld by --deny-identity\n")
+		`- AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which has client ID `+kubeletClient+", denied by --deny-identity\n")
 
 	byResource := identity("kubelet", "", kubeletResource)
 	for _, text := range []string{
 		explain(Config{Deny: deny}, byResource, b),
 		explain(Config{Mode: Standard, Deny: deny}, byResource, b, assigned("a", "p", "Assigned", byResource, b)),
 	} {
-		assert.Equal(t, 1, strings.Count(text, `- AzureIdentity "kubelet" gives no client ID: if its tokens are for one that --deny-identity withholds, the agent hands out none`), text)
+		assert.Equal(t, 1, strings.Count(text, `- AzureIdentity "kubelet" has no client ID; if its tokens are for a client ID in --deny-identity, requests for them are refused`), text)
 	}
 	assert.NotContains(t, explain(Config{}, byResource, b), "deny-identity")
 
 	excepting := exception("e", map[string]string{aadpodidentity.BindingLabel: "x"})
 	assert.Equal(t, `pod shop/p, 10.0.0.1
-may use no identity
+has no identity
 because
-- AzurePodIdentityException "e" does not count: namespace "shop" is not in --exception-namespaces
+- AzurePodIdentityException "e" is ignored: namespace "shop" is not in --exception-namespaces
 - no AzureIdentityBinding in namespace "shop" has the selector "x"
 `, explain(Config{ExceptionNamespaces: []string{"kube-system"}}, excepting))
 	assert.Contains(t, explain(Config{ExceptionNamespaces: []string{"shop"}}, excepting), `is excepted by "e"`)

@@ -30,9 +30,9 @@ func TestExceptions(t *testing.T) {
 			pod := newPod("p", "", "")
 			pod.Labels = tc.pod
 			for _, mode := range []Mode{Managed, Standard} {
-				assert.Equal(t, tc.want, drive(t, Config{Mode: mode}, exception("e", tc.except)).of(pod).Exception() == "e")
+				assert.Equal(t, tc.want, newHarness(t, Config{Mode: mode}, exception("e", tc.except)).of(pod).Exception() == "e")
 			}
-			abroad := drive(t, Config{}, in("bank", exception("e", tc.except)))
+			abroad := newHarness(t, Config{}, in("bank", exception("e", tc.except)))
 			assert.Empty(t, abroad.of(pod).Exception(), "that of another namespace never applies")
 		})
 	}
@@ -42,7 +42,7 @@ func TestOfSeveralExceptionsTheFirstByNameApplies(t *testing.T) {
 	app := map[string]string{"app": "x"}
 	pod := newPod("p", "", "")
 	pod.Labels = app
-	world := drive(t, Config{}, exception("c", app), exception("a", app), exception("b", app), exception("0", map[string]string{"app": "y"}))
+	world := newHarness(t, Config{}, exception("c", app), exception("a", app), exception("b", app), exception("0", map[string]string{"app": "y"}))
 	assert.Equal(t, "a", world.of(pod).Exception())
 	world.drop(exception("a", nil))
 	assert.Equal(t, "b", world.of(pod).Exception())
@@ -50,7 +50,7 @@ func TestOfSeveralExceptionsTheFirstByNameApplies(t *testing.T) {
 
 func TestAnExceptedPodHasNoIdentity(t *testing.T) {
 	pod := newPod("p", "", "x")
-	world := drive(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
+	world := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
 	p := world.of(pod)
 	assert.Equal(t, "e", p.Exception())
 	assert.Empty(t, p.identities)
@@ -92,19 +92,19 @@ func TestMICsOwnPodsNeedNoException(t *testing.T) {
 		"owned by a ReplicaSet of another": {mic(func(p *corev1.Pod) { p.OwnerReferences[0].APIVersion = "example.com/v1" }), "kube-system", false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := drive(t, Config{Mode: Standard, MICNamespace: tc.namespace}).of(tc.pod).Exception()
+			got := newHarness(t, Config{Mode: Standard, MICNamespace: tc.namespace}).of(tc.pod).Exception()
 			assert.Equal(t, tc.want, got == micException, got)
-			got = drive(t, Config{MICNamespace: tc.namespace}).of(tc.pod).Exception()
+			got = newHarness(t, Config{MICNamespace: tc.namespace}).of(tc.pod).Exception()
 			assert.Empty(t, got, "managed mode has no MIC")
 		})
 	}
 	// An exception that somebody wrote is what an operator looks for first.
 	pod := mic(nil)
 	written := in("kube-system", exception("written", pod.Labels))
-	world := drive(t, Config{Mode: Standard, MICNamespace: "kube-system"}, written)
+	world := newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system"}, written)
 	assert.Equal(t, "written", world.of(pod).Exception())
 	// --exception-namespaces is about what somebody wrote.
-	world = drive(t, Config{Mode: Standard, MICNamespace: "kube-system", ExceptionNamespaces: []string{}}, written)
+	world = newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system", ExceptionNamespaces: []string{}}, written)
 	assert.Equal(t, micException, world.of(pod).Exception())
 }
 
@@ -125,16 +125,16 @@ func TestExceptionNamespaces(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, mode := range []Mode{Managed, Standard} {
-				world := drive(t, Config{Mode: mode, ExceptionNamespaces: tc.namespaces}, objects...)
+				world := newHarness(t, Config{Mode: mode, ExceptionNamespaces: tc.namespaces}, objects...)
 				assert.Equal(t, tc.here, world.of(here).Exception())
 				assert.Equal(t, tc.there, world.of(there).Exception())
 			}
 		})
 	}
-	world := drive(t, Config{ExceptionNamespaces: []string{"kube-system"}}, objects...)
+	world := newHarness(t, Config{ExceptionNamespaces: []string{"kube-system"}}, objects...)
 	_, err := world.of(here).Identity(Selector{})
 	require.ErrorIs(t, err, ErrNoIdentity)
-	assert.ErrorContains(t, err, `no AzureIdentityBinding in namespace "shop" has the selector "x"; AzurePodIdentityException "d" does not count: namespace "shop" is not in --exception-namespaces`)
+	assert.ErrorContains(t, err, `no AzureIdentityBinding in namespace "shop" has the selector "x"; AzurePodIdentityException "d" is ignored: namespace "shop" is not in --exception-namespaces`)
 
 	world.put(identity("i", guid("c"), ""), binding("b", "x", "i", 0))
 	got, err := world.of(here).Identity(Selector{})

@@ -14,57 +14,56 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Decision is what a pod gets and why, for an operator to read.
+// Decision is what a pod gets and why, for an operator.
 type Decision struct {
 	Pod       string       // namespace/name
 	Addresses []netip.Addr // of its status
-	// HostNetwork means that what the pod sends does not come to the agent.
+	// HostNetwork means that the pod's requests are not redirected to the agent.
 	HostNetwork bool
-	// Refusal is the error of a request now that names no identity: from Resolve, or from
-	// (*Pod).Identity. nil if there is none, and for an excepted pod that is known.
+	// Refusal is the error that a request without a selector gets now, from Resolve or
+	// (*Pod).Identity. It is nil if there is none, and for an excepted pod that resolves.
 	Refusal error
-	// Answer is what the pod is told then, in words that are not this package's; "" is left
-	// out.
+	// Answer describes the response to such a request. The caller sets it; "" is left out.
 	Answer     string
-	Exception  string     // that applies; "" if none does
+	Exception  string     // name of the exception that applies; "" for none
 	Identities []Identity // that the pod may use, the default first
 	Pending    []Identity // that it may use once MIC has assigned them
-	Reasons    []string   // a sentence for each object that had a part in it, or nearly had
+	Reasons    []string   // a sentence for each object that matters, or nearly matches
 }
 
-// String is the decision in some lines.
+// String is the text that nmi explain prints.
 func (d Decision) String() string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	line("pod %s", strings.Join(append([]string{d.Pod}, texts(d.Addresses)...), ", "))
 	if d.HostNetwork {
-		line("does not ask the agent: it is on the host network, where nothing is redirected, and has what the node has")
+		line("is on the host network: its requests go to IMDS directly, which gives it the identities of the node")
 	} else if d.Answer != "" {
 		line("is answered %s", d.Answer)
 	}
 	switch {
 	case d.HostNetwork:
 	case d.Exception != "":
-		line("is excepted by %q: what it sends to IMDS is passed on, and it gets what the node gets", d.Exception)
+		line("is excepted by %q: its requests are passed through to IMDS, which gives it the identities of the node", d.Exception)
 	case len(d.Identities)+len(d.Pending) == 0:
-		line("may use no identity")
+		line("has no identity")
 	}
 	for i, id := range d.Identities {
 		which := "may use"
 		switch {
 		case i > 0:
 		case d.Refusal == nil:
-			which = "gets, unless it names another,"
-		case errors.Is(d.Refusal, ErrSeveral):
-			which = "may use, if it names it,"
+			which = "gets by default"
+		case errors.Is(d.Refusal, ErrMultipleIdentities):
+			which = "may use, if requested by ID,"
 		default:
-			which = "would get, unless it names another,"
+			which = "would get by default"
 		}
 		line("%s %s", which, id)
 	}
 	for _, id := range d.Pending {
 		if !slices.ContainsFunc(d.Identities, func(has Identity) bool { return has.Namespace == id.Namespace && has.Name == id.Name }) {
-			line("will get %s, when MIC has assigned it", id)
+			line("will get %s once MIC has assigned it", id)
 		}
 	}
 	if len(d.Reasons) > 0 {
@@ -83,7 +82,7 @@ func texts(addrs []netip.Addr) (all []string) {
 	return all
 }
 
-// String names the identity as its owner would.
+// String describes the identity for a log line or explanation.
 func (id Identity) String() string {
 	text := fmt.Sprintf("AzureIdentity %s/%s (%s", id.Namespace, id.Name, id.Type)
 	if id.ClientID != "" {
@@ -98,32 +97,32 @@ func (id Identity) String() string {
 	return text + ")"
 }
 
-// Explain says what a pod of the node gets now, and why. confirm is as for ResolveCaller;
-// nil confirms every pod. Its error is ErrNotSynced or ErrUnknownPod. It is not for the road
-// of requests: it looks at every binding.
+// Explain returns what a pod of the node gets now, and why. confirm is as for ResolveCaller;
+// nil confirms every pod. Its error is ErrNotSynced or ErrUnknownPod. It looks at every
+// binding, and is too slow for requests.
 func (r *Resolver) Explain(namespace, podName string, confirm func(netip.Addr, *Pod) error) (Decision, error) {
 	if !closed(r.synced) {
 		return Decision{}, r.notSynced()
 	}
 	s := r.current.Load()
-	r.tables.mu.Lock()
-	defer r.tables.mu.Unlock()
-	row := r.tables.pods[cache.NewObjectName(namespace, podName)]
-	if row == nil {
+	r.objects.mu.Lock()
+	defer r.objects.mu.Unlock()
+	info := r.objects.pods[cache.NewObjectName(namespace, podName)]
+	if info == nil {
 		return Decision{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, namespace, podName)
 	}
 	d := Decision{
-		Pod: row.String(), Addresses: row.addrs, HostNetwork: row.hostNetwork,
+		Pod: info.String(), Addresses: info.addrs, HostNetwork: info.hostNetwork,
 	}
 	say := func(format string, args ...any) { d.Reasons = append(d.Reasons, fmt.Sprintf(format, args...)) }
-	p, unserved := r.explainAddresses(s, row, confirm)
+	p, unserved := r.explainAddressesLocked(s, info, confirm)
 	d.Exception, d.Identities, d.Pending = p.exception, p.identities, p.pending
-	if row.hostNetwork {
+	if info.hostNetwork {
 		d.Exception, d.Identities, d.Pending = "", nil, nil
 		return d, nil
 	}
-	if row.workloadIdentity != "" {
-		say("it has azure-workload-identity's settings (%s): Azure's SDKs then get their tokens from Entra, and most of them never ask IMDS, and so never this agent", row.workloadIdentity)
+	if info.workloadIdentity != "" {
+		say("it is set up for Azure Workload Identity (%s): most Azure SDKs then get tokens from Entra, and never send requests to IMDS or this agent", info.workloadIdentity)
 	}
 	for _, err := range unserved {
 		say("%s", err)
@@ -133,41 +132,42 @@ func (r *Resolver) Explain(namespace, podName string, confirm func(netip.Addr, *
 	} else if p.exception == "" {
 		_, d.Refusal = p.Identity(Selector{})
 	}
-	if errors.Is(d.Refusal, ErrSeveral) {
+	if errors.Is(d.Refusal, ErrMultipleIdentities) {
 		say("it has several identities, and with --strict-identity-selection a request must name one")
 	}
-	r.explainIdentities(p, row, say)
+	r.explainIdentitiesLocked(p, info, say)
 	return d, nil
 }
 
-// explainAddresses finds the pod by its addresses, as a request does. unserved has an error
-// for each by which it is not found, IPv4 addresses first, since IMDS has no other.
-func (r *Resolver) explainAddresses(s *snapshot, row *podRow, confirm func(netip.Addr, *Pod) error) (p *Pod, unserved []error) {
-	p = r.decide(row)
+// explainAddressesLocked resolves the pod's addresses, as a request does. unserved has an error
+// for each address that does not resolve to the pod, IPv4 addresses first, because IMDS has no
+// IPv6 address.
+func (r *Resolver) explainAddressesLocked(s *snapshot, info *podInfo, confirm func(netip.Addr, *Pod) error) (p *Pod, unserved []error) {
+	p = r.decideLocked(info)
 	if r.expired.Load() {
 		unserved = append(unserved, ErrStale)
 	}
-	if len(row.addrs) == 0 {
-		unserved = append(unserved, fmt.Errorf("%w: its status has none", ErrUnknownAddress))
+	if len(info.addrs) == 0 {
+		unserved = append(unserved, fmt.Errorf("%w: its status has no address", ErrUnknownAddress))
 	}
-	addrs := slices.Clone(row.addrs)
+	addrs := slices.Clone(info.addrs)
 	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
 	for _, addr := range addrs {
 		found, err := s.resolve(addr, func(p *Pod) error {
-			if confirm == nil || p.UID != row.uid {
+			if confirm == nil || p.UID != info.uid {
 				return nil
 			}
 			return confirm(addr, p)
 		})
 		switch {
-		case row.void != "":
-			err = fmt.Errorf("%w: %s is not its own any more: %s", ErrUnknownAddress, addr, row.void)
-		case err == nil && found.UID == row.uid:
+		case info.noClaim != "":
+			err = fmt.Errorf("%w: %s no longer belongs to it: %s", ErrUnknownAddress, addr, info.noClaim)
+		case err == nil && found.UID == info.uid:
 			p = found
 		case err == nil:
-			err = fmt.Errorf("%w: %s belongs to %s, which is younger", ErrUnconfirmed, addr, found)
-		case errors.Is(err, ErrUnknownAddress) && row.expired(time.Now()):
-			err = fmt.Errorf("%w: %s is not its own any more: it is being deleted, and its grace period ended at %s", ErrUnknownAddress, addr, row.until.UTC().Format(time.RFC3339))
+			err = fmt.Errorf("%w: %s belongs to %s, which is newer", ErrUnconfirmed, addr, found)
+		case errors.Is(err, ErrUnknownAddress) && info.expired(time.Now()):
+			err = fmt.Errorf("%w: %s no longer belongs to it: it is being deleted, and its grace period ended at %s", ErrUnknownAddress, addr, info.until.UTC().Format(time.RFC3339))
 		}
 		if err != nil {
 			unserved = append(unserved, err)
@@ -176,36 +176,36 @@ func (r *Resolver) explainAddresses(s *snapshot, row *podRow, confirm func(netip
 	return p, unserved
 }
 
-// explainIdentities says what gives identities to a pod, and what nearly does.
-func (r *Resolver) explainIdentities(p *Pod, row *podRow, say func(string, ...any)) {
+// explainIdentitiesLocked describes what gives a pod its identities, and what nearly does.
+func (r *Resolver) explainIdentitiesLocked(p *Pod, info *podInfo, say func(string, ...any)) {
 	if p.exception != "" {
-		r.explainException(row, p.exception, say)
+		r.explainExceptionLocked(info, p.exception, say)
 		return
 	}
-	if _, ignored := r.exceptionOf(row); ignored != "" {
+	if _, ignored := r.exceptionLocked(info); ignored != "" {
 		say("%s", ignored)
 	}
-	label := row.labels[aadpodidentity.BindingLabel]
+	label := info.labels[aadpodidentity.BindingLabel]
 	if label == "" {
 		say("it has no label %q", aadpodidentity.BindingLabel)
 	}
-	bound, given := r.candidates(row), false
+	bound, given := r.candidatesLocked(info), false
 	if r.cfg.Mode == Standard {
-		for _, a := range r.assignments(row) {
+		for _, a := range r.assignmentsLocked(info) {
 			given = true
-			switch _, why := r.assigned(a, row, bound); {
+			switch _, why := r.fromAssignment(a, info, bound); {
 			case why != "":
-				say("%s", a.not(why))
-			case !a.ready:
-				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it, but not yet, or not any more", a.Namespace, a.Name, a.identity.Namespace, a.identity.Name)
+				say("%s", a.describe(why))
+			case !a.assigned:
+				say("AzureAssignedIdentity %s is for AzureIdentity %s, but its state is not Assigned", a.ObjectName, a.identity.ObjectName)
 			default:
-				say("AzureAssignedIdentity %s/%s assigns AzureIdentity %s/%s to it", a.Namespace, a.Name, a.identity.Namespace, a.identity.Name)
+				say("AzureAssignedIdentity %s assigns AzureIdentity %s to it", a.ObjectName, a.identity.ObjectName)
 			}
 		}
 	}
 	for _, c := range bound {
 		given = true
-		if c.why != "" {
+		if c.unusable != "" {
 			say("%s", c)
 		} else {
 			say("AzureIdentityBinding %q has the selector %q and gives it AzureIdentity %q", c.Binding, label, c.Name)
@@ -214,7 +214,7 @@ func (r *Resolver) explainIdentities(p *Pod, row *podRow, say func(string, ...an
 	if label != "" && !given {
 		say("%s", strings.TrimPrefix(r.refusal(p).Error(), ErrNoIdentity.Error()+": "))
 	}
-	for _, near := range r.nearMisses(row) {
+	for _, near := range r.nearMissesLocked(info) {
 		say("%s", near)
 	}
 	var all []Identity
@@ -223,17 +223,17 @@ func (r *Resolver) explainIdentities(p *Pod, row *podRow, say func(string, ...an
 	}
 	for _, id := range all {
 		if id.ClientID == "" && len(r.cfg.Deny.ClientIDs) > 0 {
-			say("AzureIdentity %q gives no client ID: if its tokens are for one that --deny-identity withholds, the agent hands out none", id.Name)
+			say("AzureIdentity %q has no client ID; if its tokens are for a client ID in --deny-identity, requests for them are refused", id.Name)
 		}
 	}
 }
 
-func (r *Resolver) explainException(row *podRow, name string, say func(string, ...any)) {
-	for _, e := range r.tables.exceptionsByNS[row.Namespace] {
-		if key := matchedLabel(row.labels, e.labels); e.Name == name && key != "" {
-			say("AzurePodIdentityException %q lists its label %s=%s", name, key, row.labels[key])
+func (r *Resolver) explainExceptionLocked(info *podInfo, name string, say func(string, ...any)) {
+	for _, e := range r.objects.exceptionsByNS[info.Namespace] {
+		if key := matchedLabel(info.labels, e.labels); e.Name == name && key != "" {
+			say("AzurePodIdentityException %q lists its label %s=%s", name, key, info.labels[key])
 			return
 		}
 	}
-	say("it is a pod of the Deployment mic in namespace %q", row.Namespace)
+	say("it is a pod of the Deployment mic in namespace %q", info.Namespace)
 }

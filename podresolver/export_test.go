@@ -8,7 +8,7 @@ const (
 )
 
 var (
-	LastRetry    = retryDelay.Cap
+	LastRetry    = retryBackoff.Cap
 	NewIdentity  = identity
 	GUID         = guid
 	Path         = path
@@ -20,23 +20,23 @@ var (
 
 // HoldDecisions keeps a decision from being published until release is called.
 func (r *Resolver) HoldDecisions() (release func()) {
-	r.waiting.mu.Lock()
-	return r.waiting.mu.Unlock
+	r.waiters.mu.Lock()
+	return r.waiters.mu.Unlock
 }
 
-// Bindings counts those in the tables.
+// Bindings counts those in the objects.
 func (r *Resolver) Bindings() int {
-	r.tables.mu.Lock()
-	defer r.tables.mu.Unlock()
-	return len(r.tables.bindings)
+	r.objects.mu.Lock()
+	defer r.objects.mu.Unlock()
+	return len(r.objects.bindings)
 }
 
 // Waiting counts the requests that wait, and the addresses that they wait for.
 func (r *Resolver) Waiting() (requests, addresses int) {
-	r.waiting.mu.Lock()
-	defer r.waiting.mu.Unlock()
-	for _, w := range r.waiting.byAddr {
-		requests += w.waiting
+	r.waiters.mu.Lock()
+	defer r.waiters.mu.Unlock()
+	for _, w := range r.waiters.byAddr {
+		requests += w.requests
 	}
-	return requests, len(r.waiting.byAddr)
+	return requests, len(r.waiters.byAddr)
 }

@@ -111,14 +111,14 @@ type store interface {
 	cache.TransformingStore
 }
 
-// driven is a resolver without its goroutines: the test fills its tables as
+// harness is a resolver without its goroutines: the test fills its objects as
 // reflectors do, and decides when to decide.
-type driven struct {
+type harness struct {
 	*Resolver
 	stores struct{ pods, identities, bindings, exceptions, assigned store }
 }
 
-func drive(tb testing.TB, cfg Config, objects ...any) *driven {
+func newHarness(tb testing.TB, cfg Config, objects ...any) *harness {
 	tb.Helper()
 	cfg.Node = "node1"
 	if cfg.Logger == nil {
@@ -127,30 +127,30 @@ func drive(tb testing.TB, cfg Config, objects ...any) *driven {
 	r, err := New(Sources{}, cfg)
 	require.NoError(tb, err)
 	close(r.synced)
-	d, t := &driven{Resolver: r}, r.tables
+	d, t := &harness{Resolver: r}, r.objects
 	unheard := func(bool) {}
-	d.stores.pods = &table[podRow]{t, t.pods, rowOf(r.podRow), t.changedPod, unheard}
-	d.stores.identities = &table[identityRow]{t, t.identities, rowOf(identityRowOf), t.changedIdentity, unheard}
-	d.stores.bindings = &table[bindingRow]{t, t.bindings, rowOf(bindingRowOf), t.changedBinding, unheard}
-	d.stores.exceptions = &table[exceptionRow]{t, t.exceptions, rowOf(exceptionRowOf), t.changedException, unheard}
-	d.stores.assigned = &table[assignedRow]{t, t.assigned, rowOf(assignedRowFor(cfg.Node)), t.changedAssigned, unheard}
+	d.stores.pods = &reflectorStore[podInfo]{t, t.pods, trimAny(r.trimPod), t.podChangedLocked, unheard}
+	d.stores.identities = &reflectorStore[identityInfo]{t, t.identities, trimAny(newIdentityInfo), t.identityChangedLocked, unheard}
+	d.stores.bindings = &reflectorStore[bindingInfo]{t, t.bindings, trimAny(newBindingInfo), t.bindingChangedLocked, unheard}
+	d.stores.exceptions = &reflectorStore[exceptionInfo]{t, t.exceptions, trimAny(newExceptionInfo), t.exceptionChangedLocked, unheard}
+	d.stores.assigned = &reflectorStore[assignmentInfo]{t, t.assigned, trimAny(assignmentInfoFor(cfg.Node)), t.assignmentChangedLocked, unheard}
 	d.put(objects...)
 	return d
 }
 
-func (d *driven) put(objects ...any) {
+func (d *harness) put(objects ...any) {
 	for _, object := range objects {
 		_ = d.storeOf(object).Add(object)
 	}
 }
 
-func (d *driven) drop(objects ...any) {
+func (d *harness) drop(objects ...any) {
 	for _, object := range objects {
 		_ = d.storeOf(object).Delete(object)
 	}
 }
 
-func (d *driven) storeOf(object any) store {
+func (d *harness) storeOf(object any) store {
 	switch object.(type) {
 	case *corev1.Pod:
 		return d.stores.pods
@@ -166,10 +166,10 @@ func (d *driven) storeOf(object any) store {
 }
 
 // of is what is decided for a pod now.
-func (d *driven) of(pod *corev1.Pod) *Pod { return d.decide(d.podRow(pod)) }
+func (d *harness) of(pod *corev1.Pod) *Pod { return d.decideLocked(d.trimPod(pod)) }
 
 // explain is what Explain says of pod "shop/p" when everything has been decided.
-func (d *driven) explain(tb testing.TB) string {
+func (d *harness) explain(tb testing.TB) string {
 	tb.Helper()
 	d.update()
 	told, err := d.Explain("shop", "p", nil)

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Synced is closed once every table is filled and lookups are answered.
+// Synced is closed once all resources are listed and requests can be decided.
 func (r *Resolver) Synced() <-chan struct{} { return r.synced }
 
 func closed(done <-chan struct{}) bool {
@@ -21,9 +21,8 @@ func closed(done <-chan struct{}) bool {
 	}
 }
 
-// Ready returns nil once Synced is closed and as long as decisions are not too old,
-// else an error which says what is awaited and what the API server last said about
-// it.
+// Ready returns nil once Synced is closed, unless the data is stale. Otherwise its error names
+// each resource that is missing, and the last error of the API server.
 func (r *Resolver) Ready() error {
 	if closed(r.synced) {
 		if r.expired.Load() {
@@ -32,87 +31,86 @@ func (r *Resolver) Ready() error {
 		return nil
 	}
 	var waiting []error
-	for _, s := range r.sources {
-		if err := s.pending(); err != nil {
+	for _, w := range r.watchers {
+		if err := w.syncError(); err != nil {
 			waiting = append(waiting, err)
 		}
 	}
 	if len(waiting) == 0 {
-		waiting = append(waiting, errors.New("taking the first snapshot"))
+		waiting = append(waiting, errors.New("computing the first snapshot"))
 	}
 	return errors.Join(waiting...)
 }
 
-// notSynced is ErrNotSynced and, in a line, what is awaited.
+// notSynced is ErrNotSynced with the error of Ready in one line.
 func (r *Resolver) notSynced() error {
 	if err := r.Ready(); err != nil {
 		return fmt.Errorf("%w: %s", ErrNotSynced, strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
-	return ErrNotSynced // until a moment ago
+	return ErrNotSynced // it has synced just now
 }
 
-// Stale returns why decisions may be out of date: what the API server last said where it
-// cannot be watched now, or that it says nothing. Known pods keep what they were given
-// meanwhile, for as long as Config.MaxStaleness allows. It returns nil when all is well.
+// Stale returns why decisions may be out of date, nil if they are not: the last error of each
+// resource that cannot be watched, or that the API server has been silent. Known pods keep
+// their identities meanwhile, for as long as Config.MaxStaleness allows.
 func (r *Resolver) Stale() error {
 	var all []error
 	now := time.Now()
-	for _, s := range r.sources {
-		all = append(all, s.stale(now, r.maxSilence()))
+	for _, w := range r.watchers {
+		all = append(all, w.staleError(now, r.staleLimit()))
 	}
 	return errors.Join(all...)
 }
 
-// quietLimit is Config.MaxStaleness for the notes of a Resolver that has none. The API server
-// ends each watch after ten minutes at most, as reflectors ask it to.
-const quietLimit = 18 * time.Minute
+// defaultStaleLimit is when Stale reports silence without Config.MaxStaleness. The API server
+// ends each watch after ten minutes at most, because reflectors ask for that.
+const defaultStaleLimit = 18 * time.Minute
 
-// maxSilence is after how long without any news something is wrong.
-func (r *Resolver) maxSilence() time.Duration { return cmp.Or(r.cfg.MaxStaleness, quietLimit) }
+// staleLimit is how long a resource may be silent before something is wrong.
+func (r *Resolver) staleLimit() time.Duration { return cmp.Or(r.cfg.MaxStaleness, defaultStaleLimit) }
 
-// checkStaleness goes by silence alone: an API server that answers with errors, or a proxy
-// that accepts a watch and then sends nothing, brings no news either. After two thirds of
-// the time everything is asked for anew.
+// checkStaleness looks at silence alone: an API server that returns errors, or a proxy that
+// accepts a watch and forwards nothing, sends no objects either. After two thirds of the limit
+// a resource is listed again.
 func (r *Resolver) checkStaleness(now time.Time) {
-	for _, s := range r.sources {
-		s.attend(now, r.maxSilence()/3*2)
+	for _, w := range r.watchers {
+		w.relistIfStale(now, r.staleLimit()/3*2)
 	}
 	if r.cfg.MaxStaleness == 0 {
 		return
 	}
-	expired := slices.ContainsFunc(r.sources, func(s *source) bool { return s.silence(now) > r.cfg.MaxStaleness })
+	expired := slices.ContainsFunc(r.watchers, func(w *watcher) bool { return w.staleFor(now) > r.cfg.MaxStaleness })
 	switch was := r.expired.Swap(expired); {
 	case expired && !was:
-		r.cfg.Logger.Error("decisions are too old; nobody gets a token until the API server sends news again", "max_staleness", r.cfg.MaxStaleness, "error", r.Stale())
+		r.cfg.Logger.Error("pod and identity data is stale; refusing all token requests until the API server responds", "max_staleness", r.cfg.MaxStaleness, "error", r.Stale())
 	case was && !expired:
-		r.cfg.Logger.Info("the API server has sent news of everything; tokens are served again")
+		r.cfg.Logger.Info("pod and identity data is up to date; serving tokens again")
 	}
 }
 
-// Stats are counts since New, and how the watches are now.
+// Stats are counts since New, and the state of the watches.
 type Stats struct {
-	Addresses int    // that pods of this node hold, or more than one claims
-	Ambiguous uint64 // times that an address came to have more than one owner
-	Lookups   uint64 // times that the API server was asked for an address
-	Found     uint64 // lookups that found a pod that the watch had not told of
+	Addresses int    // that pods of this node claim, ambiguous ones included
+	Ambiguous uint64 // times that an address became ambiguous
+	Lookups   uint64 // times that the API server was asked for the pod of an address
+	Found     uint64 // lookups that found a pod before the watch delivered it
 	Watches   []Watch
 }
 
-// Watch is how one resource is watched.
+// Watch is the state of one watched resource.
 type Watch struct {
 	Resource string
-	Silence  time.Duration // since the API server last sent something; it does so about once a minute
+	StaleFor time.Duration // since the API server last sent something, which it does about once a minute
 }
 
-// Stats returns what has been counted so far.
+// Stats returns the current counts.
 func (r *Resolver) Stats() Stats {
-	s := Stats{Addresses: len(r.current.Load().byAddr), Ambiguous: r.ambiguous.Load(), Lookups: r.asked.Load(), Found: r.found.Load()}
+	s := Stats{Addresses: len(r.current.Load().byAddr), Ambiguous: r.ambiguous.Load(), Lookups: r.lookupCount.Load(), Found: r.lookupHits.Load()}
 	now := time.Now()
-	for _, source := range r.sources {
-		if !closed(source.synced) {
-			continue
+	for _, w := range r.watchers {
+		if closed(w.synced) {
+			s.Watches = append(s.Watches, Watch{w.resource, w.staleFor(now)})
 		}
-		s.Watches = append(s.Watches, Watch{source.name, source.silence(now)})
 	}
 	return s
 }

@@ -115,7 +115,7 @@ func TestReadFailsAtOnce(t *testing.T) {
 		says    []string
 	}{
 		"a permission": {&forbidden, []string{"pods: the agent's service account may not list and watch", "azureidentities" + custom + ": the agent's", "azurepodidentityexceptions" + custom + ": the agent's"}},
-		"a definition": {&missing, []string{"azureidentities" + custom + ": the API server does not know this resource: apply the custom resource definitions", "azureidentitybindings" + custom}},
+		"a definition": {&missing, []string{"azureidentities" + custom + ": the API server does not have this resource: apply the custom resource definitions", "azureidentitybindings" + custom}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			api := &silentServer{}

@@ -6,12 +6,12 @@ import (
 	"unicode"
 )
 
-// identityForm is what the resource ID of a user-assigned identity looks like.
+// identityForm is the form of the resource ID of a user-assigned identity.
 const identityForm = "/subscriptions/<ID>/resourceGroups/<group>/providers/Microsoft.ManagedIdentity/userAssignedIdentities/<name>"
 
-// checkClientID says what is wrong with the client ID of an AzureIdentity, "" if nothing
-// is. IMDS and Entra know no other spelling than a GUID's, and an ID that is not one could
-// not be compared with a DenyList: .NET's Guid.Parse takes braces and leaves hyphens out.
+// checkClientID is why the client ID of an AzureIdentity is invalid, "" if it is valid. Only
+// GUIDs with hyphens are accepted, because other spellings of the same GUID would bypass a
+// DenyList: .NET's Guid.Parse accepts braces and missing hyphens.
 func checkClientID(id string) string {
 	if id == "" || isGUID(id) {
 		return ""
@@ -26,9 +26,9 @@ func checkResourceID(id string) string {
 	case id == "" || isIdentityPath(id):
 		return ""
 	case isIdentityPath("/" + id):
-		return fmt.Sprintf("has resource ID %.300q, which lacks its leading slash", id)
+		return fmt.Sprintf("has resource ID %.300q, which lacks the leading slash", id)
 	}
-	return fmt.Sprintf("has resource ID %.300q, which is not that of a user-assigned identity, %s", id, identityForm)
+	return fmt.Sprintf("has resource ID %.300q, which is not the resource ID of a user-assigned identity, %s", id, identityForm)
 }
 
 // isGUID reports whether an ID is a GUID with hyphens, 8-4-4-4-12.
@@ -72,13 +72,13 @@ func isIdentityPath(id string) bool {
 	return true
 }
 
-// isResourceName reports whether a name has the characters of names in Azure: letters,
-// digits and "-_.()", and no period at its end (Microsoft, "Naming rules and restrictions
-// for Azure resources", resourceGroups; those of other resources are narrower). So none is
-// empty, a dot segment or percent-encoded: CVE-2022-23551 was a spelling of a path.
+// isResourceName reports whether a name consists of letters, digits and "-_.()", without a
+// period at the end (Microsoft, "Naming rules and restrictions for Azure resources",
+// resourceGroups; other resources have narrower rules). So it is not empty, a dot segment or
+// percent-encoded: CVE-2022-23551 was about the spelling of a path.
 func isResourceName(name string) bool {
-	odd := func(c rune) bool {
+	invalid := func(c rune) bool {
 		return !unicode.IsLetter(c) && !unicode.IsDigit(c) && !strings.ContainsRune("-_.()", c)
 	}
-	return name != "" && !strings.HasSuffix(name, ".") && !strings.ContainsFunc(name, odd)
+	return name != "" && !strings.HasSuffix(name, ".") && !strings.ContainsFunc(name, invalid)
 }

@@ -17,7 +17,7 @@ func TestValuesOfAnAzureIdentity(t *testing.T) {
 		guid     = "11111111-2222-3333-4444-555555555555"
 		resource = "/subscriptions/s/resourceGroups/G_(1)/providers/Microsoft.ManagedIdentity/userAssignedIdentities/Cart-1"
 	)
-	form := "is not that of a user-assigned identity, " + identityForm
+	form := "is not the resource ID of a user-assigned identity, " + identityForm
 	for name, tc := range map[string]struct {
 		clientID, resourceID string
 		why                  string // "" if it can be used
@@ -36,8 +36,8 @@ func TestValuesOfAnAzureIdentity(t *testing.T) {
 		"no hyphens":                        {strings.ReplaceAll(guid, "-", ""), "", "which is not a GUID"},
 		"an invisible character":            {guid + "\u200b", "", `\u200b", which is not a GUID`},
 		"white space within":                {guid[:20] + " " + guid[21:], "", "which is not a GUID"},
-		"without its leading slash":         {"", resource[1:], `has resource ID "` + strings.ToLower(resource[1:]) + `", which lacks its leading slash`},
-		"beside a client ID":                {guid, resource[1:], "which lacks its leading slash"},
+		"without its leading slash":         {"", resource[1:], `has resource ID "` + strings.ToLower(resource[1:]) + `", which lacks the leading slash`},
+		"beside a client ID":                {guid, resource[1:], "which lacks the leading slash"},
 		"a slash at its end":                {"", resource + "/", form},
 		"two slashes":                       {"", strings.Replace(resource, "/resource", "//resource", 1), form},
 		"a dot segment":                     {"", strings.Replace(resource, "G_(1)", "..", 1), form},
@@ -51,7 +51,7 @@ func TestValuesOfAnAzureIdentity(t *testing.T) {
 		"white space within a resource ID":  {"", strings.Replace(resource, "Cart", "Ca rt", 1), form},
 	} {
 		t.Run(name, func(t *testing.T) {
-			world := drive(t, Config{}, identity("i", tc.clientID, tc.resourceID), binding("b", "x", "i", 0), newPod("p", addr.String(), "x"))
+			world := newHarness(t, Config{}, identity("i", tc.clientID, tc.resourceID), binding("b", "x", "i", 0), newPod("p", addr.String(), "x"))
 			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
 			if tc.why == "" {
 				require.NoError(t, err)
@@ -68,13 +68,13 @@ func TestValuesOfAnAzureIdentity(t *testing.T) {
 
 	// A service principal's tokens do not depend on its resource ID.
 	sp := principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ResourceID = "anything" })
-	_, err := drive(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err := newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
 	require.NoError(t, err)
 	sp = principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ClientID = "cart" })
-	_, err = drive(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err = newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
 	require.ErrorContains(t, err, `has client ID "cart", which is not a GUID`)
 
 	// What the log gets is bounded.
-	_, err = drive(t, Config{}, identity("i", strings.Repeat("c", 1e6), ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err = newHarness(t, Config{}, identity("i", strings.Repeat("c", 1e6), ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x")).Identity(Selector{})
 	assert.Less(t, len(err.Error()), 1000)
 }

@@ -18,38 +18,38 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// listing lists one of the custom resources as a stream: object after object becomes
-// a row as it comes in, and of its metadata only what is read here is decoded. A
-// cluster has tens of thousands of them. A watch that begins with all objects would
-// do with as little memory, but it is not compressed, fifteen times the bytes, and
-// apimachinery goes over each byte ten times.
-type listing struct{ *cache.ListWatch }
+// listStream lists a custom resource as a stream: each object is decoded and trimmed as it
+// arrives, and of its metadata only the fields that are needed are decoded, because a cluster
+// has tens of thousands of objects. A streaming list (WatchList) would need as little memory,
+// but it is not compressed, which makes it fifteen times as large, and apimachinery scans each
+// byte ten times.
+type listStream struct{ *cache.ListWatch }
 
 // IsWatchListSemanticsUnSupported makes a reflector list before it watches.
-func (listing) IsWatchListSemanticsUnSupported() bool { return true }
+func (listStream) IsWatchListSemanticsUnSupported() bool { return true }
 
-// decodeInto is where the parts of an item of a list are decoded into.
-type decodeInto struct {
+// decodeTargets are the parts of an object to decode into.
+type decodeTargets struct {
 	meta         *metav1.ObjectMeta
-	spec, status any // pointers; a nil status is ignored
+	spec, status any // pointers; a nil status is skipped
 }
 
-// newListing returns what lists objects T as rows R, and watches them. parts are those of T.
-func newListing[T, R any](client *rest.RESTClient, resource schema.GroupVersionResource, kind, labels string, parts func(*T) decodeInto, parse func(*T) *R) cache.ListerWatcher {
+// newListStream returns a ListerWatcher of objects T, which its lists trim to Info.
+func newListStream[T, Info any](client *rest.RESTClient, resource schema.GroupVersionResource, kind, labels string, targets func(*T) decodeTargets, trim func(*T) *Info) cache.ListerWatcher {
 	request := func(o metav1.ListOptions) *rest.Request {
 		o.LabelSelector = labels
 		return client.Get().Resource(resource.Resource).VersionedParams(&o, metav1.ParameterCodec)
 	}
-	return listing{&cache.ListWatch{
+	return listStream{&cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			body, err := request(o).Stream(ctx)
 			if err != nil {
 				return nil, err
 			}
 			defer body.Close()
-			list, err := readList(body, kind+"List", parts, parse)
+			list, err := decodeList(body, kind+"List", targets, trim)
 			if err != nil {
-				return nil, fmt.Errorf("reading the list: %w", err)
+				return nil, fmt.Errorf("decoding the list: %w", err)
 			}
 			return list, nil
 		},
@@ -60,16 +60,16 @@ func newListing[T, R any](client *rest.RESTClient, resource schema.GroupVersionR
 	}}
 }
 
-// readList reads a list of that kind, in JSON, to its end. Anything else is an
-// error: half a list is not to be mistaken for a whole one.
-func readList[T, R any](body io.Reader, wantKind string, parts func(*T) decodeInto, parse func(*T) *R) (*metainternalversion.List, error) {
+// decodeList decodes a complete JSON list of that kind. A truncated list is an error: it must
+// not be mistaken for a complete one.
+func decodeList[T, Info any](body io.Reader, wantKind string, targets func(*T) decodeTargets, trim func(*T) *Info) (*metainternalversion.List, error) {
 	list := &metainternalversion.List{}
 	in := stdjson.NewDecoder(body)
 	if err := expect(in, stdjson.Delim('{')); err != nil {
 		return nil, err
 	}
 	var kind string
-	var whole bool
+	var hasItems bool
 	var ignored stdjson.RawMessage
 	for in.More() {
 		key, err := in.Token()
@@ -82,8 +82,8 @@ func readList[T, R any](body io.Reader, wantKind string, parts func(*T) decodeIn
 		case "metadata":
 			err = in.Decode(&list.ListMeta)
 		case "items":
-			list.Items, err = readItems(in, parts, parse)
-			whole = true
+			list.Items, err = decodeItems(in, targets, trim)
+			hasItems = true
 		default:
 			err = in.Decode(&ignored)
 		}
@@ -94,13 +94,13 @@ func readList[T, R any](body io.Reader, wantKind string, parts func(*T) decodeIn
 	if err := expect(in, stdjson.Delim('}')); err != nil {
 		return nil, err
 	}
-	if kind != wantKind || list.ResourceVersion == "" || !whole {
-		return nil, fmt.Errorf("this is no %s but a %q of resource version %q, with items: %t", wantKind, kind, list.ResourceVersion, whole)
+	if kind != wantKind || list.ResourceVersion == "" || !hasItems {
+		return nil, fmt.Errorf("want a %s with a resource version and items; got kind %q, resource version %q, items: %t", wantKind, kind, list.ResourceVersion, hasItems)
 	}
 	return list, nil
 }
 
-func readItems[T, R any](in *stdjson.Decoder, parts func(*T) decodeInto, parse func(*T) *R) (rows []runtime.Object, err error) {
+func decodeItems[T, Info any](in *stdjson.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (items []runtime.Object, err error) {
 	if err := expect(in, stdjson.Delim('[')); err != nil {
 		return nil, err
 	}
@@ -110,7 +110,7 @@ func readItems[T, R any](in *stdjson.Decoder, parts func(*T) decodeInto, parse f
 			return nil, err
 		}
 		var object T
-		to := parts(&object)
+		to := targets(&object)
 		var item struct {
 			Metadata struct {
 				Name              string      `json:"name"`
@@ -135,21 +135,15 @@ func readItems[T, R any](in *stdjson.Decoder, parts func(*T) decodeInto, parse f
 		if b := item.Metadata.Annotations.Behavior; b != "" {
 			to.meta.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
 		}
-		rows = append(rows, &gathered{cache.MetaObjectToName(to.meta), parse(&object)})
+		items = append(items, &listItem{cache.MetaObjectToName(to.meta), trim(&object)})
 	}
-	return rows, expect(in, stdjson.Delim(']'))
+	return items, expect(in, stdjson.Delim(']'))
 }
 
 func expect(in *stdjson.Decoder, want stdjson.Delim) error {
 	got, err := in.Token()
 	if err == nil && got != want {
-		err = fmt.Errorf("%v where %v should be", got, want)
+		err = fmt.Errorf("unexpected %v, want %v", got, want)
 	}
 	return err
 }
-
-// GetObjectKind implements runtime.Object, which whatever is in a list must be.
-func (*gathered) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
-
-// DeepCopyObject implements runtime.Object. Rows never change.
-func (g *gathered) DeepCopyObject() runtime.Object { return g }

@@ -21,14 +21,14 @@ const wholeList = `{"apiVersion":"aadpodidentity.k8s.io/v1","items":[
 {"metadata":{"name":"c","namespace":"shop"},"spec":{"type":1,"clientid":"not the name of a field"},"Spec":{"clientID":"nor this"}}
 ],"kind":"AzureIdentityList","metadata":{"continue":"more","resourceVersion":"7"}}`
 
-func read(text string) ([]*gathered, string, error) {
-	list, err := readList(strings.NewReader(text), "AzureIdentityList", identityParts, identityRowOf)
+func read(text string) ([]*listItem, string, error) {
+	list, err := decodeList(strings.NewReader(text), "AzureIdentityList", identityTargets, newIdentityInfo)
 	if err != nil {
 		return nil, "", err
 	}
-	var rows []*gathered
+	var rows []*listItem
 	for _, item := range list.Items {
-		rows = append(rows, item.(*gathered))
+		rows = append(rows, item.(*listItem))
 	}
 	return rows, list.ResourceVersion + list.Continue, nil
 }
@@ -46,12 +46,12 @@ func TestAStreamedListIsTheSame(t *testing.T) {
 	require.NoError(t, stdjson.Unmarshal([]byte(text), &list))
 	require.Len(t, rows, 3)
 	for i := range list.Items {
-		assert.Equal(t, &gathered{cache.MetaObjectToName(&list.Items[i]), identityRowOf(&list.Items[i])}, rows[i])
+		assert.Equal(t, &listItem{cache.MetaObjectToName(&list.Items[i]), newIdentityInfo(&list.Items[i])}, rows[i])
 	}
-	assert.Equal(t, &identityRow{
+	assert.Equal(t, &identityInfo{
 		ObjectName: cache.NewObjectName("shop", "c"), kind: aadpodidentity.ServicePrincipal,
 		principal: &Principal{Authority: defaultAuthority, SecretNamespace: "shop"},
-	}, rows[2].row)
+	}, rows[2].info)
 
 	// In any order, and with nothing in it.
 	rows, version, err = read(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"more":{"items":[1]},"items":[]}`)

@@ -14,26 +14,25 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 )
 
-// An address that nobody has must not make a node list pods for ever.
+// Lookups are rate limited: requests from an address that no pod has must not make a node list
+// pods all the time.
 const (
 	lookupRate    = 1 // a second
 	lookupBurst   = 5
 	lookupTimeout = 2 * time.Second
 )
 
-// lookup asks the API server for the pod of an address, for a watch that is late.
-// However many requests wait, it is asked once. What it says is good for the
-// requests that wait, and not kept: it may be old by the time it is here, where
-// the watch's news come in order.
+// lookup asks the API server for the pod that has an address, in case the watch is late.
+// Concurrent requests share one call. The result is not stored: unlike the events of the
+// watch, it is not ordered, and may be outdated on arrival.
 func (r *Resolver) lookup(ctx context.Context, addr netip.Addr) (*Pod, error) {
-	unknown := fmt.Errorf("%w (%s)", ErrUnknownAddress, addr)
 	flight := r.lookups.DoChan(addr.String(), func() (any, error) {
-		if !r.limit.Allow() {
-			return nil, unknown
+		if !r.lookupLimit.Allow() {
+			return nil, fmt.Errorf("%w (%s)", ErrUnknownAddress, addr)
 		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lookupTimeout)
 		defer cancel()
-		return r.ask(ctx, addr)
+		return r.listByAddress(ctx, addr)
 	})
 	select {
 	case result := <-flight:
@@ -46,11 +45,11 @@ func (r *Resolver) lookup(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	}
 }
 
-func (r *Resolver) ask(ctx context.Context, addr netip.Addr) (*Pod, error) {
-	r.asked.Add(1)
-	list, err := r.pods.ListWithContext(ctx, metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("status.podIP", addr.String()).String()})
+func (r *Resolver) listByAddress(ctx context.Context, addr netip.Addr) (*Pod, error) {
+	r.lookupCount.Add(1)
+	list, err := r.podLister.ListWithContext(ctx, metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("status.podIP", addr.String()).String()})
 	if err != nil {
-		return nil, fmt.Errorf("%w (%s), and the API server cannot be asked: %w", ErrUnknownAddress, addr, err)
+		return nil, fmt.Errorf("%w (%s), and the lookup at the API server failed: %w", ErrUnknownAddress, addr, err)
 	}
 	var pods []*Pod
 	err = meta.EachListItem(list, func(obj runtime.Object) error {
@@ -58,10 +57,10 @@ func (r *Resolver) ask(ctx context.Context, addr netip.Addr) (*Pod, error) {
 		if !ok {
 			return nil
 		}
-		if row := r.podRow(pod); row != nil {
-			r.tables.mu.Lock()
-			pods = append(pods, r.decide(row))
-			r.tables.mu.Unlock()
+		if info := r.trimPod(pod); info != nil {
+			r.objects.mu.Lock()
+			defer r.objects.mu.Unlock()
+			pods = append(pods, r.decideLocked(info))
 		}
 		return nil
 	})
@@ -76,9 +75,9 @@ func (r *Resolver) ask(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	case o.err != nil:
 		return nil, o.err
 	}
-	if known := r.Holder(addr); known == nil || known.UID != o.pod.UID {
-		r.found.Add(1)
-		r.cfg.Logger.Warn("found a pod that the watch has not told of", "pod", o.pod, "address", addr)
+	if known := r.Owner(addr); known == nil || known.UID != o.pod.UID {
+		r.lookupHits.Add(1)
+		r.cfg.Logger.Warn("the API server knows a pod that the watch has not delivered yet", "pod", o.pod, "address", addr)
 	}
 	return o.pod, nil
 }

@@ -22,7 +22,7 @@ func TestAThousandWaitersAskOnce(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		w.Pods.AddDropWatch(podresolver.NewPod("cart-0", addr.String(), "cart"))
 		w.gates.pods.slow(100 * time.Millisecond)
-		took := together(func() {
+		took := concurrently(func() {
 			pod, err := w.resolver.Resolve(t.Context(), addr)
 			if assert.NoError(t, err) {
 				assert.Equal(t, "cart-0", pod.Name)
@@ -44,7 +44,7 @@ func TestAThousandWaitersForNobodyAskOnce(t *testing.T) {
 		w := start(t, podresolver.Config{})
 		w.gates.pods.slow(100 * time.Millisecond)
 		var unknown atomic.Int32
-		together(func() {
+		concurrently(func() {
 			_, err := w.resolver.Resolve(t.Context(), addr)
 			if assert.ErrorIs(t, err, podresolver.ErrUnknownAddress) {
 				unknown.Add(1)
@@ -144,7 +144,7 @@ func TestALookupThatFailsSaysSoAndDoesNotHang(t *testing.T) {
 		_, err := w.resolver.Resolve(t.Context(), addr)
 		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
 		require.ErrorIs(t, err, assert.AnError)
-		assert.ErrorContains(t, err, "the API server cannot be asked")
+		assert.ErrorContains(t, err, "the lookup at the API server failed")
 		assert.Equal(t, podresolver.DefaultPodWait, time.Since(begin))
 	})
 }

@@ -229,8 +229,8 @@ func (m *reference) concerns(object any) []cache.ObjectName {
 	return all
 }
 
-// liveOf are the objects of a shelf, in no order.
-func liveOf[T any](s *shelf) []T {
+// liveOf are the objects of a modelStore, in no order.
+func liveOf[T any](s *modelStore) []T {
 	var all []T
 	for o := range maps.Values(s.live) {
 		all = append(all, o.(T))

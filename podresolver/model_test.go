@@ -17,7 +17,7 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// The tables and update against a reference, over sequences of events such as a
+// The objects and update against a reference, over sequences of events such as a
 // reflector sends, and worse ones.
 
 type kubeObject interface {
@@ -25,8 +25,8 @@ type kubeObject interface {
 	runtime.Object
 }
 
-// shelf is one kind of objects: those that there are, and the store that is told.
-type shelf struct {
+// modelStore is one kind of objects: those that there are, and the store that is told.
+type modelStore struct {
 	live map[cache.ObjectName]kubeObject
 	past []kubeObject // that an event may bring back
 	to   store
@@ -37,8 +37,8 @@ type shelf struct {
 type machine struct {
 	t       testing.TB
 	pick    func(n int) int
-	world   *driven
-	shelves []*shelf // pods, identities, bindings, exceptions, assigned
+	world   *harness
+	stores  []*modelStore // pods, identities, bindings, exceptions, assigned
 	expiry  <-chan time.Time
 	touched map[cache.ObjectName]bool // since the last decision
 }
@@ -62,7 +62,7 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
 	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
 	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{modelPath0}}}[pick(4)]
-	m := &machine{t: tb, pick: pick, world: drive(tb, cfg), touched: make(map[cache.ObjectName]bool)}
+	m := &machine{t: tb, pick: pick, world: newHarness(tb, cfg), touched: make(map[cache.ObjectName]bool)}
 	s := m.world.stores
 	refs := func(namespaces []string, names ...string) (all []cache.ObjectName) {
 		for _, namespace := range namespaces {
@@ -73,14 +73,14 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 		return all
 	}
 	both := []string{"a", "b"}
-	m.shelves = []*shelf{
+	m.stores = []*modelStore{
 		{to: s.pods, make: (*machine).pod, refs: refs(both, "p0", "p1", "p2")},
 		{to: s.identities, make: (*machine).identity, refs: refs(both, "i0", "i1")},
 		{to: s.bindings, make: (*machine).binding, refs: refs(both, "b0", "b1", "b2")},
 		{to: s.exceptions, make: (*machine).exception, refs: refs(both, "e0", "e1")},
 		{to: s.assigned, make: (*machine).assignment, refs: append(refs([]string{micAssignments}, "a0", "a1"), cache.NewObjectName("a", "a2"), cache.NewObjectName("b", "a3"))},
 	}
-	for _, s := range m.shelves {
+	for _, s := range m.stores {
 		s.live = make(map[cache.ObjectName]kubeObject)
 	}
 	m.expiry = m.world.update()
@@ -172,7 +172,7 @@ func (m *machine) assignment() kubeObject {
 
 // step is one event, and what the resolver makes of it, unless another comes first.
 func (m *machine) step() {
-	s := choose(m, append(m.shelves, m.shelves[0], m.shelves[2])...)
+	s := choose(m, append(m.stores, m.stores[0], m.stores[2])...)
 	at := choose(m, s.refs...)
 	switch event := m.pick(16); event {
 	case 0:
@@ -216,7 +216,7 @@ func (m *machine) step() {
 }
 
 // change keeps the objects, and notes whom the change bears on.
-func (m *machine) change(s *shelf, at cache.ObjectName, o kubeObject) {
+func (m *machine) change(s *modelStore, at cache.ObjectName, o kubeObject) {
 	if before := s.live[at]; before != nil {
 		m.touch(before)
 		s.past = append(s.past, before)
@@ -239,7 +239,7 @@ func (m *machine) touch(o kubeObject) {
 	}
 }
 
-func (m *machine) relist(s *shelf, streamed bool) {
+func (m *machine) relist(s *modelStore, streamed bool) {
 	var list []any
 	for _, o := range s.live {
 		var item any = o.DeepCopyObject()
@@ -255,7 +255,7 @@ func (m *machine) relist(s *shelf, streamed bool) {
 func (m *machine) decide() {
 	before := m.world.current.Load().byAddr
 	select {
-	case <-m.world.tables.wake:
+	case <-m.world.objects.wake:
 		m.expiry = m.world.update()
 	case <-m.expiry:
 		m.expiry = m.world.update()
@@ -306,10 +306,10 @@ func answerOf(tb testing.TB, p *Pod, want Selector) string {
 
 func (m *machine) reference() *reference {
 	return &reference{
-		cfg: m.world.cfg, pods: liveOf[*corev1.Pod](m.shelves[0]),
-		identities: liveOf[*aadpodidentity.AzureIdentity](m.shelves[1]),
-		bindings:   liveOf[*aadpodidentity.AzureIdentityBinding](m.shelves[2]),
-		exceptions: liveOf[*aadpodidentity.AzurePodIdentityException](m.shelves[3]),
-		assigned:   liveOf[*aadpodidentity.AzureAssignedIdentity](m.shelves[4]),
+		cfg: m.world.cfg, pods: liveOf[*corev1.Pod](m.stores[0]),
+		identities: liveOf[*aadpodidentity.AzureIdentity](m.stores[1]),
+		bindings:   liveOf[*aadpodidentity.AzureIdentityBinding](m.stores[2]),
+		exceptions: liveOf[*aadpodidentity.AzurePodIdentityException](m.stores[3]),
+		assigned:   liveOf[*aadpodidentity.AzureAssignedIdentity](m.stores[4]),
 	}
 }

@@ -9,13 +9,104 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// selectorKey is a binding's selector, or the label that it matches, in a namespace.
+// objects are the trimmed objects of the cluster, indexed by what decisions look up, and the
+// pods that have to be decided again.
+type objects struct {
+	mu sync.Mutex // guards all following fields
+
+	pods       map[cache.ObjectName]*podInfo
+	identities map[cache.ObjectName]*identityInfo
+	bindings   map[cache.ObjectName]*bindingInfo
+	exceptions map[cache.ObjectName]*exceptionInfo
+	assigned   map[cache.ObjectName]*assignmentInfo
+
+	podsByLabel        multimap[selectorKey, podInfo] // by the value of BindingLabel
+	bindingsBySelector multimap[selectorKey, bindingInfo]
+	bindingsByIdentity multimap[cache.ObjectName, bindingInfo]
+	exceptionsByNS     multimap[string, exceptionInfo]
+	assignedByPod      multimap[cache.ObjectName, assignmentInfo]
+
+	acrossNamespaces bool // bindings match pods of other namespaces
+
+	dirty map[cache.ObjectName]struct{} // pods to decide again
+	wake  chan struct{}                 // of capacity 1: there are dirty pods
+}
+
+func newObjects(acrossNamespaces bool) *objects {
+	return &objects{
+		pods:               make(map[cache.ObjectName]*podInfo),
+		identities:         make(map[cache.ObjectName]*identityInfo),
+		bindings:           make(map[cache.ObjectName]*bindingInfo),
+		exceptions:         make(map[cache.ObjectName]*exceptionInfo),
+		assigned:           make(map[cache.ObjectName]*assignmentInfo),
+		podsByLabel:        make(multimap[selectorKey, podInfo]),
+		bindingsBySelector: make(multimap[selectorKey, bindingInfo]),
+		bindingsByIdentity: make(multimap[cache.ObjectName, bindingInfo]),
+		exceptionsByNS:     make(multimap[string, exceptionInfo]),
+		assignedByPod:      make(multimap[cache.ObjectName, assignmentInfo]),
+		acrossNamespaces:   acrossNamespaces,
+		dirty:              make(map[cache.ObjectName]struct{}),
+		wake:               make(chan struct{}, 1),
+	}
+}
+
+// selectorKey is a binding's selector, or the pod label that it matches, in a namespace.
 type selectorKey struct{ namespace, selector string }
 
-// multimap is an index: values by a key that several have.
+// key is the selectorKey under which a selector finds the labels that it can match.
+func (o *objects) key(namespace, selector string) selectorKey {
+	if o.acrossNamespaces {
+		namespace = ""
+	}
+	return selectorKey{namespace, selector}
+}
+
+func (o *objects) markLabelLocked(key selectorKey) {
+	for _, pod := range o.podsByLabel[key] {
+		o.dirty[pod.ObjectName] = struct{}{}
+	}
+}
+
+// The …ChangedLocked functions update the indexes and mark the pods that a change affects.
+// They are called for the old version of an object, which is no longer present, and then for
+// the new one.
+
+func (o *objects) podChangedLocked(pod *podInfo, present bool) {
+	o.dirty[pod.ObjectName] = struct{}{}
+	o.podsByLabel.set(o.key(pod.Namespace, pod.labels[aadpodidentity.BindingLabel]), pod, present)
+}
+
+func (o *objects) bindingChangedLocked(b *bindingInfo, present bool) {
+	key := o.key(b.Namespace, b.selector)
+	o.markLabelLocked(key)
+	o.bindingsBySelector.set(key, b, present)
+	o.bindingsByIdentity.set(cache.NewObjectName(b.Namespace, b.identity), b, present)
+}
+
+func (o *objects) identityChangedLocked(id *identityInfo, _ bool) {
+	for _, b := range o.bindingsByIdentity[id.ObjectName] {
+		o.markLabelLocked(o.key(b.Namespace, b.selector))
+	}
+}
+
+func (o *objects) exceptionChangedLocked(e *exceptionInfo, present bool) {
+	o.exceptionsByNS.set(e.Namespace, e, present)
+	for pod := range o.pods { // of this node: some hundreds at most
+		if pod.Namespace == e.Namespace {
+			o.dirty[pod] = struct{}{}
+		}
+	}
+}
+
+func (o *objects) assignmentChangedLocked(a *assignmentInfo, present bool) {
+	o.dirty[a.pod] = struct{}{}
+	o.assignedByPod.set(a.pod, a, present)
+}
+
+// multimap is an index: a key has several values.
 type multimap[K comparable, V any] map[K][]*V
 
-// set adds a value or removes it.
+// set adds a value, or removes it.
 func (m multimap[K, V]) set(key K, value *V, present bool) {
 	if present {
 		m[key] = append(m[key], value)
@@ -26,94 +117,4 @@ func (m multimap[K, V]) set(key K, value *V, present bool) {
 	} else {
 		delete(m, key)
 	}
-}
-
-// tables are the objects, indexed by what decisions ask for, and the pods for
-// which a decision must be taken anew.
-type tables struct {
-	mu sync.Mutex // guards all of them
-
-	pods       map[cache.ObjectName]*podRow
-	identities map[cache.ObjectName]*identityRow
-	bindings   map[cache.ObjectName]*bindingRow
-	exceptions map[cache.ObjectName]*exceptionRow
-	assigned   map[cache.ObjectName]*assignedRow
-
-	podsByLabel        multimap[selectorKey, podRow] // by the value of BindingLabel
-	bindingsBySelector multimap[selectorKey, bindingRow]
-	bindingsByIdentity multimap[cache.ObjectName, bindingRow]
-	exceptionsByNS     multimap[string, exceptionRow]
-	assignedByPod      multimap[cache.ObjectName, assignedRow]
-
-	acrossNamespaces bool // bindings match pods of other namespaces
-
-	dirty map[cache.ObjectName]struct{} // pods
-	wake  chan struct{}                 // of capacity 1: something is dirty
-}
-
-func newTables(acrossNamespaces bool) *tables {
-	return &tables{
-		pods:               make(map[cache.ObjectName]*podRow),
-		identities:         make(map[cache.ObjectName]*identityRow),
-		bindings:           make(map[cache.ObjectName]*bindingRow),
-		exceptions:         make(map[cache.ObjectName]*exceptionRow),
-		assigned:           make(map[cache.ObjectName]*assignedRow),
-		podsByLabel:        make(multimap[selectorKey, podRow]),
-		bindingsBySelector: make(multimap[selectorKey, bindingRow]),
-		bindingsByIdentity: make(multimap[cache.ObjectName, bindingRow]),
-		exceptionsByNS:     make(multimap[string, exceptionRow]),
-		assignedByPod:      make(multimap[cache.ObjectName, assignedRow]),
-		acrossNamespaces:   acrossNamespaces,
-		dirty:              make(map[cache.ObjectName]struct{}),
-		wake:               make(chan struct{}, 1),
-	}
-}
-
-// key is where a selector meets the labels that it can match.
-func (t *tables) key(namespace, selector string) selectorKey {
-	if t.acrossNamespaces {
-		namespace = ""
-	}
-	return selectorKey{namespace, selector}
-}
-
-func (t *tables) markLabel(key selectorKey) {
-	for _, pod := range t.podsByLabel[key] {
-		t.dirty[pod.ObjectName] = struct{}{}
-	}
-}
-
-// The changed… functions keep the indexes, and mark the pods that a change bears on.
-// They are called for what a row was before, then for what it is after.
-
-func (t *tables) changedPod(pod *podRow, present bool) {
-	t.dirty[pod.ObjectName] = struct{}{}
-	t.podsByLabel.set(t.key(pod.Namespace, pod.labels[aadpodidentity.BindingLabel]), pod, present)
-}
-
-func (t *tables) changedBinding(b *bindingRow, present bool) {
-	key := t.key(b.Namespace, b.selector)
-	t.markLabel(key)
-	t.bindingsBySelector.set(key, b, present)
-	t.bindingsByIdentity.set(cache.NewObjectName(b.Namespace, b.identity), b, present)
-}
-
-func (t *tables) changedIdentity(id *identityRow, _ bool) {
-	for _, b := range t.bindingsByIdentity[id.ObjectName] {
-		t.markLabel(t.key(b.Namespace, b.selector))
-	}
-}
-
-func (t *tables) changedException(e *exceptionRow, present bool) {
-	t.exceptionsByNS.set(e.Namespace, e, present)
-	for pod := range t.pods { // this node's: some hundreds at most
-		if pod.Namespace == e.Namespace {
-			t.dirty[pod] = struct{}{}
-		}
-	}
-}
-
-func (t *tables) changedAssigned(a *assignedRow, present bool) {
-	t.dirty[a.pod] = struct{}{}
-	t.assignedByPod.set(a.pod, a, present)
 }

@@ -12,36 +12,34 @@ import (
 )
 
 var (
-	// ErrUnknownAddress means that no pod of this node is known to hold the
-	// address, although its event was waited for. The pod may be about to
-	// appear: ask again shortly.
-	ErrUnknownAddress = errors.New("no pod of this node is known by this address")
-	// ErrAmbiguousAddress means that several live pods claim the address. None
-	// of them gets an identity until all but one are gone.
+	// ErrUnknownAddress means that no pod of this node has the address, as far as the API
+	// server has told within Config.PodWait. It may yet: retry shortly.
+	ErrUnknownAddress = errors.New("no pod on this node has this address")
+	// ErrAmbiguousAddress means that several live pods claim the address. None of them gets
+	// an identity until all but one are gone.
 	ErrAmbiguousAddress = errors.New("several live pods claim this address")
-	// ErrUnconfirmed means that the caller may be another pod than the one that the API
-	// server names for its address: the address may have been reused, and the API server
-	// be late with the news. See Resolver.ResolveCaller. Ask again shortly.
-	ErrUnconfirmed = errors.New("the caller may be another pod than the one known by this address")
-	// ErrNoIdentity means that the pod may not use the identity it asked for,
-	// or any. Asking again changes nothing until somebody changes a binding.
+	// ErrUnconfirmed means that the caller may not be the pod that has the address according
+	// to the API server: the address may have been reused, and the event be late. See
+	// Resolver.ResolveCaller. Retry shortly.
+	ErrUnconfirmed = errors.New("the caller may not be the pod that the API server reports for this address")
+	// ErrNoIdentity means that the pod may not use the requested identity, or any. Retrying
+	// does not help until an object changes.
 	ErrNoIdentity = errors.New("no identity for this pod")
-	// ErrNotAssigned means that a binding gives the pod the identity, and MIC has
-	// not assigned it yet: ask again shortly.
+	// ErrNotAssigned means that a binding gives the pod the identity, but MIC has not
+	// assigned it yet. Retry shortly.
 	ErrNotAssigned = errors.New("MIC has not assigned the identity to this pod yet")
-	// ErrSeveral means that the pod has several identities and named none of them,
-	// with Config.StrictSelection.
-	ErrSeveral = errors.New("the pod has several identities, and named none")
-	// ErrNotSynced means that nothing can be decided yet: the API server has not told of
-	// all that decisions need.
-	ErrNotSynced = errors.New("the agent is not in sync with the API server yet")
-	// ErrStale means that the API server has not been heard of for longer than
+	// ErrMultipleIdentities means that the pod has several identities and the request names
+	// none of them, with Config.StrictSelection.
+	ErrMultipleIdentities = errors.New("the pod has several identities and the request names none")
+	// ErrNotSynced means that not all resources have been listed yet.
+	ErrNotSynced = errors.New("the agent has not synced with the API server yet")
+	// ErrStale means that the API server has sent nothing for longer than
 	// Config.MaxStaleness.
-	ErrStale = errors.New("what is known of pods and identities is too old")
+	ErrStale = errors.New("pod and identity data is stale")
 )
 
-// Selector is the identity that a request names; at most one field is set. The
-// zero value names none.
+// Selector is how a request names an identity, with at most one field. The zero value names
+// none.
 type Selector struct {
 	ClientID   string
 	ResourceID string
@@ -56,101 +54,99 @@ type Identity struct {
 	ResourceID      string // lower case
 	Binding         string // name of the AzureIdentityBinding that gives it
 
-	Principal *Principal // the rest of a service principal; nil for a managed identity
+	Principal *Principal // of a service principal; nil for a managed identity
 }
 
-// Principal is what an AzureIdentity of type 1 or 2 says beyond its client ID. It
-// never changes.
+// Principal is the part of an AzureIdentity that only a service principal (type 1 or 2) has.
+// It does not change.
 type Principal struct {
 	TenantID           string
-	AuxiliaryTenantIDs []string // tokens of these are given too
-	Authority          string   // where its tokens come from, as adEndpoint says
-	// SecretNamespace and SecretName name the Secret that holds what the service
-	// principal proves itself with: a certificate, or else a client secret.
+	AuxiliaryTenantIDs []string // a request gets a token of each of these, too
+	Authority          string   // URL of the authority that issues its tokens, from adEndpoint
+	// SecretNamespace and SecretName name the Secret with the client secret, or with the
+	// certificate if Certificate is true.
 	SecretNamespace, SecretName string
 	Certificate                 bool
 }
 
-// defaultAuthority is the Authority of an AzureIdentity without adEndpoint:
-// Entra's of the public cloud.
+// defaultAuthority is the Authority of an AzureIdentity without adEndpoint: Entra in the
+// public cloud.
 const defaultAuthority = "https://login.microsoftonline.com"
 
-// Pod is a pod of this node and what has been decided for it. Pods are made
-// anew when anything changes that bears on them, and never change.
+// Pod is a pod of this node and the decision for it. It does not change: a change of an object
+// that affects the pod makes a new Pod.
 type Pod struct {
 	Namespace, Name string
 	UID             string
-	// Started is when the latest of its containers started, in whole seconds; zero if
-	// none has.
+	// Started is when one of its containers last started, in whole seconds; zero if none has.
 	Started time.Time
 
-	row        *podRow
+	info       *podInfo
 	exception  string     // name of the exception that applies, or ""
 	identities []Identity // that the pod may use, the default first
 	pending    []Identity // that it may use once MIC has assigned them
-	unusable   string     // why the pod may not use others that bindings name; "" if there are none
-	refusal    error      // said when both are empty; wraps ErrNoIdentity
+	unusable   string     // why it may not use other bound identities; "" if there are none
+	refusal    error      // wraps ErrNoIdentity; if identities and pending are empty
 	strict     bool       // Config.StrictSelection
 }
 
 // String is the pod's namespace and name.
 func (p *Pod) String() string { return p.Namespace + "/" + p.Name }
 
-// Exception returns the name of the AzurePodIdentityException that applies to
-// the pod, or "". What an excepted pod sends is not the agent's business.
+// Exception returns the name of the AzurePodIdentityException that applies to the pod, or "".
+// Requests of an excepted pod are passed through.
 func (p *Pod) Exception() string { return p.exception }
 
 // Identities returns the identities that the pod may use, the default first.
 func (p *Pod) Identities() iter.Seq[Identity] { return slices.Values(p.identities) }
 
-// Identity decides which identity the pod gets. IDs are compared without regard
-// to case. A selector that names none gets the pod's default, the first bound, or is
-// ErrSeveral. The error wraps ErrNoIdentity and says, to an operator, why; or
-// ErrNotAssigned.
+// Identity returns the identity that a request gets. IDs are compared case-insensitively. A
+// selector that names none gets the pod's default, which is the identity of its oldest
+// binding, or ErrMultipleIdentities. Other errors are ErrNotAssigned, or wrap ErrNoIdentity and
+// tell an operator the reason.
 func (p *Pod) Identity(want Selector) (Identity, error) {
-	if id, ok := want.pick(p.identities); ok {
+	if id, ok := want.selectFrom(p.identities); ok {
 		if p.strict && want == (Selector{}) && len(p.identities) > 1 {
-			return Identity{}, ErrSeveral
+			return Identity{}, ErrMultipleIdentities
 		}
 		return id, nil
 	}
-	if id, ok := want.pick(p.pending); ok {
+	if id, ok := want.selectFrom(p.pending); ok {
 		return Identity{}, fmt.Errorf("%w: AzureIdentity %s/%s", ErrNotAssigned, id.Namespace, id.Name)
 	}
 	switch {
 	case len(p.identities) > 0:
-		return Identity{}, &refused{p, p.notAmong(p.identities, "bound to it", want)}
+		return Identity{}, &refusalError{p, p.notAmong(p.identities, want)}
 	case len(p.pending) > 0:
-		return Identity{}, &refused{p, p.notAmong(p.pending, "that bindings give to it", want)}
+		return Identity{}, &refusalError{p, p.notAmong(p.pending, want)}
 	default:
-		return Identity{}, &refused{p, p.refusal}
+		return Identity{}, &refusalError{p, p.refusal}
 	}
 }
 
-// refused is an error that wraps ErrNoIdentity, and knows which pod it is about.
-type refused struct {
+// refusalError wraps ErrNoIdentity, with the pod for Hint.
+type refusalError struct {
 	pod *Pod
 	error
 }
 
-// Unwrap makes it an ErrNoIdentity.
-func (e *refused) Unwrap() error { return e.error }
+// Unwrap returns the error that wraps ErrNoIdentity.
+func (e *refusalError) Unwrap() error { return e.error }
 
-// notAmong refuses an identity that is not among those that the pod has. It may be one
-// that the pod cannot use.
-func (p *Pod) notAmong(has []Identity, which string, want Selector) error {
+// notAmong is the error for a requested identity that is not among those of the pod.
+func (p *Pod) notAmong(has []Identity, want Selector) error {
 	var ids []string
 	for _, id := range has {
 		ids = append(ids, id.String())
 	}
-	err := fmt.Errorf("%w: none of the %d %s has the %s that it asked for: %s", ErrNoIdentity, len(has), which, want, some(ids))
+	err := fmt.Errorf("%w: none of those bound to it has the requested %s: %s", ErrNoIdentity, want, joinFirst(ids))
 	if p.unusable != "" {
 		err = fmt.Errorf("%w; %s", err, p.unusable)
 	}
 	return err
 }
 
-// String names what is asked for, as far as it is worth reading.
+// String describes the selector for an error. Long values are cut.
 func (want Selector) String() string {
 	switch {
 	case want.ObjectID != "":
@@ -164,10 +160,10 @@ func (want Selector) String() string {
 	}
 }
 
-// pick returns the identity that is named, or the first if none is.
-func (want Selector) pick(from []Identity) (Identity, bool) {
-	// An AzureIdentity does not carry an object ID. The old NMI ignored the
-	// parameter, and so handed out the default for any.
+// selectFrom returns the named identity, or the first if none is named.
+func (want Selector) selectFrom(from []Identity) (Identity, bool) {
+	// An AzureIdentity has no object ID. The old NMI ignored the parameter, and returned the
+	// default identity for any object ID.
 	if want.ObjectID != "" {
 		return Identity{}, false
 	}

@@ -3,143 +3,154 @@ package podresolver
 import (
 	"reflect"
 
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/cache"
 )
 
-// table is one kind of rows as a store for a reflector to fill.
-type table[R any] struct {
-	tables  *tables
-	rows    map[cache.ObjectName]*R
-	parse   func(object any) *R // nil for what is not of this table
-	changed func(row *R, present bool)
-	heard   func(synced bool) // called for whatever the API server sends; synced with a whole list
+// reflectorStore is what a reflector keeps up to date: it trims each object, and updates one
+// kind of objects.
+type reflectorStore[Info any] struct {
+	objects  *objects
+	infos    map[cache.ObjectName]*Info
+	trim     func(object any) *Info // nil for an object that is not kept
+	changed  func(info *Info, present bool)
+	observed func(list bool) // called for whatever the API server sends, with true for a complete list
 }
 
-var _ cache.TransformingStore = (*table[podRow])(nil)
+var _ cache.TransformingStore = (*reflectorStore[podInfo])(nil)
 
-// set puts a row in its place, or takes it away if it is nil. A row that is the
-// same as before changes nothing.
-func (t *table[R]) set(key cache.ObjectName, row *R) {
-	before := t.rows[key]
+// setLocked replaces an object, or removes it if info is nil. An equal one changes nothing.
+func (s *reflectorStore[Info]) setLocked(name cache.ObjectName, info *Info) {
+	before := s.infos[name]
 	switch {
-	case row == nil && before == nil, row != nil && before != nil && reflect.DeepEqual(*row, *before):
+	case info == nil && before == nil, info != nil && before != nil && reflect.DeepEqual(*info, *before):
 		return
-	case row == nil:
-		delete(t.rows, key)
+	case info == nil:
+		delete(s.infos, name)
 	default:
-		t.rows[key] = row
+		s.infos[name] = info
 	}
 	if before != nil {
-		t.changed(before, false)
+		s.changed(before, false)
 	}
-	if row != nil {
-		t.changed(row, true)
+	if info != nil {
+		s.changed(info, true)
 	}
 }
 
-func (t *table[R]) update(change func()) error {
-	t.tables.mu.Lock()
+// update makes a change under the lock, and wakes the deciding goroutine if it affects a pod.
+func (s *reflectorStore[Info]) update(change func()) {
+	s.objects.mu.Lock()
 	change()
-	dirty := len(t.tables.dirty) > 0
-	t.tables.mu.Unlock()
+	dirty := len(s.objects.dirty) > 0
+	s.objects.mu.Unlock()
 	if dirty {
 		select {
-		case t.tables.wake <- struct{}{}:
+		case s.objects.wake <- struct{}{}:
 		default:
 		}
 	}
-	return nil
 }
 
 // Add implements cache.ReflectorStore.
-func (t *table[R]) Add(obj any) error { return t.Update(obj) }
+func (s *reflectorStore[Info]) Add(obj any) error { return s.Update(obj) }
 
 // Update implements cache.ReflectorStore.
-func (t *table[R]) Update(obj any) error {
-	t.heard(false)
-	key, ok := keyOf(obj)
-	if !ok {
-		return nil
+func (s *reflectorStore[Info]) Update(obj any) error {
+	s.observed(false)
+	name, err := objectName(obj)
+	if err != nil {
+		return err
 	}
-	row := t.parse(obj)
-	return t.update(func() { t.set(key, row) })
+	info := s.trim(obj)
+	s.update(func() { s.setLocked(name, info) })
+	return nil
 }
 
-// Delete implements cache.ReflectorStore. Of an object that went while nobody
-// watched, only the key may be known.
-func (t *table[R]) Delete(obj any) error {
-	t.heard(false)
-	key, ok := keyOf(obj)
-	if !ok {
-		return nil
+// Delete implements cache.ReflectorStore. obj may be a tombstone.
+func (s *reflectorStore[Info]) Delete(obj any) error {
+	s.observed(false)
+	name, err := objectName(obj)
+	if err != nil {
+		return err
 	}
-	return t.update(func() { t.set(key, nil) })
+	s.update(func() { s.setLocked(name, nil) })
+	return nil
 }
 
-// Replace implements cache.ReflectorStore. What is as it was stays untouched.
-func (t *table[R]) Replace(list []any, _ string) error {
-	fresh := make(map[cache.ObjectName]*R, len(list))
+// Replace implements cache.ReflectorStore. Objects that are equal to the listed ones are left
+// alone.
+func (s *reflectorStore[Info]) Replace(list []any, _ string) error {
+	listed := make(map[cache.ObjectName]*Info, len(list))
 	for _, obj := range list {
-		if key, ok := keyOf(obj); ok {
-			fresh[key] = t.parse(obj)
+		name, err := objectName(obj)
+		if err != nil {
+			return err
 		}
+		listed[name] = s.trim(obj)
 	}
-	err := t.update(func() {
-		for key := range t.rows {
-			if fresh[key] == nil {
-				t.set(key, nil)
+	s.update(func() {
+		for name := range s.infos {
+			if listed[name] == nil {
+				s.setLocked(name, nil)
 			}
 		}
-		for key, row := range fresh {
-			t.set(key, row)
+		for name, info := range listed {
+			s.setLocked(name, info)
 		}
 	})
-	t.heard(true)
-	return err
+	s.observed(true)
+	return nil
 }
 
-// Resync implements cache.ReflectorStore. There is nothing to say again.
-func (t *table[R]) Resync() error { return nil }
+// Resync implements cache.ReflectorStore. Nobody needs one.
+func (s *reflectorStore[Info]) Resync() error { return nil }
 
-// Bookmark implements cache.ReflectorBookmarkStore: the API server says that it is
-// there, and has nothing new.
-func (t *table[R]) Bookmark(string) error { t.heard(false); return nil }
+// Bookmark implements cache.ReflectorBookmarkStore: the API server responds, and nothing has
+// changed.
+func (s *reflectorStore[Info]) Bookmark(string) error { s.observed(false); return nil }
 
-// Transformer implements cache.TransformingStore: while a reflector gathers a list,
-// it keeps rows, and not whole objects.
-func (t *table[R]) Transformer() cache.TransformFunc {
+// Transformer implements cache.TransformingStore: a reflector that collects a list keeps
+// trimmed objects instead of whole ones.
+func (s *reflectorStore[Info]) Transformer() cache.TransformFunc {
 	return func(obj any) (any, error) {
-		key, ok := keyOf(obj)
-		if !ok {
-			return obj, nil
+		name, err := objectName(obj)
+		if err != nil {
+			return nil, err
 		}
-		return &gathered{key, t.parse(obj)}, nil
+		return &listItem{name, s.trim(obj)}, nil
 	}
 }
 
-// gathered is a row on its way from a list to its table.
-type gathered struct {
+// listItem is a trimmed object of a list. It does not change.
+type listItem struct {
 	cache.ObjectName
-	row any
+	info any // a pointer to one of the infos; nil for an object that is not kept
 }
 
-func keyOf(obj any) (cache.ObjectName, bool) {
-	if item, ok := obj.(*gathered); ok {
-		return item.ObjectName, true
+// GetObjectKind implements runtime.Object, which an item of a list must be.
+func (*listItem) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
+
+// DeepCopyObject implements runtime.Object.
+func (i *listItem) DeepCopyObject() runtime.Object { return i }
+
+func objectName(obj any) (cache.ObjectName, error) {
+	if item, ok := obj.(*listItem); ok {
+		return item.ObjectName, nil
 	}
-	name, err := cache.DeletionHandlingObjectToName(obj)
-	return name, err == nil
+	return cache.DeletionHandlingObjectToName(obj)
 }
 
-// rowOf makes a parse function out of one for a type.
-func rowOf[T, R any](parse func(*T) *R) func(any) *R {
-	return func(obj any) *R {
+// trimAny adapts a function that trims a T to what a reflector passes.
+func trimAny[T, Info any](trim func(*T) *Info) func(any) *Info {
+	return func(obj any) *Info {
 		switch obj := obj.(type) {
 		case *T:
-			return parse(obj)
-		case *gathered:
-			row, _ := obj.row.(*R)
-			return row
+			return trim(obj)
+		case *listItem:
+			info, _ := obj.info.(*Info)
+			return info
 		}
 		return nil
 	}

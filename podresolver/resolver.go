@@ -1,20 +1,20 @@
-// Package podresolver finds out who is calling and what they may use: a source
-// address becomes a pod, a pod an identity.
+// Package podresolver finds out which pod is calling and which identities it may use: a source
+// address becomes a pod, and the pod an identity.
 //
 // The life of a decision:
 //
-//  1. Reflectors fill tables with what decisions need, and only that, of this
-//     node's pods and of the cluster's identities, bindings and exceptions.
-//  2. A change marks the pods that it bears on. One goroutine decides anew for
-//     those and publishes a snapshot: address to pod, with the pod's identities in
-//     order. A storm of changes is one recomputation.
+//  1. Reflectors store trimmed objects: this node's pods, and the identities, bindings and
+//     exceptions of the cluster.
+//  2. A change marks the pods that it affects. One goroutine decides these again and publishes
+//     a snapshot: address to Pod, with its identities in order. Changes that arrive meanwhile
+//     share the next snapshot.
 //  3. Resolve is one atomic load and one map lookup.
-//  4. An address that is not known waits, bounded, for its event, since a pod can
-//     ask before its status has reached the API server's watchers; then the API
-//     server is asked once.
+//  4. A request from an unknown address waits, for a bounded time, for the pod's event, because
+//     a pod may send a request before the API server has told of its address. Then it asks the
+//     API server once.
 //
-// Nothing is answered before every table has been filled: a decision taken without
-// the exceptions, say, would be wrong.
+// Nothing is decided before all resources are listed: without the exceptions, for example, a
+// decision would be wrong.
 package podresolver
 
 import (
@@ -37,76 +37,75 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Mode is who decides which identities a pod may use.
+// Mode is what decides which identities a pod may use.
 type Mode string
 
 const (
-	// Managed decides here, from AzureIdentityBindings of the pod's namespace.
+	// Managed uses the AzureIdentityBindings in the pod's namespace.
 	Managed Mode = "managed"
-	// Standard goes by the AzureAssignedIdentities that the MIC controller makes.
+	// Standard uses the AzureAssignedIdentities that the MIC controller creates.
 	Standard Mode = "standard"
 )
 
-// What a Config that leaves them out has.
+// Defaults of Config.
 const (
 	DefaultPodWait      = 3 * time.Second
 	DefaultIdentityWait = 10 * time.Second
 )
 
-// Config says which node's pods to resolve, and how. Node is required.
+// Config is the configuration of a Resolver. Node is required.
 type Config struct {
 	Node string
 	Mode Mode // "" means Managed
-	// Namespaced keeps identities from pods of other namespaces in Standard mode.
-	// In Managed mode they always are.
+	// Namespaced limits identities to pods of their own namespace in Standard mode. In
+	// Managed mode they always are.
 	Namespaced bool
 	// MICNamespace is the namespace of the Deployment "mic", whose pods are excepted in
-	// Standard mode; "" excepts none. There is no MIC in Managed mode.
+	// Standard mode; "" excepts none. Managed mode has no MIC.
 	MICNamespace string
-	// ExceptionNamespaces are the namespaces whose AzurePodIdentityExceptions count:
-	// nil for all, empty for none.
+	// ExceptionNamespaces are the namespaces whose AzurePodIdentityExceptions apply: nil for
+	// all, empty for none.
 	ExceptionNamespaces []string
 	Deny                DenyList
-	// StrictSelection refuses a request that names no identity where the pod has
-	// several, as IMDS does, instead of choosing one.
+	// StrictSelection refuses a request without a selector if the pod has several
+	// identities, as IMDS does, instead of using the default.
 	StrictSelection bool
 
-	PodWait      time.Duration // how long an unknown address waits for its pod; 0 means DefaultPodWait
+	PodWait      time.Duration // how long a request from an unknown address waits for its pod; 0 means DefaultPodWait
 	IdentityWait time.Duration // how long a request waits for MIC's assignment; 0 means DefaultIdentityWait
-	// MaxStaleness is how long decisions are good for, counted from when the API server
-	// last sent something of a resource, if only a bookmark. After two thirds of it the
-	// resource is listed anew. 0 means for ever.
+	// MaxStaleness is how long decisions are valid after the API server last sent something
+	// of a resource, be it a bookmark. After two thirds of it the resource is listed again. 0
+	// means forever.
 	MaxStaleness time.Duration
 	Logger       *slog.Logger `json:"-"` // nil means slog.Default
 }
 
-// Resolver resolves addresses of this node's pods. It is safe for concurrent
-// use once Run is called.
+// Resolver resolves the addresses of this node's pods. It is safe for concurrent use.
 type Resolver struct {
-	cfg     Config
-	tables  *tables
-	sources []*source
+	cfg      Config
+	objects  *objects
+	watchers []*watcher
 
 	current atomic.Pointer[snapshot]
 	synced  chan struct{} // closed when the first complete snapshot is published
-	expired atomic.Bool   // MaxStaleness has passed
-	waiting waiting
+	expired atomic.Bool   // a resource has been silent for longer than MaxStaleness
+	waiters waiters
 
-	decided map[cache.ObjectName]*Pod // the deciding goroutine's alone
+	decided map[cache.ObjectName]*Pod // owned by the deciding goroutine
 
-	pods      cache.ListerWatcherWithContext // for lookups
-	podRow    func(*corev1.Pod) *podRow
-	lookups   singleflight.Group
-	limit     *rate.Limiter
-	ambiguous atomic.Uint64
-	asked     atomic.Uint64
-	found     atomic.Uint64
+	podLister   cache.ListerWatcherWithContext // for lookups
+	trimPod     func(*corev1.Pod) *podInfo
+	lookups     singleflight.Group
+	lookupLimit *rate.Limiter
+	lookupCount atomic.Uint64
+	lookupHits  atomic.Uint64
+	ambiguous   atomic.Uint64
 }
 
 // New returns a Resolver that reads from the sources once Run is called.
 func New(from Sources, cfg Config) (*Resolver, error) {
 	if cfg.Node == "" {
-		return nil, errors.New("the node's name is needed to know its pods")
+		return nil, errors.New("the name of the node is required")
 	}
 	if cfg.PodWait == 0 {
 		cfg.PodWait = DefaultPodWait
@@ -119,40 +118,39 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 	}
 	standard := cfg.Mode == Standard
 	if !standard {
-		cfg.MICNamespace = "" // a pod's author controls all that makes it look like MIC's
+		cfg.MICNamespace = "" // any author of a pod could make it look like MIC's
 	}
-	t := newTables(standard && !cfg.Namespaced)
+	o := newObjects(standard && !cfg.Namespaced)
 	r := &Resolver{
-		cfg: cfg, tables: t, synced: make(chan struct{}), decided: make(map[cache.ObjectName]*Pod),
-		pods: cache.ToListerWatcherWithContext(from.Pods), podRow: podRowFor(cfg.Node, cfg.MICNamespace),
-		limit: rate.NewLimiter(lookupRate, lookupBurst),
+		cfg: cfg, objects: o, synced: make(chan struct{}), decided: make(map[cache.ObjectName]*Pod),
+		podLister: cache.ToListerWatcherWithContext(from.Pods), trimPod: podInfoFor(cfg.Node, cfg.MICNamespace),
+		lookupLimit: rate.NewLimiter(lookupRate, lookupBurst),
 	}
-	r.sources = []*source{
-		newSource(r, "pods", from.Pods, false, t.pods, r.podRow, t.changedPod),
-		newSource(r, aadpodidentity.AzureIdentities.GroupResource().String(), from.Identities, false, t.identities, identityRowOf, t.changedIdentity),
-		newSource(r, aadpodidentity.AzureIdentityBindings.GroupResource().String(), from.Bindings, false, t.bindings, bindingRowOf, t.changedBinding),
-		newSource(r, aadpodidentity.AzurePodIdentityExceptions.GroupResource().String(), from.Exceptions, true, t.exceptions, exceptionRowOf, t.changedException),
+	r.watchers = []*watcher{
+		newWatcher(r, "pods", from.Pods, false, o.pods, r.trimPod, o.podChangedLocked),
+		newWatcher(r, aadpodidentity.AzureIdentities.GroupResource().String(), from.Identities, false, o.identities, newIdentityInfo, o.identityChangedLocked),
+		newWatcher(r, aadpodidentity.AzureIdentityBindings.GroupResource().String(), from.Bindings, false, o.bindings, newBindingInfo, o.bindingChangedLocked),
+		newWatcher(r, aadpodidentity.AzurePodIdentityExceptions.GroupResource().String(), from.Exceptions, true, o.exceptions, newExceptionInfo, o.exceptionChangedLocked),
 	}
 	if standard {
-		r.sources = append(r.sources,
-			newSource(r, aadpodidentity.AzureAssignedIdentities.GroupResource().String(), from.Assigned, false, t.assigned, assignedRowFor(cfg.Node), t.changedAssigned))
+		r.watchers = append(r.watchers,
+			newWatcher(r, aadpodidentity.AzureAssignedIdentities.GroupResource().String(), from.Assigned, false, o.assigned, assignmentInfoFor(cfg.Node), o.assignmentChangedLocked))
 	}
 	first, _ := newSnapshot(maps.Values(r.decided), time.Time{})
 	r.current.Store(first)
 	return r, nil
 }
 
-// Read returns a Resolver that knows what there is now, and is not kept up to date: it is
-// not for Run, and for Explain. It returns at once where the API server does not tell of
-// everything, with the reason and what to do about it.
+// Read returns a synced Resolver of the objects that there are now, for Explain: it must not be
+// Run. If a resource cannot be listed it does not retry, and returns what to do about it.
 func Read(ctx context.Context, from Sources, cfg Config) (*Resolver, error) {
 	r, err := New(from, cfg)
 	if err != nil {
 		return nil, err
 	}
 	var missing []error
-	for _, s := range r.sources {
-		missing = append(missing, s.fill(ctx))
+	for _, w := range r.watchers {
+		missing = append(missing, w.listOnce(ctx))
 	}
 	if err := errors.Join(missing...); err != nil {
 		return nil, err
@@ -162,25 +160,24 @@ func Read(ctx context.Context, from Sources, cfg Config) (*Resolver, error) {
 	return r, nil
 }
 
-// Run keeps the snapshots up to date until ctx ends, and returns when all its
-// goroutines have.
+// Run keeps the snapshot up to date until ctx ends. Its goroutines have ended when it returns.
 func (r *Resolver) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	for _, s := range r.sources {
-		wg.Go(func() { s.reflector.RunWithContext(ctx) })
+	for _, w := range r.watchers {
+		wg.Go(func() { w.reflector.RunWithContext(ctx) })
 	}
 	defer wg.Wait()
 
-	for _, s := range r.sources {
+	for _, w := range r.watchers {
 		select {
-		case <-s.synced:
+		case <-w.synced:
 		case <-ctx.Done():
 			return
 		}
 	}
 	expiry := r.update()
 	close(r.synced)
-	every := quietLimit / 30
+	every := defaultStaleLimit / 30
 	if r.cfg.MaxStaleness > 0 {
 		every = min(time.Second, r.cfg.MaxStaleness/10)
 	}
@@ -188,7 +185,7 @@ func (r *Resolver) Run(ctx context.Context) {
 	defer staleness.Stop()
 	for {
 		select {
-		case <-r.tables.wake:
+		case <-r.objects.wake:
 			expiry = r.update()
 		case <-expiry:
 			expiry = r.update()
@@ -200,41 +197,41 @@ func (r *Resolver) Run(ctx context.Context) {
 	}
 }
 
-// Resolve returns the pod that holds addr now. An unknown address is waited for
-// as long as Config.PodWait and ctx allow, and the API server asked once; then it is
-// ErrUnknownAddress, or ErrNotSynced where no address can be known yet. One that several
-// live pods claim is ErrAmbiguousAddress at once. ErrStale means that nothing is known for
-// certain any more.
+// Resolve returns the pod that has addr now. A request from an unknown address waits as long as
+// Config.PodWait and ctx allow, then asks the API server once; then the error is
+// ErrUnknownAddress, or ErrNotSynced before the first snapshot. An address that several live
+// pods claim is ErrAmbiguousAddress at once. ErrStale means that no decision is valid.
 func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	return r.ResolveCaller(ctx, addr, func(*Pod) error { return nil })
 }
 
-// ResolveCaller is Resolve for a caller that confirm can tell from other pods: a pod for
-// which it returns ErrUnconfirmed is as good as unknown, so that its address is waited for
-// too. Its last error is returned. confirm may be called several times.
+// ResolveCaller is Resolve for a caller that confirm can tell from other pods. A pod for which
+// confirm returns ErrUnconfirmed is treated like an unknown one: the request waits. The last
+// error of confirm is returned. It may be called several times.
 func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
 	if r.expired.Load() {
 		return nil, ErrStale
 	}
 	s := r.current.Load()
 	pod, err := s.resolve(addr, confirm)
-	if err == nil || !worthWaiting(err) {
+	if err == nil || !retriable(err) {
 		return pod, err
 	}
-	return r.await(ctx, addr, s, err, confirm)
+	return r.waitForPod(ctx, addr, s, err, confirm)
 }
 
-// worthWaiting reports whether news of an address may be on their way.
-func worthWaiting(err error) bool {
+// retriable reports whether an event may resolve the error.
+func retriable(err error) bool {
 	return errors.Is(err, ErrUnknownAddress) || errors.Is(err, ErrUnconfirmed)
 }
 
-func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot, err error, confirm func(*Pod) error) (pod *Pod, _ error) {
-	patience, cancel := context.WithTimeout(ctx, r.cfg.PodWait)
+// waitForPod resolves addr after err in the snapshot s.
+func (r *Resolver) waitForPod(ctx context.Context, addr netip.Addr, s *snapshot, err error, confirm func(*Pod) error) (pod *Pod, _ error) {
+	podWait, cancel := context.WithTimeout(ctx, r.cfg.PodWait)
 	defer cancel()
-	for r.waiting.forChange(patience, r.current.Load, addr, s) {
+	for r.waiters.waitForChange(podWait, r.current.Load, addr, s) {
 		s = r.current.Load()
-		if pod, err = s.resolve(addr, confirm); err == nil || !worthWaiting(err) {
+		if pod, err = s.resolve(addr, confirm); err == nil || !retriable(err) {
 			return pod, err
 		}
 	}
@@ -246,28 +243,28 @@ func (r *Resolver) await(ctx context.Context, addr netip.Addr, s *snapshot, err 
 	case r.expired.Load():
 		return nil, ErrStale
 	}
-	found, failure := r.lookup(ctx, addr)
-	if failure == nil {
-		failure = confirm(found)
+	pod, lookupErr := r.lookup(ctx, addr)
+	if lookupErr == nil {
+		lookupErr = confirm(pod)
 	}
 	switch {
-	case failure == nil:
-		return found, nil
+	case lookupErr == nil:
+		return pod, nil
 	case errors.Is(err, ErrUnconfirmed):
-		return nil, err // says more than that the API server knows no more than the watch
+		return nil, err // more useful than that the lookup found no other pod
 	}
-	return nil, failure
+	return nil, lookupErr
 }
 
-// Identity decides which identity a pod that was resolved from addr gets, see
-// (*Pod).Identity. One that MIC has yet to assign is waited for as long as
-// Config.IdentityWait and ctx allow; then it is ErrNotAssigned.
+// Identity returns the identity that a request from addr gets, which was resolved to pod; see
+// (*Pod).Identity. One that MIC has yet to assign is waited for as long as Config.IdentityWait
+// and ctx allow, then the error is ErrNotAssigned.
 func (r *Resolver) Identity(ctx context.Context, addr netip.Addr, pod *Pod, want Selector) (Identity, error) {
 	id, err := pod.Identity(want)
 	if !errors.Is(err, ErrNotAssigned) {
 		return id, err
 	}
-	patience, cancel := context.WithTimeout(ctx, r.cfg.IdentityWait)
+	identityWait, cancel := context.WithTimeout(ctx, r.cfg.IdentityWait)
 	defer cancel()
 	for {
 		if r.expired.Load() {
@@ -281,52 +278,51 @@ func (r *Resolver) Identity(ctx context.Context, addr netip.Addr, pod *Pod, want
 		if id, err = o.pod.Identity(want); !errors.Is(err, ErrNotAssigned) {
 			return id, err
 		}
-		if !r.waiting.forChange(patience, r.current.Load, addr, s) {
+		if !r.waiters.waitForChange(identityWait, r.current.Load, addr, s) {
 			return Identity{}, errors.Join(ctx.Err(), err)
 		}
 	}
 }
 
-// Holder returns the pod that holds addr now, as far as is known; nil if none or more
-// than one does. It does not wait.
-func (r *Resolver) Holder(addr netip.Addr) *Pod {
+// Owner returns the pod that has addr in the current snapshot; nil if there is none, or addr is
+// ambiguous.
+func (r *Resolver) Owner(addr netip.Addr) *Pod {
 	return r.current.Load().byAddr[addr].pod
 }
 
-// Addresses returns the addresses that pods of this node hold now, in no order,
-// and a channel that is closed when they may have changed.
+// Addresses returns the addresses that pods of this node claim, in any order, and a channel
+// that is closed when they may have changed.
 func (r *Resolver) Addresses() ([]netip.Addr, <-chan struct{}) {
 	s := r.current.Load()
 	return slices.Collect(maps.Keys(s.byAddr)), s.replaced
 }
 
-// update decides anew for the pods that something has changed for, and publishes
-// the result. It returns a channel that says when to do so again for the time
-// alone.
+// update decides the dirty pods again and publishes a snapshot. expiry delivers when the next
+// update is due because a grace period ends; it is nil if none does.
 func (r *Resolver) update() (expiry <-chan time.Time) {
-	t := r.tables
-	t.mu.Lock()
-	for pod := range t.dirty {
-		if row := t.pods[pod]; row != nil && len(row.claimed()) > 0 {
-			r.decided[pod] = r.decide(row)
+	o := r.objects
+	o.mu.Lock()
+	for name := range o.dirty {
+		if info := o.pods[name]; info != nil && len(info.claims()) > 0 {
+			r.decided[name] = r.decideLocked(info)
 		} else {
-			delete(r.decided, pod)
+			delete(r.decided, name)
 		}
 	}
-	clear(t.dirty)
-	t.mu.Unlock()
+	clear(o.dirty)
+	o.mu.Unlock()
 
 	now := time.Now()
 	next, expires := newSnapshot(maps.Values(r.decided), now)
 	before := r.current.Load()
-	for addr, o := range next.byAddr {
-		if o.err != nil && before.byAddr[addr].err == nil {
+	for addr, owner := range next.byAddr {
+		if owner.err != nil && before.byAddr[addr].err == nil {
 			r.ambiguous.Add(1)
-			r.cfg.Logger.Warn("an address has more than one owner; nobody gets a token by it", "error", o.err)
+			r.cfg.Logger.Warn("address claimed by several pods; refusing token requests from it", "error", owner.err)
 		}
 	}
 	r.current.Store(next)
-	r.waiting.wake(before, next)
+	r.waiters.wake(before, next)
 	close(before.replaced)
 	if !expires.IsZero() {
 		expiry = time.After(expires.Sub(now))

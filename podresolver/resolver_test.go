@@ -161,7 +161,7 @@ func TestStatsCountAddressesAndListWhatIsWatched(t *testing.T) {
 		var names []string
 		for _, watched := range s.Watches {
 			names = append(names, watched.Resource)
-			assert.Zero(t, watched.Silence)
+			assert.Zero(t, watched.StaleFor)
 		}
 		const group = ".aadpodidentity.k8s.io"
 		assert.ElementsMatch(t, []string{
@@ -177,7 +177,7 @@ func TestStatsCountAddressesAndListWhatIsWatched(t *testing.T) {
 			if watched.Resource == "azureidentities"+group {
 				want = 0
 			}
-			assert.Equal(t, want, watched.Silence, watched.Resource)
+			assert.Equal(t, want, watched.StaleFor, watched.Resource)
 		}
 	})
 }

@@ -30,14 +30,14 @@ func TestWhatAServicePrincipalNeeds(t *testing.T) {
 	}{
 		"no clientID":      {func(s *aadpodidentity.AzureIdentitySpec) { s.ClientID, s.ResourceID = "", "/r" }, "has no clientID"},
 		"no tenantID":      {func(s *aadpodidentity.AzureIdentitySpec) { s.TenantID = "" }, "has no tenantID"},
-		"no secret":        {func(s *aadpodidentity.AzureIdentitySpec) { s.ClientPassword.Name = "" }, "names no secret in clientPassword"},
+		"no secret":        {func(s *aadpodidentity.AzureIdentitySpec) { s.ClientPassword.Name = "" }, "has no secret name in clientPassword"},
 		"too many tenants": {func(s *aadpodidentity.AzureIdentitySpec) { s.AuxiliaryTenantIDs = tenants }, "has 11 auxiliaryTenantIDs, more than 10"},
-		"an unknown type":  {func(s *aadpodidentity.AzureIdentitySpec) { s.Type = 7 }, "is of type 7, which is unknown"},
-		"a negative type":  {func(s *aadpodidentity.AzureIdentitySpec) { s.Type = -1 }, "is of type -1, which is unknown"},
+		"an unknown type":  {func(s *aadpodidentity.AzureIdentitySpec) { s.Type = 7 }, "has the unknown type 7"},
+		"a negative type":  {func(s *aadpodidentity.AzureIdentitySpec) { s.Type = -1 }, "has the unknown type -1"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, mode := range []Mode{Managed, Standard} {
-				world := drive(t, Config{Mode: mode}, principal(tc.change), binding("b", "x", "sp", 0))
+				world := newHarness(t, Config{Mode: mode}, principal(tc.change), binding("b", "x", "sp", 0))
 				pod := newPod("p", addr.String(), "x")
 				_, err := world.of(pod).Identity(Selector{})
 				require.ErrorIs(t, err, ErrNoIdentity)
@@ -59,10 +59,10 @@ func TestWhatIsKeptOfAServicePrincipal(t *testing.T) {
 	assert.Equal(t, &Principal{
 		TenantID: "t", AuxiliaryTenantIDs: []string{"a", "b"}, Authority: "https://login.microsoftonline.us",
 		SecretNamespace: "shop", SecretName: "s", Certificate: true,
-	}, identityRowOf(id).principal)
-	assert.Nil(t, identityRowOf(identity("i", guid("c"), "")).principal, "managed identities carry none")
+	}, newIdentityInfo(id).principal)
+	assert.Nil(t, newIdentityInfo(identity("i", guid("c"), "")).principal, "managed identities carry none")
 
-	got, err := drive(t, Config{}, id, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{ClientID: guid("c1")})
+	got, err := newHarness(t, Config{}, id, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{ClientID: guid("c1")})
 	require.NoError(t, err)
 	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID "+guid("c1")+", tenant t, secret shop/s)", got.String())
 }
@@ -88,14 +88,14 @@ func TestWhoseSecretsAnIdentityMayUse(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := binding("b", "x", "sp", 0)
-			world := drive(t, tc.cfg, tc.id, b)
+			world := newHarness(t, tc.cfg, tc.id, b)
 			if tc.cfg.Mode == Standard {
 				world.put(assigned("a", "p", aadpodidentity.Assigned, tc.id, b))
 			}
 			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
 			if tc.refused {
 				require.ErrorIs(t, err, ErrNoIdentity)
-				assert.ErrorContains(t, err, `names a secret of namespace "vault"`)
+				assert.ErrorContains(t, err, `names a secret in namespace "vault"`)
 				return
 			}
 			require.NoError(t, err)

@@ -9,21 +9,20 @@ import (
 	"time"
 )
 
-// snapshot answers every lookup until the next one replaces it. It never
-// changes once published.
+// snapshot is the owner of each address at one time. It does not change once published.
 type snapshot struct {
 	byAddr map[netip.Addr]owner
 	// replaced is closed when a newer snapshot is in place.
 	replaced chan struct{}
 }
 
-// owner is the pod that holds an address, or the reason why none does.
+// owner is the pod that an address belongs to, or ErrAmbiguousAddress.
 type owner struct {
 	pod *Pod
 	err error
 }
 
-// resolve returns the pod that holds an address, if it is confirmed to be the caller.
+// resolve returns the owner of an address if confirm accepts it.
 func (s *snapshot) resolve(addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
 	o, ok := s.byAddr[addr]
 	switch {
@@ -42,11 +41,11 @@ func (s *snapshot) resolve(addr netip.Addr, confirm func(*Pod) error) (*Pod, err
 // in whole seconds: of two pods created in the same second, a terminating one counts as the
 // older, then the UID decides.
 func compareClaims(a, b *Pod) int {
-	switch byAge := b.row.created.Compare(a.row.created); {
+	switch byAge := b.info.created.Compare(a.info.created); {
 	case byAge != 0:
 		return byAge
-	case a.row.terminating() != b.row.terminating():
-		if a.row.terminating() {
+	case a.info.terminating() != b.info.terminating():
+		if a.info.terminating() {
 			return 1
 		}
 		return -1
@@ -61,13 +60,13 @@ func compareClaims(a, b *Pod) int {
 func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.Time) {
 	claims := make(map[netip.Addr][]*Pod)
 	for p := range pods {
-		if p.row.expired(now) {
+		if p.info.expired(now) {
 			continue
 		}
-		if until := p.row.until; p.row.terminating() && (expires.IsZero() || until.Before(expires)) {
+		if until := p.info.until; p.info.terminating() && (expires.IsZero() || until.Before(expires)) {
 			expires = until
 		}
-		for _, addr := range p.row.claimed() {
+		for _, addr := range p.info.claims() {
 			claims[addr] = append(claims[addr], p)
 		}
 	}
@@ -81,8 +80,8 @@ func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.
 func resolveOwner(addr netip.Addr, claims []*Pod) owner {
 	slices.SortFunc(claims, compareClaims)
 	for _, older := range claims[1:] {
-		if !older.row.terminating() {
-			return owner{err: fmt.Errorf("%w: %s and %s both claim %s", ErrAmbiguousAddress, claims[0], older, addr)}
+		if !older.info.terminating() {
+			return owner{err: fmt.Errorf("%w (%s): %s and %s", ErrAmbiguousAddress, addr, claims[0], older)}
 		}
 	}
 	return owner{pod: claims[0]}

@@ -125,7 +125,7 @@ func TestWhoOwnsAnAddress(t *testing.T) {
 					pods = append(pods, claimant(name, fates...))
 				}
 				permute(pods, func(order []*corev1.Pod) {
-					world := drive(t, Config{})
+					world := newHarness(t, Config{})
 					for _, p := range order {
 						world.put(p)
 						world.update() // each on its own: none must leave a trace
@@ -165,7 +165,7 @@ func permute[T any](all []T, do func([]T)) {
 }
 
 func TestTheOwnerOfAnAddressIsThatOfOneFamilyOnly(t *testing.T) {
-	world := drive(t, Config{},
+	world := newHarness(t, Config{},
 		with(claimant("a"), func(p *corev1.Pod) { p.Status.PodIPs = []corev1.PodIP{{IP: addr.String()}, {IP: "fd00::a"}} }),
 		with(claimant("b"), func(p *corev1.Pod) {
 			p.Status.PodIP = "10.244.0.8"
@@ -180,13 +180,13 @@ func TestTheOwnerOfAnAddressIsThatOfOneFamilyOnly(t *testing.T) {
 }
 
 func TestAMappedAddressIsTheSameAsThePlainOne(t *testing.T) {
-	world := drive(t, Config{}, newPod("a", "::ffff:"+addr.String(), ""))
+	world := newHarness(t, Config{}, newPod("a", "::ffff:"+addr.String(), ""))
 	world.update()
 	assert.Equal(t, "a", world.current.Load().byAddr[addr].pod.Name)
 }
 
 func TestAnAddressUsedAgainIsCountedAsAmbiguousOnce(t *testing.T) {
-	world := drive(t, Config{}, newPod("a", addr.String(), ""), newPod("b", addr.String(), ""))
+	world := newHarness(t, Config{}, newPod("a", addr.String(), ""), newPod("b", addr.String(), ""))
 	world.update()
 	err := world.current.Load().byAddr[addr].err
 	require.ErrorContains(t, err, "shop/a")
@@ -205,7 +205,7 @@ func TestAnAddressUsedAgainIsCountedAsAmbiguousOnce(t *testing.T) {
 func TestTheTimeToDecideAgainIsWhenTheFirstGraceEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := time.Now()
-		world := drive(t, Config{}, claimant("a", ending(20*time.Second)), claimant("b", ending(10*time.Second), elder))
+		world := newHarness(t, Config{}, claimant("a", ending(20*time.Second)), claimant("b", ending(10*time.Second), elder))
 		at := <-world.update()
 		assert.Equal(t, 10*time.Second, at.Sub(begin))
 		at = <-world.update()
@@ -241,7 +241,7 @@ func TestWhenThePodsContainersStarted(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := newPod("live", addr.String(), "")
 			p.Status.InitContainerStatuses, p.Status.ContainerStatuses, p.Status.EphemeralContainerStatuses = tc.status.InitContainerStatuses, tc.status.ContainerStatuses, tc.status.EphemeralContainerStatuses
-			world := drive(t, Config{}, p)
+			world := newHarness(t, Config{}, p)
 			world.update()
 			got := world.current.Load().byAddr[addr].pod.Started
 			if tc.want == 0 {

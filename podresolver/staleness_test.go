@@ -80,8 +80,8 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 		"it cannot be reached": {func(g *gate) { g.fail(assert.AnError) }, assert.AnError.Error()},
 		"it is silent":         {func(g *gate) { g.mute(true) }, "the API server has sent nothing for 3m"},
 		"it answers 504":       {func(g *gate) { g.fail(apierrors.NewTimeoutError("too large resource version", 1)) }, "too large resource version"},
-		"it answers 410":       {func(g *gate) { g.fail(gone) }, "the API server answered: "},
-		"it answers 422":       {func(g *gate) { g.fail(invalid) }, "the API server answered: "},
+		"it answers 410":       {func(g *gate) { g.fail(gone) }, "the API server returned an error: "},
+		"it answers 422":       {func(g *gate) { g.fail(invalid) }, "the API server returned an error: "},
 		"it answers 403":       {func(g *gate) { g.fail(forbidden) }, "the agent's service account may not list and watch"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -109,7 +109,7 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 				require.ErrorIs(t, w.resolver.Ready(), podresolver.ErrStale)
 				require.ErrorContains(t, w.resolver.Ready(), "azureidentities"+custom+": ")
 				require.ErrorContains(t, w.resolver.Ready(), tc.says)
-				assert.Equal(t, 1, strings.Count(log.String(), "decisions are too old"), log.String())
+				assert.Equal(t, 1, strings.Count(log.String(), "pod and identity data is stale; refusing"), log.String())
 				decision, err := w.resolver.Explain("shop", "p", nil)
 				require.NoError(t, err)
 				require.ErrorIs(t, decision.Refusal, podresolver.ErrStale)
@@ -119,7 +119,7 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 				require.NoError(t, w.resolver.Ready())
 				require.NoError(t, w.resolver.Stale())
 				assert.Equal(t, "p", w.name(addr))
-				assert.Contains(t, log.String(), "the API server has sent news of everything")
+				assert.Contains(t, log.String(), "pod and identity data is up to date")
 			})
 		})
 	}
@@ -140,9 +140,9 @@ func TestASilentWatchIsMadeUpForByLists(t *testing.T) {
 			w.gates.pods.mu.Unlock()
 			w.Add(podresolver.NewPod("q", other.String(), "cart"))
 			time.Sleep(patience - time.Second)
-			assert.Nil(t, w.resolver.Holder(other))
+			assert.Nil(t, w.resolver.Owner(other))
 			time.Sleep(time.Minute)
-			known := w.resolver.Holder(other) // no lookup
+			known := w.resolver.Owner(other) // no lookup
 			require.NotNil(t, known)
 			assert.Equal(t, "q", known.Name)
 			for range 600 {

@@ -9,78 +9,78 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// micAssignments is the namespace in which MIC makes AzureAssignedIdentities, wherever it
-// runs itself. For identities that are for their own namespace (its flag --forceNamespaced,
-// or the annotation) it makes them in that one, and an assignment that it made before stays
-// where it is (aad-pod-identity v1.8.17, pkg/mic/mic.go, makeAssignedIDs and
+// micAssignments is the namespace in which MIC creates AzureAssignedIdentities, wherever it
+// runs itself. For namespaced identities (by its flag --forceNamespaced or the annotation) it
+// creates them in the identity's namespace, but does not move an existing assignment
+// (aad-pod-identity v1.8.17, pkg/mic/mic.go, makeAssignedIDs and
 // getAzureAssignedIdentitiesToUpdate).
 const micAssignments = "default"
 
-// assigned turns MIC's assignment into an Identity, or says why the pod cannot use it.
+// fromAssignment makes an Identity of an assignment, or returns why it is unusable.
 //
-// What an assignment gives, its author says. In namespace micAssignments that is MIC, and
-// it has copied the AzureIdentity. Anywhere else it can be whoever may write in that
-// namespace. So one that is where MIC puts those of namespaced identities, in the pod's
-// own, counts only for what an AzureIdentity and a binding there give to the pod too, and
-// any other counts for nothing.
-func (r *Resolver) assigned(a *assignedRow, row *podRow, bound []candidate) (_ Identity, why string) {
+// An assignment gives whatever its author wrote. In namespace micAssignments the author is MIC,
+// which has copied the AzureIdentity. In any other namespace it may be anyone with write access
+// there. So an assignment in the pod's own namespace, where MIC creates those of namespaced
+// identities, only counts if a binding and an AzureIdentity there give the pod the same
+// identity. Assignments in other namespaces do not count.
+func (r *Resolver) fromAssignment(a *assignmentInfo, info *podInfo, bound []candidate) (_ Identity, unusable string) {
 	switch selector := a.binding.selector; {
-	case a.Namespace != micAssignments && a.Namespace != row.Namespace:
-		return Identity{}, fmt.Sprintf("it does not give: assignments of namespace %q do not count for this pod; MIC makes them in namespace %q, and those of namespaced identities in the pod's own", a.Namespace, micAssignments)
-	case (r.cfg.Namespaced || a.identity.namespaced) && a.identity.Namespace != row.Namespace:
-		return Identity{}, "is for pods of its own namespace only"
-	case selector != "" && selector != row.labels[aadpodidentity.BindingLabel]:
-		// Assigned to a pod of this name before; MIC has not noticed yet.
-		return Identity{}, fmt.Sprintf("was assigned by the selector %q, which the pod's label no longer has", selector)
+	case a.Namespace != micAssignments && a.Namespace != info.Namespace:
+		return Identity{}, fmt.Sprintf("is ignored: assignments in namespace %q do not count for this pod; MIC creates them in namespace %q, and those of namespaced identities in the pod's own", a.Namespace, micAssignments)
+	case (r.cfg.Namespaced || a.identity.namespaced) && a.identity.Namespace != info.Namespace:
+		return Identity{}, "is limited to pods of its own namespace"
+	case selector != "" && selector != info.labels[aadpodidentity.BindingLabel]:
+		// Assigned to a former pod of this name; MIC has not noticed yet.
+		return Identity{}, fmt.Sprintf("was assigned by the selector %q, which no longer matches the pod's label", selector)
 	case a.Namespace == micAssignments:
-		return r.usable(&a.identity, &a.binding)
+		return r.newIdentity(&a.identity, &a.binding)
 	}
 	for _, c := range bound {
-		if c.why == "" && c.Namespace == row.Namespace && c.Namespace == a.identity.Namespace && c.Name == a.identity.Name &&
+		if c.unusable == "" && c.Namespace == info.Namespace && c.Namespace == a.identity.Namespace && c.Name == a.identity.Name &&
 			c.ClientID == a.identity.clientID && c.ResourceID == a.identity.resourceID {
 			return c.Identity, ""
 		}
 	}
-	return Identity{}, fmt.Sprintf("no binding of namespace %q gives to the pod with these IDs: an assignment outside of namespace %q counts only for what one does", a.Namespace, micAssignments)
+	return Identity{}, fmt.Sprintf("no AzureIdentityBinding in namespace %q gives the pod with these IDs: outside of namespace %q an assignment only counts together with a binding", a.Namespace, micAssignments)
 }
 
-// decideStandard gives a pod what MIC assigned to it. What a binding would give,
-// and MIC has not assigned yet, is worth waiting for.
-func (r *Resolver) decideStandard(p *Pod) {
-	bound := r.candidates(p.row)
-	var unusable, elsewhere []string
-	for _, a := range r.assignments(p.row) {
-		switch id, why := r.assigned(a, p.row, bound); {
-		case why != "" && a.Namespace != micAssignments: // last, since anybody may have written it
-			elsewhere = append(elsewhere, a.not(why))
+// decideStandardLocked gives a pod what MIC has assigned to it. Identities that a binding
+// gives, and MIC has not assigned yet, are pending.
+func (r *Resolver) decideStandardLocked(p *Pod) {
+	bound := r.candidatesLocked(p.info)
+	var unusable, untrusted []string
+	for _, a := range r.assignmentsLocked(p.info) {
+		switch id, why := r.fromAssignment(a, p.info, bound); {
+		case why != "" && a.Namespace != micAssignments: // last, because anyone may have written it
+			untrusted = append(untrusted, a.describe(why))
 		case why != "":
-			unusable = append(unusable, a.not(why))
-		case a.ready:
+			unusable = append(unusable, a.describe(why))
+		case a.assigned:
 			p.identities = appendIdentity(p.identities, id)
-		case a.coming:
+		case a.pending:
 			p.pending = appendIdentity(p.pending, id)
 		}
 	}
 	for _, c := range bound {
-		if c.why != "" {
+		if c.unusable != "" {
 			unusable = append(unusable, c.String())
 			continue
 		}
 		p.pending = appendIdentity(p.pending, c.Identity)
 	}
-	p.unusable = some(append(unusable, elsewhere...))
+	p.unusable = joinFirst(append(unusable, untrusted...))
 }
 
-// not says why an assignment gives nothing.
-func (a *assignedRow) not(why string) string {
-	return fmt.Sprintf("AzureAssignedIdentity %s/%s names AzureIdentity %s/%s, which %s", a.Namespace, a.Name, a.identity.Namespace, a.identity.Name, why)
+// describe says why an assignment gives the pod nothing.
+func (a *assignmentInfo) describe(unusable string) string {
+	return fmt.Sprintf("AzureAssignedIdentity %s names AzureIdentity %s, which %s", a.ObjectName, a.identity.ObjectName, unusable)
 }
 
-// assignments are those to a pod, in the order of preference of their bindings.
-func (r *Resolver) assignments(row *podRow) []*assignedRow {
-	assigned := slices.Clone(r.tables.assignedByPod[row.ObjectName])
-	slices.SortFunc(assigned, func(a, b *assignedRow) int {
-		return cmp.Or(preferred(&a.binding, &b.binding), strings.Compare(a.Name, b.Name), strings.Compare(a.Namespace, b.Namespace))
+// assignmentsLocked are those to a pod, in the order of preference of their bindings.
+func (r *Resolver) assignmentsLocked(info *podInfo) []*assignmentInfo {
+	assignments := slices.Clone(r.objects.assignedByPod[info.ObjectName])
+	slices.SortFunc(assignments, func(a, b *assignmentInfo) int {
+		return cmp.Or(compareBindings(&a.binding, &b.binding), strings.Compare(a.Name, b.Name), strings.Compare(a.Namespace, b.Namespace))
 	})
-	return assigned
+	return assignments
 }

@@ -58,7 +58,7 @@ func TestWhatAnAssignmentGives(t *testing.T) {
 		"Created, of another one, annotated": {assigned("a", "cart-0", "Created", with(in("bank", id()), behaviour("namespaced")), b), false, ErrNoIdentity},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := drive(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.assigned).of(newPod("cart-0", "", "x"))
+			p := newHarness(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.assigned).of(newPod("cart-0", "", "x"))
 			for _, want := range []Selector{{}, {ClientID: guid("c1")}, {ClientID: guid("C1")}, {ResourceID: path("/r/1")}, {ResourceID: path("/R/1")}} {
 				got, err := p.Identity(want)
 				require.ErrorIs(t, err, tc.want)
@@ -76,7 +76,7 @@ func TestWhatAnAssignmentGives(t *testing.T) {
 }
 
 func TestAManagedResolverIgnoresAssignments(t *testing.T) {
-	p := drive(t, Config{}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), nil)).of(newPod("p", "", "x"))
+	p := newHarness(t, Config{}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), nil)).of(newPod("p", "", "x"))
 	_, err := p.Identity(Selector{})
 	assert.ErrorIs(t, err, ErrNoIdentity)
 }
@@ -96,11 +96,11 @@ func TestWhatABindingPromises(t *testing.T) {
 		"one whose identity is missing":    {[]any{binding("b", "x", "i", 0)}, false, ErrNoIdentity, "does not exist"},
 		"one of another namespace":         {[]any{in("bank", identity("i", guid("C1"), "")), in("bank", binding("b", "x", "i", 0))}, false, ErrNotAssigned, "bank/i"},
 		"one of another namespace, forced": {[]any{in("bank", identity("i", guid("C1"), "")), in("bank", binding("b", "x", "i", 0))}, true, ErrNoIdentity, ""},
-		"one of another, annotated":        {[]any{with(in("bank", identity("i", guid("C1"), "")), behaviour("namespaced")), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "is for pods of its own namespace only"},
+		"one of another, annotated":        {[]any{with(in("bank", identity("i", guid("C1"), "")), behaviour("namespaced")), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "is limited to pods of its own namespace"},
 		"binding and identity are apart":   {[]any{identity("i", guid("C1"), ""), in("bank", binding("b", "x", "i", 0))}, false, ErrNoIdentity, "does not exist in the binding's namespace"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := drive(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.objects...).of(newPod("cart-0", "", "x"))
+			p := newHarness(t, Config{Mode: Standard, Namespaced: tc.forced}, tc.objects...).of(newPod("cart-0", "", "x"))
 			for _, want := range []Selector{{}, {ClientID: guid("c1")}, {ClientID: guid("C1")}} {
 				_, err := p.Identity(want)
 				require.ErrorIs(t, err, tc.want)
@@ -113,7 +113,7 @@ func TestWhatABindingPromises(t *testing.T) {
 }
 
 func TestARefusalDoesNotDenyABindingThatThereIs(t *testing.T) {
-	p := drive(t, Config{Mode: Standard}, identity("i", guid("c1"), ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x"))
+	p := newHarness(t, Config{Mode: Standard}, identity("i", guid("c1"), ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x"))
 	_, err := p.Identity(Selector{ClientID: guid("c2")})
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.NotContains(t, err.Error(), "no AzureIdentityBinding")
@@ -121,7 +121,7 @@ func TestARefusalDoesNotDenyABindingThatThereIs(t *testing.T) {
 
 func TestAnAssignmentIsASnapshot(t *testing.T) {
 	pod := newPod("p", "", "x")
-	world := drive(t, Config{Mode: Standard},
+	world := newHarness(t, Config{Mode: Standard},
 		assigned("a", "p", "Assigned", identity("i", guid("c-then"), ""), binding("b", "x", "i", 0)))
 	for range 2 { // with the objects gone, then with other ones
 		id, err := world.of(pod).Identity(Selector{})
@@ -139,7 +139,7 @@ func TestAnAssignmentIsASnapshot(t *testing.T) {
 }
 
 func TestAnAssignmentEndsWithTheLabelOfItsBinding(t *testing.T) {
-	world := drive(t, Config{Mode: Standard}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0)))
+	world := newHarness(t, Config{Mode: Standard}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0)))
 	for label, why := range map[string]string{
 		"y": `AzureAssignedIdentity default/a names AzureIdentity shop/i, which was assigned by the selector "x"`,
 		"":  `was assigned by the selector "x"`,
@@ -159,7 +159,7 @@ func TestAssignmentsComeInTheOrderOfTheirBindings(t *testing.T) {
 		one("6", "old", "zz", 0), // again, by another binding
 	}
 	for range len(all) {
-		p := drive(t, Config{Mode: Standard}, all...).of(newPod("p", "", "x"))
+		p := newHarness(t, Config{Mode: Standard}, all...).of(newPod("p", "", "x"))
 		assert.Equal(t, []string{"old", "twin-a", "twin-b", "young"}, names(p.identities))
 		all = slices.Concat(all[1:], all[:1])
 	}
@@ -171,7 +171,7 @@ func TestAssignmentsOfOneNameInTwoNamespacesHaveAnOrder(t *testing.T) {
 	}
 	bound := []any{identity("j", guid("j"), ""), binding("b", "x", "j", 0)}
 	for _, all := range [][]any{{one("default", "i"), one("shop", "j")}, {one("shop", "j"), one("default", "i")}} {
-		p := drive(t, Config{Mode: Standard}, append(all, bound...)...).of(newPod("p", "", "x"))
+		p := newHarness(t, Config{Mode: Standard}, append(all, bound...)...).of(newPod("p", "", "x"))
 		assert.Equal(t, []string{"i", "j"}, names(p.identities))
 	}
 }
@@ -190,21 +190,21 @@ func TestWhereAssignmentsCount(t *testing.T) {
 		why      string
 	}{
 		"namespace default":                   {assigned("a", "p", "Assigned", id(), b), nil, nil, ""},
-		"another namespace":                   {in("evil", assigned("a", "p", "Assigned", stolen(), b)), nil, ErrNoIdentity, `AzureAssignedIdentity evil/a names AzureIdentity shop/i, which it does not give: assignments of namespace "evil" do not count for this pod`},
+		"another namespace":                   {in("evil", assigned("a", "p", "Assigned", stolen(), b)), nil, ErrNoIdentity, `AzureAssignedIdentity evil/a names AzureIdentity shop/i, which is ignored: assignments in namespace "evil" do not count for this pod`},
 		"another one, as if namespaced":       {in("evil", assigned("a", "p", "Assigned", with(in("evil", stolen()), behaviour("namespaced")), b)), nil, ErrNoIdentity, "do not count"},
 		"another one, of what is bound":       {in("evil", assigned("a", "p", "Assigned", id(), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
 		"MIC's, where it runs":                {in("kube-system", assigned("a", "p", "Assigned", id(), b)), nil, ErrNoIdentity, "do not count"},
-		"the pod's, and nothing is bound":     {in("shop", assigned("a", "p", "Assigned", stolen(), b)), nil, ErrNoIdentity, `no binding of namespace "shop" gives to the pod with these IDs`},
+		"the pod's, and nothing is bound":     {in("shop", assigned("a", "p", "Assigned", stolen(), b)), nil, ErrNoIdentity, `no AzureIdentityBinding in namespace "shop" gives the pod with these IDs`},
 		"the pod's, of what is bound":         {in("shop", assigned("a", "p", "Assigned", id(), b)), []any{id(), b}, nil, ""},
 		"the pod's, Created":                  {in("shop", assigned("a", "p", "Created", id(), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
 		"the pod's, with another client ID":   {in("shop", assigned("a", "p", "Assigned", stolen(), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
 		"the pod's, with another resource ID": {in("shop", assigned("a", "p", "Assigned", identity("i", guid("c1"), path("kubelet")), b)), []any{id(), b}, ErrNotAssigned, "shop/i"},
 		"the pod's, bound by another binding": {in("shop", assigned("a", "p", "Assigned", id(), nil)), []any{id(), binding("c", "x", "i", 0)}, nil, ""},
 		"the pod's, bound from elsewhere":     {in("shop", assigned("a", "p", "Assigned", in("bank", id()), nil)), []any{in("bank", id()), in("bank", binding("b", "x", "i", 0))}, ErrNotAssigned, "bank/i"},
-		"the pod's, of a denied identity":     {in("shop", assigned("a", "p", "Assigned", identity("i", kubeletClient, ""), b)), []any{identity("i", kubeletClient, ""), b}, ErrNoIdentity, "withheld by --deny-identity"},
+		"the pod's, of a denied identity":     {in("shop", assigned("a", "p", "Assigned", identity("i", kubeletClient, ""), b)), []any{identity("i", kubeletClient, ""), b}, ErrNoIdentity, "denied by --deny-identity"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			world := drive(t, Config{Mode: Standard, Deny: denyList(t, kubeletClient)}, append(tc.bound, tc.assigned, newPod("p", addr.String(), "x"))...)
+			world := newHarness(t, Config{Mode: Standard, Deny: denyList(t, kubeletClient)}, append(tc.bound, tc.assigned, newPod("p", addr.String(), "x"))...)
 			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
 			require.ErrorIs(t, err, tc.want)
 			if tc.want == nil {
@@ -222,7 +222,7 @@ func TestWhereAssignmentsCount(t *testing.T) {
 	for i := range 100 {
 		evil = append(evil, in("evil", assigned(fmt.Sprint("a", i), "p", "Assigned", stolen(), binding("0", "x", "i", time.Hour))))
 	}
-	_, err := drive(t, Config{Mode: Standard}, evil...).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err := newHarness(t, Config{Mode: Standard}, evil...).of(newPod("p", "", "x")).Identity(Selector{})
 	require.ErrorContains(t, err, `AzureIdentityBinding "b" names AzureIdentity "gone", which does not exist`)
 	assert.Less(t, len(err.Error()), 4000)
 }
@@ -231,7 +231,7 @@ func TestAnAssignmentFollowsItsPodName(t *testing.T) {
 	a := func(pod string) any {
 		return assigned("a", pod, "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0))
 	}
-	world := drive(t, Config{Mode: Standard}, a("p"), newPod("p", addr.String(), "x"), newPod("q", "10.244.0.8", "x"))
+	world := newHarness(t, Config{Mode: Standard}, a("p"), newPod("p", addr.String(), "x"), newPod("q", "10.244.0.8", "x"))
 	world.update()
 	holds := func(podName string) bool {
 		_, err := world.of(newPod(podName, "", "x")).Identity(Selector{})
@@ -241,7 +241,7 @@ func TestAnAssignmentFollowsItsPodName(t *testing.T) {
 	world.put(a("q"))
 	assert.False(t, holds("p"))
 	assert.True(t, holds("q"))
-	assert.Len(t, world.tables.dirty, 2, "both are decided anew")
+	assert.Len(t, world.objects.dirty, 2, "both are decided anew")
 	world.drop(a("q"))
 	assert.False(t, holds("q"))
 }

@@ -74,7 +74,7 @@ func TestAFirstListMayBeStreamed(t *testing.T) {
 		synctest.Wait()
 		for _, watched := range r.Stats().Watches {
 			if watched.Resource == "pods" {
-				assert.Zero(t, watched.Silence)
+				assert.Zero(t, watched.StaleFor)
 			}
 		}
 		events.Modify(version(podresolver.NewPod("p", addr.String(), "cart"), "7"))

@@ -45,7 +45,7 @@ func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
 				_, err := w.resolver.Resolve(t.Context(), addr)
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
 				require.NotErrorIs(t, err, podresolver.ErrUnknownAddress, "nobody knows")
-				require.ErrorContains(t, err, "the agent is not in sync with the API server yet: "+name+": the agent's service account may not list and watch this resource", "what is missing")
+				require.ErrorContains(t, err, "the agent has not synced with the API server yet: "+name+": the agent's service account may not list and watch this resource", "what is missing")
 				_, _, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{})
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
 				require.ErrorContains(t, err, name+": ")
@@ -89,7 +89,7 @@ func TestADefinitionThatIsMissingIsNamed(t *testing.T) {
 			w.sources()[name].fail(notFound)
 			w.run()
 			time.Sleep(time.Hour)
-			require.ErrorContains(t, w.resolver.Ready(), name+": the API server does not know this resource: apply the custom resource definitions")
+			require.ErrorContains(t, w.resolver.Ready(), name+": the API server does not have this resource: apply the custom resource definitions")
 		})
 	}
 }
@@ -101,7 +101,7 @@ func TestWithoutADefinitionThereAreNoExceptions(t *testing.T) {
 		w.run()
 		synctest.Wait()
 		require.NoError(t, w.resolver.Ready())
-		require.ErrorContains(t, w.resolver.Stale(), "azurepodidentityexceptions"+custom+": the API server does not know this resource")
+		require.ErrorContains(t, w.resolver.Stale(), "azurepodidentityexceptions"+custom+": the API server does not have this resource")
 		assert.Equal(t, "p", w.name(addr))
 
 		// The definition comes, and an exception with it.

@@ -14,10 +14,11 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// The rows hold what a decision needs of an object, and no more: a cluster has tens
-// of thousands of them. They never change once they are in a table.
+// The infos are trimmed objects: they have what decisions need and nothing else, because a
+// cluster has tens of thousands of objects. An info does not change once it is stored. Decoded
+// strings have their own memory, so that an info does not keep the whole object alive.
 type (
-	podRow struct {
+	podInfo struct {
 		cache.ObjectName
 		uid     string
 		created time.Time
@@ -28,96 +29,98 @@ type (
 		until       time.Time
 		labels      map[string]string
 		addrs       []netip.Addr // of its status
-		void        string       // why it holds none of addrs; "" if it holds them
-		mic         bool         // it is MIC's own, see micPod
+		noClaim     string       // why the pod does not claim addrs; "" if it does
+		mic         bool         // see isMICPod
 		hostNetwork bool
-		// workloadIdentity is why its SDKs do not ask IMDS; "" if they do.
+		// workloadIdentity is the setting that keeps SDKs in the pod from using IMDS; "" for
+		// none.
 		workloadIdentity string
 	}
-	identityRow struct {
+	identityInfo struct {
 		cache.ObjectName
 		kind                 aadpodidentity.IdentityType
 		clientID, resourceID string     // lower case
-		namespaced           bool       // by its annotation
-		unreadable           string     // see aadpodidentity
+		namespaced           bool       // by BehaviorAnnotation
+		unreadable           string     // see aadpodidentity.AzureIdentitySpec
 		principal            *Principal // nil for a managed identity
 	}
-	bindingRow struct {
+	bindingInfo struct {
 		cache.ObjectName
 		identity, selector string
 		created            int64 // Unix time
 	}
-	exceptionRow struct {
+	exceptionInfo struct {
 		cache.ObjectName
 		labels map[string]string
 	}
-	assignedRow struct {
+	assignmentInfo struct {
 		cache.ObjectName
 		pod      cache.ObjectName
-		binding  bindingRow // as it was when MIC made the assignment
-		identity identityRow
-		ready    bool // its state says that the identity is on the node
-		coming   bool // its state says that it will be
+		binding  bindingInfo // copied by MIC when it created the assignment
+		identity identityInfo
+		assigned bool // its state is Assigned: the identity is assigned to the node
+		pending  bool // its state is Created
 	}
 )
 
-func (p *podRow) terminating() bool { return !p.until.IsZero() }
+func (p *podInfo) terminating() bool { return !p.until.IsZero() }
 
 // expired reports whether the grace period of a terminating pod has ended.
-func (p *podRow) expired(now time.Time) bool { return p.terminating() && !p.until.After(now) }
+func (p *podInfo) expired(now time.Time) bool { return p.terminating() && !p.until.After(now) }
 
-// claimed are the addresses that the pod claims to hold.
-func (p *podRow) claimed() []netip.Addr {
-	if p.void != "" {
-		return nil // they are another pod's or the node's
+// claims are the addresses that the pod claims.
+func (p *podInfo) claims() []netip.Addr {
+	if p.noClaim != "" {
+		return nil // they belong to the node, or may belong to another pod
 	}
 	return p.addrs
 }
 
-// podRowFor returns the parser for the pods of one node. The API server filters by
-// node already; this is for one that does not.
-func podRowFor(node, micNamespace string) func(*corev1.Pod) *podRow {
-	return func(pod *corev1.Pod) *podRow {
+// podInfoFor returns the trim function for the pods of one node. FromAPIServer selects them
+// already; other Sources may not.
+func podInfoFor(node, micNamespace string) func(*corev1.Pod) *podInfo {
+	return func(pod *corev1.Pod) *podInfo {
 		if pod.Spec.NodeName != node {
 			return nil
 		}
-		row := &podRow{
+		info := &podInfo{
 			ObjectName: cache.MetaObjectToName(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels,
-			mic: micPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: workloadIdentity(pod),
+			mic: isMICPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: workloadIdentity(pod),
 		}
 		if pod.DeletionTimestamp != nil {
-			row.until = pod.DeletionTimestamp.Time
+			info.until = pod.DeletionTimestamp.Time
 		}
 		var running, any bool
-		row.started, running, any = containersOf(&pod.Status)
+		info.started, running, any = containerSummary(&pod.Status)
 		switch {
-		case row.hostNetwork:
-			row.void = "it is on the host network"
+		case info.hostNetwork:
+			info.noClaim = "it is on the host network"
 		case pod.Status.Phase == corev1.PodSucceeded, pod.Status.Phase == corev1.PodFailed: // its sandbox is gone
-			row.void = "it has ended"
+			info.noClaim = "it has finished"
 		case pod.DeletionTimestamp != nil && any && !running: // its sandbox is about to go
-			row.void = "it is being deleted, and all its containers have ended"
+			info.noClaim = "it is being deleted, and all its containers have terminated"
 		}
 		add := func(text string) {
 			addr, err := netip.ParseAddr(text)
 			if err != nil {
 				return // not assigned yet
 			}
-			if addr = addr.Unmap(); !slices.Contains(row.addrs, addr) {
-				row.addrs = append(row.addrs, addr)
+			if addr = addr.Unmap(); !slices.Contains(info.addrs, addr) {
+				info.addrs = append(info.addrs, addr)
 			}
 		}
 		add(pod.Status.PodIP)
 		for _, ip := range pod.Status.PodIPs {
 			add(ip.IP)
 		}
-		return row
+		return info
 	}
 }
 
-// containersOf says when the latest of a pod's containers started, of whatever sort and
-// although it may have ended since, whether one is running, and whether there are any.
-func containersOf(status *corev1.PodStatus) (started time.Time, running, any bool) {
+// containerSummary returns when a container of the pod last started, even if it has terminated
+// since, whether any is running, and whether there are any. Init and ephemeral containers
+// count.
+func containerSummary(status *corev1.PodStatus) (started time.Time, running, any bool) {
 	for _, statuses := range [][]corev1.ContainerStatus{status.InitContainerStatuses, status.ContainerStatuses, status.EphemeralContainerStatuses} {
 		for _, c := range statuses {
 			any = true
@@ -135,9 +138,9 @@ func containersOf(status *corev1.PodStatus) (started time.Time, running, any boo
 	return started, running, any
 }
 
-// workloadIdentity names what azure-workload-identity's webhook has set in a pod, or is asked
-// to set; "" for neither. AZURE_CLIENT_ID alone says nothing: pods of this agent's have it
-// too.
+// workloadIdentity names the environment variable that the webhook of Azure Workload Identity
+// has set in a pod, or the label that asks for it; "" for neither. AZURE_CLIENT_ID alone does
+// not count: applications that use IMDS set it, too.
 func workloadIdentity(pod *corev1.Pod) string {
 	const variable, label = "AZURE_FEDERATED_TOKEN_FILE", "azure.workload.identity/use"
 	for _, containers := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
@@ -153,36 +156,35 @@ func workloadIdentity(pod *corev1.Pod) string {
 	return ""
 }
 
-// micPod reports whether a pod looks like one of MIC's, the controller that makes
-// AzureAssignedIdentities: it gets what IMDS gives the node, as in the old NMI. That
-// took every pod of MIC's namespace whose owner's name begins with "mic"; here the
-// owner must be a ReplicaSet as the Deployment "mic" makes it. Whoever may create pods
-// in that namespace can make one that looks like this: see Config.MICNamespace.
-func micPod(pod *corev1.Pod, micNamespace string) bool {
+// isMICPod reports whether a pod belongs to the Deployment of MIC, the controller that creates
+// AzureAssignedIdentities: it may use the node's identities, as with the old NMI. The old NMI
+// matched every pod in MIC's namespace whose owner's name begins with "mic"; here the owner
+// must be a ReplicaSet of the Deployment "mic". Anyone who may create pods in that namespace
+// can create such a pod: see Config.MICNamespace.
+func isMICPod(pod *corev1.Pod, micNamespace string) bool {
 	owner := metav1.GetControllerOf(pod)
 	hash := pod.Labels["pod-template-hash"]
 	return micNamespace != "" && pod.Namespace == micNamespace && owner != nil && hash != "" &&
 		owner.Kind == "ReplicaSet" && owner.APIVersion == "apps/v1" && owner.Name == "mic-"+hash
 }
 
-// trim removes what YAML's block scalars and copying bring: in a request to IMDS white space
-// would be a part of the value.
-var trim = strings.TrimSpace
-
-func identityRowOf(in *aadpodidentity.AzureIdentity) *identityRow {
-	return &identityRow{
+// newIdentityInfo trims an AzureIdentity. White space around values, from YAML block scalars
+// or copying, is removed: in a request to IMDS it would be a part of the value.
+func newIdentityInfo(in *aadpodidentity.AzureIdentity) *identityInfo {
+	return &identityInfo{
 		ObjectName: cache.MetaObjectToName(in), kind: in.Spec.Type, unreadable: in.Spec.Unreadable,
-		clientID: strings.ToLower(trim(in.Spec.ClientID)), resourceID: strings.ToLower(trim(in.Spec.ResourceID)),
+		clientID: strings.ToLower(strings.TrimSpace(in.Spec.ClientID)), resourceID: strings.ToLower(strings.TrimSpace(in.Spec.ResourceID)),
 		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
 		principal:  principalOf(in),
 	}
 }
 
-// principalOf reads what only service principals have, and returns nil for others.
+// principalOf returns the fields that only a service principal has; nil for other types.
 func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 	if in.Spec.Type != aadpodidentity.ServicePrincipal && in.Spec.Type != aadpodidentity.ServicePrincipalCertificate {
 		return nil
 	}
+	trim := strings.TrimSpace
 	p := &Principal{
 		TenantID:        trim(in.Spec.TenantID),
 		Authority:       strings.TrimRight(cmp.Or(trim(in.Spec.ADEndpoint), defaultAuthority), "/"),
@@ -198,33 +200,33 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 	return p
 }
 
-func bindingRowOf(in *aadpodidentity.AzureIdentityBinding) *bindingRow {
-	return &bindingRow{
+func newBindingInfo(in *aadpodidentity.AzureIdentityBinding) *bindingInfo {
+	return &bindingInfo{
 		ObjectName: cache.MetaObjectToName(in), identity: in.Spec.AzureIdentity, selector: in.Spec.Selector,
 		created: in.CreationTimestamp.Unix(),
 	}
 }
 
-func exceptionRowOf(in *aadpodidentity.AzurePodIdentityException) *exceptionRow {
-	return &exceptionRow{ObjectName: cache.MetaObjectToName(in), labels: in.Spec.PodLabels}
+func newExceptionInfo(in *aadpodidentity.AzurePodIdentityException) *exceptionInfo {
+	return &exceptionInfo{ObjectName: cache.MetaObjectToName(in), labels: in.Spec.PodLabels}
 }
 
-// assignedRowFor returns the parser for the assignments to one node's pods.
-func assignedRowFor(node string) func(*aadpodidentity.AzureAssignedIdentity) *assignedRow {
-	return func(in *aadpodidentity.AzureAssignedIdentity) *assignedRow {
+// assignmentInfoFor returns the trim function for the assignments to one node's pods.
+func assignmentInfoFor(node string) func(*aadpodidentity.AzureAssignedIdentity) *assignmentInfo {
+	return func(in *aadpodidentity.AzureAssignedIdentity) *assignmentInfo {
 		if in.Spec.NodeName != node || in.Spec.AzureIdentityRef == nil {
 			return nil
 		}
-		row := &assignedRow{
-			ObjectName: cache.MetaObjectToName(in), pod: cache.NewObjectName(in.Spec.PodNamespace, in.Spec.Pod), identity: *identityRowOf(in.Spec.AzureIdentityRef),
-			// MIC wrote no state at all before there were any. The remaining one
-			// is Unassigned: on its way out.
-			ready:  in.Status.Status == "" || in.Status.Status == aadpodidentity.Assigned,
-			coming: in.Status.Status == aadpodidentity.Created,
+		info := &assignmentInfo{
+			ObjectName: cache.MetaObjectToName(in), pod: cache.NewObjectName(in.Spec.PodNamespace, in.Spec.Pod), identity: *newIdentityInfo(in.Spec.AzureIdentityRef),
+			// Early versions of MIC wrote no state. The other state is Unassigned, before
+			// MIC deletes the object.
+			assigned: in.Status.Status == "" || in.Status.Status == aadpodidentity.Assigned,
+			pending:  in.Status.Status == aadpodidentity.Created,
 		}
 		if in.Spec.AzureBindingRef != nil {
-			row.binding = *bindingRowOf(in.Spec.AzureBindingRef)
+			info.binding = *newBindingInfo(in.Spec.AzureBindingRef)
 		}
-		return row
+		return info
 	}
 }

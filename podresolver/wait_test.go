@@ -30,7 +30,7 @@ func TestUnknownAddressesWaitForTheEventAndNoLonger(t *testing.T) {
 			time.Sleep(time.Second)
 			w.Add(podresolver.NewPod("cart-0", addr.String(), "cart"))
 		}()
-		took := together(func() {
+		took := concurrently(func() {
 			pod, err := w.resolver.Resolve(t.Context(), addr)
 			if assert.NoError(t, err) {
 				assert.Equal(t, "cart-0", pod.Name)

@@ -6,54 +6,54 @@ import (
 	"sync"
 )
 
-// waiting are the requests that wait for the owner of an address to change. Those
-// for one address share a channel, and no other address's news wakes them.
-type waiting struct {
-	mu     sync.Mutex // guards the map and what is in it
+// waiters are the requests that wait until the owner of an address changes. Those for one
+// address share a channel; changes of other addresses do not wake them.
+type waiters struct {
+	mu     sync.Mutex // guards the map and its values
 	byAddr map[netip.Addr]*waiter
 }
 
 type waiter struct {
-	changed chan struct{}
-	waiting int // requests
+	changed  chan struct{}
+	requests int
 }
 
-// forChange waits until the owner of addr is not the one that it was in the
-// snapshot s. It reports false if ctx ends first.
-func (w *waiting) forChange(ctx context.Context, current func() *snapshot, addr netip.Addr, s *snapshot) bool {
+// waitForChange waits until addr has another owner than in the snapshot seen. It returns
+// false if ctx ends first.
+func (w *waiters) waitForChange(ctx context.Context, current func() *snapshot, addr netip.Addr, seen *snapshot) bool {
 	w.mu.Lock()
-	// A snapshot that was published since is one that nobody will be woken for.
-	if current().byAddr[addr] != s.byAddr[addr] {
+	// wake has already been called for a snapshot that was published in the meantime.
+	if current().byAddr[addr] != seen.byAddr[addr] {
 		w.mu.Unlock()
 		return true
 	}
 	if w.byAddr == nil {
 		w.byAddr = make(map[netip.Addr]*waiter)
 	}
-	mine := w.byAddr[addr]
-	if mine == nil {
-		mine = &waiter{changed: make(chan struct{})}
-		w.byAddr[addr] = mine
+	shared := w.byAddr[addr]
+	if shared == nil {
+		shared = &waiter{changed: make(chan struct{})}
+		w.byAddr[addr] = shared
 	}
-	mine.waiting++
+	shared.requests++
 	w.mu.Unlock()
 
 	select {
-	case <-mine.changed:
+	case <-shared.changed:
 		return true
 	case <-ctx.Done():
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if mine.waiting--; mine.waiting == 0 && w.byAddr[addr] == mine {
+	if shared.requests--; shared.requests == 0 && w.byAddr[addr] == shared {
 		delete(w.byAddr, addr)
 	}
 	return false
 }
 
-// wake wakes those who wait for an address whose owner changed. It comes after the
-// new snapshot is published.
-func (w *waiting) wake(before, after *snapshot) {
+// wake wakes the requests for addresses whose owner has changed, after a new snapshot is
+// published.
+func (w *waiters) wake(before, after *snapshot) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for addr, waiter := range w.byAddr {

@@ -15,7 +15,7 @@ import (
 // snapshotOf is one in which each address is a pod's.
 func snapshotOf(pods map[netip.Addr]*Pod) *snapshot {
 	for addr, pod := range pods {
-		pod.row = &podRow{addrs: []netip.Addr{addr}}
+		pod.info = &podInfo{addrs: []netip.Addr{addr}}
 	}
 	s, _ := newSnapshot(maps.Values(pods), time.Now())
 	return s
@@ -24,7 +24,7 @@ func snapshotOf(pods map[netip.Addr]*Pod) *snapshot {
 func TestAWaiterIsWokenByItsOwnAddressOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var (
-			w       waiting
+			w       waiters
 			current atomic.Pointer[snapshot]
 			woken   atomic.Int32
 		)
@@ -37,7 +37,7 @@ func TestAWaiterIsWokenByItsOwnAddressOnly(t *testing.T) {
 		current.Store(first)
 		for range 1000 {
 			go func() {
-				if w.forChange(t.Context(), current.Load, addr, first) {
+				if w.waitForChange(t.Context(), current.Load, addr, first) {
 					woken.Add(1)
 				}
 			}()
@@ -59,14 +59,14 @@ func TestAWaiterIsWokenByItsOwnAddressOnly(t *testing.T) {
 // TestNewsBetweenLookingAndWaitingAreNotMissed: nobody would be woken for them.
 func TestNewsBetweenLookingAndWaitingAreNotMissed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var w waiting
+		var w waiters
 		seen, now := snapshotOf(nil), snapshotOf(map[netip.Addr]*Pod{addr: {Name: "mine"}})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		begin := time.Now()
-		assert.True(t, w.forChange(ctx, func() *snapshot { return now }, addr, seen))
+		assert.True(t, w.waitForChange(ctx, func() *snapshot { return now }, addr, seen))
 		assert.Zero(t, time.Since(begin))
-		assert.False(t, w.forChange(ctx, func() *snapshot { return now }, addr, now), "what it has seen already is no news")
+		assert.False(t, w.waitForChange(ctx, func() *snapshot { return now }, addr, now), "what it has seen already is no news")
 		assert.Equal(t, time.Hour, time.Since(begin))
 		assert.Empty(t, w.byAddr)
 	})

@@ -19,249 +19,250 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// source keeps one table up to date with the API server, and knows how that goes.
-type source struct {
-	name      string // as in a path of the API server
+// watcher keeps the objects of one resource up to date, and knows how well that works.
+type watcher struct {
+	resource  string // as "kubectl get" takes it
 	log       *slog.Logger
 	reflector *cache.Reflector
-	fill      func(context.Context) error // lists once, without a watch
-	empty     func()                      // of an optional resource: there are no objects
-	synced    chan struct{}               // closed when the table has been filled
+	listOnce  func(context.Context) error // instead of running the reflector
+	setEmpty  func()                      // nil if the API server must have the resource
+	synced    chan struct{}               // closed after the first complete list
 
-	mu      sync.Mutex      // guards the rest
-	lastErr error           // of the list or watch that failed last; nil when the last one did not
-	routine int             // errors in a row that the reflector handles by itself, see persist
-	heard   time.Time       // when the API server last sent an object, a list or a bookmark
-	exists  bool            // it has been listed or watched
-	watch   watch.Interface // the latest; nil for none
-	ended   time.Time       // when attend last ended a watch
-	relist  bool            // attend wants a list
+	mu             sync.Mutex      // guards all following fields
+	lastError      error           // of the last list or watch; nil if it succeeded
+	expectedErrors int             // in a row; the reflector handles them, see retry
+	lastObserved   time.Time       // when the API server last sent an object, a list or a bookmark
+	served         bool            // a list or a watch has succeeded
+	watch          watch.Interface // the current one; nil for none
+	relistWanted   bool
+	relistedAt     time.Time // when a relist was last wanted
 }
 
-// newSource returns a source for a table of R that are parsed from T. A resource
-// that is optional counts as empty as long as the API server does not know it.
-func newSource[T, R any](r *Resolver, name string, lw cache.ListerWatcher, optional bool,
-	rows map[cache.ObjectName]*R, parse func(*T) *R, changed func(row *R, present bool),
-) *source {
-	s := &source{name: name, log: r.cfg.Logger, synced: make(chan struct{})}
-	t := &table[R]{tables: r.tables, rows: rows, parse: rowOf(parse), changed: changed, heard: s.hear}
+// newWatcher returns the watcher of a resource whose objects T are trimmed to Info. An
+// optional resource counts as empty as long as the API server has never had it.
+func newWatcher[T, Info any](r *Resolver, resource string, lw cache.ListerWatcher, optional bool,
+	infos map[cache.ObjectName]*Info, trim func(*T) *Info, changed func(info *Info, present bool),
+) *watcher {
+	w := &watcher{resource: resource, log: r.cfg.Logger, synced: make(chan struct{})}
+	store := &reflectorStore[Info]{objects: r.objects, infos: infos, trim: trimAny(trim), changed: changed, observed: w.observed}
 	if optional {
-		s.empty = func() { _ = t.Replace(nil, "") } // it never fails
+		w.setEmpty = func() { _ = store.Replace(nil, "") } // fails for malformed objects alone
 	}
-	calls := cache.ToListerWatcherWithContext(lw)
-	persistent := &cache.ListWatch{
+	client := cache.ToListerWatcherWithContext(lw)
+	retrying := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (list runtime.Object, err error) {
-			err = s.persist(ctx, func() error {
+			err = w.retry(ctx, func() error {
 				ctx, cancel := context.WithTimeout(ctx, listTimeout)
 				defer cancel()
-				list, err = calls.ListWithContext(ctx, o)
+				list, err = client.ListWithContext(ctx, o)
 				return err
 			})
 			return list, err
 		},
-		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (w watch.Interface, err error) {
-			if err := s.startWatch(o); err != nil {
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (started watch.Interface, err error) {
+			if err := w.takeRelist(o); err != nil {
 				return nil, err
 			}
-			err = s.persist(ctx, func() error { w, err = calls.WatchWithContext(ctx, o); return err })
-			s.watches(w, err)
-			return w, err
+			err = w.retry(ctx, func() error { started, err = client.WatchWithContext(ctx, o); return err })
+			w.setWatch(started, err)
+			return started, err
 		},
 	}
-	s.fill = func(ctx context.Context) error {
-		list, err := calls.ListWithContext(ctx, metav1.ListOptions{})
-		if apierrors.IsNotFound(err) && s.empty != nil {
-			s.empty()
+	w.listOnce = func(ctx context.Context) error {
+		list, err := client.ListWithContext(ctx, metav1.ListOptions{})
+		if apierrors.IsNotFound(err) && w.setEmpty != nil {
+			w.setEmpty()
 			return nil
 		}
 		if err != nil {
-			return advise(name, err)
+			return explainAPIError(resource, err)
 		}
-		var items []any
-		if err := meta.EachListItem(list, func(o runtime.Object) error { items = append(items, o); return nil }); err != nil {
-			return fmt.Errorf("%s: reading the list: %w", name, err)
+		items, err := meta.ExtractList(list)
+		if err != nil {
+			return fmt.Errorf("%s: reading the list: %w", resource, err)
 		}
-		return t.Replace(items, "")
+		objects := make([]any, len(items))
+		for i, item := range items {
+			objects[i] = item
+		}
+		return store.Replace(objects, "")
 	}
-	s.reflector = cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(persistent, lw), new(T), t,
-		cache.ReflectorOptions{Name: name})
-	return s
+	w.reflector = cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(retrying, lw), new(T), store,
+		cache.ReflectorOptions{Name: resource})
+	return w
 }
 
 const (
 	// listTimeout bounds a list, which may be of tens of thousands of objects.
 	listTimeout = 2 * time.Minute
-	// maxRoutine errors in a row are no reason to worry: streaming is tried, then an old
-	// resource version, then none.
-	maxRoutine = 3
+	// maxExpectedErrors in a row are normal: a reflector tries WatchList, then an old resource
+	// version, then none.
+	maxExpectedErrors = 3
+	// relistTimeout is how long a wanted list may take before it is wanted again.
+	relistTimeout = 30 * time.Second
 )
 
-// The API server sends a bookmark over each watch about once a minute, if it knows of a
-// newer resource version by then. That takes etcd's progress notifications, and not every
-// cluster has them (k8s.io/apiserver v0.35, pkg/storage/cacher, cacheWatcher.process). So
-// silence alone says nothing yet. When it has lasted, everything is listed anew, and if
-// that does not come either, the API server is away, or something between is broken: a
-// proxy, say, that accepts watches and sends nothing.
+// The API server sends a bookmark over each watch about once a minute, if it knows of a newer
+// resource version by then. That takes progress notifications from etcd, which not every
+// cluster has (k8s.io/apiserver v0.35, pkg/storage/cacher, cacheWatcher.process). So a silent
+// watch is not an error by itself. One that stays silent is replaced by a list; if that gets
+// no response either, the API server is down or the connection is broken, by a proxy for
+// example that accepts watches and forwards nothing.
 
-// attend ends a watch over which nothing has come for longer than patience, so that
-// everything is listed anew. It is called again and again.
-func (s *source) attend(now time.Time, patience time.Duration) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !closed(s.synced) || now.Sub(s.heard) <= patience || now.Sub(s.ended) <= relistPause {
+// relistIfStale stops a watch that has been silent for longer than limit, and makes the
+// reflector list. It is called periodically.
+func (w *watcher) relistIfStale(now time.Time, limit time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !closed(w.synced) || now.Sub(w.lastObserved) <= limit || now.Sub(w.relistedAt) <= relistTimeout {
 		return
 	}
-	s.ended, s.relist = now, true
-	if s.watch != nil {
-		s.watch.Stop()
+	w.relistedAt, w.relistWanted = now, true
+	if w.watch != nil {
+		w.watch.Stop()
 	}
 }
 
-// relistPause is how long a list that was asked for may take before it is asked for again.
-const relistPause = 30 * time.Second
-
-// startWatch returns an error that makes the reflector list, if that is what is to be done.
-func (s *source) startWatch(o metav1.ListOptions) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	relist := s.relist && o.SendInitialEvents == nil // such a watch begins with a list
-	s.relist = false
+// takeRelist returns the error that makes a reflector list instead of starting a watch, if a
+// list is wanted.
+func (w *watcher) takeRelist(o metav1.ListOptions) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	relist := w.relistWanted && o.SendInitialEvents == nil // otherwise the watch begins with a list
+	w.relistWanted = false
 	if relist {
-		return apierrors.NewResourceExpired("nothing has been sent for long")
+		return apierrors.NewResourceExpired("the watch has been silent for too long")
 	}
 	return nil
 }
 
-// watches notes the watch that has begun.
-func (s *source) watches(w watch.Interface, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.watch = nil; err == nil {
-		s.watch = w
+func (w *watcher) setWatch(started watch.Interface, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.watch = nil; err == nil {
+		w.watch = started
 	}
 }
 
-// retryDelay is short enough in the end for a person who has just repaired something, and long
-// enough for an API server that a thousand nodes come back to.
-var retryDelay = wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 0.5, Cap: 15 * time.Second, Steps: math.MaxInt}
+// retryBackoff ends with delays that are short enough for an operator who waits after a
+// repair, and long enough for an API server that a thousand nodes reconnect to.
+var retryBackoff = wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 0.5, Cap: 15 * time.Second, Steps: math.MaxInt}
 
-// persist repeats a call to the API server until it succeeds, ctx ends, or the
-// error is one that the reflector itself must see. A reflector left to repeat the
-// call would say nothing of a server that refuses connections, wait for up to a
-// minute, and not be stopped meanwhile (client-go v0.37, Reflector.watchList).
-func (s *source) persist(ctx context.Context, call func() error) error {
-	return retryDelay.DelayFunc().Until(ctx, true, true, func(ctx context.Context) (done bool, _ error) {
+// retry repeats a call to the API server until it succeeds, ctx ends, or the error is one that
+// the reflector has to see. If the reflector itself retried, a refused connection would not be
+// reported, delays would be up to a minute, and they could not be interrupted (client-go
+// v0.37, Reflector.watchList).
+func (w *watcher) retry(ctx context.Context, call func() error) error {
+	return retryBackoff.DelayFunc().Until(ctx, true, true, func(ctx context.Context) (done bool, _ error) {
 		err := call()
 		switch {
 		case ctx.Err() != nil:
 			return false, ctx.Err()
 		case err == nil:
-			s.succeeded()
+			w.succeeded()
 			return true, nil
 		case apierrors.IsInvalid(err), apierrors.IsResourceExpired(err), apierrors.IsGone(err), apierrors.IsTimeout(err):
-			// Streaming is not supported, or the resource version is too old or too new. That
-			// is routine, unless it does not end.
-			s.mu.Lock()
-			s.routine++
-			lasting := s.routine > maxRoutine
-			s.mu.Unlock()
-			if lasting {
-				s.failed(err)
+			// WatchList is not supported, or the resource version is too old or too new.
+			w.mu.Lock()
+			w.expectedErrors++
+			tooMany := w.expectedErrors > maxExpectedErrors
+			w.mu.Unlock()
+			if tooMany {
+				w.failed(err)
 			}
 			return false, err
 		}
-		s.failed(err)
+		w.failed(err)
 		return false, nil
 	})
 }
 
-// hear notes that the API server has sent something; all says that it was
-// everything there is.
-func (s *source) hear(all bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.heard = time.Now()
-	if all && !closed(s.synced) {
-		close(s.synced)
+// observed records that the API server has sent something; list is true for a complete list.
+func (w *watcher) observed(list bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.lastObserved = time.Now()
+	if list && !closed(w.synced) {
+		close(w.synced)
 	}
 }
 
-// failed notes an error. The log gets each once, not once a try.
-func (s *source) failed(cause error) {
-	err := advise(s.name, cause)
-	s.mu.Lock()
-	news := s.lastErr == nil || s.lastErr.Error() != err.Error()
-	s.lastErr = err
-	// A resource that the API server has known before may be a CRD that is replaced.
-	absent := apierrors.IsNotFound(cause) && s.empty != nil && !s.exists
-	s.mu.Unlock()
-	if news {
-		s.log.Warn("cannot watch the API server; trying again", "error", err)
+// failed records an error. A repeated one is logged once.
+func (w *watcher) failed(cause error) {
+	err := explainAPIError(w.resource, cause)
+	w.mu.Lock()
+	isNew := w.lastError == nil || w.lastError.Error() != err.Error()
+	w.lastError = err
+	// If the API server has had the resource before, its CRD may be about to be recreated.
+	neverServed := apierrors.IsNotFound(cause) && !w.served
+	w.mu.Unlock()
+	if isNew {
+		w.log.Warn("cannot watch the API server; retrying", "error", err)
 	}
-	if absent {
-		s.empty()
+	if neverServed && w.setEmpty != nil {
+		w.setEmpty()
 	}
 }
 
-func (s *source) succeeded() {
-	s.mu.Lock()
-	before := s.lastErr
-	s.lastErr, s.routine = nil, 0
-	s.exists = true
-	s.mu.Unlock()
+func (w *watcher) succeeded() {
+	w.mu.Lock()
+	before := w.lastError
+	w.lastError, w.expectedErrors = nil, 0
+	w.served = true
+	w.mu.Unlock()
 	if before != nil {
-		s.log.Info("watching the API server again", "resource", s.name)
+		w.log.Info("watching the API server again", "resource", w.resource)
 	}
 }
 
-// advise adds what to do to errors that somebody has to act on.
-func advise(name string, err error) error {
+// explainAPIError says what an operator has to do about an error.
+func explainAPIError(resource string, err error) error {
 	switch {
 	case apierrors.IsNotFound(err):
-		return fmt.Errorf("%s: the API server does not know this resource: apply the custom resource definitions (deploy/manifests/crds.yaml)", name)
+		return fmt.Errorf("%s: the API server does not have this resource: apply the custom resource definitions (deploy/manifests/crds.yaml)", resource)
 	case apierrors.IsForbidden(err):
-		return fmt.Errorf("%s: the agent's service account may not list and watch this resource: apply its role (deploy/manifests/rbac.yaml): %w", name, err)
+		return fmt.Errorf("%s: the agent's service account may not list and watch this resource: apply its ClusterRole (deploy/manifests/rbac.yaml): %w", resource, err)
 	case apierrors.IsUnauthorized(err):
-		return fmt.Errorf("%s: the API server does not accept the agent's credentials: check KUBECONFIG or the service account's token: %w", name, err)
+		return fmt.Errorf("%s: the API server rejected the agent's credentials: check KUBECONFIG or the service account token: %w", resource, err)
 	}
-	var call *url.Error // its URL is long, and different for each try
-	if errors.As(err, &call) {
-		return fmt.Errorf("%s: cannot reach the API server (is it up, and its address right?): %w", name, call.Err)
+	var request *url.Error // its URL is long, and differs for each try
+	if errors.As(err, &request) {
+		return fmt.Errorf("%s: cannot reach the API server (is it up, and is its address correct?): %w", resource, request.Err)
 	}
-	return fmt.Errorf("%s: the API server answered: %w", name, err)
+	return fmt.Errorf("%s: the API server returned an error: %w", resource, err)
 }
 
-// pending says why the source has not synced yet; nil once it has.
-func (s *source) pending() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// syncError is why the watcher has not synced yet; nil once it has.
+func (w *watcher) syncError() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	switch {
-	case closed(s.synced):
+	case closed(w.synced):
 		return nil
-	case s.lastErr != nil:
-		return s.lastErr
+	case w.lastError != nil:
+		return w.lastError
 	}
-	return fmt.Errorf("%s: waiting for the first list", s.name)
+	return fmt.Errorf("%s: waiting for the first list", w.resource)
 }
 
-// stale is why what is known of the resource may be out of date; nil if it is not: the
-// resource cannot be watched now, or nothing has come for longer than limit.
-func (s *source) stale(now time.Time, limit time.Duration) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	silence := now.Sub(s.heard)
+// staleError is why the objects may be out of date: the resource cannot be watched, or nothing
+// was observed for longer than limit. It is nil if they are up to date.
+func (w *watcher) staleError(now time.Time, limit time.Duration) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	staleFor := now.Sub(w.lastObserved)
 	switch {
-	case s.lastErr != nil:
-		return s.lastErr
-	case !closed(s.synced) || silence <= limit:
+	case w.lastError != nil:
+		return w.lastError
+	case !closed(w.synced) || staleFor <= limit:
 		return nil
 	}
-	return fmt.Errorf("%s: the API server has sent nothing for %s, neither over a watch nor as a list: is a proxy or a firewall between?", s.name, silence.Truncate(time.Second))
+	return fmt.Errorf("%s: the API server has sent nothing for %s, not even when listed: is a proxy or a firewall in between?", w.resource, staleFor.Truncate(time.Second))
 }
 
-// silence is how long the API server has not sent anything.
-func (s *source) silence(now time.Time) time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return now.Sub(s.heard)
+// staleFor is the time since the API server last sent something.
+func (w *watcher) staleFor(now time.Time) time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return now.Sub(w.lastObserved)
 }

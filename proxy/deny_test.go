@@ -35,7 +35,7 @@ func TestATokenOfADeniedClientIDIsNotHandedOut(t *testing.T) {
 		assert.Equal(t, 400, resp.StatusCode, "nor to a program of the node that acts for the pod")
 		assert.JSONEq(t, noID, body)
 	}
-	assert.Contains(t, w.log.String(), "the token is for client ID "+two.ClientID+", withheld by --deny-identity")
+	assert.Contains(t, w.log.String(), "the token is for client ID "+two.ClientID+", denied by --deny-identity")
 
 	resp, body := w.get(bound, tokenURL)
 	assert.Equal(t, 200, resp.StatusCode)
@@ -50,5 +50,5 @@ func TestADeniedIdentityIsRefusedBeforeIMDSIsAsked(t *testing.T) {
 		assert.JSONEq(t, noID, body)
 	}
 	assert.Zero(t, w.imds.Requests())
-	assert.Contains(t, w.log.String(), "has client ID "+one.ClientID+", withheld by --deny-identity")
+	assert.Contains(t, w.log.String(), "has client ID "+one.ClientID+", denied by --deny-identity")
 }

@@ -83,7 +83,7 @@ func asHTTP(err error) *httpError {
 		return errLong
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity
-	case errors.Is(err, podresolver.ErrSeveral):
+	case errors.Is(err, podresolver.ErrMultipleIdentities):
 		return errSeveral
 	case errors.Is(err, podresolver.ErrNotAssigned):
 		return notYet("The identity is not assigned to the pod yet", 5*time.Second)

@@ -26,7 +26,7 @@ func TestHowErrorsAreTold(t *testing.T) {
 		retryAfter time.Duration
 	}{
 		"no identity":            {podresolver.ErrNoIdentity, 400, 0},
-		"several, none named":    {podresolver.ErrSeveral, 400, 0},
+		"several, none named":    {podresolver.ErrMultipleIdentities, 400, 0},
 		"a doubtful address":     {ErrSource, 400, 0},
 		"unconfirmed":            {podresolver.ErrUnconfirmed, 503, time.Second},
 		"not assigned yet":       {podresolver.ErrNotAssigned, 503, 5 * time.Second},

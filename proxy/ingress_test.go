@@ -54,7 +54,7 @@ func TestAnUnconfirmedCallerIsToldToComeBack(t *testing.T) {
 		assert.JSONEq(t, `{"error":"temporarily_unavailable","error_description":"The pod of this address is not known yet"}`, body)
 		assert.Less(t, doubts.Load(), int64(1000))
 	}
-	assert.Contains(t, w.log.String(), "pod shop/bound: the caller may be another pod than the one known by this address: veth7 appeared later")
+	assert.Contains(t, w.log.String(), "pod shop/bound: the caller may not be the pod that the API server reports for this address: veth7 appeared later")
 	assert.Zero(t, w.imds.Requests())
 	doubts.Store(0)
 	resp, _ := w.get(bound, tokenURL)

@@ -26,7 +26,7 @@ func keyOf(id podresolver.Identity, resource string) tokencache.Key {
 // that it is refreshed without being asked for; see tokencache.Config.
 func InUse(pods *podresolver.Resolver) func(netip.Addr, tokencache.Key) bool {
 	return func(caller netip.Addr, key tokencache.Key) bool {
-		pod := pods.Holder(caller)
+		pod := pods.Owner(caller)
 		if pod == nil {
 			return false
 		}

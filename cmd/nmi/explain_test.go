@@ -111,39 +111,39 @@ type situation struct {
 var situations = map[string]situation{
 	"all is well": {
 		objects: []runtime.Object{aPod()}, answer: "200 " + cartID,
-		explain: []string{"gets, unless it names another, AzureIdentity shop/cart", `AzureIdentityBinding "cart" has the selector "cart"`, "counts only if the node has it"},
+		explain: []string{"gets by default AzureIdentity shop/cart", `AzureIdentityBinding "cart" has the selector "cart"`, "counts only if the node has it"},
 	},
 	"IMDS does not know the identity": {
 		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), anIdentity("odd", unknownID), aBinding("odd", "odd", "odd")},
 		answer:  "400 invalid_request: Identity not found", log: []string{"identity shop/odd", "IMDS answered 400 invalid_request: Identity not found"},
-		explain: []string{"gets, unless it names another, AzureIdentity shop/odd", "where an identity is not assigned to its virtual machine (scale set), IMDS refuses the token"},
+		explain: []string{"gets by default AzureIdentity shop/odd", "where an identity is not assigned to its virtual machine (scale set), IMDS refuses the token"},
 	},
 	"past its grace": {
 		objects: []runtime.Object{aPod(deleted(-time.Minute))}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
-		log:     []string{"no pod of this node is known by this address"},
-		explain: []string{"would get, unless it names another, AzureIdentity shop/cart", podAddr + " is not its own any more: it is being deleted, and its grace period ended at"},
+		log:     []string{"no pod on this node has this address"},
+		explain: []string{"would get by default AzureIdentity shop/cart", podAddr + " no longer belongs to it: it is being deleted, and its grace period ended at"},
 		not:     []string{"\ngets"},
 	},
 	"terminating, its containers have ended": {
 		objects: []runtime.Object{aPod(deleted(time.Hour), ended)}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
-		explain: []string{"would get", podAddr + " is not its own any more: it is being deleted, and all its containers have ended"},
+		explain: []string{"would get", podAddr + " no longer belongs to it: it is being deleted, and all its containers have terminated"},
 	},
 	"terminating, and running": {
 		objects: []runtime.Object{aPod(deleted(time.Hour))}, answer: "200 " + cartID,
-		explain: []string{"gets, unless it names another, AzureIdentity shop/cart"},
+		explain: []string{"gets by default AzureIdentity shop/cart"},
 	},
 	"two pods with one address": {
 		objects: []runtime.Object{aPod(), aPod(named("q"))}, answer: "503 temporarily_unavailable: The address is claimed by more than one pod",
 		log:     []string{"several live pods claim this address", "shop/p", "shop/q"},
-		explain: []string{"would get", "several live pods claim this address: shop/", "both claim " + podAddr},
+		explain: []string{"would get", "several live pods claim this address (" + podAddr + "): shop/"},
 	},
 	"an address that is a younger pod's": {
 		objects: []runtime.Object{aPod(deleted(time.Hour)), aPod(named("q"))}, answer: "200 " + cartID, // q's
-		explain: []string{"is answered 503 temporarily_unavailable", podAddr + " belongs to shop/q, which is younger"},
+		explain: []string{"is answered 503 temporarily_unavailable", podAddr + " belongs to shop/q, which is newer"},
 	},
 	"no address": {
 		objects: []runtime.Object{aPod(func(p *corev1.Pod) { p.Status.PodIP = "" })}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
-		explain: []string{"pod shop/p\n", "would get", "its status has none"},
+		explain: []string{"pod shop/p\n", "would get", "its status has no address"},
 	},
 	"a caller that its link does not confirm": {
 		objects: []runtime.Object{aPod()}, doubt: fmt.Errorf("%w: eth7 appeared later", podresolver.ErrUnconfirmed),
@@ -156,22 +156,22 @@ var situations = map[string]situation{
 	"not in sync": {
 		objects: []runtime.Object{aPod()}, breaks: func(s *podresolver.Sources) { s.Bindings = forbidden{} },
 		answer:  "503 temporarily_unavailable: The agent is not in sync with the API server yet",
-		log:     []string{"the agent is not in sync with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource"},
-		explain: []string{"the agent is not in sync with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource: apply its role"},
+		log:     []string{"the agent has not synced with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource"},
+		explain: []string{"the agent has not synced with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource: apply its ClusterRole"},
 		not:     []string{"no pod is known", "no pod of this node"},
 	},
 	"stale": {
 		config: podresolver.Config{MaxStaleness: time.Millisecond}, objects: []runtime.Object{aPod()},
-		answer: "503 temporarily_unavailable: What is known of pods and identities is too old", log: []string{"what is known of pods and identities is too old"},
-		explain: []string{"what is known of pods and identities is too old", "would get"},
+		answer: "503 temporarily_unavailable: What is known of pods and identities is too old", log: []string{"pod and identity data is stale"},
+		explain: []string{"pod and identity data is stale", "would get"},
 	},
 	"no label": {
 		objects: []runtime.Object{aPod(label("app", "x"))}, answer: "400 invalid_request: Identity not found",
-		log: []string{`it has no label "aadpodidbinding"`}, explain: []string{"may use no identity", `it has no label "aadpodidbinding"`},
+		log: []string{`it has no label "aadpodidbinding"`}, explain: []string{"has no identity", `it has no label "aadpodidbinding"`},
 	},
 	"a label key in another case": {
 		objects: []runtime.Object{aPod(label("AadPodIdBinding", "cart"))}, answer: "400 invalid_request: Identity not found",
-		log: []string{`its label "AadPodIdBinding" is not "aadpodidbinding": it differs in case`}, explain: []string{`its label "AadPodIdBinding" is not "aadpodidbinding": it differs in case`},
+		log: []string{`its label "AadPodIdBinding" differs in case from "aadpodidbinding"`}, explain: []string{`its label "AadPodIdBinding" differs in case from "aadpodidbinding"`},
 	},
 	"a selector in another case": {
 		objects: []runtime.Object{aPod(label("aadpodidbinding", "Cart"))}, answer: "400 invalid_request: Identity not found",
@@ -184,26 +184,26 @@ var situations = map[string]situation{
 	},
 	"an identity of another namespace": {
 		objects: []runtime.Object{aPod(label("aadpodidbinding", "far")), aBinding("far", "away", "far"), inBank(anIdentity("away", reportID))}, answer: "400 invalid_request: Identity not found",
-		log:     []string{`AzureIdentityBinding "far" names AzureIdentity "away", which does not exist`, `AzureIdentity bank/away does not match: it is in another namespace`},
-		explain: []string{`AzureIdentity bank/away does not match: it is in another namespace than AzureIdentityBinding "far"`},
+		log:     []string{`AzureIdentityBinding "far" names AzureIdentity "away", which does not exist`, `AzureIdentity bank/away does not match AzureIdentityBinding "far": it is in another namespace`},
+		explain: []string{`AzureIdentity bank/away does not match AzureIdentityBinding "far": it is in another namespace`},
 	},
 	"an exception's key in another case": {
 		objects: []runtime.Object{aPod(label("App", "x")), anException("app", "x")}, answer: "400 invalid_request: Identity not found",
-		log: []string{`AzurePodIdentityException shop/e does not except it: its label "App" differs in case from "app"`}, explain: []string{`its label "App" differs in case from "app"`},
+		log: []string{`AzurePodIdentityException shop/e does not apply: the pod's label "App" differs in case from "app"`}, explain: []string{`the pod's label "App" differs in case from "app"`},
 	},
 	"an exception of another namespace": {
 		objects: []runtime.Object{aPod(label("app", "x")), inBank(anException("app", "x"))}, answer: "400 invalid_request: Identity not found",
-		log: []string{"AzurePodIdentityException bank/e lists its label app=x, and does not except it: it is in another namespace"}, explain: []string{"AzurePodIdentityException bank/e lists its label app=x"},
+		log: []string{"AzurePodIdentityException bank/e lists its label app=x but does not apply: it is in another namespace"}, explain: []string{"AzurePodIdentityException bank/e lists its label app=x"},
 	},
 	"another ID than is bound": {
 		objects: []runtime.Object{aPod()}, asks: "&client_id=" + reportID, answer: "400 invalid_request: Identity not found",
-		log:     []string{`none of the 1 bound to it has the client ID "` + reportID + `" that it asked for: AzureIdentity shop/cart (user-assigned managed identity, client ID ` + cartID + ")"},
-		explain: []string{"gets, unless it names another, AzureIdentity shop/cart"},
+		log:     []string{`none of those bound to it has the requested client ID "` + reportID + `": AzureIdentity shop/cart (user-assigned managed identity, client ID ` + cartID + ")"},
+		explain: []string{"gets by default AzureIdentity shop/cart"},
 	},
 	"several, strictly": {
 		config: podresolver.Config{StrictSelection: true}, objects: []runtime.Object{aPod(), anIdentity("report", reportID), aBinding("report", "report", "cart")},
 		answer: "400 invalid_request: Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request",
-		log:    []string{"the pod has several identities, and named none"}, explain: []string{"may use, if it names it, AzureIdentity shop/cart", "may use AzureIdentity shop/report", "a request must name one"},
+		log:    []string{"the pod has several identities and the request names none"}, explain: []string{"may use, if requested by ID, AzureIdentity shop/cart", "may use AzureIdentity shop/report", "a request must name one"},
 	},
 	"a malformed client ID": {
 		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), anIdentity("odd", "cart"), aBinding("odd", "odd", "odd")}, answer: "400 invalid_request: Identity not found",
@@ -212,7 +212,7 @@ var situations = map[string]situation{
 	"MIC has not assigned it": {
 		config: podresolver.Config{Mode: podresolver.Standard}, objects: []runtime.Object{aPod()},
 		answer: "503 temporarily_unavailable: The identity is not assigned to the pod yet", log: []string{"MIC has not assigned the identity to this pod yet"},
-		explain: []string{"will get AzureIdentity shop/cart", "when MIC has assigned it"},
+		explain: []string{"will get AzureIdentity shop/cart", "once MIC has assigned it"},
 	},
 	"excepted": {
 		objects: []runtime.Object{aPod(), anException("aadpodidbinding", "cart")}, answer: "200 " + nodeToken,
@@ -226,15 +226,15 @@ var situations = map[string]situation{
 		objects: []runtime.Object{aPod(func(p *corev1.Pod) {
 			p.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "AZURE_CLIENT_ID"}, {Name: "AZURE_FEDERATED_TOKEN_FILE"}}
 		})}, answer: "200 " + cartID,
-		explain: []string{"azure-workload-identity's settings (the variable AZURE_FEDERATED_TOKEN_FILE)", "never ask IMDS"},
+		explain: []string{"it is set up for Azure Workload Identity (the variable AZURE_FEDERATED_TOKEN_FILE)", "never send requests to IMDS"},
 	},
 	"azure-workload-identity's label": {
 		objects: []runtime.Object{aPod(func(p *corev1.Pod) { p.Labels["azure.workload.identity/use"] = "true" })}, answer: "200 " + cartID,
-		explain: []string{"azure-workload-identity's settings (the label azure.workload.identity/use=true)"},
+		explain: []string{"it is set up for Azure Workload Identity (the label azure.workload.identity/use=true)"},
 	},
 	"on the host network": {
 		objects: []runtime.Object{aPod(func(p *corev1.Pod) { p.Spec.HostNetwork = true })}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
-		explain: []string{"does not ask the agent: it is on the host network"}, not: []string{"may use", "gets, unless", "is answered"},
+		explain: []string{"is on the host network: its requests go to IMDS directly"}, not: []string{"may use", "gets by default", "is answered"},
 	},
 }
 
@@ -357,7 +357,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			case id == nodeToken:
 				assert.Contains(t, explained, "is excepted by")
 			case status == "200":
-				assert.Regexp(t, `(?m)^gets, unless it names another, .*`+id, explained)
+				assert.Regexp(t, `(?m)^gets by default .*`+id, explained)
 			default:
 				assert.Contains(t, explained, "\nis answered "+answer+"\n")
 				assert.NotRegexp(t, "(?m)^gets", explained)

@@ -112,7 +112,7 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 		metric.WithDescription("Time since the API server last sent something about a resource; it does so about once a minute"),
 		metric.WithFloat64Callback(func(_ context.Context, o metric.Float64Observer) error {
 			for _, w := range resolver.Stats().Watches {
-				o.Observe(w.Silence.Seconds(), metric.WithAttributes(attribute.String("resource", w.Resource)))
+				o.Observe(w.StaleFor.Seconds(), metric.WithAttributes(attribute.String("resource", w.Resource)))
 			}
 			return nil
 		}))

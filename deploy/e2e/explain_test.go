@@ -58,20 +58,20 @@ func TestExplainInAnAgentsPod(t *testing.T) {
 	assert.Contains(t, explains(socket, "--operation-mode=standard", "--deny-identity="+third.ClientID, "shop/here-0"), output, "the same flags as the agent's")
 
 	output = explains(socket, "shop/denied-0")
-	assert.Contains(t, output, "withheld by --deny-identity", "with the agent's flags")
+	assert.Contains(t, output, "denied by --deny-identity", "with the agent's flags")
 
 	output = explains(socket, "shop/elsewhere-0") // by the cluster, in the agent's mode
-	assert.Contains(t, output, "its status has none")
+	assert.Contains(t, output, "its status has no address")
 	assert.Contains(t, output, "will get AzureIdentity shop/cart")
 	assert.Contains(t, output, "(by the objects of the cluster, in standard mode; what the agent of node node2 knows")
 
 	output = explains(socket, "--operation-mode=managed", "shop/here-0")
 	assert.Contains(t, output, "note: the agent of this pod runs with other flags than these (--operation-mode)")
-	assert.Contains(t, output, "gets, unless it names another, AzureIdentity shop/cart")
+	assert.Contains(t, output, "gets by default AzureIdentity shop/cart")
 
 	code, output := s.explains(world.Kubeconfig, socket, "shop/nobody")
 	assert.Equal(t, 1, code)
-	assert.Contains(t, output, "nmi: shop/nobody: there is no such pod")
+	assert.Contains(t, output, "nmi: pod shop/nobody not found")
 }
 
 func TestExplainSaysWhatThePodIsAnswered(t *testing.T) {
@@ -81,7 +81,7 @@ func TestExplainSaysWhatThePodIsAnswered(t *testing.T) {
 	p.hears(vault, cart.ClientID)
 	socket := "--probe-socket=" + a.ProbeSocket
 	_, output := s.explains(world.Kubeconfig, socket, "shop/twin-a")
-	assert.Contains(t, output, "\ngets, unless it names another, AzureIdentity shop/cart")
+	assert.Contains(t, output, "\ngets by default AzureIdentity shop/cart")
 
 	s.object("shop", "twin-b", "10.244.0.73", map[string]string{"aadpodidbinding": "cart"})
 	p.hearsNotYet()
@@ -110,7 +110,7 @@ func TestExplainWithoutAnAgent(t *testing.T) {
 	require.NoError(t, err)
 	code, output = s.explains(stranger, "--operation-mode=managed", "shop/lonely-0")
 	assert.Equal(t, 1, code)
-	assert.Contains(t, output, "pods: the agent's service account may not list and watch this resource: apply its role")
+	assert.Contains(t, output, "pods: the agent's service account may not list and watch this resource: apply its ClusterRole")
 }
 
 // The API server admits no list of the bindings: the agent says so to the pod, in its log,
@@ -130,11 +130,11 @@ func TestARequestBeforeTheAgentIsInSync(t *testing.T) {
 		got := p.asks(vault)
 		return got.status == 503 && strings.Contains(got.body, "The agent is not in sync with the API server yet")
 	}, patience, 50*time.Millisecond)
-	s.says(a, "the agent is not in sync with the API server yet: pods: the agent's service account may not list and watch this resource")
-	assert.NotContains(t, a.Log(), "no pod of this node is known by this address")
+	s.says(a, "the agent has not synced with the API server yet: pods: the agent's service account may not list and watch this resource")
+	assert.NotContains(t, a.Log(), "no pod on this node has this address")
 	code, output := s.explains(kubeconfig, "--probe-socket="+a.ProbeSocket, "shop/early-0")
 	assert.Equal(t, 1, code)
-	assert.Contains(t, output, "the agent is not in sync with the API server yet: pods: the agent's service account")
+	assert.Contains(t, output, "the agent has not synced with the API server yet: pods: the agent's service account")
 }
 
 // MIC makes assignments in namespace default; whoever may write them in another one gives

@@ -248,7 +248,7 @@ func TestExplainSaysWhoMayUseWhatAndWhy(t *testing.T) {
 	assert.Zero(t, code, output)
 	for _, line := range []string{
 		"pod shop/explained, 10.244.0.48\n",
-		"gets, unless it names another, AzureIdentity shop/cart (user-assigned managed identity, client ID " + cart.ClientID,
+		"gets by default AzureIdentity shop/cart (user-assigned managed identity, client ID " + cart.ClientID,
 		`- AzureIdentityBinding "cart" has the selector "cart" and gives it AzureIdentity "cart"`,
 		`- AzureIdentityBinding shop/shouting does not match: its selector "CART" differs in case`,
 		`- AzureIdentityBinding kube-system/elsewhere does not match: it is in another namespace`,
@@ -257,7 +257,7 @@ func TestExplainSaysWhoMayUseWhatAndWhy(t *testing.T) {
 	}
 	code, output = explain("shop/nobody")
 	assert.Equal(t, 1, code)
-	assert.Contains(t, output, "nmi: shop/nobody: there is no such pod")
+	assert.Contains(t, output, "nmi: pod shop/nobody not found")
 	code, output = explain("nobody")
 	assert.Equal(t, 1, code)
 	assert.Contains(t, output, "explain takes one argument: <namespace>/<pod>")

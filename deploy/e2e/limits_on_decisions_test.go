@@ -70,7 +70,7 @@ func TestAPodThatLooksLikeMICGetsNothing(t *testing.T) {
 			assert.Zero(t, world.IMDS.Requests(), "nothing is passed on")
 
 			explained := s.explain(append(flags, podName)...)
-			assert.Contains(t, explained, "may use no identity\n")
+			assert.Contains(t, explained, "has no identity\n")
 			assert.NotContains(t, explained, "is excepted")
 			ignored := strings.Count(agent.Log(), "--MICNamespace is ignored in managed mode")
 			assert.Equal(t, strings.Contains(name, "managed mode, MIC"), ignored == 1, agent.Log())
@@ -89,8 +89,8 @@ func TestMICIsExceptedWhereItsNamespaceIsGiven(t *testing.T) {
 
 func TestADeniedIdentityIsGivenByNoBinding(t *testing.T) {
 	byClient, byResource := imdstest.Identity{ClientID: third.ClientID}, imdstest.Identity{ResourceID: third.ResourceID}
-	byClientID := "has client ID " + third.ClientID + ", withheld by --deny-identity"
-	byResourceID := "has resource ID " + strings.ToLower(third.ResourceID) + ", withheld by --deny-identity"
+	byClientID := "has client ID " + third.ClientID + ", denied by --deny-identity"
+	byResourceID := "has resource ID " + strings.ToLower(third.ResourceID) + ", denied by --deny-identity"
 	for name, tc := range map[string]struct {
 		deny     string
 		identity imdstest.Identity
@@ -101,9 +101,9 @@ func TestADeniedIdentityIsGivenByNoBinding(t *testing.T) {
 		"by client ID":                        {strings.ToUpper(third.ClientID), third, 0, byClientID, byClientID},
 		"by resource ID":                      {strings.ToUpper(third.ResourceID), third, 0, byResourceID, byResourceID},
 		"by client ID, named by client ID":    {third.ClientID, byClient, 0, byClientID, byClientID},
-		"by client ID, named by resource ID":  {third.ClientID, byResource, 1, "the token is for client ID " + third.ClientID + ", withheld by --deny-identity", `AzureIdentity "denied" gives no client ID: if its tokens are for one that --deny-identity withholds, the agent hands out none`},
+		"by client ID, named by resource ID":  {third.ClientID, byResource, 1, "the token is for client ID " + third.ClientID + ", denied by --deny-identity", `AzureIdentity "denied" has no client ID; if its tokens are for a client ID in --deny-identity, requests for them are refused`},
 		"by resource ID, named by that":       {third.ResourceID, byResource, 0, byResourceID, byResourceID},
-		"by both, in a spelling of their own": {third.ClientID + "," + third.ResourceID, imdstest.Identity{ResourceID: third.ResourceID + "/"}, 0, "is not that of a user-assigned identity", "is not that of a user-assigned identity"},
+		"by both, in a spelling of their own": {third.ClientID + "," + third.ResourceID, imdstest.Identity{ResourceID: third.ResourceID + "/"}, 0, "is not the resource ID of a user-assigned identity", "is not the resource ID of a user-assigned identity"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := begin(t)
@@ -127,7 +127,7 @@ func TestADeniedIdentityIsGivenByNoBinding(t *testing.T) {
 }
 
 func TestAnExceptionOutsideTheListIsNone(t *testing.T) {
-	const ignored = `AzurePodIdentityException "mine" does not count: namespace "shop" is not in --exception-namespaces`
+	const ignored = `AzurePodIdentityException "mine" is ignored: namespace "shop" is not in --exception-namespaces`
 	for name, tc := range map[string]struct {
 		flags           []string
 		mine, addons    string // whose token their pods get, "" for none

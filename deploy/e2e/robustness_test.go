@@ -96,7 +96,7 @@ func TestItWaitsForMissingDefinitionsAndSaysWhich(t *testing.T) {
 	a := s.agentNotReady()
 	assert.Eventually(t, func() bool {
 		status, text := a.Ready(t.Context())
-		return status == 503 && strings.Contains(text, "azureidentitybindings.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
+		return status == 503 && strings.Contains(text, "azureidentitybindings.aadpodidentity.k8s.io: the API server does not have this resource: apply the custom resource definitions")
 	}, patience, 10*time.Millisecond)
 	s.says(a, "iptables rules put in place")
 	assert.Equal(t, 503, p.asks(vault).status, "not now, and no refusal for good")
@@ -114,7 +114,7 @@ func TestWithoutTheDefinitionOfExceptionsNobodyIsExcepted(t *testing.T) {
 	require.NoError(t, err)
 	a := s.agent()
 	_, text := a.Ready(t.Context())
-	assert.Contains(t, text, "azurepodidentityexceptions.aadpodidentity.k8s.io: the API server does not know this resource: apply the custom resource definitions")
+	assert.Contains(t, text, "azurepodidentityexceptions.aadpodidentity.k8s.io: the API server does not have this resource: apply the custom resource definitions")
 	assert.Equal(t, 200, p.asks(vault).status)
 	require.NoError(t, restore(t.Context()))
 	require.Eventually(t, func() bool {

@@ -181,11 +181,11 @@ func TestASecretIsNotBorrowedOrSentAway(t *testing.T) {
 	a := s.agent("--entra-authority=" + authority)
 
 	p.comesTo("no identity", func(a answer) bool { return a.status == 400 && strings.Contains(a.body, "Identity not found") })
-	s.says(a, `names a secret of namespace \"kube-system\"`)
+	s.says(a, `names a secret in namespace \"kube-system\"`)
 	code, output, err := testbed.RunAgent([]string{"KUBECONFIG=" + world.Kubeconfig}, "explain", "--operation-mode=managed", "shop/borrower-0")
 	require.NoError(t, err)
 	assert.Zero(t, code)
-	assert.Contains(t, output, `AzureIdentity "borrower", which names a secret of namespace "kube-system"`)
+	assert.Contains(t, output, `AzureIdentity "borrower", which names a secret in namespace "kube-system"`)
 
 	away.comesTo("refused", func(a answer) bool { return a.status == 400 && strings.Contains(a.body, "invalid_client") })
 	s.says(a, "is neither one of Microsoft's nor named by --entra-authority")
