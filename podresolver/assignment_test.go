@@ -22,7 +22,7 @@ func standard(t *testing.T, objects ...runtime.Object) *world {
 }
 
 // makes is MIC's assignment of cart() to the pod of standard.
-func makes(state string) runtime.Object {
+func micAssignment(state string) runtime.Object {
 	return podresolver.NewAssigned("a", "p", state, podresolver.NewIdentity("cart", podresolver.GUID("C1"), podresolver.Path("/r/1")), podresolver.NewBinding("cart", "cart", "cart", 0))
 }
 
@@ -36,9 +36,9 @@ func (w *world) ask(ctx context.Context, want podresolver.Selector) (podresolver
 	return id, time.Since(begin), err
 }
 
-func TestWhatIsAssignedIsNotWaitedFor(t *testing.T) {
+func TestAssignedIdentityDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := standard(t, append(cart(), makes("Assigned"))...)
+		w := standard(t, append(cart(), micAssignment("Assigned"))...)
 		id, took, err := w.ask(t.Context(), podresolver.Selector{})
 		require.NoError(t, err)
 		assert.Zero(t, took)
@@ -46,7 +46,7 @@ func TestWhatIsAssignedIsNotWaitedFor(t *testing.T) {
 	})
 }
 
-func TestABindingWithoutAnAssignmentWaits(t *testing.T) {
+func TestWaitForAssignment(t *testing.T) {
 	for name, want := range map[string]podresolver.Selector{
 		"none":                    {},
 		"client ID":               {ClientID: podresolver.GUID("c1")},
@@ -65,9 +65,9 @@ func TestABindingWithoutAnAssignmentWaits(t *testing.T) {
 
 				go func() {
 					time.Sleep(time.Second)
-					w.Add(makes("Created"))
+					w.Add(micAssignment("Created"))
 					time.Sleep(time.Second)
-					w.Modify(makes("Assigned"))
+					w.Modify(micAssignment("Assigned"))
 				}()
 				id, took, err := w.ask(t.Context(), want)
 				require.NoError(t, err)
@@ -78,7 +78,7 @@ func TestABindingWithoutAnAssignmentWaits(t *testing.T) {
 	}
 }
 
-func TestAThousandRequestsWaitForOneAssignment(t *testing.T) {
+func TestConcurrentWaitsForOneAssignment(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := standard(t, cart()...)
 		go func() {
@@ -87,7 +87,7 @@ func TestAThousandRequestsWaitForOneAssignment(t *testing.T) {
 				w.Add(podresolver.NewAssigned(fmt.Sprint("other", i), fmt.Sprint("q", i), "Assigned", podresolver.NewIdentity("cart", podresolver.GUID("C1"), ""), nil))
 			}
 			time.Sleep(time.Second)
-			w.Add(makes("Assigned"))
+			w.Add(micAssignment("Assigned"))
 		}()
 		took := concurrently(func() {
 			id, _, err := w.ask(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
@@ -101,7 +101,7 @@ func TestAThousandRequestsWaitForOneAssignment(t *testing.T) {
 	})
 }
 
-func TestWhatNoBindingCanGiveFailsAtOnce(t *testing.T) {
+func TestUnboundIdentityDoesNotWait(t *testing.T) {
 	for name, tc := range map[string]struct {
 		objects []runtime.Object
 		want    podresolver.Selector
@@ -110,7 +110,7 @@ func TestWhatNoBindingCanGiveFailsAtOnce(t *testing.T) {
 		"another ID":       {cart(), podresolver.Selector{ClientID: podresolver.GUID("c2")}},
 		"an object ID":     {cart(), podresolver.Selector{ObjectID: "c1"}},
 		"no identity":      {[]runtime.Object{podresolver.NewBinding("cart", "cart", "cart", 0)}, podresolver.Selector{}},
-		"it is Unassigned": {[]runtime.Object{makes("Unassigned")}, podresolver.Selector{}},
+		"it is Unassigned": {[]runtime.Object{micAssignment("Unassigned")}, podresolver.Selector{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -123,7 +123,7 @@ func TestWhatNoBindingCanGiveFailsAtOnce(t *testing.T) {
 	}
 }
 
-func TestTheWaitForAnAssignmentEndsEarly(t *testing.T) {
+func TestWaitForAssignmentEndsEarly(t *testing.T) {
 	for name, tc := range map[string]struct {
 		after func(w *world)
 		want  error
@@ -160,7 +160,7 @@ func TestTheWaitForAnAssignmentEndsEarly(t *testing.T) {
 	}
 }
 
-func TestWhoGivesUpWaitingIsToldSo(t *testing.T) {
+func TestWaitForAssignmentCanceled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := standard(t, cart()...)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -172,7 +172,7 @@ func TestWhoGivesUpWaitingIsToldSo(t *testing.T) {
 	})
 }
 
-func TestTheIdentityWaitIsAsConfigured(t *testing.T) {
+func TestIdentityWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{Mode: podresolver.Standard, IdentityWait: 3 * time.Millisecond},
 			append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
@@ -182,7 +182,7 @@ func TestTheIdentityWaitIsAsConfigured(t *testing.T) {
 	})
 }
 
-func TestManagedModeNeverWaits(t *testing.T) {
+func TestManagedModeDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
 		_, took, err := w.ask(t.Context(), podresolver.Selector{})

@@ -31,7 +31,7 @@ func startedAt(pod *corev1.Pod, at time.Time) *corev1.Pod {
 	return pod
 }
 
-func TestAnUnconfirmedCallerWaitsForNews(t *testing.T) {
+func TestUnconfirmedCallerWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		begin := time.Now()
@@ -43,7 +43,7 @@ func TestAnUnconfirmedCallerWaitsForNews(t *testing.T) {
 		require.ErrorIs(t, err, podresolver.ErrUnconfirmed)
 		assert.ErrorContains(t, err, "shop/old is too old")
 		assert.Equal(t, podresolver.DefaultPodWait, time.Since(begin))
-		assert.Len(t, w.gates.pods.lookups(), 1, "the API server may know more than the watch")
+		assert.Len(t, w.api.pods.lookups(), 1, "the API server may know more than the watch")
 		assert.Zero(t, w.resolver.Stats().Found)
 
 		go func() {
@@ -62,7 +62,7 @@ func TestAnUnconfirmedCallerWaitsForNews(t *testing.T) {
 	})
 }
 
-func TestWhatTheLookupFindsIsConfirmedToo(t *testing.T) {
+func TestLookupIsConfirmed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		begin := time.Now()
@@ -75,7 +75,7 @@ func TestWhatTheLookupFindsIsConfirmedToo(t *testing.T) {
 	})
 }
 
-func TestARefusalThatNewsDoNotMendIsNotWaitedFor(t *testing.T) {
+func TestFinalConfirmErrorDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		w.Add(podresolver.NewPod("cart-0", addr.String(), "cart"))
@@ -90,6 +90,6 @@ func TestARefusalThatNewsDoNotMendIsNotWaitedFor(t *testing.T) {
 		defer cancel()
 		_, err = w.resolver.ResolveCaller(ctx, addr, notBefore(begin.Add(time.Hour)))
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		assert.Empty(t, w.gates.pods.lookups())
+		assert.Empty(t, w.api.pods.lookups())
 	})
 }

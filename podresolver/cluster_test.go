@@ -33,12 +33,12 @@ var (
 	other = netip.MustParseAddr("10.244.0.8")
 )
 
-// world is a cluster and a resolver that reads from it through gates.
+// world is a cluster and a resolver that reads from it through api.
 type world struct {
 	t *testing.T
 	*resolvertest.Cluster
 	resolver *podresolver.Resolver
-	gates    struct{ pods, identities, bindings, exceptions, assigned *gate }
+	api      struct{ pods, identities, bindings, exceptions, assigned *faultySource }
 	stop     func()
 }
 
@@ -54,17 +54,17 @@ func newWorld(t *testing.T, cfg podresolver.Config, objects ...runtime.Object) *
 	}
 	sources := w.Sources()
 	for lw, g := range map[*cache.ListerWatcher]struct {
-		gate   **gate
-		object func() resource
+		faultySource **faultySource
+		object       func() resource
 	}{
-		&sources.Pods:       {&w.gates.pods, func() resource { return &corev1.Pod{} }},
-		&sources.Identities: {&w.gates.identities, func() resource { return &aadpodidentity.AzureIdentity{} }},
-		&sources.Bindings:   {&w.gates.bindings, func() resource { return &aadpodidentity.AzureIdentityBinding{} }},
-		&sources.Exceptions: {&w.gates.exceptions, func() resource { return &aadpodidentity.AzurePodIdentityException{} }},
-		&sources.Assigned:   {&w.gates.assigned, func() resource { return &aadpodidentity.AzureAssignedIdentity{} }},
+		&sources.Pods:       {&w.api.pods, func() resource { return &corev1.Pod{} }},
+		&sources.Identities: {&w.api.identities, func() resource { return &aadpodidentity.AzureIdentity{} }},
+		&sources.Bindings:   {&w.api.bindings, func() resource { return &aadpodidentity.AzureIdentityBinding{} }},
+		&sources.Exceptions: {&w.api.exceptions, func() resource { return &aadpodidentity.AzurePodIdentityException{} }},
+		&sources.Assigned:   {&w.api.assigned, func() resource { return &aadpodidentity.AzureAssignedIdentity{} }},
 	} {
-		*g.gate = &gate{to: cache.ToListerWatcherWithContext(*lw), object: g.object}
-		*lw = *g.gate
+		*g.faultySource = &faultySource{to: cache.ToListerWatcherWithContext(*lw), object: g.object}
+		*lw = *g.faultySource
 	}
 	var err error
 	w.resolver, err = podresolver.New(sources, cfg)
@@ -120,8 +120,8 @@ func concurrently(do func()) time.Duration {
 	return time.Since(begin)
 }
 
-// gate is a source that can fail, and remembers what it was asked.
-type gate struct {
+// faultySource is a source that can fail, and remembers what it was asked.
+type faultySource struct {
 	to     cache.ListerWatcherWithContext
 	object func() resource // an empty one of its kind
 
@@ -131,11 +131,11 @@ type gate struct {
 	hanging  bool  // lists are accepted, and not answered
 	delay    time.Duration
 	lists    []metav1.ListOptions
-	watchers []*gatedWatch
+	watchers []*faultyWatch
 }
 
-// gatedWatch passes on what its source sends, and bookmarks.
-type gatedWatch struct {
+// faultyWatch passes on what its source sends, and bookmarks.
+type faultyWatch struct {
 	watch.Interface
 	to    chan watch.Event
 	marks chan struct{} // a bookmark is wanted
@@ -143,11 +143,11 @@ type gatedWatch struct {
 	stop  func()
 }
 
-func (w *gatedWatch) ResultChan() <-chan watch.Event { return w.to }
-func (w *gatedWatch) Stop()                          { w.stop() }
+func (w *faultyWatch) ResultChan() <-chan watch.Event { return w.to }
+func (w *faultyWatch) Stop()                          { w.stop() }
 
 // run ends with the source's watch or with Stop. version is the last one that was sent.
-func (w *gatedWatch) run(muted func() bool, version string, object func() resource) {
+func (w *faultyWatch) run(muted func() bool, version string, object func() resource) {
 	defer close(w.to)
 	for {
 		var e watch.Event
@@ -185,9 +185,9 @@ type resource interface {
 
 // IsWatchListSemanticsUnSupported is how client-go finds out that there are lists
 // alone.
-func (*gate) IsWatchListSemanticsUnSupported() bool { return true }
+func (*faultySource) IsWatchListSemanticsUnSupported() bool { return true }
 
-func (g *gate) ListWithContext(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+func (g *faultySource) ListWithContext(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 	g.mu.Lock()
 	g.lists = append(g.lists, o)
 	err, delay := g.err, g.delay
@@ -214,7 +214,7 @@ func (g *gate) ListWithContext(ctx context.Context, o metav1.ListOptions) (runti
 	return g.to.ListWithContext(ctx, o)
 }
 
-func (g *gate) WatchWithContext(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+func (g *faultySource) WatchWithContext(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.err != nil {
@@ -224,20 +224,20 @@ func (g *gate) WatchWithContext(ctx context.Context, o metav1.ListOptions) (watc
 	if err != nil {
 		return nil, err
 	}
-	w := &gatedWatch{Interface: from, to: make(chan watch.Event), marks: make(chan struct{}), done: make(chan struct{})}
+	w := &faultyWatch{Interface: from, to: make(chan watch.Event), marks: make(chan struct{}), done: make(chan struct{})}
 	w.stop = sync.OnceFunc(func() { close(w.done); from.Stop() })
 	go w.run(g.isMuted, o.ResourceVersion, g.object)
 	g.watchers = append(g.watchers, w)
 	return w, nil
 }
 
-func (g *gate) isMuted() bool {
+func (g *faultySource) isMuted() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.muted
 }
 
-func (g *gate) isHanging() bool {
+func (g *faultySource) isHanging() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.hanging
@@ -245,14 +245,14 @@ func (g *gate) isHanging() bool {
 
 // mute keeps watches open, and everything from being sent over them; hang does so with
 // lists.
-func (g *gate) mute(hang bool) {
+func (g *faultySource) mute(hang bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.muted, g.hanging = true, hang
 }
 
 // bookmark sends one over each watch.
-func (g *gate) bookmark() {
+func (g *faultySource) bookmark() {
 	g.mu.Lock()
 	watchers := slices.Clone(g.watchers)
 	g.mu.Unlock()
@@ -264,16 +264,16 @@ func (g *gate) bookmark() {
 	}
 }
 
-func (g *gate) List(o metav1.ListOptions) (runtime.Object, error) {
+func (g *faultySource) List(o metav1.ListOptions) (runtime.Object, error) {
 	return g.ListWithContext(context.Background(), o)
 }
 
-func (g *gate) Watch(o metav1.ListOptions) (watch.Interface, error) {
+func (g *faultySource) Watch(o metav1.ListOptions) (watch.Interface, error) {
 	return g.WatchWithContext(context.Background(), o)
 }
 
 // fail makes all calls fail from now on, and cuts the watches; nil mends it.
-func (g *gate) fail(err error) {
+func (g *faultySource) fail(err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.err, g.muted, g.hanging = err, false, false
@@ -283,14 +283,14 @@ func (g *gate) fail(err error) {
 	g.watchers = nil
 }
 
-func (g *gate) slow(by time.Duration) {
+func (g *faultySource) slow(by time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.delay = by
 }
 
 // lookups are the lists that asked for one address.
-func (g *gate) lookups() (asked []string) {
+func (g *faultySource) lookups() (asked []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, o := range g.lists {
@@ -301,7 +301,7 @@ func (g *gate) lookups() (asked []string) {
 	return asked
 }
 
-func TestANodeIsNeeded(t *testing.T) {
+func TestNodeIsRequired(t *testing.T) {
 	_, err := podresolver.New(podresolver.Sources{}, podresolver.Config{})
 	assert.ErrorContains(t, err, "the name of the node is required")
 }

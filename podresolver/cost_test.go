@@ -13,28 +13,28 @@ import (
 // identities of others.
 func filled(tb testing.TB, cfg Config, n, others int) *harness {
 	tb.Helper()
-	world := newHarness(tb, cfg,
+	h := newHarness(tb, cfg,
 		identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0), identity("j", guid("c-2"), path("/r/2")), binding("c", "x", "j", 0))
 	for i := range others {
 		name := fmt.Sprint("other-", i)
-		world.put(identity(name, guid(name), ""), binding(name, name, name, 0))
+		h.put(identity(name, guid(name), ""), binding(name, name, name, 0))
 	}
 	next := addr
 	for i := range n {
 		name := fmt.Sprint("pod-", i)
-		world.put(newPod(name, next.String(), "x"))
+		h.put(newPod(name, next.String(), "x"))
 		if cfg.Mode == Standard {
-			world.put(assigned("i-"+name, name, "Assigned", identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0)),
+			h.put(assigned("i-"+name, name, "Assigned", identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0)),
 				assigned("j-"+name, name, "Assigned", identity("j", guid("c-2"), path("/r/2")), binding("c", "x", "j", 0)))
 		}
 		next = next.Next()
 	}
-	world.update()
-	require.Len(tb, world.current.Load().byAddr, n)
-	return world
+	h.update()
+	require.Len(tb, h.current.Load().byAddr, n)
+	return h
 }
 
-func TestResolveAndDecideAllocateNothing(t *testing.T) {
+func TestResolveDoesNotAllocate(t *testing.T) {
 	for _, mode := range []Mode{Managed, Standard} {
 		for _, want := range []Selector{{}, {ClientID: guid("C-2")}, {ResourceID: path("/R/2")}} {
 			r, ctx := filled(t, Config{Mode: mode}, 250, 0), t.Context()
@@ -51,41 +51,41 @@ func TestResolveAndDecideAllocateNothing(t *testing.T) {
 	}
 }
 
-// TestAnEventTouchesItsOwnPodsOnly: the others keep the very decision they had.
-func TestAnEventTouchesItsOwnPodsOnly(t *testing.T) {
+// TestEventDecidesAffectedPodsOnly: the others keep the very decision they had.
+func TestEventDecidesAffectedPodsOnly(t *testing.T) {
 	for _, mode := range []Mode{Managed, Standard} {
-		world := filled(t, Config{Mode: mode}, 250, 10)
-		world.put(newPod("mine", "10.245.0.1", "mine"))
-		world.update()
+		h := filled(t, Config{Mode: mode}, 250, 10)
+		h.put(newPod("mine", "10.245.0.1", "mine"))
+		h.update()
 		for name, tc := range map[string]struct {
 			event   func()
 			decided int
 		}{
-			"a pod comes":                    {func() { world.put(newPod("new", "10.245.0.2", "x")) }, 1},
-			"a pod goes":                     {func() { world.drop(newPod("new", "", "")) }, 0},
-			"a binding for one":              {func() { world.put(binding("mine", "mine", "i", 0)) }, 1},
-			"a binding for nobody here":      {func() { world.put(binding("elsewhere", "elsewhere", "i", 0)) }, 0},
-			"a binding in another namespace": {func() { world.put(in("bank", binding("mine", "mine", "i", 0))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
+			"a pod comes":                    {func() { h.put(newPod("new", "10.245.0.2", "x")) }, 1},
+			"a pod goes":                     {func() { h.drop(newPod("new", "", "")) }, 0},
+			"a binding for one":              {func() { h.put(binding("mine", "mine", "i", 0)) }, 1},
+			"a binding for nobody here":      {func() { h.put(binding("elsewhere", "elsewhere", "i", 0)) }, 0},
+			"a binding in another namespace": {func() { h.put(in("bank", binding("mine", "mine", "i", 0))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
 			"an identity of one": {func() {
-				world.put(binding("m", "mine", "m", 0))
-				world.update()
-				world.put(identity("m", guid("c-m"), ""))
+				h.put(binding("m", "mine", "m", 0))
+				h.update()
+				h.put(identity("m", guid("c-m"), ""))
 			}, 1},
-			"an identity of nobody":             {func() { world.put(identity("unbound", guid("c-u"), "")) }, 0},
-			"an identity that is as it was":     {func() { world.put(identity("i", guid("c-1"), path("/r/1"))) }, 0},
-			"an assignment to one":              {func() { world.put(assigned("am", "mine", "Assigned", identity("i", guid("c-1"), ""), nil)) }, 1},
-			"an exception in another namespace": {func() { world.put(in("bank", exception("e", map[string]string{"a": "b"}))) }, 0},
+			"an identity of nobody":             {func() { h.put(identity("unbound", guid("c-u"), "")) }, 0},
+			"an identity that is as it was":     {func() { h.put(identity("i", guid("c-1"), path("/r/1"))) }, 0},
+			"an assignment to one":              {func() { h.put(assigned("am", "mine", "Assigned", identity("i", guid("c-1"), ""), nil)) }, 1},
+			"an exception in another namespace": {func() { h.put(in("bank", exception("e", map[string]string{"a": "b"}))) }, 0},
 		} {
 			before := make(map[*Pod]bool)
-			world.update()
-			for _, o := range world.current.Load().byAddr {
+			h.update()
+			for _, o := range h.current.Load().byAddr {
 				before[o.pod] = true
 			}
-			held := world.current.Load().byAddr
+			held := h.current.Load().byAddr
 			tc.event()
-			world.update()
+			h.update()
 			anew := 0
-			for addr, o := range world.current.Load().byAddr {
+			for addr, o := range h.current.Load().byAddr {
 				if !before[o.pod] {
 					anew++
 					assert.NotEqual(t, "pod-0", o.pod.Name, "%s: %s", name, held[addr].pod)
@@ -96,29 +96,29 @@ func TestAnEventTouchesItsOwnPodsOnly(t *testing.T) {
 	}
 }
 
-// TestAStormBeforeADecisionIsOneDecision: an event wakes the deciding goroutine,
+// TestBurstOfEventsIsOneUpdate: an event wakes the deciding goroutine,
 // and those that follow until it has looked do so no more.
-func TestAStormBeforeADecisionIsOneDecision(t *testing.T) {
-	world := filled(t, Config{}, 250, 0)
-	<-world.objects.wake
+func TestBurstOfEventsIsOneUpdate(t *testing.T) {
+	h := filled(t, Config{}, 250, 0)
+	<-h.objects.wake
 	for i := range 1000 {
 		name := fmt.Sprint("n", i)
-		world.put(binding(name, "x", "i", time.Duration(i)*time.Second))
+		h.put(binding(name, "x", "i", time.Duration(i)*time.Second))
 	}
-	require.Len(t, world.objects.wake, 1)
-	<-world.objects.wake
-	assert.Len(t, world.objects.dirty, 250)
-	world.update()
-	assert.Empty(t, world.objects.dirty)
-	assert.Equal(t, "n999", world.current.Load().byAddr[addr].pod.identities[0].Binding, "the oldest")
+	require.Len(t, h.objects.wake, 1)
+	<-h.objects.wake
+	assert.Len(t, h.objects.dirty, 250)
+	h.update()
+	assert.Empty(t, h.objects.dirty)
+	assert.Equal(t, "n999", h.current.Load().byAddr[addr].pod.identities[0].Binding, "the oldest")
 }
 
-func TestWhatBearsOnNobodyWakesNobody(t *testing.T) {
-	world := filled(t, Config{}, 10, 0)
-	<-world.objects.wake
-	world.put(identity("unbound", guid("c"), ""), binding("elsewhere", "y", "i", 0), in("bank", exception("e", nil)))
-	world.put(identity("i", guid("c-1"), path("/r/1")), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // as they are
-	assert.Empty(t, world.objects.wake)
+func TestUnrelatedEventsDoNotWake(t *testing.T) {
+	h := filled(t, Config{}, 10, 0)
+	<-h.objects.wake
+	h.put(identity("unbound", guid("c"), ""), binding("elsewhere", "y", "i", 0), in("bank", exception("e", nil)))
+	h.put(identity("i", guid("c-1"), path("/r/1")), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // as they are
+	assert.Empty(t, h.objects.wake)
 }
 
 func BenchmarkResolve(b *testing.B) {
@@ -146,11 +146,11 @@ func BenchmarkIdentity(b *testing.B) {
 // BenchmarkPodEvent is a change of one pod among 250, in a cluster of 10,000
 // identities, to the snapshot that shows it.
 func BenchmarkPodEvent(b *testing.B) {
-	world := filled(b, Config{}, 250, 10_000)
+	h := filled(b, Config{}, 250, 10_000)
 	pods := [2]any{newPod("pod-0", addr.String(), "x"), newPod("pod-0", addr.String(), "y")}
 	b.ReportAllocs()
 	for n := 0; b.Loop(); n++ {
-		world.put(pods[n%2])
-		world.update()
+		h.put(pods[n%2])
+		h.update()
 	}
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-func TestWhichIdentityAPodGets(t *testing.T) {
-	world := newHarness(t, Config{},
+func TestManagedIdentity(t *testing.T) {
+	h := newHarness(t, Config{},
 		identity("old", guid("C-OLD"), path("/subscriptions/S/old")),
 		identity("new", guid("c-new"), path("/subscriptions/s/new")),
 		identity("by-resource", "", path("/subscriptions/s/by-resource")),
@@ -60,7 +60,7 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 		"not what another namespace gives by name":  {"cart", Selector{ClientID: guid("c-vault")}, "", "none of those bound to it"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := world.of(newPod("cart-0", "", tc.label)).Identity(tc.want)
+			got, err := h.of(newPod("cart-0", "", tc.label)).Identity(tc.want)
 			if tc.gets == "" {
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, tc.why)
@@ -72,13 +72,13 @@ func TestWhichIdentityAPodGets(t *testing.T) {
 	}
 }
 
-func TestTwoBindingsOfOneIdentityCountOnce(t *testing.T) {
+func TestTwoBindingsOfOneIdentity(t *testing.T) {
 	p := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", time.Hour), binding("a", "x", "i", 0)).of(newPod("p", "", "x"))
 	require.Len(t, p.identities, 1)
 	assert.Equal(t, "b", p.identities[0].Binding, "the older one is said to give it")
 }
 
-func TestTheOrderDoesNotDependOnThatOfEvents(t *testing.T) {
+func TestOrderOfEventsDoesNotMatter(t *testing.T) {
 	all := []any{
 		identity("i", guid("c1"), ""), identity("j", guid("c2"), ""), identity("k", guid("c3"), ""),
 		binding("b", "x", "i", 0), binding("a", "x", "j", 0), binding("z", "x", "k", time.Second),
@@ -90,21 +90,21 @@ func TestTheOrderDoesNotDependOnThatOfEvents(t *testing.T) {
 	}
 }
 
-func TestStrictSelectionRefusesToChoose(t *testing.T) {
-	world := newHarness(t, Config{StrictSelection: true},
+func TestStrictSelection(t *testing.T) {
+	h := newHarness(t, Config{StrictSelection: true},
 		identity("i", guid("c1"), ""), identity("j", guid("c2"), ""),
 		binding("a", "two", "i", 0), binding("b", "two", "j", 0), binding("c", "one", "i", 0))
-	_, err := world.of(newPod("p", "", "two")).Identity(Selector{})
+	_, err := h.of(newPod("p", "", "two")).Identity(Selector{})
 	require.ErrorIs(t, err, ErrMultipleIdentities)
-	got, err := world.of(newPod("p", "", "two")).Identity(Selector{ClientID: guid("C2")})
+	got, err := h.of(newPod("p", "", "two")).Identity(Selector{ClientID: guid("C2")})
 	require.NoError(t, err)
 	assert.Equal(t, "j", got.Name)
-	got, err = world.of(newPod("p", "", "one")).Identity(Selector{})
+	got, err = h.of(newPod("p", "", "one")).Identity(Selector{})
 	require.NoError(t, err, "there is nothing to choose")
 	assert.Equal(t, "i", got.Name)
 }
 
-func TestAnEmptyLabelValueMatchesNoEmptySelector(t *testing.T) {
+func TestEmptySelectorMatchesNoPod(t *testing.T) {
 	pod := newPod("p", "", "")
 	pod.Labels = map[string]string{aadpodidentity.BindingLabel: ""}
 	for _, mode := range []Mode{Managed, Standard} {
@@ -114,7 +114,7 @@ func TestAnEmptyLabelValueMatchesNoEmptySelector(t *testing.T) {
 	}
 }
 
-func TestAnIdentityThatCannotBeReadSaysWhy(t *testing.T) {
+func TestMalformedIdentity(t *testing.T) {
 	odd := identity("odd", "", "")
 	odd.Spec.Unreadable = "type: not a number"
 	_, err := newHarness(t, Config{}, odd, binding("b", "x", "odd", 0)).of(newPod("p", "", "x")).Identity(Selector{})
@@ -122,7 +122,7 @@ func TestAnIdentityThatCannotBeReadSaysWhy(t *testing.T) {
 	assert.ErrorContains(t, err, `AzureIdentity "odd", which is malformed: type: not a number`)
 }
 
-func TestADecisionIsAllThatARequestNeeds(t *testing.T) {
+func TestIdentityOfServicePrincipal(t *testing.T) {
 	sp := identity("sp", guid("C1"), path("/R/1"))
 	sp.Spec.Type = aadpodidentity.ServicePrincipal
 	sp.Spec.TenantID, sp.Spec.ClientPassword.Name = "t", "s"

@@ -75,7 +75,7 @@ func TestDenyList(t *testing.T) {
 			deny := denyList(t, strings.Fields(tc.deny)...)
 			managed := identity("kubelet", tc.clientID, tc.resource)
 			b := binding("b", "x", "kubelet", 0)
-			for world, prefix := range map[*harness]string{
+			for h, prefix := range map[*harness]string{
 				newHarness(t, Config{Deny: deny}, managed, b):                                                         `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
 				newHarness(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Assigned", managed, b)):         `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
 				newHarness(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Created", managed, b)):          `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
@@ -83,7 +83,7 @@ func TestDenyList(t *testing.T) {
 				newHarness(t, Config{Deny: deny, Mode: Standard}, in("kube-system", newPod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
 			} {
 				p := newPod("p", "", "x")
-				_, err := world.of(p).Identity(Selector{})
+				_, err := h.of(p).Identity(Selector{})
 				if tc.why == "" {
 					assert.NotErrorIs(t, err, ErrNoIdentity)
 					continue
@@ -91,31 +91,31 @@ func TestDenyList(t *testing.T) {
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, prefix)
 				assert.ErrorContains(t, err, tc.why)
-				world.put(p)
-				_, _, err = world.decideNamed(cache.MetaObjectToName(p), Selector{}, time.Now())
+				h.put(p)
+				_, _, err = h.decideNamed(cache.MetaObjectToName(p), Selector{}, time.Now())
 				assert.ErrorIs(t, err, ErrNoIdentity, "nor to a program of the node that acts for it")
 			}
 		})
 	}
 }
 
-func TestADeniedServicePrincipal(t *testing.T) {
+func TestDeniedServicePrincipal(t *testing.T) {
 	sp := identity("sp", kubeletClient, "")
 	sp.Spec.Type, sp.Spec.TenantID, sp.Spec.ClientPassword.Name = aadpodidentity.ServicePrincipal, "t", "s"
-	world := newHarness(t, Config{Deny: denyList(t, kubeletClient)}, sp, binding("b", "x", "sp", 0))
-	_, err := world.of(newPod("p", "", "x")).Identity(Selector{})
+	h := newHarness(t, Config{Deny: denyList(t, kubeletClient)}, sp, binding("b", "x", "sp", 0))
+	_, err := h.of(newPod("p", "", "x")).Identity(Selector{})
 	require.ErrorContains(t, err, "denied by --deny-identity")
 }
 
 // A pod that has other identities keeps them; one of them is its default.
-func TestADeniedIdentityAmongOthers(t *testing.T) {
+func TestDeniedIdentityAmongOthers(t *testing.T) {
 	kubelet, cart := identity("kubelet", kubeletClient, ""), identity("cart", cartClient, "")
 	b, c := binding("b", "x", "kubelet", time.Hour), binding("c", "x", "cart", 0)
-	for _, world := range []*harness{
+	for _, h := range []*harness{
 		newHarness(t, Config{Deny: denyList(t, kubeletClient), StrictSelection: true}, kubelet, cart, b, c),
 		newHarness(t, Config{Deny: denyList(t, kubeletClient), Mode: Standard}, assigned("a", "p", "", kubelet, b), assigned("b", "p", "", cart, c)),
 	} {
-		p := world.of(newPod("p", "", "x"))
+		p := h.of(newPod("p", "", "x"))
 		got, err := p.Identity(Selector{})
 		require.NoError(t, err)
 		assert.Equal(t, "cart", got.Name)
@@ -147,7 +147,7 @@ func TestCheckToken(t *testing.T) {
 	assert.Zero(t, testing.AllocsPerRun(100, func() { _ = denying.CheckToken(cartClient) }))
 }
 
-func TestExplainNamesWhatTheFlagsWithhold(t *testing.T) {
+func TestExplainLimits(t *testing.T) {
 	explain := func(cfg Config, objects ...any) string {
 		return newHarness(t, cfg, append(objects, newPod("p", "10.0.0.1", "x"))...).explain(t)
 	}

@@ -38,20 +38,20 @@ func TestExceptions(t *testing.T) {
 	}
 }
 
-func TestOfSeveralExceptionsTheFirstByNameApplies(t *testing.T) {
+func TestFirstExceptionByNameApplies(t *testing.T) {
 	app := map[string]string{"app": "x"}
 	pod := newPod("p", "", "")
 	pod.Labels = app
-	world := newHarness(t, Config{}, exception("c", app), exception("a", app), exception("b", app), exception("0", map[string]string{"app": "y"}))
-	assert.Equal(t, "a", world.of(pod).Exception())
-	world.drop(exception("a", nil))
-	assert.Equal(t, "b", world.of(pod).Exception())
+	h := newHarness(t, Config{}, exception("c", app), exception("a", app), exception("b", app), exception("0", map[string]string{"app": "y"}))
+	assert.Equal(t, "a", h.of(pod).Exception())
+	h.drop(exception("a", nil))
+	assert.Equal(t, "b", h.of(pod).Exception())
 }
 
-func TestAnExceptedPodHasNoIdentity(t *testing.T) {
+func TestExceptedPodHasNoIdentity(t *testing.T) {
 	pod := newPod("p", "", "x")
-	world := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
-	p := world.of(pod)
+	h := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
+	p := h.of(pod)
 	assert.Equal(t, "e", p.Exception())
 	assert.Empty(t, p.identities)
 	// A zero Identity without an error would read as the node's own to whoever
@@ -60,7 +60,7 @@ func TestAnExceptedPodHasNoIdentity(t *testing.T) {
 	assert.ErrorIs(t, err, ErrNoIdentity)
 }
 
-func TestMICsOwnPodsNeedNoException(t *testing.T) {
+func TestMICPodsAreExcepted(t *testing.T) {
 	mic := func(change func(*corev1.Pod)) *corev1.Pod {
 		controller := true
 		p := newPod("mic-5d9f8c7b6-abcde", "", "")
@@ -101,11 +101,11 @@ func TestMICsOwnPodsNeedNoException(t *testing.T) {
 	// An exception that somebody wrote is what an operator looks for first.
 	pod := mic(nil)
 	written := in("kube-system", exception("written", pod.Labels))
-	world := newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system"}, written)
-	assert.Equal(t, "written", world.of(pod).Exception())
+	h := newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system"}, written)
+	assert.Equal(t, "written", h.of(pod).Exception())
 	// --exception-namespaces is about what somebody wrote.
-	world = newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system", ExceptionNamespaces: []string{}}, written)
-	assert.Equal(t, micException, world.of(pod).Exception())
+	h = newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system", ExceptionNamespaces: []string{}}, written)
+	assert.Equal(t, micException, h.of(pod).Exception())
 }
 
 func TestExceptionNamespaces(t *testing.T) {
@@ -125,19 +125,19 @@ func TestExceptionNamespaces(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, mode := range []Mode{Managed, Standard} {
-				world := newHarness(t, Config{Mode: mode, ExceptionNamespaces: tc.namespaces}, objects...)
-				assert.Equal(t, tc.here, world.of(here).Exception())
-				assert.Equal(t, tc.there, world.of(there).Exception())
+				h := newHarness(t, Config{Mode: mode, ExceptionNamespaces: tc.namespaces}, objects...)
+				assert.Equal(t, tc.here, h.of(here).Exception())
+				assert.Equal(t, tc.there, h.of(there).Exception())
 			}
 		})
 	}
-	world := newHarness(t, Config{ExceptionNamespaces: []string{"kube-system"}}, objects...)
-	_, err := world.of(here).Identity(Selector{})
+	h := newHarness(t, Config{ExceptionNamespaces: []string{"kube-system"}}, objects...)
+	_, err := h.of(here).Identity(Selector{})
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.ErrorContains(t, err, `no AzureIdentityBinding in namespace "shop" has the selector "x"; AzurePodIdentityException "d" is ignored: namespace "shop" is not in --exception-namespaces`)
 
-	world.put(identity("i", guid("c"), ""), binding("b", "x", "i", 0))
-	got, err := world.of(here).Identity(Selector{})
+	h.put(identity("i", guid("c"), ""), binding("b", "x", "i", 0))
+	got, err := h.of(here).Identity(Selector{})
 	require.NoError(t, err, "it is a pod like others")
 	assert.Equal(t, "i", got.Name)
 }

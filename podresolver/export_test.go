@@ -18,19 +18,6 @@ var (
 	NewPod       = newPod
 )
 
-// HoldDecisions keeps a decision from being published until release is called.
-func (r *Resolver) HoldDecisions() (release func()) {
-	r.waiters.mu.Lock()
-	return r.waiters.mu.Unlock
-}
-
-// Bindings counts those in the objects.
-func (r *Resolver) Bindings() int {
-	r.objects.mu.Lock()
-	defer r.objects.mu.Unlock()
-	return len(r.objects.bindings)
-}
-
 // Waiting counts the requests that wait, and the addresses that they wait for.
 func (r *Resolver) Waiting() (requests, addresses int) {
 	r.waiters.mu.Lock()

@@ -6,7 +6,7 @@ import (
 	"testing/synctest"
 )
 
-func TestRandomEventsComeToWhatTheRulesSay(t *testing.T) {
+func TestModel(t *testing.T) {
 	sequences, length := 3000, 30
 	if testing.Short() {
 		sequences = 500

@@ -75,7 +75,7 @@ func (*silentServer) status(w http.ResponseWriter, status metav1.Status) {
 }
 
 // Over HTTP, with client-go's own client.
-func TestSilenceExpires(t *testing.T) {
+func TestStaleOverHTTP(t *testing.T) {
 	gone := apierrors.NewGenericServerResponse(http.StatusGone, "list", schema.GroupResource{}, "", "too old", 0, false).Status()
 	timeout := apierrors.NewTimeoutError("Too large resource version", 1).Status()
 	invalid := apierrors.NewInvalid(schema.GroupKind{}, "", nil).Status()
@@ -107,8 +107,8 @@ func TestSilenceExpires(t *testing.T) {
 	}
 }
 
-// TestReadFailsAtOnce: a missing permission or definition is known with the first answer.
-func TestReadFailsAtOnce(t *testing.T) {
+// TestReadDoesNotRetry: a missing permission or definition is known with the first answer.
+func TestReadDoesNotRetry(t *testing.T) {
 	forbidden, missing := apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", nil).Status(), apierrors.NewNotFound(schema.GroupResource{}, "").Status()
 	for name, tc := range map[string]struct {
 		failure *metav1.Status
@@ -136,8 +136,8 @@ func TestReadFailsAtOnce(t *testing.T) {
 	}
 }
 
-// TestReadIsWhatRunKnows: all of it, from lists alone.
-func TestReadIsWhatRunKnows(t *testing.T) {
+// TestRead: all of it, from lists alone.
+func TestRead(t *testing.T) {
 	api := &silentServer{pods: []corev1.Pod{*podresolver.NewPod("p", addr.String(), "cart")}}
 	server := httptest.NewServer(api)
 	defer server.Close()

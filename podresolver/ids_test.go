@@ -12,7 +12,7 @@ import (
 
 // What an AzureIdentity says is what IMDS is asked for: only that which Azure can know.
 // deploy/admission warns the author by the same rules.
-func TestValuesOfAnAzureIdentity(t *testing.T) {
+func TestIDsOfAzureIdentity(t *testing.T) {
 	const (
 		guid     = "11111111-2222-3333-4444-555555555555"
 		resource = "/subscriptions/s/resourceGroups/G_(1)/providers/Microsoft.ManagedIdentity/userAssignedIdentities/Cart-1"
@@ -51,8 +51,8 @@ func TestValuesOfAnAzureIdentity(t *testing.T) {
 		"white space within a resource ID":  {"", strings.Replace(resource, "Cart", "Ca rt", 1), form},
 	} {
 		t.Run(name, func(t *testing.T) {
-			world := newHarness(t, Config{}, identity("i", tc.clientID, tc.resourceID), binding("b", "x", "i", 0), newPod("p", addr.String(), "x"))
-			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
+			h := newHarness(t, Config{}, identity("i", tc.clientID, tc.resourceID), binding("b", "x", "i", 0), newPod("p", addr.String(), "x"))
+			got, err := h.of(newPod("p", "", "x")).Identity(Selector{})
 			if tc.why == "" {
 				require.NoError(t, err)
 				assert.Equal(t, strings.ToLower(strings.TrimSpace(tc.clientID)), got.ClientID)
@@ -62,7 +62,7 @@ func TestValuesOfAnAzureIdentity(t *testing.T) {
 			require.ErrorIs(t, err, ErrNoIdentity)
 			require.ErrorContains(t, err, `AzureIdentityBinding "b" names AzureIdentity "i", which `)
 			require.ErrorContains(t, err, tc.why)
-			assert.Contains(t, world.explain(t), tc.why)
+			assert.Contains(t, h.explain(t), tc.why)
 		})
 	}
 

@@ -33,8 +33,8 @@ func read(text string) ([]*listItem, string, error) {
 	return rows, list.ResourceVersion + list.Continue, nil
 }
 
-// TestAStreamedListIsTheSame compares with what apimachinery's way comes to.
-func TestAStreamedListIsTheSame(t *testing.T) {
+// TestDecodeList compares with what apimachinery's way comes to.
+func TestDecodeList(t *testing.T) {
 	rows, version, err := read(wholeList)
 	require.NoError(t, err)
 	assert.Equal(t, "7more", version)
@@ -60,7 +60,7 @@ func TestAStreamedListIsTheSame(t *testing.T) {
 	assert.Empty(t, rows)
 }
 
-func TestHalfAListIsNoList(t *testing.T) {
+func TestTruncatedList(t *testing.T) {
 	for i := range len(wholeList) {
 		_, _, err := read(wholeList[:i])
 		require.Error(t, err, wholeList[:i])
@@ -78,8 +78,8 @@ func TestHalfAListIsNoList(t *testing.T) {
 	}
 }
 
-// FuzzReadList: whatever comes, it is a whole list or an error.
-func FuzzReadList(f *testing.F) {
+// FuzzDecodeList: whatever comes, it is a whole list or an error.
+func FuzzDecodeList(f *testing.F) {
 	f.Add(wholeList)
 	f.Add(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"annotations":null},"spec":null}]}`)
 	f.Fuzz(func(t *testing.T, text string) {

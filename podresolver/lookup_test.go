@@ -17,11 +17,11 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-func TestAThousandWaitersAskOnce(t *testing.T) {
+func TestConcurrentRequestsShareLookup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		w.Pods.AddDropWatch(podresolver.NewPod("cart-0", addr.String(), "cart"))
-		w.gates.pods.slow(100 * time.Millisecond)
+		w.api.pods.slow(100 * time.Millisecond)
 		took := concurrently(func() {
 			pod, err := w.resolver.Resolve(t.Context(), addr)
 			if assert.NoError(t, err) {
@@ -32,17 +32,17 @@ func TestAThousandWaitersAskOnce(t *testing.T) {
 			}
 		})
 		assert.Equal(t, podresolver.DefaultPodWait+100*time.Millisecond, took)
-		assert.Equal(t, []string{"status.podIP=" + addr.String()}, w.gates.pods.lookups())
+		assert.Equal(t, []string{"status.podIP=" + addr.String()}, w.api.pods.lookups())
 		s := w.resolver.Stats()
 		assert.EqualValues(t, 1, s.Lookups)
 		assert.EqualValues(t, 1, s.Found)
 	})
 }
 
-func TestAThousandWaitersForNobodyAskOnce(t *testing.T) {
+func TestConcurrentRequestsShareFailedLookup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
-		w.gates.pods.slow(100 * time.Millisecond)
+		w.api.pods.slow(100 * time.Millisecond)
 		var unknown atomic.Int32
 		concurrently(func() {
 			_, err := w.resolver.Resolve(t.Context(), addr)
@@ -51,12 +51,12 @@ func TestAThousandWaitersForNobodyAskOnce(t *testing.T) {
 			}
 		})
 		assert.EqualValues(t, 1000, unknown.Load())
-		assert.Len(t, w.gates.pods.lookups(), 1)
+		assert.Len(t, w.api.pods.lookups(), 1)
 		assert.Zero(t, w.resolver.Stats().Found)
 	})
 }
 
-func TestManyAddressesMakeFewLookups(t *testing.T) {
+func TestLookupRateLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{PodWait: 100 * time.Millisecond})
 		const seconds = 30
@@ -65,7 +65,7 @@ func TestManyAddressesMakeFewLookups(t *testing.T) {
 			_, err := w.resolver.Resolve(t.Context(), next)
 			require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
 		}
-		asked := len(w.gates.pods.lookups())
+		asked := len(w.api.pods.lookups())
 		assert.LessOrEqual(t, asked, podresolver.LookupBurst+podresolver.LookupRate*seconds)
 		assert.GreaterOrEqual(t, asked, podresolver.LookupRate*seconds, "and not none")
 		assert.EqualValues(t, asked, w.resolver.Stats().Lookups)
@@ -78,11 +78,11 @@ func TestManyAddressesMakeFewLookups(t *testing.T) {
 			next = next.Next()
 		}
 		time.Sleep(200 * time.Millisecond)
-		assert.Len(t, w.gates.pods.lookups(), asked+podresolver.LookupBurst)
+		assert.Len(t, w.api.pods.lookups(), asked+podresolver.LookupBurst)
 	})
 }
 
-func TestWhatALookupFindsIsNotKept(t *testing.T) {
+func TestLookupIsNotStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		pod := podresolver.NewPod("cart-0", addr.String(), "cart")
@@ -92,11 +92,11 @@ func TestWhatALookupFindsIsNotKept(t *testing.T) {
 		w.Pods.DeleteDropWatch(pod)
 		_, err := w.resolver.Resolve(t.Context(), addr)
 		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
-		assert.Len(t, w.gates.pods.lookups(), 2)
+		assert.Len(t, w.api.pods.lookups(), 2)
 	})
 }
 
-func TestALookupObeysTheRules(t *testing.T) {
+func TestLookupOwner(t *testing.T) {
 	pod := func(name string, change func(*corev1.Pod)) *corev1.Pod {
 		p := podresolver.NewPod(name, addr.String(), "cart")
 		change(p)
@@ -136,10 +136,10 @@ func TestALookupObeysTheRules(t *testing.T) {
 	}
 }
 
-func TestALookupThatFailsSaysSoAndDoesNotHang(t *testing.T) {
+func TestLookupError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
-		w.gates.pods.fail(assert.AnError)
+		w.api.pods.fail(assert.AnError)
 		begin := time.Now()
 		_, err := w.resolver.Resolve(t.Context(), addr)
 		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
@@ -149,10 +149,10 @@ func TestALookupThatFailsSaysSoAndDoesNotHang(t *testing.T) {
 	})
 }
 
-func TestALookupEnds(t *testing.T) {
+func TestLookupTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
-		w.gates.pods.slow(time.Hour)
+		w.api.pods.slow(time.Hour)
 		begin := time.Now()
 		_, err := w.resolver.Resolve(t.Context(), addr)
 		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
@@ -168,11 +168,11 @@ func TestALookupEnds(t *testing.T) {
 	})
 }
 
-// TestTheFirstToAskMayLeave, whose lookup it is.
-func TestTheFirstToAskMayLeave(t *testing.T) {
+// TestLookupOutlivesItsFirstRequest, whose lookup it is.
+func TestLookupOutlivesItsFirstRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
-		w.gates.pods.slow(time.Second)
+		w.api.pods.slow(time.Second)
 		w.Pods.AddDropWatch(podresolver.NewPod("p", addr.String(), ""))
 		go func() {
 			ctx, cancel := context.WithTimeout(t.Context(), podresolver.DefaultPodWait+500*time.Millisecond)
@@ -182,12 +182,12 @@ func TestTheFirstToAskMayLeave(t *testing.T) {
 		}()
 		time.Sleep(time.Millisecond)
 		assert.Equal(t, "p", w.name(addr))
-		assert.Len(t, w.gates.pods.lookups(), 1)
+		assert.Len(t, w.api.pods.lookups(), 1)
 	})
 }
 
-// TestTheWatchComesFirst: what it says of a pod that was looked up replaces that.
-func TestTheWatchComesFirst(t *testing.T) {
+// TestWatchReplacesLookup: what it says of a pod that was looked up replaces that.
+func TestWatchReplacesLookup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		w.Pods.AddDropWatch(podresolver.NewPod("found", addr.String(), "cart"))
@@ -198,11 +198,11 @@ func TestTheWatchComesFirst(t *testing.T) {
 		require.NoError(t, err)
 		_, err = pod.Identity(podresolver.Selector{})
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
-		assert.Len(t, w.gates.pods.lookups(), 1)
+		assert.Len(t, w.api.pods.lookups(), 1)
 	})
 }
 
-func TestTheLookupsOfTwoAddressesAreTwo(t *testing.T) {
+func TestLookupPerAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
 		var want []string
@@ -211,6 +211,6 @@ func TestTheLookupsOfTwoAddressesAreTwo(t *testing.T) {
 			assert.Equal(t, fmt.Sprint("p", i), w.name(at))
 			want = append(want, "status.podIP="+at.String())
 		}
-		assert.Equal(t, want, w.gates.pods.lookups())
+		assert.Equal(t, want, w.api.pods.lookups())
 	})
 }

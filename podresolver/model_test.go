@@ -37,7 +37,7 @@ type modelStore struct {
 type machine struct {
 	t       testing.TB
 	pick    func(n int) int
-	world   *harness
+	h       *harness
 	stores  []*modelStore // pods, identities, bindings, exceptions, assigned
 	expiry  <-chan time.Time
 	touched map[cache.ObjectName]bool // since the last decision
@@ -62,8 +62,8 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
 	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
 	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{modelPath0}}}[pick(4)]
-	m := &machine{t: tb, pick: pick, world: newHarness(tb, cfg), touched: make(map[cache.ObjectName]bool)}
-	s := m.world.stores
+	m := &machine{t: tb, pick: pick, h: newHarness(tb, cfg), touched: make(map[cache.ObjectName]bool)}
+	s := m.h.stores
 	refs := func(namespaces []string, names ...string) (all []cache.ObjectName) {
 		for _, namespace := range namespaces {
 			for _, name := range names {
@@ -83,7 +83,7 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 	for _, s := range m.stores {
 		s.live = make(map[cache.ObjectName]kubeObject)
 	}
-	m.expiry = m.world.update()
+	m.expiry = m.h.update()
 	return m
 }
 
@@ -253,15 +253,15 @@ func (m *machine) relist(s *modelStore, streamed bool) {
 
 // decide does what Run does: nothing, unless it is woken.
 func (m *machine) decide() {
-	before := m.world.current.Load().byAddr
+	before := m.h.current.Load().byAddr
 	select {
-	case <-m.world.objects.wake:
-		m.expiry = m.world.update()
+	case <-m.h.objects.wake:
+		m.expiry = m.h.update()
 	case <-m.expiry:
-		m.expiry = m.world.update()
+		m.expiry = m.h.update()
 	default:
 	}
-	after := m.world.current.Load().byAddr
+	after := m.h.current.Load().byAddr
 
 	known, reference := make(map[*Pod]bool), m.reference()
 	for _, o := range before {
@@ -306,7 +306,7 @@ func answerOf(tb testing.TB, p *Pod, want Selector) string {
 
 func (m *machine) reference() *reference {
 	return &reference{
-		cfg: m.world.cfg, pods: liveOf[*corev1.Pod](m.stores[0]),
+		cfg: m.h.cfg, pods: liveOf[*corev1.Pod](m.stores[0]),
 		identities: liveOf[*aadpodidentity.AzureIdentity](m.stores[1]),
 		bindings:   liveOf[*aadpodidentity.AzureIdentityBinding](m.stores[2]),
 		exceptions: liveOf[*aadpodidentity.AzurePodIdentityException](m.stores[3]),

@@ -20,7 +20,7 @@ func (w *world) named(ctx context.Context, name string) (podresolver.Identity, t
 	return id, time.Since(begin), err
 }
 
-func TestAPodIsKnownByItsNameBeforeItHasAnAddress(t *testing.T) {
+func TestNamedIdentityWithoutAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", "", "cart"))...)
 		id, took, err := w.named(t.Context(), "p")
@@ -33,7 +33,7 @@ func TestAPodIsKnownByItsNameBeforeItHasAnAddress(t *testing.T) {
 	})
 }
 
-func TestAnExceptionSaysNothingOfWhatIsAskedForAPod(t *testing.T) {
+func TestNamedIdentityIgnoresExceptions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"),
 			podresolver.NewException("e", map[string]string{"aadpodidbinding": "cart"}))...)
@@ -51,7 +51,7 @@ func (w *world) exception(t *testing.T) string {
 	return pod.Exception()
 }
 
-func TestAPodThatIsNotKnownByNameIsWaitedFor(t *testing.T) {
+func TestNamedIdentityWaitsForPod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		_, took, err := w.named(t.Context(), "p")
@@ -73,7 +73,7 @@ func TestAPodThatIsNotKnownByNameIsWaitedFor(t *testing.T) {
 	})
 }
 
-func TestAnAssignmentIsWaitedForByNameToo(t *testing.T) {
+func TestNamedIdentityWaitsForAssignment(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := standard(t, cart()...)
 		_, took, err := w.named(t.Context(), "p")
@@ -81,7 +81,7 @@ func TestAnAssignmentIsWaitedForByNameToo(t *testing.T) {
 		assert.Equal(t, podresolver.DefaultIdentityWait, took)
 		go func() {
 			time.Sleep(4 * time.Second)
-			w.Add(makes("Assigned"))
+			w.Add(micAssignment("Assigned"))
 		}()
 		id, took, err := w.named(t.Context(), "p")
 		require.NoError(t, err)

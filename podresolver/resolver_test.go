@@ -10,13 +10,12 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver"
 )
 
-func TestAPodIsResolvedAndFollowed(t *testing.T) {
+func TestResolveFollowsPod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("cart-0", addr.String(), "cart"))...)
 		require.NoError(t, w.resolver.Ready())
@@ -51,9 +50,9 @@ func TestAPodIsResolvedAndFollowed(t *testing.T) {
 	})
 }
 
-// TestEveryChangeIsSeenByTheNextRequest follows one pod through all that can bear
+// TestResolveFollowsEveryObject follows one pod through all that can bear
 // on it.
-func TestEveryChangeIsSeenByTheNextRequest(t *testing.T) {
+func TestResolveFollowsEveryObject(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
 		now := func(what, want string) {
@@ -97,7 +96,7 @@ func TestEveryChangeIsSeenByTheNextRequest(t *testing.T) {
 	})
 }
 
-func TestATerminatingPodOwnsItsAddressUntilItsGraceEnds(t *testing.T) {
+func TestTerminatingPodOwnsAddressUntilGraceEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, podresolver.NewPod("cart-0", addr.String(), "cart"))
 		pod := podresolver.NewPod("cart-0", addr.String(), "cart")
@@ -115,41 +114,7 @@ func TestATerminatingPodOwnsItsAddressUntilItsGraceEnds(t *testing.T) {
 	})
 }
 
-func TestAnAddressUsedAgainIsTheNewPodsAsSoonAsTheOldOneTerminates(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		aged := func(name string, age time.Duration) *corev1.Pod {
-			p := podresolver.NewPod(name, addr.String(), "cart")
-			p.CreationTimestamp = metav1.NewTime(time.Now().Add(-age))
-			return p
-		}
-		w := start(t, podresolver.Config{}, append(cart(), aged("old", time.Hour))...)
-		w.Add(aged("new", 0))
-		synctest.Wait()
-		_, err := w.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, podresolver.ErrAmbiguousAddress)
-		assert.EqualValues(t, 1, w.resolver.Stats().Ambiguous)
-
-		going := aged("old", time.Hour)
-		end := metav1.NewTime(time.Now().Add(time.Minute))
-		going.DeletionTimestamp = &end
-		w.Modify(going)
-		synctest.Wait()
-		assert.Equal(t, "new", w.name(addr))
-	})
-}
-
-func TestPodsOfOtherNodesAreNotKnown(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		pod := podresolver.NewPod("elsewhere", addr.String(), "")
-		pod.Spec.NodeName = "node2"
-		w := start(t, podresolver.Config{}, pod)
-		_, err := w.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
-		assert.Zero(t, w.resolver.Stats().Addresses)
-	})
-}
-
-func TestStatsCountAddressesAndListWhatIsWatched(t *testing.T) {
+func TestStats(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, podresolver.NewPod("a", addr.String(), ""), podresolver.NewPod("b", addr.String(), ""))
 		assert.Empty(t, w.resolver.Stats().Watches, "nothing is watched yet")
@@ -182,12 +147,12 @@ func TestStatsCountAddressesAndListWhatIsWatched(t *testing.T) {
 	})
 }
 
-func TestRunLeavesNothingBehind(t *testing.T) {
+func TestRunLeaksNoGoroutines(t *testing.T) {
 	for name, when := range map[string]func(*world){
 		"while it runs":           func(w *world) { <-w.resolver.Synced() },
 		"before anything is said": func(*world) {},
 		"while the API server is away": func(w *world) {
-			w.gates.pods.fail(assert.AnError)
+			w.api.pods.fail(assert.AnError)
 			time.Sleep(time.Minute)
 		},
 	} {

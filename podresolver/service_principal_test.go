@@ -19,7 +19,7 @@ func principal(change func(*aadpodidentity.AzureIdentitySpec)) *aadpodidentity.A
 	return id
 }
 
-func TestWhatAServicePrincipalNeeds(t *testing.T) {
+func TestUnusableServicePrincipal(t *testing.T) {
 	tenants := make([]string, 11)
 	for i := range tenants {
 		tenants[i] = fmt.Sprint("t", i)
@@ -37,19 +37,19 @@ func TestWhatAServicePrincipalNeeds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, mode := range []Mode{Managed, Standard} {
-				world := newHarness(t, Config{Mode: mode}, principal(tc.change), binding("b", "x", "sp", 0))
+				h := newHarness(t, Config{Mode: mode}, principal(tc.change), binding("b", "x", "sp", 0))
 				pod := newPod("p", addr.String(), "x")
-				_, err := world.of(pod).Identity(Selector{})
+				_, err := h.of(pod).Identity(Selector{})
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, `AzureIdentity "sp", which `+tc.why)
-				world.put(pod)
-				assert.Contains(t, world.explain(t), tc.why)
+				h.put(pod)
+				assert.Contains(t, h.explain(t), tc.why)
 			}
 		})
 	}
 }
 
-func TestWhatIsKeptOfAServicePrincipal(t *testing.T) {
+func TestPrincipal(t *testing.T) {
 	id := principal(func(s *aadpodidentity.AzureIdentitySpec) {
 		s.Type = aadpodidentity.ServicePrincipalCertificate
 		s.ADEndpoint = " https://login.microsoftonline.us/\n"
@@ -67,9 +67,9 @@ func TestWhatIsKeptOfAServicePrincipal(t *testing.T) {
 	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID "+guid("c1")+", tenant t, secret shop/s)", got.String())
 }
 
-// TestWhoseSecretsAnIdentityMayUse: what an AzureIdentity may borrow from other
+// TestSecretNamespace: what an AzureIdentity may borrow from other
 // namespaces depends on who may use it.
-func TestWhoseSecretsAnIdentityMayUse(t *testing.T) {
+func TestSecretNamespace(t *testing.T) {
 	abroad := principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ClientPassword.Namespace = "vault" })
 	annotated := abroad.DeepCopyObject().(*aadpodidentity.AzureIdentity)
 	annotated.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: aadpodidentity.BehaviorNamespaced}
@@ -88,11 +88,11 @@ func TestWhoseSecretsAnIdentityMayUse(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := binding("b", "x", "sp", 0)
-			world := newHarness(t, tc.cfg, tc.id, b)
+			h := newHarness(t, tc.cfg, tc.id, b)
 			if tc.cfg.Mode == Standard {
-				world.put(assigned("a", "p", aadpodidentity.Assigned, tc.id, b))
+				h.put(assigned("a", "p", aadpodidentity.Assigned, tc.id, b))
 			}
-			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
+			got, err := h.of(newPod("p", "", "x")).Identity(Selector{})
 			if tc.refused {
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, `names a secret in namespace "vault"`)

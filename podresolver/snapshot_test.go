@@ -14,33 +14,33 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// What befalls a pod that claims the address of these tests.
-type fate func(*corev1.Pod)
+// podOption changes a pod that claims the address of these tests.
+type podOption func(*corev1.Pod)
 
-func claimant(name string, fates ...fate) *corev1.Pod {
+func claimant(name string, options ...podOption) *corev1.Pod {
 	p := newPod(name, addr.String(), "")
 	p.Status.PodIPs = []corev1.PodIP{{IP: addr.String()}, {IP: "fd00::7"}}
-	for _, f := range fates {
+	for _, f := range options {
 		f(p)
 	}
 	return p
 }
 
-func born(age time.Duration) fate {
+func createdAgo(age time.Duration) podOption {
 	return func(p *corev1.Pod) { p.CreationTimestamp = metav1.NewTime(time.Now().Add(-age)) }
 }
 
-// ending is in its grace, which ends after some time, or has ended.
-func ending(after time.Duration) fate {
+// deletedIn makes a pod terminate, with a grace period that ends after some time.
+func deletedIn(after time.Duration) podOption {
 	return func(p *corev1.Pod) {
 		end := metav1.NewTime(time.Now().Add(after))
 		p.DeletionTimestamp = &end
 	}
 }
 
-func phase(phase corev1.PodPhase) fate { return func(p *corev1.Pod) { p.Status.Phase = phase } }
+func phase(phase corev1.PodPhase) podOption { return func(p *corev1.Pod) { p.Status.Phase = phase } }
 
-func uid(uid types.UID) fate { return func(p *corev1.Pod) { p.UID = uid } }
+func uid(uid types.UID) podOption { return func(p *corev1.Pod) { p.UID = uid } }
 
 var (
 	began           = metav1.NewTime(time.Unix(1_000_000, 0))
@@ -49,7 +49,7 @@ var (
 	waitingState    = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff"}}
 )
 
-func containers(states ...corev1.ContainerState) fate {
+func containers(states ...corev1.ContainerState) podOption {
 	return func(p *corev1.Pod) {
 		for _, state := range states {
 			p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{State: state})
@@ -57,81 +57,81 @@ func containers(states ...corev1.ContainerState) fate {
 	}
 }
 
-// sidecar is an init container that goes on running (KEP-753).
-func sidecar(state corev1.ContainerState) fate {
+// sidecar is an init container that keeps running (KEP-753).
+func sidecar(state corev1.ContainerState) podOption {
 	return func(p *corev1.Pod) { p.Status.InitContainerStatuses = []corev1.ContainerStatus{{State: state}} }
 }
 
-func elder(p *corev1.Pod)   { born(time.Hour)(p) }
-func junior(p *corev1.Pod)  { born(time.Minute)(p) }
-func host(p *corev1.Pod)    { p.Spec.HostNetwork = true }
-func onlyIPs(p *corev1.Pod) { p.Status.PodIP = "" }
-func noIPs(p *corev1.Pod)   { p.Status.PodIP, p.Status.PodIPs = "", nil }
-func going(p *corev1.Pod)   { ending(time.Second)(p) }
-func gone(p *corev1.Pod)    { ending(0)(p) }
-func oddIP(p *corev1.Pod)   { p.Status.PodIP, p.Status.PodIPs = "10.0.0", nil }
+func older(p *corev1.Pod)       { createdAgo(time.Hour)(p) }
+func newer(p *corev1.Pod)       { createdAgo(time.Minute)(p) }
+func hostNetwork(p *corev1.Pod) { p.Spec.HostNetwork = true }
+func onlyIPs(p *corev1.Pod)     { p.Status.PodIP = "" }
+func noIP(p *corev1.Pod)        { p.Status.PodIP, p.Status.PodIPs = "", nil }
+func terminating(p *corev1.Pod) { deletedIn(time.Second)(p) }
+func graceOver(p *corev1.Pod)   { deletedIn(0)(p) }
+func malformedIP(p *corev1.Pod) { p.Status.PodIP, p.Status.PodIPs = "10.0.0", nil }
 
-// TestWhoOwnsAnAddress tries each case in all orders of events.
-func TestWhoOwnsAnAddress(t *testing.T) {
+// TestAddressOwner runs each case in all orders of events.
+func TestAddressOwner(t *testing.T) {
 	for name, tc := range map[string]struct {
-		pods  map[string][]fate
+		pods  map[string][]podOption
 		owner string // "" for none
 		err   error
 	}{
-		"nobody":                                         {nil, "", nil},
-		"the only one":                                   {map[string][]fate{"live": nil}, "live", nil},
-		"one that has succeeded":                         {map[string][]fate{"done": {phase(corev1.PodSucceeded)}}, "", nil},
-		"one that has failed":                            {map[string][]fate{"live": nil, "done": {phase(corev1.PodFailed)}}, "live", nil},
-		"one whose phase is lost":                        {map[string][]fate{"lost": {phase(corev1.PodUnknown)}}, "lost", nil},
-		"one that is yet pending":                        {map[string][]fate{"early": {phase(corev1.PodPending)}}, "early", nil},
-		"one on the host network":                        {map[string][]fate{"host": {host}}, "", nil},
-		"host network beside one":                        {map[string][]fate{"host": {host}, "live": nil}, "live", nil},
-		"one that is on its way":                         {map[string][]fate{"new": {noIPs}}, "", nil},
-		"by podIPs alone":                                {map[string][]fate{"ips": {onlyIPs}}, "ips", nil},
-		"an address that is none":                        {map[string][]fate{"odd": {oddIP}}, "", nil},
-		"one that goes, one stays":                       {map[string][]fate{"live": nil, "going": {going}}, "live", nil},
-		"one in its grace":                               {map[string][]fate{"going": {going}}, "going", nil},
-		"one past its grace":                             {map[string][]fate{"gone": {gone}}, "", nil},
-		"one in its grace, running":                      {map[string][]fate{"going": {going, containers(terminatedState, runningState)}}, "going", nil},
-		"one whose containers ended":                     {map[string][]fate{"going": {going, containers(terminatedState, terminatedState)}}, "", nil},
-		"one that restarts, and goes":                    {map[string][]fate{"going": {going, containers(waitingState)}}, "", nil},
-		"one that restarts, and stays":                   {map[string][]fate{"live": {containers(waitingState)}}, "live", nil},
-		"one that ended, and stays":                      {map[string][]fate{"live": {containers(terminatedState)}}, "live", nil},
-		"one that goes, with a sidecar":                  {map[string][]fate{"going": {going, containers(terminatedState), sidecar(runningState)}}, "going", nil},
-		"one whose containers ended, and one that stays": {map[string][]fate{"old": {junior, going, containers(terminatedState)}, "new": {elder}}, "new", nil},
-		"two in their grace":                             {map[string][]fate{"a": {going, elder}, "b": {going, junior}}, "b", nil},
-		"two that stay":                                  {map[string][]fate{"live": nil, "other": nil}, "", ErrAmbiguousAddress},
-		"two of different age":                           {map[string][]fate{"a": {elder}, "b": {junior}}, "", ErrAmbiguousAddress},
+		"no pod":                             {nil, "", nil},
+		"the only one":                       {map[string][]podOption{"live": nil}, "live", nil},
+		"one succeeded":                      {map[string][]podOption{"done": {phase(corev1.PodSucceeded)}}, "", nil},
+		"one failed":                         {map[string][]podOption{"live": nil, "done": {phase(corev1.PodFailed)}}, "live", nil},
+		"one of unknown phase":               {map[string][]podOption{"lost": {phase(corev1.PodUnknown)}}, "lost", nil},
+		"one pending":                        {map[string][]podOption{"early": {phase(corev1.PodPending)}}, "early", nil},
+		"one on the host network":            {map[string][]podOption{"host": {hostNetwork}}, "", nil},
+		"host network beside one":            {map[string][]podOption{"host": {hostNetwork}, "live": nil}, "live", nil},
+		"one without an address":             {map[string][]podOption{"new": {noIP}}, "", nil},
+		"by podIPs alone":                    {map[string][]podOption{"ips": {onlyIPs}}, "ips", nil},
+		"malformed address":                  {map[string][]podOption{"odd": {malformedIP}}, "", nil},
+		"one terminates, one stays":          {map[string][]podOption{"live": nil, "going": {terminating}}, "live", nil},
+		"one terminating":                    {map[string][]podOption{"going": {terminating}}, "going", nil},
+		"grace period over":                  {map[string][]podOption{"gone": {graceOver}}, "", nil},
+		"one terminating, running":           {map[string][]podOption{"going": {terminating, containers(terminatedState, runningState)}}, "going", nil},
+		"containers terminated":              {map[string][]podOption{"going": {terminating, containers(terminatedState, terminatedState)}}, "", nil},
+		"one in back-off, terminating":       {map[string][]podOption{"going": {terminating, containers(waitingState)}}, "", nil},
+		"one in back-off":                    {map[string][]podOption{"live": {containers(waitingState)}}, "live", nil},
+		"containers terminated, not deleted": {map[string][]podOption{"live": {containers(terminatedState)}}, "live", nil},
+		"terminating, sidecar running":       {map[string][]podOption{"going": {terminating, containers(terminatedState), sidecar(runningState)}}, "going", nil},
+		"older one's containers terminated":  {map[string][]podOption{"old": {newer, terminating, containers(terminatedState)}, "new": {older}}, "new", nil},
+		"two terminating":                    {map[string][]podOption{"a": {terminating, older}, "b": {terminating, newer}}, "b", nil},
+		"two live":                           {map[string][]podOption{"live": nil, "other": nil}, "", ErrAmbiguousAddress},
+		"two of different age":               {map[string][]podOption{"a": {older}, "b": {newer}}, "", ErrAmbiguousAddress},
 
-		"the elder goes, the younger stays": {map[string][]fate{"old": {elder, going}, "new": {junior}}, "new", nil},
-		"the younger goes, the elder stays": {map[string][]fate{"old": {elder}, "new": {junior, going}}, "", ErrAmbiguousAddress},
-		"the younger is past its grace":     {map[string][]fate{"old": {elder}, "new": {junior, gone}}, "old", nil},
-		"the younger has ended":             {map[string][]fate{"old": {elder, going}, "new": {junior, phase(corev1.PodSucceeded)}}, "old", nil},
+		"the older terminates":             {map[string][]podOption{"old": {older, terminating}, "new": {newer}}, "new", nil},
+		"the newer terminates":             {map[string][]podOption{"old": {older}, "new": {newer, terminating}}, "", ErrAmbiguousAddress},
+		"the newer's grace period is over": {map[string][]podOption{"old": {older}, "new": {newer, graceOver}}, "old", nil},
+		"the newer has finished":           {map[string][]podOption{"old": {older, terminating}, "new": {newer, phase(corev1.PodSucceeded)}}, "old", nil},
 
-		// Creation is stored in seconds.
-		"of one second, one goes":           {map[string][]fate{"a": {junior, going, uid("z")}, "b": {junior, uid("a")}}, "b", nil},
-		"of one second, both go":            {map[string][]fate{"a": {junior, going, uid("1")}, "b": {junior, going, uid("2")}}, "b", nil},
-		"three, all but the youngest go":    {map[string][]fate{"a": {born(3 * time.Hour), going}, "b": {elder, going}, "c": {junior}}, "c", nil},
-		"three, the eldest stays":           {map[string][]fate{"a": {born(3 * time.Hour)}, "b": {elder, going}, "c": {junior}}, "", ErrAmbiguousAddress},
-		"three, one in the middle stays":    {map[string][]fate{"a": {born(3 * time.Hour), going}, "b": {elder}, "c": {junior, going}}, "", ErrAmbiguousAddress},
-		"three that go":                     {map[string][]fate{"a": {born(3 * time.Hour), going}, "b": {elder, going}, "c": {junior, going}}, "c", nil},
-		"three, of which one is past it":    {map[string][]fate{"a": {born(3 * time.Hour), going}, "b": {elder}, "c": {junior, gone}}, "b", nil},
-		"three, of which one has none left": {map[string][]fate{"a": {elder, going}, "b": {junior}, "c": {phase(corev1.PodFailed)}}, "b", nil},
+		// Creation times are in whole seconds.
+		"same second, one terminates":     {map[string][]podOption{"a": {newer, terminating, uid("z")}, "b": {newer, uid("a")}}, "b", nil},
+		"same second, both terminate":     {map[string][]podOption{"a": {newer, terminating, uid("1")}, "b": {newer, terminating, uid("2")}}, "b", nil},
+		"three, the older two terminate":  {map[string][]podOption{"a": {createdAgo(3 * time.Hour), terminating}, "b": {older, terminating}, "c": {newer}}, "c", nil},
+		"three, the oldest is live":       {map[string][]podOption{"a": {createdAgo(3 * time.Hour)}, "b": {older, terminating}, "c": {newer}}, "", ErrAmbiguousAddress},
+		"three, the middle one is live":   {map[string][]podOption{"a": {createdAgo(3 * time.Hour), terminating}, "b": {older}, "c": {newer, terminating}}, "", ErrAmbiguousAddress},
+		"three terminating":               {map[string][]podOption{"a": {createdAgo(3 * time.Hour), terminating}, "b": {older, terminating}, "c": {newer, terminating}}, "c", nil},
+		"three, grace period of one over": {map[string][]podOption{"a": {createdAgo(3 * time.Hour), terminating}, "b": {older}, "c": {newer, graceOver}}, "b", nil},
+		"three, one failed":               {map[string][]podOption{"a": {older, terminating}, "b": {newer}, "c": {phase(corev1.PodFailed)}}, "b", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var pods []*corev1.Pod
-				for name, fates := range tc.pods {
-					pods = append(pods, claimant(name, fates...))
+				for name, options := range tc.pods {
+					pods = append(pods, claimant(name, options...))
 				}
 				permute(pods, func(order []*corev1.Pod) {
-					world := newHarness(t, Config{})
+					h := newHarness(t, Config{})
 					for _, p := range order {
-						world.put(p)
-						world.update() // each on its own: none must leave a trace
+						h.put(p)
+						h.update() // after each event: none may leave a trace
 					}
 					for _, at := range []netip.Addr{addr, netip.MustParseAddr("fd00::7")} {
-						got := world.current.Load().byAddr[at]
+						got := h.current.Load().byAddr[at]
 						require.ErrorIs(t, got.err, tc.err)
 						if tc.owner == "" {
 							require.Nil(t, got.pod)
@@ -164,58 +164,58 @@ func permute[T any](all []T, do func([]T)) {
 	place(0)
 }
 
-func TestTheOwnerOfAnAddressIsThatOfOneFamilyOnly(t *testing.T) {
-	world := newHarness(t, Config{},
+func TestAddressOwnerPerFamily(t *testing.T) {
+	h := newHarness(t, Config{},
 		with(claimant("a"), func(p *corev1.Pod) { p.Status.PodIPs = []corev1.PodIP{{IP: addr.String()}, {IP: "fd00::a"}} }),
 		with(claimant("b"), func(p *corev1.Pod) {
 			p.Status.PodIP = "10.244.0.8"
 			p.Status.PodIPs = []corev1.PodIP{{IP: "10.244.0.8"}, {IP: "fd00::a"}}
 		}))
-	world.update()
-	s := world.current.Load()
+	h.update()
+	s := h.current.Load()
 	require.ErrorIs(t, s.byAddr[netip.MustParseAddr("fd00::a")].err, ErrAmbiguousAddress)
 	assert.Equal(t, "a", s.byAddr[addr].pod.Name)
 	assert.Equal(t, "b", s.byAddr[netip.MustParseAddr("10.244.0.8")].pod.Name)
-	assert.EqualValues(t, 1, world.Stats().Ambiguous)
+	assert.EqualValues(t, 1, h.Stats().Ambiguous)
 }
 
-func TestAMappedAddressIsTheSameAsThePlainOne(t *testing.T) {
-	world := newHarness(t, Config{}, newPod("a", "::ffff:"+addr.String(), ""))
-	world.update()
-	assert.Equal(t, "a", world.current.Load().byAddr[addr].pod.Name)
+func TestIPv4MappedAddress(t *testing.T) {
+	h := newHarness(t, Config{}, newPod("a", "::ffff:"+addr.String(), ""))
+	h.update()
+	assert.Equal(t, "a", h.current.Load().byAddr[addr].pod.Name)
 }
 
-func TestAnAddressUsedAgainIsCountedAsAmbiguousOnce(t *testing.T) {
-	world := newHarness(t, Config{}, newPod("a", addr.String(), ""), newPod("b", addr.String(), ""))
-	world.update()
-	err := world.current.Load().byAddr[addr].err
+func TestAmbiguousAddressIsCountedOnce(t *testing.T) {
+	h := newHarness(t, Config{}, newPod("a", addr.String(), ""), newPod("b", addr.String(), ""))
+	h.update()
+	err := h.current.Load().byAddr[addr].err
 	require.ErrorContains(t, err, "shop/a")
 	require.ErrorContains(t, err, "shop/b")
-	world.put(newPod("c", "10.244.0.9", "")) // news that have nothing to do with it
-	world.update()
-	assert.EqualValues(t, 1, world.Stats().Ambiguous)
-	world.drop(newPod("a", "", ""))
-	world.update()
-	assert.Equal(t, "b", world.current.Load().byAddr[addr].pod.Name)
-	world.put(newPod("a", addr.String(), ""))
-	world.update()
-	assert.EqualValues(t, 2, world.Stats().Ambiguous)
+	h.put(newPod("c", "10.244.0.9", "")) // an unrelated event
+	h.update()
+	assert.EqualValues(t, 1, h.Stats().Ambiguous)
+	h.drop(newPod("a", "", ""))
+	h.update()
+	assert.Equal(t, "b", h.current.Load().byAddr[addr].pod.Name)
+	h.put(newPod("a", addr.String(), ""))
+	h.update()
+	assert.EqualValues(t, 2, h.Stats().Ambiguous)
 }
 
-func TestTheTimeToDecideAgainIsWhenTheFirstGraceEnds(t *testing.T) {
+func TestUpdateExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := time.Now()
-		world := newHarness(t, Config{}, claimant("a", ending(20*time.Second)), claimant("b", ending(10*time.Second), elder))
-		at := <-world.update()
+		h := newHarness(t, Config{}, claimant("a", deletedIn(20*time.Second)), claimant("b", deletedIn(10*time.Second), older))
+		at := <-h.update()
 		assert.Equal(t, 10*time.Second, at.Sub(begin))
-		at = <-world.update()
+		at = <-h.update()
 		assert.Equal(t, 20*time.Second, at.Sub(begin))
-		assert.Nil(t, world.update(), "nothing changes by time alone any more")
-		assert.Empty(t, world.current.Load().byAddr)
+		assert.Nil(t, h.update(), "no grace period is left")
+		assert.Empty(t, h.current.Load().byAddr)
 	})
 }
 
-func TestWhenThePodsContainersStarted(t *testing.T) {
+func TestPodStarted(t *testing.T) {
 	at := func(seconds int64) metav1.Time { return metav1.NewTime(time.Unix(seconds, 0)) }
 	running := func(seconds int64) corev1.ContainerStatus {
 		return corev1.ContainerStatus{State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: at(seconds)}}}
@@ -241,9 +241,9 @@ func TestWhenThePodsContainersStarted(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := newPod("live", addr.String(), "")
 			p.Status.InitContainerStatuses, p.Status.ContainerStatuses, p.Status.EphemeralContainerStatuses = tc.status.InitContainerStatuses, tc.status.ContainerStatuses, tc.status.EphemeralContainerStatuses
-			world := newHarness(t, Config{}, p)
-			world.update()
-			got := world.current.Load().byAddr[addr].pod.Started
+			h := newHarness(t, Config{}, p)
+			h.update()
+			got := h.current.Load().byAddr[addr].pod.Started
 			if tc.want == 0 {
 				assert.Zero(t, got)
 			} else {

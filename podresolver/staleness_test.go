@@ -18,10 +18,10 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-func TestKnownPodsOutliveTheAPIServer(t *testing.T) {
+func TestKnownPodsDuringAPIServerOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
-		for _, g := range []*gate{w.gates.pods, w.gates.bindings, w.gates.identities} {
+		for _, g := range []*faultySource{w.api.pods, w.api.bindings, w.api.identities} {
 			g.fail(assert.AnError)
 		}
 		time.Sleep(24 * time.Hour)
@@ -31,17 +31,17 @@ func TestKnownPodsOutliveTheAPIServer(t *testing.T) {
 	})
 }
 
-func TestWhatWasMissedIsMadeUpFor(t *testing.T) {
+func TestRelistAfterMissedEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
-		w.gates.pods.fail(assert.AnError)
+		w.api.pods.fail(assert.AnError)
 		w.Delete(podresolver.NewPod("p", "", ""))
 		w.Add(podresolver.NewPod("q", addr.String(), "cart"))
 		w.Add(podresolver.NewPod("r", other.String(), "cart"))
 		w.Pods.ResetWatch() // so that a list is needed
 		time.Sleep(time.Minute)
 		assert.Equal(t, "p", w.name(addr), "as far as anybody knows")
-		w.gates.pods.fail(nil)
+		w.api.pods.fail(nil)
 		time.Sleep(2 * podresolver.LastRetry)
 		assert.Equal(t, "q", w.name(addr))
 		assert.Equal(t, "r", w.name(other))
@@ -54,7 +54,7 @@ const maxStaleness = 3 * time.Minute
 
 // bookmarks are sent as an API server does where nothing else is to be sent, until the
 // test ends.
-func (w *world) bookmarks(g *gate) {
+func (w *world) bookmarks(g *faultySource) {
 	ctx, cancel := context.WithCancel(w.t.Context())
 	done := make(chan struct{})
 	w.t.Cleanup(func() { cancel(); <-done })
@@ -70,19 +70,19 @@ func (w *world) bookmarks(g *gate) {
 	}()
 }
 
-func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
+func TestMaxStaleness(t *testing.T) {
 	gone := apierrors.NewGenericServerResponse(http.StatusGone, "list", schema.GroupResource{}, "", "", 0, false)
 	invalid := apierrors.NewInvalid(schema.GroupKind{}, "", nil)
 	for name, tc := range map[string]struct {
-		breaks func(*gate)
+		breaks func(*faultySource)
 		says   string // what /readyz says of it
 	}{
-		"it cannot be reached": {func(g *gate) { g.fail(assert.AnError) }, assert.AnError.Error()},
-		"it is silent":         {func(g *gate) { g.mute(true) }, "the API server has sent nothing for 3m"},
-		"it answers 504":       {func(g *gate) { g.fail(apierrors.NewTimeoutError("too large resource version", 1)) }, "too large resource version"},
-		"it answers 410":       {func(g *gate) { g.fail(gone) }, "the API server returned an error: "},
-		"it answers 422":       {func(g *gate) { g.fail(invalid) }, "the API server returned an error: "},
-		"it answers 403":       {func(g *gate) { g.fail(forbidden) }, "the agent's service account may not list and watch"},
+		"it cannot be reached": {func(g *faultySource) { g.fail(assert.AnError) }, assert.AnError.Error()},
+		"it is silent":         {func(g *faultySource) { g.mute(true) }, "the API server has sent nothing for 3m"},
+		"it answers 504":       {func(g *faultySource) { g.fail(apierrors.NewTimeoutError("too large resource version", 1)) }, "too large resource version"},
+		"it answers 410":       {func(g *faultySource) { g.fail(gone) }, "the API server returned an error: "},
+		"it answers 422":       {func(g *faultySource) { g.fail(invalid) }, "the API server returned an error: "},
+		"it answers 403":       {func(g *faultySource) { g.fail(forbidden) }, "the agent's service account may not list and watch"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -97,7 +97,7 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 
 				w.Add(podresolver.NewIdentity("i", podresolver.GUID("c"), ""))
 				synctest.Wait()
-				tc.breaks(w.gates.identities)
+				tc.breaks(w.api.identities)
 				time.Sleep(maxStaleness - time.Second)
 				assert.Equal(t, "p", w.name(addr))
 				time.Sleep(3 * time.Second)
@@ -105,39 +105,41 @@ func TestDecisionsThatAreTooOldAreNotUsed(t *testing.T) {
 				require.ErrorIs(t, err, podresolver.ErrStale)
 				_, err = w.resolver.Resolve(t.Context(), other)
 				require.ErrorIs(t, err, podresolver.ErrStale, "at once, and without a lookup")
-				assert.Empty(t, w.gates.pods.lookups())
+				assert.Empty(t, w.api.pods.lookups())
 				require.ErrorIs(t, w.resolver.Ready(), podresolver.ErrStale)
 				require.ErrorContains(t, w.resolver.Ready(), "azureidentities"+custom+": ")
 				require.ErrorContains(t, w.resolver.Ready(), tc.says)
+				synctest.Wait()
 				assert.Equal(t, 1, strings.Count(log.String(), "pod and identity data is stale; refusing"), log.String())
 				decision, err := w.resolver.Explain("shop", "p", nil)
 				require.NoError(t, err)
 				require.ErrorIs(t, decision.Refusal, podresolver.ErrStale)
 
-				w.gates.identities.fail(nil)
+				w.api.identities.fail(nil)
 				time.Sleep(2 * time.Minute)
 				require.NoError(t, w.resolver.Ready())
 				require.NoError(t, w.resolver.Stale())
 				assert.Equal(t, "p", w.name(addr))
+				synctest.Wait()
 				assert.Contains(t, log.String(), "pod and identity data is up to date")
 			})
 		})
 	}
 }
 
-// TestASilentWatchIsMadeUpForByLists: no bookmarks come where etcd sends no progress
+// TestSilentWatchIsRelisted: no bookmarks come where etcd sends no progress
 // notifications, and nothing at all where a proxy holds watches up. What lists bring is as
 // good.
-func TestASilentWatchIsMadeUpForByLists(t *testing.T) {
+func TestSilentWatchIsRelisted(t *testing.T) {
 	for maxStaleness, patience := range map[time.Duration]time.Duration{0: 12 * time.Minute, maxStaleness: 2 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
 			w := start(t, podresolver.Config{MaxStaleness: maxStaleness}, podresolver.NewPod("p", addr.String(), "cart"))
 			for _, g := range w.sources() {
 				g.mute(false)
 			}
-			w.gates.pods.mu.Lock()
-			lists := len(w.gates.pods.lists)
-			w.gates.pods.mu.Unlock()
+			w.api.pods.mu.Lock()
+			lists := len(w.api.pods.lists)
+			w.api.pods.mu.Unlock()
 			w.Add(podresolver.NewPod("q", other.String(), "cart"))
 			time.Sleep(patience - time.Second)
 			assert.Nil(t, w.resolver.Owner(other))
@@ -150,33 +152,33 @@ func TestASilentWatchIsMadeUpForByLists(t *testing.T) {
 				require.NoError(t, w.resolver.Ready())
 				require.NoError(t, w.resolver.Stale())
 			}
-			w.gates.pods.mu.Lock()
-			defer w.gates.pods.mu.Unlock()
-			assert.LessOrEqual(t, len(w.gates.pods.lists)-lists, int(601*time.Minute/patience)+1, "no more often than needed")
+			w.api.pods.mu.Lock()
+			defer w.api.pods.mu.Unlock()
+			assert.LessOrEqual(t, len(w.api.pods.lists)-lists, int(601*time.Minute/patience)+1, "no more often than needed")
 		})
 	}
 }
 
-// TestAListThatHangsIsGivenUp: what took it to the API server may be gone.
-func TestAListThatHangsIsGivenUp(t *testing.T) {
+// TestListTimeout: what took it to the API server may be gone.
+func TestListTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
-		w.gates.bindings.mute(true)
+		w.api.bindings.mute(true)
 		w.run()
 		time.Sleep(10 * time.Minute)
 		require.ErrorContains(t, w.resolver.Ready(), "azureidentitybindings"+custom+": ")
-		w.gates.bindings.mu.Lock()
-		assert.Greater(t, len(w.gates.bindings.lists), 2)
-		w.gates.bindings.mu.Unlock()
+		w.api.bindings.mu.Lock()
+		assert.Greater(t, len(w.api.bindings.lists), 2)
+		w.api.bindings.mu.Unlock()
 	})
 }
 
-// TestAMissingDefinitionIsNotSilence: the API server is there, and says that there
+// TestMissingExceptionCRDIsNotStale: the API server is there, and says that there
 // are no exceptions.
-func TestAMissingDefinitionIsNotSilence(t *testing.T) {
+func TestMissingExceptionCRDIsNotStale(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{MaxStaleness: maxStaleness}, podresolver.NewPod("p", addr.String(), "cart"))
-		w.gates.exceptions.fail(notFound)
+		w.api.exceptions.fail(notFound)
 		w.run()
 		<-w.resolver.Synced()
 		for name, g := range w.sources() {
@@ -190,13 +192,13 @@ func TestAMissingDefinitionIsNotSilence(t *testing.T) {
 	})
 }
 
-// TestWhoWaitsLearnsThatAllIsTooOld: a wait may outlast MaxStaleness.
-func TestWhoWaitsLearnsThatAllIsTooOld(t *testing.T) {
+// TestStaleWhileWaiting: a wait may outlast MaxStaleness.
+func TestStaleWhileWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{MaxStaleness: time.Second, PodWait: time.Minute})
-		w.gates.bindings.fail(assert.AnError)
+		w.api.bindings.fail(assert.AnError)
 		_, err := w.resolver.Resolve(t.Context(), addr)
 		require.ErrorIs(t, err, podresolver.ErrStale, "what a lookup finds is decided by what is too old")
-		assert.Empty(t, w.gates.pods.lookups())
+		assert.Empty(t, w.api.pods.lookups())
 	})
 }

@@ -24,7 +24,7 @@ func behaviour(value string) func(*azureIdentity) {
 	}
 }
 
-func TestWhatAnAssignmentGives(t *testing.T) {
+func TestAssignment(t *testing.T) {
 	var (
 		id     = func() *azureIdentity { return identity("i", guid("C1"), path("/R/1")) }
 		b      = binding("b", "x", "i", 0)
@@ -75,14 +75,14 @@ func TestWhatAnAssignmentGives(t *testing.T) {
 	}
 }
 
-func TestAManagedResolverIgnoresAssignments(t *testing.T) {
+func TestManagedModeIgnoresAssignments(t *testing.T) {
 	p := newHarness(t, Config{}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), nil)).of(newPod("p", "", "x"))
 	_, err := p.Identity(Selector{})
 	assert.ErrorIs(t, err, ErrNoIdentity)
 }
 
-// TestWhatABindingPromises is about bindings that MIC has made nothing of yet.
-func TestWhatABindingPromises(t *testing.T) {
+// TestBindingWithoutAssignment is about bindings that MIC has made nothing of yet.
+func TestBindingWithoutAssignment(t *testing.T) {
 	for name, tc := range map[string]struct {
 		objects []any
 		forced  bool
@@ -112,45 +112,45 @@ func TestWhatABindingPromises(t *testing.T) {
 	}
 }
 
-func TestARefusalDoesNotDenyABindingThatThereIs(t *testing.T) {
+func TestRefusalOfAnotherIdentity(t *testing.T) {
 	p := newHarness(t, Config{Mode: Standard}, identity("i", guid("c1"), ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x"))
 	_, err := p.Identity(Selector{ClientID: guid("c2")})
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.NotContains(t, err.Error(), "no AzureIdentityBinding")
 }
 
-func TestAnAssignmentIsASnapshot(t *testing.T) {
+func TestAssignmentCopiesIdentity(t *testing.T) {
 	pod := newPod("p", "", "x")
-	world := newHarness(t, Config{Mode: Standard},
+	h := newHarness(t, Config{Mode: Standard},
 		assigned("a", "p", "Assigned", identity("i", guid("c-then"), ""), binding("b", "x", "i", 0)))
 	for range 2 { // with the objects gone, then with other ones
-		id, err := world.of(pod).Identity(Selector{})
+		id, err := h.of(pod).Identity(Selector{})
 		require.NoError(t, err)
 		assert.Equal(t, Identity{Namespace: "shop", Name: "i", ClientID: guid("c-then"), Binding: "b"}, id)
-		world.put(identity("i", guid("c-now"), ""), binding("b", "x", "i", 0))
+		h.put(identity("i", guid("c-now"), ""), binding("b", "x", "i", 0))
 	}
-	_, err := world.of(pod).Identity(Selector{ClientID: guid("c-now")})
+	_, err := h.of(pod).Identity(Selector{ClientID: guid("c-now")})
 	require.ErrorIs(t, err, ErrNotAssigned, "MIC will see that it has changed")
-	world.put(assigned("a", "p", "Created", identity("i", guid("c-then"), ""), binding("b", "x", "i", 0)))
+	h.put(assigned("a", "p", "Created", identity("i", guid("c-then"), ""), binding("b", "x", "i", 0)))
 	for _, id := range []string{"c-then", "c-now"} {
-		_, err = world.of(pod).Identity(Selector{ClientID: guid(id)})
+		_, err = h.of(pod).Identity(Selector{ClientID: guid(id)})
 		require.ErrorIs(t, err, ErrNotAssigned, id)
 	}
 }
 
-func TestAnAssignmentEndsWithTheLabelOfItsBinding(t *testing.T) {
-	world := newHarness(t, Config{Mode: Standard}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0)))
+func TestAssignmentEndsWithLabel(t *testing.T) {
+	h := newHarness(t, Config{Mode: Standard}, assigned("a", "p", "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0)))
 	for label, why := range map[string]string{
 		"y": `AzureAssignedIdentity default/a names AzureIdentity shop/i, which was assigned by the selector "x"`,
 		"":  `was assigned by the selector "x"`,
 	} {
-		_, err := world.of(newPod("p", "", label)).Identity(Selector{})
+		_, err := h.of(newPod("p", "", label)).Identity(Selector{})
 		require.ErrorIs(t, err, ErrNoIdentity)
 		assert.ErrorContains(t, err, why)
 	}
 }
 
-func TestAssignmentsComeInTheOrderOfTheirBindings(t *testing.T) {
+func TestAssignmentsInOrderOfBindings(t *testing.T) {
 	one := func(name, identityName, bindingName string, age time.Duration) any {
 		return assigned(name, "p", "Assigned", identity(identityName, guid(identityName), ""), binding(bindingName, "x", identityName, age))
 	}
@@ -165,7 +165,7 @@ func TestAssignmentsComeInTheOrderOfTheirBindings(t *testing.T) {
 	}
 }
 
-func TestAssignmentsOfOneNameInTwoNamespacesHaveAnOrder(t *testing.T) {
+func TestAssignmentsInOrderOfNamespaces(t *testing.T) {
 	one := func(namespace, id string) any {
 		return in(namespace, assigned("a", "p", "Assigned", identity(id, guid(id), ""), binding("b", "x", id, 0)))
 	}
@@ -176,10 +176,10 @@ func TestAssignmentsOfOneNameInTwoNamespacesHaveAnOrder(t *testing.T) {
 	}
 }
 
-// TestWhereAssignmentsCount: MIC makes assignments in namespace default, and those of
+// TestAssignmentNamespace: MIC makes assignments in namespace default, and those of
 // namespaced identities in the pod's own. Whoever may write AzureAssignedIdentities
 // anywhere else gives nobody anything by it.
-func TestWhereAssignmentsCount(t *testing.T) {
+func TestAssignmentNamespace(t *testing.T) {
 	b := binding("b", "x", "i", 0)
 	id := func() *azureIdentity { return identity("i", guid("c1"), path("1")) }
 	stolen := func() *azureIdentity { return identity("i", guid("kubelet"), "") }
@@ -204,8 +204,8 @@ func TestWhereAssignmentsCount(t *testing.T) {
 		"the pod's, of a denied identity":     {in("shop", assigned("a", "p", "Assigned", identity("i", kubeletClient, ""), b)), []any{identity("i", kubeletClient, ""), b}, ErrNoIdentity, "denied by --deny-identity"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			world := newHarness(t, Config{Mode: Standard, Deny: denyList(t, kubeletClient)}, append(tc.bound, tc.assigned, newPod("p", addr.String(), "x"))...)
-			got, err := world.of(newPod("p", "", "x")).Identity(Selector{})
+			h := newHarness(t, Config{Mode: Standard, Deny: denyList(t, kubeletClient)}, append(tc.bound, tc.assigned, newPod("p", addr.String(), "x"))...)
+			got, err := h.of(newPod("p", "", "x")).Identity(Selector{})
 			require.ErrorIs(t, err, tc.want)
 			if tc.want == nil {
 				assert.Equal(t, Identity{Namespace: "shop", Name: "i", ClientID: guid("c1"), ResourceID: strings.ToLower(path("1")), Binding: got.Binding}, got)
@@ -213,7 +213,7 @@ func TestWhereAssignmentsCount(t *testing.T) {
 			}
 			require.ErrorContains(t, err, tc.why)
 			if tc.want == ErrNoIdentity { //nolint:errorlint // it is the one that the table has
-				assert.Contains(t, world.explain(t), tc.why)
+				assert.Contains(t, h.explain(t), tc.why)
 			}
 		})
 	}
@@ -227,21 +227,21 @@ func TestWhereAssignmentsCount(t *testing.T) {
 	assert.Less(t, len(err.Error()), 4000)
 }
 
-func TestAnAssignmentFollowsItsPodName(t *testing.T) {
+func TestAssignmentMovesToAnotherPod(t *testing.T) {
 	a := func(pod string) any {
 		return assigned("a", pod, "Assigned", identity("i", guid("c"), ""), binding("b", "x", "i", 0))
 	}
-	world := newHarness(t, Config{Mode: Standard}, a("p"), newPod("p", addr.String(), "x"), newPod("q", "10.244.0.8", "x"))
-	world.update()
+	h := newHarness(t, Config{Mode: Standard}, a("p"), newPod("p", addr.String(), "x"), newPod("q", "10.244.0.8", "x"))
+	h.update()
 	holds := func(podName string) bool {
-		_, err := world.of(newPod(podName, "", "x")).Identity(Selector{})
+		_, err := h.of(newPod(podName, "", "x")).Identity(Selector{})
 		return err == nil
 	}
 	assert.True(t, holds("p"))
-	world.put(a("q"))
+	h.put(a("q"))
 	assert.False(t, holds("p"))
 	assert.True(t, holds("q"))
-	assert.Len(t, world.objects.dirty, 2, "both are decided anew")
-	world.drop(a("q"))
+	assert.Len(t, h.objects.dirty, 2, "both are decided anew")
+	h.drop(a("q"))
 	assert.False(t, holds("q"))
 }

@@ -38,7 +38,7 @@ func (s *streamed) Watch(o metav1.ListOptions) (watch.Interface, error) {
 
 var _ cache.ListerWatcher = (*streamed)(nil)
 
-func TestAFirstListMayBeStreamed(t *testing.T) {
+func TestStreamingList(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cluster := resolvertest.NewCluster(cart()...)
 		t.Cleanup(cluster.Close)

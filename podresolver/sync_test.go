@@ -24,21 +24,21 @@ var (
 
 const custom = ".aadpodidentity.k8s.io"
 
-// sources are the gates of a world in Standard mode, by the name that the API
+// sources are the api of a world in Standard mode, by the name that the API
 // server has for what is behind them.
-func (w *world) sources() map[string]*gate {
-	return map[string]*gate{
-		"pods": w.gates.pods, "azureidentities" + custom: w.gates.identities, "azureidentitybindings" + custom: w.gates.bindings,
-		"azurepodidentityexceptions" + custom: w.gates.exceptions, "azureassignedidentities" + custom: w.gates.assigned,
+func (w *world) sources() map[string]*faultySource {
+	return map[string]*faultySource{
+		"pods": w.api.pods, "azureidentities" + custom: w.api.identities, "azureidentitybindings" + custom: w.api.bindings,
+		"azurepodidentityexceptions" + custom: w.api.exceptions, "azureassignedidentities" + custom: w.api.assigned,
 	}
 }
 
-func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
+func TestNoDecisionBeforeSync(t *testing.T) {
 	for _, name := range []string{"pods", "azureidentities" + custom, "azureidentitybindings" + custom, "azurepodidentityexceptions" + custom, "azureassignedidentities" + custom} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, podresolver.Config{Mode: podresolver.Standard},
-					append(cart(), podresolver.NewPod("p", addr.String(), "cart"), makes("Assigned"))...)
+					append(cart(), podresolver.NewPod("p", addr.String(), "cart"), micAssignment("Assigned"))...)
 				w.sources()[name].fail(forbidden)
 				w.run()
 				synctest.Wait()
@@ -51,7 +51,7 @@ func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
 				require.ErrorContains(t, err, name+": ")
 				_, err = w.resolver.Explain("shop", "p", nil)
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
-				assert.Empty(t, w.gates.pods.lookups(), "there is nothing to decide by")
+				assert.Empty(t, w.api.pods.lookups(), "there is nothing to decide by")
 				addrs, _ := w.resolver.Addresses()
 				assert.Empty(t, addrs)
 
@@ -70,10 +70,10 @@ func TestNothingIsDecidedBeforeAllHasSynced(t *testing.T) {
 	}
 }
 
-func TestARequestMayWaitForTheFirstSnapshot(t *testing.T) {
+func TestRequestWaitsForFirstSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
-		w.gates.bindings.slow(time.Second)
+		w.api.bindings.slow(time.Second)
 		require.ErrorContains(t, w.resolver.Ready(), "pods: waiting for the first list")
 		w.run()
 		begin := time.Now()
@@ -82,7 +82,7 @@ func TestARequestMayWaitForTheFirstSnapshot(t *testing.T) {
 	})
 }
 
-func TestADefinitionThatIsMissingIsNamed(t *testing.T) {
+func TestMissingCRD(t *testing.T) {
 	for _, name := range []string{"azureidentities" + custom, "azureidentitybindings" + custom, "azureassignedidentities" + custom} {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, podresolver.NewPod("p", addr.String(), "cart"))
@@ -94,10 +94,10 @@ func TestADefinitionThatIsMissingIsNamed(t *testing.T) {
 	}
 }
 
-func TestWithoutADefinitionThereAreNoExceptions(t *testing.T) {
+func TestMissingExceptionCRD(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
-		w.gates.exceptions.fail(notFound)
+		w.api.exceptions.fail(notFound)
 		w.run()
 		synctest.Wait()
 		require.NoError(t, w.resolver.Ready())
@@ -105,7 +105,7 @@ func TestWithoutADefinitionThereAreNoExceptions(t *testing.T) {
 		assert.Equal(t, "p", w.name(addr))
 
 		// The definition comes, and an exception with it.
-		w.gates.exceptions.fail(nil)
+		w.api.exceptions.fail(nil)
 		w.Add(podresolver.NewException("e", map[string]string{"aadpodidbinding": "cart"}))
 		time.Sleep(2 * podresolver.LastRetry)
 		require.NoError(t, w.resolver.Stale())
@@ -115,7 +115,7 @@ func TestWithoutADefinitionThereAreNoExceptions(t *testing.T) {
 
 		// It goes again. That the API server has lost it must not turn what was
 		// excepted into what is not.
-		w.gates.exceptions.fail(notFound)
+		w.api.exceptions.fail(notFound)
 		time.Sleep(time.Hour)
 		require.ErrorContains(t, w.resolver.Stale(), "azurepodidentityexceptions")
 		pod, err = w.resolver.Resolve(t.Context(), addr)
@@ -124,41 +124,31 @@ func TestWithoutADefinitionThereAreNoExceptions(t *testing.T) {
 	})
 }
 
-func TestExceptionsThatAreForbiddenAreNotNone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, podresolver.Config{})
-		w.gates.exceptions.fail(forbidden)
-		w.run()
-		time.Sleep(time.Hour)
-		assert.ErrorContains(t, w.resolver.Ready(), "azurepodidentityexceptions"+custom+": the agent's service account")
-	})
-}
-
-func TestTheLogSaysWhatIsWrongOnce(t *testing.T) {
+func TestWatchErrorIsLoggedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		w := newWorld(t, podresolver.Config{Logger: slog.New(slog.NewTextHandler(&log, nil))})
-		w.gates.bindings.fail(forbidden)
+		w.api.bindings.fail(forbidden)
 		w.run()
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		assert.Equal(t, 1, strings.Count(log.String(), "cannot watch the API server"), log.String())
-		w.gates.bindings.fail(nil)
+		w.api.bindings.fail(nil)
 		time.Sleep(2 * podresolver.LastRetry)
 		synctest.Wait()
 		assert.Equal(t, 1, strings.Count(log.String(), "watching the API server again"), log.String())
 	})
 }
 
-func TestRetriesAreFew(t *testing.T) {
+func TestRetryBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{})
-		w.gates.pods.fail(context.DeadlineExceeded)
+		w.api.pods.fail(context.DeadlineExceeded)
 		w.run()
 		time.Sleep(time.Hour)
-		w.gates.pods.mu.Lock()
-		defer w.gates.pods.mu.Unlock()
-		assert.LessOrEqual(t, len(w.gates.pods.lists), int(time.Hour/podresolver.LastRetry)+10)
-		assert.GreaterOrEqual(t, len(w.gates.pods.lists), int(time.Hour/podresolver.LastRetry)/2)
+		w.api.pods.mu.Lock()
+		defer w.api.pods.mu.Unlock()
+		assert.LessOrEqual(t, len(w.api.pods.lists), int(time.Hour/podresolver.LastRetry)+10)
+		assert.GreaterOrEqual(t, len(w.api.pods.lists), int(time.Hour/podresolver.LastRetry)/2)
 	})
 }

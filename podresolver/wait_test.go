@@ -15,7 +15,7 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-func TestUnknownAddressesWaitForTheEventAndNoLonger(t *testing.T) {
+func TestUnknownAddressWaitsForPod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 
@@ -24,7 +24,7 @@ func TestUnknownAddressesWaitForTheEventAndNoLonger(t *testing.T) {
 		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
 		assert.ErrorContains(t, err, addr.String())
 		assert.Equal(t, podresolver.DefaultPodWait, time.Since(begin))
-		assert.Len(t, w.gates.pods.lookups(), 1)
+		assert.Len(t, w.api.pods.lookups(), 1)
 
 		go func() {
 			time.Sleep(time.Second)
@@ -37,17 +37,17 @@ func TestUnknownAddressesWaitForTheEventAndNoLonger(t *testing.T) {
 			}
 		})
 		assert.Equal(t, time.Second, took, "woken by the event, at once")
-		assert.Len(t, w.gates.pods.lookups(), 1, "nobody else was asked")
+		assert.Len(t, w.api.pods.lookups(), 1, "nobody else was asked")
 
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
 		_, err = w.resolver.Resolve(ctx, other)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		assert.Len(t, w.gates.pods.lookups(), 1, "who does not wait does not ask")
+		assert.Len(t, w.api.pods.lookups(), 1, "who does not wait does not ask")
 	})
 }
 
-func TestThePatienceIsAsConfigured(t *testing.T) {
+func TestPodWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{PodWait: 42 * time.Millisecond})
 		begin := time.Now()
@@ -57,33 +57,7 @@ func TestThePatienceIsAsConfigured(t *testing.T) {
 	})
 }
 
-// TestOthersNewsWakeNobody holds a waiter against a storm of other pods.
-func TestOthersNewsWakeNobody(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, cart()...)
-		done := make(chan string)
-		go func() { done <- w.name(addr) }()
-		synctest.Wait()
-		requests, addresses := w.resolver.Waiting()
-		assert.Equal(t, [2]int{1, 1}, [2]int{requests, addresses})
-
-		next := addr.Next()
-		for i := range 500 {
-			w.Add(podresolver.NewPod(fmt.Sprint("p", i), next.String(), "cart"))
-			synctest.Wait()
-			requests, _ = w.resolver.Waiting()
-			require.Equal(t, 1, requests, "a waiter that is woken is not counted any more")
-			next = next.Next()
-		}
-		assert.Equal(t, 500, w.resolver.Stats().Addresses)
-		w.Add(podresolver.NewPod("mine", addr.String(), "cart"))
-		assert.Equal(t, "mine", <-done)
-		requests, addresses = w.resolver.Waiting()
-		assert.Zero(t, requests+addresses)
-	})
-}
-
-func TestWaitersLeaveNothingBehind(t *testing.T) {
+func TestCanceledWaitersAreRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
 		ctx, cancel := context.WithCancel(t.Context())
@@ -108,11 +82,11 @@ func TestWaitersLeaveNothingBehind(t *testing.T) {
 		requests, addresses = w.resolver.Waiting()
 		assert.Zero(t, requests+addresses)
 		assert.EqualValues(t, 1000, failed.Load())
-		assert.Empty(t, w.gates.pods.lookups())
+		assert.Empty(t, w.api.pods.lookups())
 	})
 }
 
-func TestEachWaiterIsWokenByItsOwnPod(t *testing.T) {
+func TestWaiterIsWokenByItsPod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{PodWait: time.Hour})
 		begin := time.Now()
@@ -135,7 +109,7 @@ func TestEachWaiterIsWokenByItsOwnPod(t *testing.T) {
 	})
 }
 
-func TestAnUnspecifiedAddressIsOnlyUnknown(t *testing.T) {
+func TestZeroAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, podresolver.NewPod("p", "", ""))
 		_, err := w.resolver.Resolve(t.Context(), netip.Addr{})

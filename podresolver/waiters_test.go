@@ -21,7 +21,7 @@ func snapshotOf(pods map[netip.Addr]*Pod) *snapshot {
 	return s
 }
 
-func TestAWaiterIsWokenByItsOwnAddressOnly(t *testing.T) {
+func TestWaiterIsWokenByItsAddressOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var (
 			w       waiters
@@ -56,8 +56,8 @@ func TestAWaiterIsWokenByItsOwnAddressOnly(t *testing.T) {
 	})
 }
 
-// TestNewsBetweenLookingAndWaitingAreNotMissed: nobody would be woken for them.
-func TestNewsBetweenLookingAndWaitingAreNotMissed(t *testing.T) {
+// TestSnapshotPublishedBeforeWaiting: nobody would be woken for them.
+func TestSnapshotPublishedBeforeWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var w waiters
 		seen, now := snapshotOf(nil), snapshotOf(map[netip.Addr]*Pod{addr: {Name: "mine"}})
