@@ -14,20 +14,20 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-// What a request in Standard mode waits for, and what it does not.
+// Waiting for MIC in Standard mode.
 
 func standard(t *testing.T, objects ...runtime.Object) *world {
 	t.Helper()
 	return start(t, podresolver.Config{Mode: podresolver.Standard}, append(objects, podresolver.NewPod("p", addr.String(), "cart"))...)
 }
 
-// makes is MIC's assignment of cart() to the pod of standard.
+// micAssignment is MIC's assignment of cart() to the pod of standard.
 func micAssignment(state string) runtime.Object {
 	return podresolver.NewAssigned("a", "p", state, podresolver.NewIdentity("cart", podresolver.GUID("C1"), podresolver.Path("/r/1")), podresolver.NewBinding("cart", "cart", "cart", 0))
 }
 
-// ask asks for an identity as a request does, and says how long that took.
-func (w *world) ask(ctx context.Context, want podresolver.Selector) (podresolver.Identity, time.Duration, error) {
+// identity resolves an identity as a request does, and returns how long that took.
+func (w *world) identity(ctx context.Context, want podresolver.Selector) (podresolver.Identity, time.Duration, error) {
 	w.t.Helper()
 	pod, err := w.resolver.Resolve(ctx, addr)
 	require.NoError(w.t, err)
@@ -39,7 +39,7 @@ func (w *world) ask(ctx context.Context, want podresolver.Selector) (podresolver
 func TestAssignedIdentityDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := standard(t, append(cart(), micAssignment("Assigned"))...)
-		id, took, err := w.ask(t.Context(), podresolver.Selector{})
+		id, took, err := w.identity(t.Context(), podresolver.Selector{})
 		require.NoError(t, err)
 		assert.Zero(t, took)
 		assert.Equal(t, "cart", id.Name)
@@ -50,15 +50,15 @@ func TestWaitForAssignment(t *testing.T) {
 	for name, want := range map[string]podresolver.Selector{
 		"none":                    {},
 		"client ID":               {ClientID: podresolver.GUID("c1")},
-		"another case":            {ClientID: podresolver.GUID("C1")},
-		"a resource ID":           {ResourceID: podresolver.Path("/r/1")},
-		"a resource ID, too":      {ResourceID: podresolver.Path("/R/1")},
+		"other case":              {ClientID: podresolver.GUID("C1")},
+		"resource ID":             {ResourceID: podresolver.Path("/r/1")},
+		"resource ID, other case": {ResourceID: podresolver.Path("/R/1")},
 		"both, client ID matches": {ClientID: podresolver.GUID("C1"), ResourceID: podresolver.Path("/r/none")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := standard(t, cart()...)
-				_, took, err := w.ask(t.Context(), want)
+				_, took, err := w.identity(t.Context(), want)
 				require.ErrorIs(t, err, podresolver.ErrNotAssigned)
 				assert.ErrorContains(t, err, "shop/cart")
 				assert.Equal(t, podresolver.DefaultIdentityWait, took)
@@ -69,10 +69,10 @@ func TestWaitForAssignment(t *testing.T) {
 					time.Sleep(time.Second)
 					w.Modify(micAssignment("Assigned"))
 				}()
-				id, took, err := w.ask(t.Context(), want)
+				id, took, err := w.identity(t.Context(), want)
 				require.NoError(t, err)
 				assert.Equal(t, "cart", id.Name)
-				assert.Equal(t, 2*time.Second, took, "woken at once, by the state that counts")
+				assert.Equal(t, 2*time.Second, took, "woken at once, by the state Assigned")
 			})
 		})
 	}
@@ -83,14 +83,14 @@ func TestConcurrentWaitsForOneAssignment(t *testing.T) {
 		w := standard(t, cart()...)
 		go func() {
 			time.Sleep(time.Second)
-			for i := range 100 { // those of other pods change nothing
+			for i := range 100 { // of other pods
 				w.Add(podresolver.NewAssigned(fmt.Sprint("other", i), fmt.Sprint("q", i), "Assigned", podresolver.NewIdentity("cart", podresolver.GUID("C1"), ""), nil))
 			}
 			time.Sleep(time.Second)
 			w.Add(micAssignment("Assigned"))
 		}()
 		took := concurrently(func() {
-			id, _, err := w.ask(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
+			id, _, err := w.identity(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
 			if assert.NoError(t, err) {
 				assert.Equal(t, podresolver.GUID("c1"), id.ClientID)
 			}
@@ -106,16 +106,16 @@ func TestUnboundIdentityDoesNotWait(t *testing.T) {
 		objects []runtime.Object
 		want    podresolver.Selector
 	}{
-		"no binding":       {nil, podresolver.Selector{}},
-		"another ID":       {cart(), podresolver.Selector{ClientID: podresolver.GUID("c2")}},
-		"an object ID":     {cart(), podresolver.Selector{ObjectID: "c1"}},
-		"no identity":      {[]runtime.Object{podresolver.NewBinding("cart", "cart", "cart", 0)}, podresolver.Selector{}},
-		"it is Unassigned": {[]runtime.Object{micAssignment("Unassigned")}, podresolver.Selector{}},
+		"no binding":   {nil, podresolver.Selector{}},
+		"another ID":   {cart(), podresolver.Selector{ClientID: podresolver.GUID("c2")}},
+		"an object ID": {cart(), podresolver.Selector{ObjectID: "c1"}},
+		"no identity":  {[]runtime.Object{podresolver.NewBinding("cart", "cart", "cart", 0)}, podresolver.Selector{}},
+		"Unassigned":   {[]runtime.Object{micAssignment("Unassigned")}, podresolver.Selector{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := standard(t, tc.objects...)
-				_, took, err := w.ask(t.Context(), tc.want)
+				_, took, err := w.identity(t.Context(), tc.want)
 				require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 				assert.Zero(t, took)
 			})
@@ -128,22 +128,22 @@ func TestWaitForAssignmentEndsEarly(t *testing.T) {
 		after func(w *world)
 		want  error
 	}{
-		"when its binding goes": {func(w *world) { w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0)) }, podresolver.ErrNoIdentity},
-		"when its identity gets another ID": {func(w *world) {
+		"binding deleted": {func(w *world) { w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0)) }, podresolver.ErrNoIdentity},
+		"identity gets another ID": {func(w *world) {
 			w.Modify(podresolver.NewIdentity("cart", podresolver.GUID("c2"), ""))
 		}, podresolver.ErrNoIdentity},
-		"when the pod goes": {func(w *world) { w.Delete(podresolver.NewPod("p", "", "")) }, podresolver.ErrUnknownAddress},
-		"when another pod gets the address": {func(w *world) {
+		"pod deleted": {func(w *world) { w.Delete(podresolver.NewPod("p", "", "")) }, podresolver.ErrUnknownAddress},
+		"address reused": {func(w *world) {
 			w.Delete(podresolver.NewPod("p", "", ""))
 			w.Add(podresolver.NewPod("q", addr.String(), "cart"))
 		}, podresolver.ErrUnknownAddress},
-		"when a pod of the same name gets the address": {func(w *world) {
+		"address reused by a pod of the same name": {func(w *world) {
 			pod := podresolver.NewPod("p", addr.String(), "cart")
 			pod.UID = "another"
 			w.Modify(pod)
 		}, podresolver.ErrUnknownAddress},
-		"when two pods claim the address": {func(w *world) { w.Add(podresolver.NewPod("q", addr.String(), "cart")) }, podresolver.ErrUnknownAddress},
-		"when the pod loses its label":    {func(w *world) { w.Modify(podresolver.NewPod("p", addr.String(), "")) }, podresolver.ErrNoIdentity},
+		"address becomes ambiguous": {func(w *world) { w.Add(podresolver.NewPod("q", addr.String(), "cart")) }, podresolver.ErrUnknownAddress},
+		"label removed":             {func(w *world) { w.Modify(podresolver.NewPod("p", addr.String(), "")) }, podresolver.ErrNoIdentity},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -152,7 +152,7 @@ func TestWaitForAssignmentEndsEarly(t *testing.T) {
 					time.Sleep(time.Second)
 					tc.after(w)
 				}()
-				_, took, err := w.ask(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
+				_, took, err := w.identity(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
 				require.ErrorIs(t, err, tc.want)
 				assert.Equal(t, time.Second, took)
 			})
@@ -165,7 +165,7 @@ func TestWaitForAssignmentCanceled(t *testing.T) {
 		w := standard(t, cart()...)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		_, took, err := w.ask(ctx, podresolver.Selector{})
+		_, took, err := w.identity(ctx, podresolver.Selector{})
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.ErrorIs(t, err, podresolver.ErrNotAssigned)
 		assert.Equal(t, time.Second, took)
@@ -176,7 +176,7 @@ func TestIdentityWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{Mode: podresolver.Standard, IdentityWait: 3 * time.Millisecond},
 			append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
-		_, took, err := w.ask(t.Context(), podresolver.Selector{})
+		_, took, err := w.identity(t.Context(), podresolver.Selector{})
 		require.ErrorIs(t, err, podresolver.ErrNotAssigned)
 		assert.Equal(t, 3*time.Millisecond, took)
 	})
@@ -185,7 +185,7 @@ func TestIdentityWait(t *testing.T) {
 func TestManagedModeDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
-		_, took, err := w.ask(t.Context(), podresolver.Selector{})
+		_, took, err := w.identity(t.Context(), podresolver.Selector{})
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 		assert.Zero(t, took)
 	})

@@ -16,7 +16,7 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-// notBefore confirms pods whose containers started at a time or later.
+// notBefore confirms pods of which a container started at that time or later.
 func notBefore(start time.Time) func(*podresolver.Pod) error {
 	return func(pod *podresolver.Pod) error {
 		if pod.Started.Before(start) {
@@ -43,7 +43,7 @@ func TestUnconfirmedCallerWaits(t *testing.T) {
 		require.ErrorIs(t, err, podresolver.ErrUnconfirmed)
 		assert.ErrorContains(t, err, "shop/old is too old")
 		assert.Equal(t, podresolver.DefaultPodWait, time.Since(begin))
-		assert.Len(t, w.api.pods.lookups(), 1, "the API server may know more than the watch")
+		assert.Len(t, w.api.pods.lookups(), 1, "the watch may be late")
 		assert.Zero(t, w.resolver.Stats().Found)
 
 		go func() {

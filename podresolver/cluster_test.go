@@ -24,8 +24,8 @@ import (
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
-// One of client-go's error handlers sleeps by the time of the last error, which may have
-// been that of another bubble, years ahead.
+// One of client-go's error handlers sleeps depending on the time of the last error, which may
+// be years ahead in another synctest bubble.
 func init() { utilruntime.ErrorHandlers = nil }
 
 var (
@@ -33,7 +33,7 @@ var (
 	other = netip.MustParseAddr("10.244.0.8")
 )
 
-// world is a cluster and a resolver that reads from it through api.
+// world is a cluster, and a resolver that reads it through sources that can fail.
 type world struct {
 	t *testing.T
 	*resolvertest.Cluster
@@ -42,8 +42,8 @@ type world struct {
 	stop     func()
 }
 
-// newWorld returns a world that does not run yet. All of it is in the bubble that
-// it was made in.
+// newWorld returns a world whose resolver does not run yet. It belongs to the current synctest
+// bubble.
 func newWorld(t *testing.T, cfg podresolver.Config, objects ...runtime.Object) *world {
 	t.Helper()
 	w := &world{t: t, Cluster: resolvertest.NewCluster(objects...)}
@@ -86,7 +86,7 @@ func (w *world) run() {
 	w.t.Cleanup(w.stop)
 }
 
-// start returns a world that has synced and is watched.
+// start returns a world that has synced.
 func start(t *testing.T, cfg podresolver.Config, objects ...runtime.Object) *world {
 	t.Helper()
 	w := newWorld(t, cfg, objects...)
@@ -101,7 +101,7 @@ func cart() []runtime.Object {
 	return []runtime.Object{podresolver.NewIdentity("cart", podresolver.GUID("C1"), podresolver.Path("/r/1")), podresolver.NewBinding("cart", "cart", "cart", 0)}
 }
 
-// name is whose an address is.
+// name resolves an address to the name of its pod.
 func (w *world) name(addr netip.Addr) string {
 	w.t.Helper()
 	pod, err := w.resolver.Resolve(w.t.Context(), addr)
@@ -109,7 +109,7 @@ func (w *world) name(addr netip.Addr) string {
 	return pod.Name
 }
 
-// together calls do a thousand times at once, and says how long that took.
+// concurrently calls do a thousand times at once, and returns how long that took.
 func concurrently(do func()) time.Duration {
 	begin := time.Now()
 	var wg sync.WaitGroup
@@ -120,25 +120,25 @@ func concurrently(do func()) time.Duration {
 	return time.Since(begin)
 }
 
-// faultySource is a source that can fail, and remembers what it was asked.
+// faultySource is a source that can fail, and records its lists.
 type faultySource struct {
 	to     cache.ListerWatcherWithContext
-	object func() resource // an empty one of its kind
+	object func() resource // returns an empty one
 
 	mu       sync.Mutex
 	err      error // of both calls; nil for none
-	muted    bool  // watches are accepted, and nothing is sent over them
-	hanging  bool  // lists are accepted, and not answered
+	muted    bool  // watches start, but send nothing
+	hanging  bool  // lists do not return
 	delay    time.Duration
 	lists    []metav1.ListOptions
 	watchers []*faultyWatch
 }
 
-// faultyWatch passes on what its source sends, and bookmarks.
+// faultyWatch forwards events, and sends bookmarks.
 type faultyWatch struct {
 	watch.Interface
 	to    chan watch.Event
-	marks chan struct{} // a bookmark is wanted
+	marks chan struct{} // requests a bookmark
 	done  chan struct{}
 	stop  func()
 }
@@ -146,7 +146,8 @@ type faultyWatch struct {
 func (w *faultyWatch) ResultChan() <-chan watch.Event { return w.to }
 func (w *faultyWatch) Stop()                          { w.stop() }
 
-// run ends with the source's watch or with Stop. version is the last one that was sent.
+// run returns when the source's watch ends or Stop is called. version is the last resource
+// version that was sent.
 func (w *faultyWatch) run(muted func() bool, version string, object func() resource) {
 	defer close(w.to)
 	for {
@@ -183,8 +184,7 @@ type resource interface {
 	metav1.Object
 }
 
-// IsWatchListSemanticsUnSupported is how client-go finds out that there are lists
-// alone.
+// IsWatchListSemanticsUnSupported tells client-go to list.
 func (*faultySource) IsWatchListSemanticsUnSupported() bool { return true }
 
 func (g *faultySource) ListWithContext(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
@@ -192,8 +192,8 @@ func (g *faultySource) ListWithContext(ctx context.Context, o metav1.ListOptions
 	g.lists = append(g.lists, o)
 	err, delay := g.err, g.delay
 	g.mu.Unlock()
-	// No timer for no time at all: the race detector does not survive many of those
-	// at once in a bubble (go.dev/issue/78156).
+	// No timer of zero: the race detector crashes with many of them in a bubble
+	// (go.dev/issue/78156).
 	if delay > 0 {
 		select {
 		case <-time.After(delay):
@@ -243,15 +243,14 @@ func (g *faultySource) isHanging() bool {
 	return g.hanging
 }
 
-// mute keeps watches open, and everything from being sent over them; hang does so with
-// lists.
+// mute keeps watches open without events; with hang, lists do not return either.
 func (g *faultySource) mute(hang bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.muted, g.hanging = true, hang
 }
 
-// bookmark sends one over each watch.
+// bookmark sends a bookmark over each watch.
 func (g *faultySource) bookmark() {
 	g.mu.Lock()
 	watchers := slices.Clone(g.watchers)
@@ -272,7 +271,7 @@ func (g *faultySource) Watch(o metav1.ListOptions) (watch.Interface, error) {
 	return g.WatchWithContext(context.Background(), o)
 }
 
-// fail makes all calls fail from now on, and cuts the watches; nil mends it.
+// fail makes all calls fail, and ends the watches; nil repairs it.
 func (g *faultySource) fail(err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -289,16 +288,16 @@ func (g *faultySource) slow(by time.Duration) {
 	g.delay = by
 }
 
-// lookups are the lists that asked for one address.
-func (g *faultySource) lookups() (asked []string) {
+// lookups are the field selectors of the lists that had one.
+func (g *faultySource) lookups() (selectors []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, o := range g.lists {
 		if o.FieldSelector != "" {
-			asked = append(asked, o.FieldSelector)
+			selectors = append(selectors, o.FieldSelector)
 		}
 	}
-	return asked
+	return selectors
 }
 
 func TestNodeIsRequired(t *testing.T) {

@@ -9,8 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// filled is a resolver that knows n pods of two identities each, and as many
-// identities of others.
+// filled is a resolver with n pods of two identities each, and identities of other pods.
 func filled(tb testing.TB, cfg Config, n, others int) *harness {
 	tb.Helper()
 	h := newHarness(tb, cfg,
@@ -51,7 +50,7 @@ func TestResolveDoesNotAllocate(t *testing.T) {
 	}
 }
 
-// TestEventDecidesAffectedPodsOnly: the others keep the very decision they had.
+// TestEventDecidesAffectedPodsOnly: other pods keep the same *Pod.
 func TestEventDecidesAffectedPodsOnly(t *testing.T) {
 	for _, mode := range []Mode{Managed, Standard} {
 		h := filled(t, Config{Mode: mode}, 250, 10)
@@ -61,20 +60,20 @@ func TestEventDecidesAffectedPodsOnly(t *testing.T) {
 			event   func()
 			decided int
 		}{
-			"a pod comes":                    {func() { h.put(newPod("new", "10.245.0.2", "x")) }, 1},
-			"a pod goes":                     {func() { h.drop(newPod("new", "", "")) }, 0},
-			"a binding for one":              {func() { h.put(binding("mine", "mine", "i", 0)) }, 1},
-			"a binding for nobody here":      {func() { h.put(binding("elsewhere", "elsewhere", "i", 0)) }, 0},
-			"a binding in another namespace": {func() { h.put(in("bank", binding("mine", "mine", "i", 0))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
-			"an identity of one": {func() {
+			"pod added":                    {func() { h.put(newPod("new", "10.245.0.2", "x")) }, 1},
+			"pod deleted":                  {func() { h.drop(newPod("new", "", "")) }, 0},
+			"binding of one pod":           {func() { h.put(binding("mine", "mine", "i", 0)) }, 1},
+			"binding of no pod":            {func() { h.put(binding("elsewhere", "elsewhere", "i", 0)) }, 0},
+			"binding in another namespace": {func() { h.put(in("bank", binding("mine", "mine", "i", 0))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
+			"identity of one pod": {func() {
 				h.put(binding("m", "mine", "m", 0))
 				h.update()
 				h.put(identity("m", guid("c-m"), ""))
 			}, 1},
-			"an identity of nobody":             {func() { h.put(identity("unbound", guid("c-u"), "")) }, 0},
-			"an identity that is as it was":     {func() { h.put(identity("i", guid("c-1"), path("/r/1"))) }, 0},
-			"an assignment to one":              {func() { h.put(assigned("am", "mine", "Assigned", identity("i", guid("c-1"), ""), nil)) }, 1},
-			"an exception in another namespace": {func() { h.put(in("bank", exception("e", map[string]string{"a": "b"}))) }, 0},
+			"unbound identity":               {func() { h.put(identity("unbound", guid("c-u"), "")) }, 0},
+			"unchanged identity":             {func() { h.put(identity("i", guid("c-1"), path("/r/1"))) }, 0},
+			"assignment to one pod":          {func() { h.put(assigned("am", "mine", "Assigned", identity("i", guid("c-1"), ""), nil)) }, 1},
+			"exception in another namespace": {func() { h.put(in("bank", exception("e", map[string]string{"a": "b"}))) }, 0},
 		} {
 			before := make(map[*Pod]bool)
 			h.update()
@@ -96,8 +95,7 @@ func TestEventDecidesAffectedPodsOnly(t *testing.T) {
 	}
 }
 
-// TestBurstOfEventsIsOneUpdate: an event wakes the deciding goroutine,
-// and those that follow until it has looked do so no more.
+// TestBurstOfEventsIsOneUpdate: events wake the deciding goroutine once, until it has looked.
 func TestBurstOfEventsIsOneUpdate(t *testing.T) {
 	h := filled(t, Config{}, 250, 0)
 	<-h.objects.wake
@@ -117,7 +115,7 @@ func TestUnrelatedEventsDoNotWake(t *testing.T) {
 	h := filled(t, Config{}, 10, 0)
 	<-h.objects.wake
 	h.put(identity("unbound", guid("c"), ""), binding("elsewhere", "y", "i", 0), in("bank", exception("e", nil)))
-	h.put(identity("i", guid("c-1"), path("/r/1")), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // as they are
+	h.put(identity("i", guid("c-1"), path("/r/1")), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // unchanged
 	assert.Empty(t, h.objects.wake)
 }
 
@@ -143,8 +141,8 @@ func BenchmarkIdentity(b *testing.B) {
 	}
 }
 
-// BenchmarkPodEvent is a change of one pod among 250, in a cluster of 10,000
-// identities, to the snapshot that shows it.
+// BenchmarkPodEvent is a change of one of 250 pods in a cluster of 10,000 identities, up to the
+// published snapshot.
 func BenchmarkPodEvent(b *testing.B) {
 	h := filled(b, Config{}, 250, 10_000)
 	pods := [2]any{newPod("pod-0", addr.String(), "x"), newPod("pod-0", addr.String(), "y")}

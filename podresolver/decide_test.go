@@ -37,30 +37,30 @@ func TestManagedIdentity(t *testing.T) {
 	for name, tc := range map[string]struct {
 		label string
 		want  Selector
-		gets  string // an identity's name, or "" for a refusal
-		why   string // part of the refusal
+		gets  string // name of an identity; "" for an error
+		why   string // part of the error
 	}{
-		"names none, gets the oldest binding's":     {"cart", Selector{}, "old", ""},
-		"of the same age, gets the first by name":   {"twins", Selector{}, "new", ""},
-		"names one by client ID":                    {"cart", Selector{ClientID: guid("c-new")}, "new", ""},
-		"names one in another case":                 {"cart", Selector{ClientID: guid("c-OLD")}, "old", ""},
-		"names one by resource ID in another case":  {"cart", Selector{ResourceID: path("/SUBSCRIPTIONS/s/New")}, "new", ""},
-		"names one that is not bound to it":         {"resource", Selector{ClientID: guid("c-old")}, "", "none of those bound to it"},
-		"an empty client ID is not a wildcard":      {"resource", Selector{ResourceID: path("/other")}, "", "none of those bound to it"},
-		"an object ID is never the default":         {"cart", Selector{ObjectID: "o"}, "", "none of those bound to it"},
-		"an object ID is not beside the point":      {"cart", Selector{ClientID: guid("c-new"), ObjectID: "o"}, "", "none of those bound to it"},
-		"identity known by its resource ID alone":   {"resource", Selector{}, "by-resource", ""},
-		"selector differs in case":                  {"Cart", Selector{}, "", `no AzureIdentityBinding in namespace "shop" has the selector "Cart"`},
-		"no label":                                  {"", Selector{}, "", `it has no label "aadpodidbinding"`},
-		"binding to an identity that is not there":  {"broken", Selector{}, "", `AzureIdentityBinding "gone" names AzureIdentity "deleted", which does not exist in the binding's namespace`},
-		"binding to an identity that names nothing": {"broken", Selector{}, "", `AzureIdentity "empty", which has neither clientID nor resourceID`},
-		"one of two bindings is broken":             {"half", Selector{}, "new", ""},
-		"a binding of another namespace":            {"bank-only", Selector{}, "", `in namespace "shop" has the selector "bank-only"`},
-		"an identity of another namespace":          {"abroad", Selector{}, "", `AzureIdentity "vault", which does not exist`},
-		"not what another namespace gives by name":  {"cart", Selector{ClientID: guid("c-vault")}, "", "none of those bound to it"},
+		"no selector, oldest binding":           {"cart", Selector{}, "old", ""},
+		"no selector, bindings of the same age": {"twins", Selector{}, "new", ""},
+		"client ID":                             {"cart", Selector{ClientID: guid("c-new")}, "new", ""},
+		"client ID in another case":             {"cart", Selector{ClientID: guid("c-OLD")}, "old", ""},
+		"resource ID in another case":           {"cart", Selector{ResourceID: path("/SUBSCRIPTIONS/s/New")}, "new", ""},
+		"client ID that is not bound":           {"resource", Selector{ClientID: guid("c-old")}, "", "none of those bound to it"},
+		"an empty client ID is not a wildcard":  {"resource", Selector{ResourceID: path("/other")}, "", "none of those bound to it"},
+		"object ID alone":                       {"cart", Selector{ObjectID: "o"}, "", "none of those bound to it"},
+		"object ID beside a client ID":          {"cart", Selector{ClientID: guid("c-new"), ObjectID: "o"}, "", "none of those bound to it"},
+		"identity with a resource ID alone":     {"resource", Selector{}, "by-resource", ""},
+		"selector differs in case":              {"Cart", Selector{}, "", `no AzureIdentityBinding in namespace "shop" has the selector "Cart"`},
+		"no label":                              {"", Selector{}, "", `it has no label "aadpodidbinding"`},
+		"binding of a missing identity":         {"broken", Selector{}, "", `AzureIdentityBinding "gone" names AzureIdentity "deleted", which does not exist in the binding's namespace`},
+		"binding of an identity without IDs":    {"broken", Selector{}, "", `AzureIdentity "empty", which has neither clientID nor resourceID`},
+		"one of two bindings is unusable":       {"half", Selector{}, "new", ""},
+		"binding in another namespace":          {"bank-only", Selector{}, "", `in namespace "shop" has the selector "bank-only"`},
+		"identity in another namespace":         {"abroad", Selector{}, "", `AzureIdentity "vault", which does not exist`},
+		"client ID bound in another namespace":  {"cart", Selector{ClientID: guid("c-vault")}, "", "none of those bound to it"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := h.of(newPod("cart-0", "", tc.label)).Identity(tc.want)
+			got, err := h.decide(newPod("cart-0", "", tc.label)).Identity(tc.want)
 			if tc.gets == "" {
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, tc.why)
@@ -73,9 +73,9 @@ func TestManagedIdentity(t *testing.T) {
 }
 
 func TestTwoBindingsOfOneIdentity(t *testing.T) {
-	p := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", time.Hour), binding("a", "x", "i", 0)).of(newPod("p", "", "x"))
+	p := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", time.Hour), binding("a", "x", "i", 0)).decide(newPod("p", "", "x"))
 	require.Len(t, p.identities, 1)
-	assert.Equal(t, "b", p.identities[0].Binding, "the older one is said to give it")
+	assert.Equal(t, "b", p.identities[0].Binding, "of the older binding")
 }
 
 func TestOrderOfEventsDoesNotMatter(t *testing.T) {
@@ -84,7 +84,7 @@ func TestOrderOfEventsDoesNotMatter(t *testing.T) {
 		binding("b", "x", "i", 0), binding("a", "x", "j", 0), binding("z", "x", "k", time.Second),
 	}
 	for range len(all) {
-		p := newHarness(t, Config{}, all...).of(newPod("p", "", "x"))
+		p := newHarness(t, Config{}, all...).decide(newPod("p", "", "x"))
 		assert.Equal(t, []string{"k", "j", "i"}, names(p.identities))
 		all = slices.Concat(all[1:], all[:1])
 	}
@@ -94,13 +94,13 @@ func TestStrictSelection(t *testing.T) {
 	h := newHarness(t, Config{StrictSelection: true},
 		identity("i", guid("c1"), ""), identity("j", guid("c2"), ""),
 		binding("a", "two", "i", 0), binding("b", "two", "j", 0), binding("c", "one", "i", 0))
-	_, err := h.of(newPod("p", "", "two")).Identity(Selector{})
+	_, err := h.decide(newPod("p", "", "two")).Identity(Selector{})
 	require.ErrorIs(t, err, ErrMultipleIdentities)
-	got, err := h.of(newPod("p", "", "two")).Identity(Selector{ClientID: guid("C2")})
+	got, err := h.decide(newPod("p", "", "two")).Identity(Selector{ClientID: guid("C2")})
 	require.NoError(t, err)
 	assert.Equal(t, "j", got.Name)
-	got, err = h.of(newPod("p", "", "one")).Identity(Selector{})
-	require.NoError(t, err, "there is nothing to choose")
+	got, err = h.decide(newPod("p", "", "one")).Identity(Selector{})
+	require.NoError(t, err, "it has only one")
 	assert.Equal(t, "i", got.Name)
 }
 
@@ -108,7 +108,7 @@ func TestEmptySelectorMatchesNoPod(t *testing.T) {
 	pod := newPod("p", "", "")
 	pod.Labels = map[string]string{aadpodidentity.BindingLabel: ""}
 	for _, mode := range []Mode{Managed, Standard} {
-		p := newHarness(t, Config{Mode: mode}, identity("i", guid("c"), ""), binding("a", "", "i", 0)).of(pod)
+		p := newHarness(t, Config{Mode: mode}, identity("i", guid("c"), ""), binding("a", "", "i", 0)).decide(pod)
 		_, err := p.Identity(Selector{})
 		assert.ErrorIs(t, err, ErrNoIdentity)
 	}
@@ -117,7 +117,7 @@ func TestEmptySelectorMatchesNoPod(t *testing.T) {
 func TestMalformedIdentity(t *testing.T) {
 	odd := identity("odd", "", "")
 	odd.Spec.Unreadable = "type: not a number"
-	_, err := newHarness(t, Config{}, odd, binding("b", "x", "odd", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err := newHarness(t, Config{}, odd, binding("b", "x", "odd", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.ErrorContains(t, err, `AzureIdentity "odd", which is malformed: type: not a number`)
 }
@@ -126,7 +126,7 @@ func TestIdentityOfServicePrincipal(t *testing.T) {
 	sp := identity("sp", guid("C1"), path("/R/1"))
 	sp.Spec.Type = aadpodidentity.ServicePrincipal
 	sp.Spec.TenantID, sp.Spec.ClientPassword.Name = "t", "s"
-	id, err := newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	id, err := newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
 	require.NoError(t, err)
 	assert.Equal(t, Identity{
 		Namespace: "shop", Name: "sp", Type: aadpodidentity.ServicePrincipal,

@@ -7,13 +7,12 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Of the identity that the tests withhold, and of another.
+// IDs of the denied identity, and of another.
 const (
 	kubeletClient   = "0be1e700-0000-4000-8000-00000000000a"
 	kubeletResource = "/subscriptions/S/resourceGroups/MC_g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/agentpool"
@@ -49,7 +48,7 @@ func TestDenyList(t *testing.T) {
 	for name, tc := range map[string]struct {
 		deny               string // IDs
 		clientID, resource string // the AzureIdentity's
-		why                string // "" if it is given
+		why                string // "" if it is allowed
 	}{
 		"nothing denied, odd spellings":        {"", braces, "", "is not a GUID"},
 		"client ID":                            {kubeletClient, kubeletClient, "", "has client ID " + kubeletClient + ", denied by --deny-identity"},
@@ -60,8 +59,8 @@ func TestDenyList(t *testing.T) {
 		"resource ID beside another client ID": {kubeletResource, cartClient, kubeletResource, "denied by --deny-identity"},
 		"the second of the list":               {cartClient + " " + kubeletClient, kubeletClient, "", "denied by --deny-identity"},
 		"another identity":                     {kubeletClient + " " + kubeletResource, cartClient, cartResource, ""},
-		"its other ID alone, the client ID":    {kubeletResource, kubeletClient, "", ""}, // nobody can know, as documented
-		"its other ID alone, the resource ID":  {kubeletClient, "", kubeletResource, ""}, // CheckToken will know
+		"its other ID alone, the client ID":    {kubeletResource, kubeletClient, "", ""}, // as documented
+		"its other ID alone, the resource ID":  {kubeletClient, "", kubeletResource, ""}, // see TestCheckToken
 		"a GUID in braces":                     {kubeletClient, braces, "", "is not a GUID"},
 		"a GUID without hyphens":               {kubeletClient, strings.ReplaceAll(kubeletClient, "-", ""), "", "is not a GUID"},
 		"a GUID with a space":                  {kubeletClient, kubeletClient + " ", "", "denied by --deny-identity"},
@@ -83,7 +82,7 @@ func TestDenyList(t *testing.T) {
 				newHarness(t, Config{Deny: deny, Mode: Standard}, in("kube-system", newPod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
 			} {
 				p := newPod("p", "", "x")
-				_, err := h.of(p).Identity(Selector{})
+				_, err := h.decide(p).Identity(Selector{})
 				if tc.why == "" {
 					assert.NotErrorIs(t, err, ErrNoIdentity)
 					continue
@@ -93,7 +92,7 @@ func TestDenyList(t *testing.T) {
 				assert.ErrorContains(t, err, tc.why)
 				h.put(p)
 				_, _, err = h.decideNamed(cache.MetaObjectToName(p), Selector{}, time.Now())
-				assert.ErrorIs(t, err, ErrNoIdentity, "nor to a program of the node that acts for it")
+				assert.ErrorIs(t, err, ErrNoIdentity, "by name")
 			}
 		})
 	}
@@ -103,11 +102,11 @@ func TestDeniedServicePrincipal(t *testing.T) {
 	sp := identity("sp", kubeletClient, "")
 	sp.Spec.Type, sp.Spec.TenantID, sp.Spec.ClientPassword.Name = aadpodidentity.ServicePrincipal, "t", "s"
 	h := newHarness(t, Config{Deny: denyList(t, kubeletClient)}, sp, binding("b", "x", "sp", 0))
-	_, err := h.of(newPod("p", "", "x")).Identity(Selector{})
+	_, err := h.decide(newPod("p", "", "x")).Identity(Selector{})
 	require.ErrorContains(t, err, "denied by --deny-identity")
 }
 
-// A pod that has other identities keeps them; one of them is its default.
+// A pod keeps its other identities, and one of them is its default.
 func TestDeniedIdentityAmongOthers(t *testing.T) {
 	kubelet, cart := identity("kubelet", kubeletClient, ""), identity("cart", cartClient, "")
 	b, c := binding("b", "x", "kubelet", time.Hour), binding("c", "x", "cart", 0)
@@ -115,7 +114,7 @@ func TestDeniedIdentityAmongOthers(t *testing.T) {
 		newHarness(t, Config{Deny: denyList(t, kubeletClient), StrictSelection: true}, kubelet, cart, b, c),
 		newHarness(t, Config{Deny: denyList(t, kubeletClient), Mode: Standard}, assigned("a", "p", "", kubelet, b), assigned("b", "p", "", cart, c)),
 	} {
-		p := h.of(newPod("p", "", "x"))
+		p := h.decide(newPod("p", "", "x"))
 		got, err := p.Identity(Selector{})
 		require.NoError(t, err)
 		assert.Equal(t, "cart", got.Name)

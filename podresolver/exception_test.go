@@ -23,17 +23,17 @@ func TestExceptions(t *testing.T) {
 		"another value":                  {map[string]string{"app": "z"}, map[string]string{"app": "x"}, false},
 		"an empty value needs the key":   {map[string]string{"tier": "x"}, map[string]string{"app": ""}, false},
 		"an empty value matches another": {map[string]string{"app": ""}, map[string]string{"app": ""}, true},
-		"no labels except nobody":        {map[string]string{"app": "x"}, nil, false},
+		"exception without labels":       {map[string]string{"app": "x"}, nil, false},
 		"a pod without labels":           {nil, map[string]string{"app": "x"}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			pod := newPod("p", "", "")
 			pod.Labels = tc.pod
 			for _, mode := range []Mode{Managed, Standard} {
-				assert.Equal(t, tc.want, newHarness(t, Config{Mode: mode}, exception("e", tc.except)).of(pod).Exception() == "e")
+				assert.Equal(t, tc.want, newHarness(t, Config{Mode: mode}, exception("e", tc.except)).decide(pod).Exception() == "e")
 			}
 			abroad := newHarness(t, Config{}, in("bank", exception("e", tc.except)))
-			assert.Empty(t, abroad.of(pod).Exception(), "that of another namespace never applies")
+			assert.Empty(t, abroad.decide(pod).Exception(), "in another namespace")
 		})
 	}
 }
@@ -43,19 +43,19 @@ func TestFirstExceptionByNameApplies(t *testing.T) {
 	pod := newPod("p", "", "")
 	pod.Labels = app
 	h := newHarness(t, Config{}, exception("c", app), exception("a", app), exception("b", app), exception("0", map[string]string{"app": "y"}))
-	assert.Equal(t, "a", h.of(pod).Exception())
+	assert.Equal(t, "a", h.decide(pod).Exception())
 	h.drop(exception("a", nil))
-	assert.Equal(t, "b", h.of(pod).Exception())
+	assert.Equal(t, "b", h.decide(pod).Exception())
 }
 
 func TestExceptedPodHasNoIdentity(t *testing.T) {
 	pod := newPod("p", "", "x")
 	h := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
-	p := h.of(pod)
+	p := h.decide(pod)
 	assert.Equal(t, "e", p.Exception())
 	assert.Empty(t, p.identities)
-	// A zero Identity without an error would read as the node's own to whoever
-	// forgot to ask for the exception first.
+	// A caller that does not check Exception must not get a zero Identity without an error:
+	// it would be used as the node's own.
 	_, err := p.Identity(Selector{})
 	assert.ErrorIs(t, err, ErrNoIdentity)
 }
@@ -74,12 +74,12 @@ func TestMICPodsAreExcepted(t *testing.T) {
 	}
 	for name, tc := range map[string]struct {
 		pod       *corev1.Pod
-		namespace string // MIC's, as --MICNamespace gives it
+		namespace string // Config.MICNamespace
 		want      bool
 	}{
 		"a pod of the Deployment":          {mic(nil), "kube-system", true},
-		"MIC is nowhere":                   {mic(nil), "", false},
-		"MIC is elsewhere":                 {mic(nil), "mic", false},
+		"no MIC namespace":                 {mic(nil), "", false},
+		"another MIC namespace":            {mic(nil), "mic", false},
 		"no owner":                         {mic(func(p *corev1.Pod) { p.OwnerReferences = nil }), "kube-system", false},
 		"an owner that does not control":   {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Controller = nil }), "kube-system", false},
 		"another hash than its own":        {mic(func(p *corev1.Pod) { p.OwnerReferences[0].Name = "mic-foo" }), "kube-system", false},
@@ -92,20 +92,20 @@ func TestMICPodsAreExcepted(t *testing.T) {
 		"owned by a ReplicaSet of another": {mic(func(p *corev1.Pod) { p.OwnerReferences[0].APIVersion = "example.com/v1" }), "kube-system", false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := newHarness(t, Config{Mode: Standard, MICNamespace: tc.namespace}).of(tc.pod).Exception()
+			got := newHarness(t, Config{Mode: Standard, MICNamespace: tc.namespace}).decide(tc.pod).Exception()
 			assert.Equal(t, tc.want, got == micException, got)
-			got = newHarness(t, Config{MICNamespace: tc.namespace}).of(tc.pod).Exception()
+			got = newHarness(t, Config{MICNamespace: tc.namespace}).decide(tc.pod).Exception()
 			assert.Empty(t, got, "managed mode has no MIC")
 		})
 	}
-	// An exception that somebody wrote is what an operator looks for first.
+	// An AzurePodIdentityException is reported first.
 	pod := mic(nil)
 	written := in("kube-system", exception("written", pod.Labels))
 	h := newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system"}, written)
-	assert.Equal(t, "written", h.of(pod).Exception())
-	// --exception-namespaces is about what somebody wrote.
+	assert.Equal(t, "written", h.decide(pod).Exception())
+	// ExceptionNamespaces is about AzurePodIdentityExceptions.
 	h = newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system", ExceptionNamespaces: []string{}}, written)
-	assert.Equal(t, micException, h.of(pod).Exception())
+	assert.Equal(t, micException, h.decide(pod).Exception())
 }
 
 func TestExceptionNamespaces(t *testing.T) {
@@ -126,18 +126,18 @@ func TestExceptionNamespaces(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			for _, mode := range []Mode{Managed, Standard} {
 				h := newHarness(t, Config{Mode: mode, ExceptionNamespaces: tc.namespaces}, objects...)
-				assert.Equal(t, tc.here, h.of(here).Exception())
-				assert.Equal(t, tc.there, h.of(there).Exception())
+				assert.Equal(t, tc.here, h.decide(here).Exception())
+				assert.Equal(t, tc.there, h.decide(there).Exception())
 			}
 		})
 	}
 	h := newHarness(t, Config{ExceptionNamespaces: []string{"kube-system"}}, objects...)
-	_, err := h.of(here).Identity(Selector{})
+	_, err := h.decide(here).Identity(Selector{})
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.ErrorContains(t, err, `no AzureIdentityBinding in namespace "shop" has the selector "x"; AzurePodIdentityException "d" is ignored: namespace "shop" is not in --exception-namespaces`)
 
 	h.put(identity("i", guid("c"), ""), binding("b", "x", "i", 0))
-	got, err := h.of(here).Identity(Selector{})
-	require.NoError(t, err, "it is a pod like others")
+	got, err := h.decide(here).Identity(Selector{})
+	require.NoError(t, err, "the exception does not apply")
 	assert.Equal(t, "i", got.Name)
 }

@@ -1,6 +1,6 @@
 package podresolver
 
-// For the tests of what a caller sees.
+// For tests in package podresolver_test.
 const (
 	LookupRate    = lookupRate
 	LookupBurst   = lookupBurst
@@ -18,7 +18,7 @@ var (
 	NewPod       = newPod
 )
 
-// Waiting counts the requests that wait, and the addresses that they wait for.
+// Waiting returns the number of waiting requests, and of the addresses they wait for.
 func (r *Resolver) Waiting() (requests, addresses int) {
 	r.waiters.mu.Lock()
 	defer r.waiters.mu.Unlock()

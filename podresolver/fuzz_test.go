@@ -31,9 +31,8 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// FuzzEvents reads choices from bytes, and stops when there are none left. What it
-// covers is not the same twice, maps being what they are: run it with
-// -fuzzminimizetime 1x, or it does nothing else.
+// FuzzEvents is TestModel with choices from bytes. Its coverage differs from run to run because
+// the order of maps does: run it with -fuzzminimizetime 1x, or it keeps minimizing.
 func FuzzEvents(f *testing.F) {
 	for seed := range 20 {
 		random, b := rand.New(rand.NewPCG(uint64(seed), 1)), make([]byte, 300)

@@ -24,13 +24,13 @@ func named(name string) metav1.ObjectMeta {
 	return metav1.ObjectMeta{Namespace: "shop", Name: name}
 }
 
-// with returns an object after a change.
+// with changes an object and returns it.
 func with[T any](object *T, change func(*T)) *T {
 	change(object)
 	return object
 }
 
-// guid is the client ID that a short text stands for, in the text's case; "" for "".
+// guid makes a client ID of a short text, in the same case; "" of "".
 func guid(text string) string {
 	if text == "" {
 		return ""
@@ -43,7 +43,7 @@ func guid(text string) string {
 	return id
 }
 
-// path is the resource ID that a short text stands for; "" for "".
+// path makes a resource ID of a short text; "" of "".
 func path(text string) string {
 	if text == "" {
 		return ""
@@ -74,8 +74,7 @@ func exception(name string, labels map[string]string) *aadpodidentity.AzurePodId
 	}
 }
 
-// assigned is what MIC makes, in its namespace, of an identity and a binding for a pod of
-// node1.
+// assigned is the assignment that MIC creates for a pod of node1.
 func assigned(name, podName, state string, id *aadpodidentity.AzureIdentity, b *aadpodidentity.AzureIdentityBinding) *aadpodidentity.AzureAssignedIdentity {
 	return &aadpodidentity.AzureAssignedIdentity{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
@@ -86,7 +85,7 @@ func assigned(name, podName, state string, id *aadpodidentity.AzureIdentity, b *
 	}
 }
 
-// newPod is a running pod of node1. Its label is left out if it is "".
+// newPod is a running pod of node1, without a label if label is "".
 func newPod(name, ip, label string) *corev1.Pod {
 	p := &corev1.Pod{
 		ObjectMeta: named(name),
@@ -111,8 +110,8 @@ type store interface {
 	cache.TransformingStore
 }
 
-// harness is a resolver without its goroutines: the test fills its objects as
-// reflectors do, and decides when to decide.
+// harness is a resolver without its goroutines: the test does what reflectors do, and calls
+// update.
 type harness struct {
 	*Resolver
 	stores struct{ pods, identities, bindings, exceptions, assigned store }
@@ -128,12 +127,12 @@ func newHarness(tb testing.TB, cfg Config, objects ...any) *harness {
 	require.NoError(tb, err)
 	close(r.synced)
 	d, t := &harness{Resolver: r}, r.objects
-	unheard := func(bool) {}
-	d.stores.pods = &reflectorStore[podInfo]{t, t.pods, trimAny(r.trimPod), t.podChangedLocked, unheard}
-	d.stores.identities = &reflectorStore[identityInfo]{t, t.identities, trimAny(newIdentityInfo), t.identityChangedLocked, unheard}
-	d.stores.bindings = &reflectorStore[bindingInfo]{t, t.bindings, trimAny(newBindingInfo), t.bindingChangedLocked, unheard}
-	d.stores.exceptions = &reflectorStore[exceptionInfo]{t, t.exceptions, trimAny(newExceptionInfo), t.exceptionChangedLocked, unheard}
-	d.stores.assigned = &reflectorStore[assignmentInfo]{t, t.assigned, trimAny(assignmentInfoFor(cfg.Node)), t.assignmentChangedLocked, unheard}
+	ignore := func(bool) {}
+	d.stores.pods = &reflectorStore[podInfo]{t, t.pods, trimAny(r.trimPod), t.podChangedLocked, ignore}
+	d.stores.identities = &reflectorStore[identityInfo]{t, t.identities, trimAny(newIdentityInfo), t.identityChangedLocked, ignore}
+	d.stores.bindings = &reflectorStore[bindingInfo]{t, t.bindings, trimAny(newBindingInfo), t.bindingChangedLocked, ignore}
+	d.stores.exceptions = &reflectorStore[exceptionInfo]{t, t.exceptions, trimAny(newExceptionInfo), t.exceptionChangedLocked, ignore}
+	d.stores.assigned = &reflectorStore[assignmentInfo]{t, t.assigned, trimAny(assignmentInfoFor(cfg.Node)), t.assignmentChangedLocked, ignore}
 	d.put(objects...)
 	return d
 }
@@ -165,10 +164,10 @@ func (d *harness) storeOf(object any) store {
 	}
 }
 
-// of is what is decided for a pod now.
-func (d *harness) of(pod *corev1.Pod) *Pod { return d.decideLocked(d.trimPod(pod)) }
+// decide is the decision for a pod now.
+func (d *harness) decide(pod *corev1.Pod) *Pod { return d.decideLocked(d.trimPod(pod)) }
 
-// explain is what Explain says of pod "shop/p" when everything has been decided.
+// explain is the text of Explain for pod "shop/p".
 func (d *harness) explain(tb testing.TB) string {
 	tb.Helper()
 	d.update()
@@ -177,7 +176,7 @@ func (d *harness) explain(tb testing.TB) string {
 	return told.String()
 }
 
-// names are those of identities, in their order.
+// names are the names of identities.
 func names(identities []Identity) []string {
 	var all []string
 	for _, id := range identities {

@@ -21,12 +21,12 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-// silentServer is what is left of an API server behind a proxy that has lost it: it has
-// given lists once, accepts requests and sends nothing, or answers all with one error.
+// silentServer is an API server behind a broken proxy: after the first lists it accepts requests
+// and sends nothing, or returns one error for all of them.
 type silentServer struct {
 	pods    []corev1.Pod
-	failure atomic.Pointer[metav1.Status] // of everything; nil for silence
-	hanging atomic.Bool                   // lists are accepted, and not answered
+	failure atomic.Pointer[metav1.Status] // of all requests; nil for silence
+	hanging atomic.Bool                   // lists do not return
 	watches atomic.Int32
 }
 
@@ -74,7 +74,7 @@ func (*silentServer) status(w http.ResponseWriter, status metav1.Status) {
 	_ = json.NewEncoder(w).Encode(status)
 }
 
-// Over HTTP, with client-go's own client.
+// TestStaleOverHTTP is TestMaxStaleness with client-go's own client.
 func TestStaleOverHTTP(t *testing.T) {
 	gone := apierrors.NewGenericServerResponse(http.StatusGone, "list", schema.GroupResource{}, "", "too old", 0, false).Status()
 	timeout := apierrors.NewTimeoutError("Too large resource version", 1).Status()
@@ -95,7 +95,7 @@ func TestStaleOverHTTP(t *testing.T) {
 			<-r.Synced()
 			_, err = r.Resolve(t.Context(), addr)
 			require.NoError(t, err)
-			require.Eventually(t, func() bool { return api.watches.Load() == 4 }, 30*time.Second, time.Millisecond, "all watches are accepted")
+			require.Eventually(t, func() bool { return api.watches.Load() == 4 }, 30*time.Second, time.Millisecond, "all watches have started")
 			api.failure.Store(failure)
 			api.hanging.Store(failure == nil)
 			require.Eventually(t, func() bool {
@@ -107,7 +107,7 @@ func TestStaleOverHTTP(t *testing.T) {
 	}
 }
 
-// TestReadDoesNotRetry: a missing permission or definition is known with the first answer.
+// TestReadDoesNotRetry: a missing permission or CRD is reported with the first response.
 func TestReadDoesNotRetry(t *testing.T) {
 	forbidden, missing := apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, "", nil).Status(), apierrors.NewNotFound(schema.GroupResource{}, "").Status()
 	for name, tc := range map[string]struct {
@@ -129,14 +129,14 @@ func TestReadDoesNotRetry(t *testing.T) {
 				require.ErrorContains(t, err, text)
 			}
 			if tc.failure == &missing {
-				require.NotContains(t, err.Error(), "azurepodidentityexceptions", "there may be none")
+				require.NotContains(t, err.Error(), "azurepodidentityexceptions", "it is optional")
 			}
 			assert.Zero(t, api.watches.Load())
 		})
 	}
 }
 
-// TestRead: all of it, from lists alone.
+// TestRead resolves from lists alone.
 func TestRead(t *testing.T) {
 	api := &silentServer{pods: []corev1.Pod{*podresolver.NewPod("p", addr.String(), "cart")}}
 	server := httptest.NewServer(api)

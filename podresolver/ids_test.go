@@ -10,8 +10,8 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// What an AzureIdentity says is what IMDS is asked for: only that which Azure can know.
-// deploy/admission warns the author by the same rules.
+// The IDs of an AzureIdentity are sent to IMDS: only valid ones are usable. deploy/admission
+// warns the author by the same rules.
 func TestIDsOfAzureIdentity(t *testing.T) {
 	const (
 		guid     = "11111111-2222-3333-4444-555555555555"
@@ -52,7 +52,7 @@ func TestIDsOfAzureIdentity(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHarness(t, Config{}, identity("i", tc.clientID, tc.resourceID), binding("b", "x", "i", 0), newPod("p", addr.String(), "x"))
-			got, err := h.of(newPod("p", "", "x")).Identity(Selector{})
+			got, err := h.decide(newPod("p", "", "x")).Identity(Selector{})
 			if tc.why == "" {
 				require.NoError(t, err)
 				assert.Equal(t, strings.ToLower(strings.TrimSpace(tc.clientID)), got.ClientID)
@@ -68,13 +68,13 @@ func TestIDsOfAzureIdentity(t *testing.T) {
 
 	// A service principal's tokens do not depend on its resource ID.
 	sp := principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ResourceID = "anything" })
-	_, err := newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err := newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
 	require.NoError(t, err)
 	sp = principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ClientID = "cart" })
-	_, err = newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	_, err = newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
 	require.ErrorContains(t, err, `has client ID "cart", which is not a GUID`)
 
-	// What the log gets is bounded.
-	_, err = newHarness(t, Config{}, identity("i", strings.Repeat("c", 1e6), ""), binding("b", "x", "i", 0)).of(newPod("p", "", "x")).Identity(Selector{})
+	// The length of the error is bounded.
+	_, err = newHarness(t, Config{}, identity("i", strings.Repeat("c", 1e6), ""), binding("b", "x", "i", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
 	assert.Less(t, len(err.Error()), 1000)
 }

@@ -7,13 +7,12 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-const wholeList = `{"apiVersion":"aadpodidentity.k8s.io/v1","items":[
+const completeList = `{"apiVersion":"aadpodidentity.k8s.io/v1","items":[
 {"apiVersion":"aadpodidentity.k8s.io/v1","kind":"AzureIdentity","metadata":{"annotations":{"aadpodidentity.k8s.io/Behavior":"namespaced","other":"{\"a\":[1]}"},
 "creationTimestamp":"2026-11-21T08:48:04Z","labels":{"app":"a"},"managedFields":[{"fieldsV1":{"f:spec":{".":{}}}}],"name":"a","namespace":"shop","resourceVersion":"3","uid":"u"},
 "spec":{"clientID":"C1","resourceID":"/R","type":0},"status":{"availableReplicas":1}},
@@ -33,16 +32,16 @@ func read(text string) ([]*listItem, string, error) {
 	return rows, list.ResourceVersion + list.Continue, nil
 }
 
-// TestDecodeList compares with what apimachinery's way comes to.
+// TestDecodeList compares with encoding/json.
 func TestDecodeList(t *testing.T) {
-	rows, version, err := read(wholeList)
+	rows, version, err := read(completeList)
 	require.NoError(t, err)
 	assert.Equal(t, "7more", version)
 	var list struct {
 		Items []aadpodidentity.AzureIdentity `json:"items"`
 	}
-	// The last item apart: encoding/json does not tell its fields by case.
-	text := wholeList[:strings.Index(wholeList, ",\n{\"metadata\":{\"name\":\"c\"")] + "]}"
+	// Without the last item, because encoding/json matches field names case-insensitively.
+	text := completeList[:strings.Index(completeList, ",\n{\"metadata\":{\"name\":\"c\"")] + "]}"
 	require.NoError(t, stdjson.Unmarshal([]byte(text), &list))
 	require.Len(t, rows, 3)
 	for i := range list.Items {
@@ -53,7 +52,7 @@ func TestDecodeList(t *testing.T) {
 		principal: &Principal{Authority: defaultAuthority, SecretNamespace: "shop"},
 	}, rows[2].info)
 
-	// In any order, and with nothing in it.
+	// In any order, and empty.
 	rows, version, err = read(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"more":{"items":[1]},"items":[]}`)
 	require.NoError(t, err)
 	assert.Equal(t, "7", version)
@@ -61,9 +60,9 @@ func TestDecodeList(t *testing.T) {
 }
 
 func TestTruncatedList(t *testing.T) {
-	for i := range len(wholeList) {
-		_, _, err := read(wholeList[:i])
-		require.Error(t, err, wholeList[:i])
+	for i := range len(completeList) {
+		_, _, err := read(completeList[:i])
+		require.Error(t, err, completeList[:i])
 	}
 	for _, other := range []string{
 		`{"kind":"Status","metadata":{},"status":"Failure"}`,
@@ -78,9 +77,9 @@ func TestTruncatedList(t *testing.T) {
 	}
 }
 
-// FuzzDecodeList: whatever comes, it is a whole list or an error.
+// FuzzDecodeList: the result is a complete list or an error.
 func FuzzDecodeList(f *testing.F) {
-	f.Add(wholeList)
+	f.Add(completeList)
 	f.Add(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"annotations":null},"spec":null}]}`)
 	f.Fuzz(func(t *testing.T, text string) {
 		rows, version, err := read(text)

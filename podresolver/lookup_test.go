@@ -67,10 +67,10 @@ func TestLookupRateLimit(t *testing.T) {
 		}
 		asked := len(w.api.pods.lookups())
 		assert.LessOrEqual(t, asked, podresolver.LookupBurst+podresolver.LookupRate*seconds)
-		assert.GreaterOrEqual(t, asked, podresolver.LookupRate*seconds, "and not none")
+		assert.GreaterOrEqual(t, asked, podresolver.LookupRate*seconds, "the rate is used")
 		assert.EqualValues(t, asked, w.resolver.Stats().Lookups)
 
-		// All at once, after a while in which nobody asked.
+		// All at once, after a while without lookups.
 		time.Sleep(time.Hour)
 		for range 1000 {
 			at := next
@@ -108,16 +108,16 @@ func TestLookupOwner(t *testing.T) {
 		pods []*corev1.Pod
 		err  error
 	}{
-		"it is there":              {[]*corev1.Pod{as("p")}, nil},
-		"it is on another node":    {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.NodeName = "node2" })}, podresolver.ErrUnknownAddress},
-		"it is on no node":         {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.NodeName = "" })}, podresolver.ErrUnknownAddress},
-		"it has ended":             {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })}, podresolver.ErrUnknownAddress},
-		"it is past its grace":     {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.DeletionTimestamp = &past })}, podresolver.ErrUnknownAddress},
-		"it is on the host":        {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.HostNetwork = true })}, podresolver.ErrUnknownAddress},
-		"it has another address":   {[]*corev1.Pod{podresolver.NewPod("p", other.String(), "cart")}, podresolver.ErrUnknownAddress},
-		"it is not the only one":   {[]*corev1.Pod{as("p"), as("q")}, podresolver.ErrAmbiguousAddress},
-		"the other one has ended":  {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })}, nil},
-		"the other is not of here": {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Spec.NodeName = "node2" })}, nil},
+		"one pod":                      {[]*corev1.Pod{as("p")}, nil},
+		"another node":                 {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.NodeName = "node2" })}, podresolver.ErrUnknownAddress},
+		"not scheduled":                {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.NodeName = "" })}, podresolver.ErrUnknownAddress},
+		"finished":                     {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })}, podresolver.ErrUnknownAddress},
+		"grace period over":            {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.DeletionTimestamp = &past })}, podresolver.ErrUnknownAddress},
+		"host network":                 {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.HostNetwork = true })}, podresolver.ErrUnknownAddress},
+		"another address":              {[]*corev1.Pod{podresolver.NewPod("p", other.String(), "cart")}, podresolver.ErrUnknownAddress},
+		"two pods":                     {[]*corev1.Pod{as("p"), as("q")}, podresolver.ErrAmbiguousAddress},
+		"the other has failed":         {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })}, nil},
+		"the other is on another node": {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Spec.NodeName = "node2" })}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -158,17 +158,16 @@ func TestLookupTimeout(t *testing.T) {
 		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
 		assert.Equal(t, podresolver.DefaultPodWait+podresolver.LookupTimeout, time.Since(begin))
 
-		// Who has less time than that does not wait for it, and the others still do.
+		// A request with less time does not wait for it.
 		ctx, cancel := context.WithTimeout(t.Context(), podresolver.DefaultPodWait+time.Millisecond)
 		defer cancel()
 		_, err = w.resolver.Resolve(ctx, addr)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		assert.NotErrorIs(t, err, podresolver.ErrUnknownAddress)
-		time.Sleep(podresolver.LookupTimeout) // when nobody waits any more, it ends all the same
+		time.Sleep(podresolver.LookupTimeout) // it ends without requests that wait
 	})
 }
 
-// TestLookupOutlivesItsFirstRequest, whose lookup it is.
 func TestLookupOutlivesItsFirstRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
@@ -186,7 +185,6 @@ func TestLookupOutlivesItsFirstRequest(t *testing.T) {
 	})
 }
 
-// TestWatchReplacesLookup: what it says of a pod that was looked up replaces that.
 func TestWatchReplacesLookup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)

@@ -15,8 +15,7 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// reference is what the rules say of a set of objects, found out anew each time and
-// without regard to cost.
+// reference implements the rules for a set of objects, simply and slowly.
 type reference struct {
 	cfg        Config
 	pods       []*corev1.Pod
@@ -26,9 +25,9 @@ type reference struct {
 	assigned   []*aadpodidentity.AzureAssignedIdentity
 }
 
-// owner is "" if the address is unknown, "ambiguous", or whose it is and what that
-// pod is told to each of the questions.
-func (m *reference) owner(addr netip.Addr, now time.Time, questions []Selector) string {
+// owner is "" for an unknown address, "ambiguous", or describes the pod and the result of each
+// selector.
+func (m *reference) owner(addr netip.Addr, now time.Time, selectors []Selector) string {
 	var live, ending []*corev1.Pod
 	for _, p := range m.pods {
 		switch {
@@ -58,7 +57,7 @@ func (m *reference) owner(addr netip.Addr, now time.Time, questions []Selector) 
 	default:
 		p = live[0]
 	}
-	return tell(p.Namespace, p.Name, string(p.UID), m.exception(p), questions, func(want Selector) string { return m.answer(p, want) })
+	return tell(p.Namespace, p.Name, string(p.UID), m.exception(p), selectors, func(want Selector) string { return m.answer(p, want) })
 }
 
 func (m *reference) holds(p *corev1.Pod, addr netip.Addr) bool {
@@ -66,17 +65,17 @@ func (m *reference) holds(p *corev1.Pod, addr netip.Addr) bool {
 		slices.ContainsFunc(p.Status.PodIPs, func(ip corev1.PodIP) bool { return ip.IP == addr.String() })
 }
 
-// finished reports whether all containers of a pod have ended.
+// finished reports whether all containers of a pod have terminated.
 func (m *reference) finished(p *corev1.Pod) bool {
 	return len(p.Status.ContainerStatuses) > 0 && !slices.ContainsFunc(p.Status.ContainerStatuses, func(c corev1.ContainerStatus) bool { return c.State.Running != nil })
 }
 
-func tell(namespace, name, uid, exception string, questions []Selector, answer func(Selector) string) string {
+func tell(namespace, name, uid, exception string, selectors []Selector, answer func(Selector) string) string {
 	text := fmt.Sprintf("%s/%s %s", namespace, name, uid)
 	if exception != "" {
 		return text + " excepted by " + exception
 	}
-	for _, q := range questions {
+	for _, q := range selectors {
 		text += fmt.Sprintf("\n%+v: %s", q, answer(q))
 	}
 	return text
@@ -98,19 +97,19 @@ func (m *reference) exception(p *corev1.Pod) string {
 	return slices.Min(names)
 }
 
-// offer is an identity with what decides its place in the order.
+// offer is an identity with its sort keys.
 type offer struct {
-	identity                  *aadpodidentity.AzureIdentity
-	created                   int64
-	binding, space, assigment string
-	by                        string // the binding that is named
-	now                       bool   // or later
+	identity                   *aadpodidentity.AzureIdentity
+	created                    int64
+	binding, space, assignment string
+	by                         string // the binding that is reported
+	now                        bool   // otherwise pending
 }
 
 func (m *reference) answer(p *corev1.Pod, want Selector) string {
 	offers := m.offers(p)
 	slices.SortFunc(offers, func(a, b offer) int {
-		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.binding, b.binding), cmp.Compare(a.space, b.space), cmp.Compare(a.assigment, b.assigment))
+		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.binding, b.binding), cmp.Compare(a.space, b.space), cmp.Compare(a.assignment, b.assignment))
 	})
 	for _, now := range []bool{true, false} {
 		for _, o := range offers {
@@ -156,7 +155,7 @@ func (m *reference) offers(p *corev1.Pod) []offer {
 			continue
 		}
 		by := b.Name
-		if a.Namespace != "default" { // not MIC's to say
+		if a.Namespace != "default" { // not written by MIC
 			i := slices.IndexFunc(bound, func(o offer) bool {
 				return a.Namespace == p.Namespace && o.identity.Namespace == p.Namespace && id.Namespace == p.Namespace && o.identity.Name == id.Name &&
 					plain(o.identity.Spec) == plain(id.Spec)
@@ -171,7 +170,7 @@ func (m *reference) offers(p *corev1.Pod) []offer {
 	return offers
 }
 
-// plain is what two AzureIdentities may have in common, as it is compared.
+// plain is the IDs of an AzureIdentity in the form in which they are compared.
 func plain(spec aadpodidentity.AzureIdentitySpec) struct{ ClientID, ResourceID string } {
 	return struct{ ClientID, ResourceID string }{strings.ToLower(strings.TrimSpace(spec.ClientID)), strings.ToLower(strings.TrimSpace(spec.ResourceID))}
 }
@@ -189,15 +188,14 @@ func (m *reference) usable(id *aadpodidentity.AzureIdentity, p *corev1.Pod) bool
 	return id.Spec.Unreadable == "" && fit && !strings.Contains(ids.ClientID, "{") && !m.denied(id) && (!guarded || id.Namespace == p.Namespace)
 }
 
-// denied knows the IDs of the model.
+// denied only has to know the IDs of the model.
 func (m *reference) denied(id *aadpodidentity.AzureIdentity) bool {
 	deny, ids := m.cfg.Deny, plain(id.Spec)
 	return len(deny.ClientIDs) > 0 && ids.ClientID == modelClient0 || len(deny.ResourceIDs) > 0 && ids.ResourceID == modelPath0
 }
 
-// concerns are the pods that a change of one object may bear on: all that the
-// rules name, and none else.
-func (m *reference) concerns(object any) []cache.ObjectName {
+// affects are the pods that a change of one object may affect.
+func (m *reference) affects(object any) []cache.ObjectName {
 	var all []cache.ObjectName
 	labelled := func(namespace, selector string) {
 		for _, p := range m.pods {
@@ -229,7 +227,7 @@ func (m *reference) concerns(object any) []cache.ObjectName {
 	return all
 }
 
-// liveOf are the objects of a modelStore, in no order.
+// liveOf are the current objects of a modelStore, in any order.
 func liveOf[T any](s *modelStore) []T {
 	var all []T
 	for o := range maps.Values(s.live) {

@@ -17,30 +17,30 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// The objects and update against a reference, over sequences of events such as a
-// reflector sends, and worse ones.
+// The objects and update against a reference implementation, over random sequences of events,
+// including some that no reflector sends.
 
 type kubeObject interface {
 	metav1.Object
 	runtime.Object
 }
 
-// modelStore is one kind of objects: those that there are, and the store that is told.
+// modelStore is one kind of objects: the current ones, and the store under test.
 type modelStore struct {
 	live map[cache.ObjectName]kubeObject
-	past []kubeObject // that an event may bring back
+	past []kubeObject // for events that arrive out of order
 	to   store
 	make func(*machine) kubeObject
 	refs []cache.ObjectName
 }
 
 type machine struct {
-	t       testing.TB
-	pick    func(n int) int
-	h       *harness
-	stores  []*modelStore // pods, identities, bindings, exceptions, assigned
-	expiry  <-chan time.Time
-	touched map[cache.ObjectName]bool // since the last decision
+	t        testing.TB
+	pick     func(n int) int
+	h        *harness
+	stores   []*modelStore // pods, identities, bindings, exceptions, assigned
+	expiry   <-chan time.Time
+	affected map[cache.ObjectName]bool // since the last decision
 }
 
 var (
@@ -62,7 +62,7 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
 	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
 	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{modelPath0}}}[pick(4)]
-	m := &machine{t: tb, pick: pick, h: newHarness(tb, cfg), touched: make(map[cache.ObjectName]bool)}
+	m := &machine{t: tb, pick: pick, h: newHarness(tb, cfg), affected: make(map[cache.ObjectName]bool)}
 	s := m.h.stores
 	refs := func(namespaces []string, names ...string) (all []cache.ObjectName) {
 		for _, namespace := range namespaces {
@@ -89,7 +89,7 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 
 func choose[T any](m *machine, from ...T) T { return from[m.pick(len(from))] }
 
-// soon is a time that has come or will.
+// soon is now or in the next seconds.
 func (m *machine) soon() *metav1.Time {
 	at := metav1.NewTime(time.Now().Add(time.Duration(m.pick(10)) * time.Second))
 	return &at
@@ -111,7 +111,7 @@ func (m *machine) pod() kubeObject {
 	if p.Status.PodIP != "" && m.pick(2) == 0 {
 		p.Status.PodIPs = []corev1.PodIP{{IP: p.Status.PodIP}, {IP: choose(m, modelAddrs...)}}
 	}
-	// Of what was drawn above, so that a seed goes on meaning what it did.
+	// Derived from the choices above, so that seeds keep their meaning.
 	variety := len(p.Status.PodIP) + int(p.CreationTimestamp.Unix()) + int(p.UID[0]) + len(p.Status.PodIPs)
 	for i := range variety % 3 {
 		containers([]corev1.ContainerState{runningState, terminatedState, waitingState}[(variety/3+i)%3])(p)
@@ -157,7 +157,7 @@ func (m *machine) exception() kubeObject {
 func (m *machine) assignment() kubeObject {
 	id, b := m.identity().(*aadpodidentity.AzureIdentity), m.binding().(*aadpodidentity.AzureIdentityBinding)
 	if b.Spec.Selector == "" {
-		b.Spec.Selector = "x" // MIC makes none of what matches nothing
+		b.Spec.Selector = "x" // MIC assigns nothing for an empty selector
 	}
 	id.Namespace, id.Name = choose(m, "a", "b"), choose(m, "i0", "i1")
 	b.Namespace, b.Name = id.Namespace, choose(m, "b0", "b1")
@@ -170,14 +170,14 @@ func (m *machine) assignment() kubeObject {
 	}
 }
 
-// step is one event, and what the resolver makes of it, unless another comes first.
+// step is one event, often followed by an update.
 func (m *machine) step() {
 	s := choose(m, append(m.stores, m.stores[0], m.stores[2])...)
 	at := choose(m, s.refs...)
 	switch event := m.pick(16); event {
 	case 0:
 		time.Sleep(time.Duration(1+m.pick(5)) * time.Second)
-	case 1, 2: // events were missed, and a list made up for them
+	case 1, 2: // missed events, then a list
 		for range m.pick(6) {
 			if ref := choose(m, s.refs...); m.pick(2) == 0 {
 				m.change(s, ref, nil)
@@ -186,7 +186,7 @@ func (m *machine) step() {
 			}
 		}
 		m.relist(s, event == 1)
-	case 3: // seen to be gone by a list, of which the last state is lost
+	case 3: // a tombstone without the object
 		m.change(s, at, nil)
 		_ = s.to.Delete(cache.DeletedFinalStateUnknown{Key: at.Namespace + "/" + at.Name})
 	case 4, 5:
@@ -195,11 +195,11 @@ func (m *machine) step() {
 		if gone != nil {
 			_ = s.to.Delete(gone)
 		}
-	case 6: // the same again, which touches nobody
+	case 6: // an unchanged object, which affects no pod
 		if o := s.live[at]; o != nil {
 			_ = choose(m, s.to.Add, s.to.Update)(o.DeepCopyObject())
 		}
-	case 7: // an old state, after a newer one
+	case 7: // an old version after a newer one
 		if len(s.past) > 0 {
 			o := choose(m, s.past...)
 			m.change(s, cache.MetaObjectToName(o), o)
@@ -215,7 +215,7 @@ func (m *machine) step() {
 	}
 }
 
-// change keeps the objects, and notes whom the change bears on.
+// change updates the current objects, and records the affected pods.
 func (m *machine) change(s *modelStore, at cache.ObjectName, o kubeObject) {
 	if before := s.live[at]; before != nil {
 		m.touch(before)
@@ -225,7 +225,7 @@ func (m *machine) change(s *modelStore, at cache.ObjectName, o kubeObject) {
 	if o != nil {
 		o.SetNamespace(at.Namespace)
 		o.SetName(at.Name)
-		if uid := o.GetUID(); len(uid) == 1 { // no two objects have the same
+		if uid := o.GetUID(); len(uid) == 1 { // UIDs are unique
 			o.SetUID(uid + types.UID(at.Namespace+at.Name))
 		}
 		s.live[at] = o
@@ -234,8 +234,8 @@ func (m *machine) change(s *modelStore, at cache.ObjectName, o kubeObject) {
 }
 
 func (m *machine) touch(o kubeObject) {
-	for _, pod := range m.reference().concerns(o) {
-		m.touched[pod] = true
+	for _, pod := range m.reference().affects(o) {
+		m.affected[pod] = true
 	}
 }
 
@@ -251,7 +251,7 @@ func (m *machine) relist(s *modelStore, streamed bool) {
 	_ = s.to.Replace(list, "")
 }
 
-// decide does what Run does: nothing, unless it is woken.
+// decide does what Run does when it is woken, and compares with the reference.
 func (m *machine) decide() {
 	before := m.h.current.Load().byAddr
 	select {
@@ -283,12 +283,12 @@ func (m *machine) decide() {
 			got = tell(p.Namespace, p.Name, p.UID, p.exception, modelQuestions, func(want Selector) string { return answerOf(m.t, p, want) })
 		}
 		require.Equal(m.t, want, got, addr)
-		if was := before[addr].pod; p != nil && was != nil && was.UID == p.UID && was.String() == p.String() && !m.touched[cache.NewObjectName(p.Namespace, p.Name)] {
-			require.True(m.t, known[p], "%s was decided anew, and nothing bore on it", p)
+		if was := before[addr].pod; p != nil && was != nil && was.UID == p.UID && was.String() == p.String() && !m.affected[cache.NewObjectName(p.Namespace, p.Name)] {
+			require.True(m.t, known[p], "%s was decided again without a reason", p)
 		}
 	}
 	require.Len(m.t, after, expected)
-	clear(m.touched)
+	clear(m.affected)
 }
 
 func answerOf(tb testing.TB, p *Pod, want Selector) string {

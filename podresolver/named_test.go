@@ -13,7 +13,7 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-// named asks by the pod's name, and says how long that took.
+// named calls NamedIdentity, and returns how long that took.
 func (w *world) named(ctx context.Context, name string) (podresolver.Identity, time.Duration, error) {
 	begin := time.Now()
 	id, _, err := w.resolver.NamedIdentity(ctx, "shop", name, podresolver.Selector{})
@@ -90,8 +90,8 @@ func TestNamedIdentityWaitsForAssignment(t *testing.T) {
 	})
 }
 
-// Requests on behalf of a pod count as its own, which come from its address. That of a pod
-// on the host network is the node's.
+// Requests for a pod by name count towards the limits of its address. That of a pod on the host
+// network is the node's.
 func TestNamedIdentityAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		onHost := podresolver.NewPod("host", "10.0.0.4", "cart")

@@ -30,7 +30,7 @@ func TestResolveFollowsPod(t *testing.T) {
 		addrs, changed := w.resolver.Addresses()
 		assert.Equal(t, []netip.Addr{addr}, addrs)
 
-		// The binding goes: the very next request is refused.
+		// The binding is deleted: the next request is refused.
 		w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0))
 		<-changed
 		synctest.Wait()
@@ -39,7 +39,7 @@ func TestResolveFollowsPod(t *testing.T) {
 		_, err = pod.Identity(podresolver.Selector{})
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 
-		// The pod goes, and another takes its address: never the old one.
+		// The pod is deleted, and another gets its address.
 		w.Delete(podresolver.NewPod("cart-0", "", ""))
 		synctest.Wait()
 		_, err = w.resolver.Resolve(t.Context(), addr)
@@ -50,8 +50,7 @@ func TestResolveFollowsPod(t *testing.T) {
 	})
 }
 
-// TestResolveFollowsEveryObject follows one pod through all that can bear
-// on it.
+// TestResolveFollowsEveryObject changes each kind of object that affects a pod.
 func TestResolveFollowsEveryObject(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
@@ -102,7 +101,7 @@ func TestTerminatingPodOwnsAddressUntilGraceEnds(t *testing.T) {
 		pod := podresolver.NewPod("cart-0", addr.String(), "cart")
 		end := metav1.NewTime(time.Now().Add(30 * time.Second))
 		pod.DeletionTimestamp = &end
-		pod.Finalizers = []string{"example.com/slow"} // keeps the object long after
+		pod.Finalizers = []string{"example.com/slow"} // keeps the object
 		w.Modify(pod)
 
 		time.Sleep(29 * time.Second)
@@ -121,7 +120,7 @@ func TestStats(t *testing.T) {
 		w.run()
 		<-w.resolver.Synced()
 		s := w.resolver.Stats()
-		assert.Equal(t, 1, s.Addresses, "of more than one owner counts, too")
+		assert.Equal(t, 1, s.Addresses, "an ambiguous one counts")
 		assert.EqualValues(t, 1, s.Ambiguous)
 		var names []string
 		for _, watched := range s.Watches {
@@ -149,9 +148,9 @@ func TestStats(t *testing.T) {
 
 func TestRunLeaksNoGoroutines(t *testing.T) {
 	for name, when := range map[string]func(*world){
-		"while it runs":           func(w *world) { <-w.resolver.Synced() },
-		"before anything is said": func(*world) {},
-		"while the API server is away": func(w *world) {
+		"after sync":  func(w *world) { <-w.resolver.Synced() },
+		"before sync": func(*world) {},
+		"during an outage": func(w *world) {
 			w.api.pods.fail(assert.AnError)
 			time.Sleep(time.Minute)
 		},
@@ -172,7 +171,7 @@ func TestRunLeaksNoGoroutines(t *testing.T) {
 	}
 }
 
-// bubbled counts the goroutines of the caller's bubble. Others come and go.
+// bubbled counts the goroutines of the caller's synctest bubble.
 func bubbled() int {
 	b := make([]byte, 1<<20)
 	stacks := string(b[:runtime.Stack(b, true)])

@@ -10,7 +10,7 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// principal is a service principal after a change of its spec.
+// principal is a service principal with a changed spec.
 func principal(change func(*aadpodidentity.AzureIdentitySpec)) *aadpodidentity.AzureIdentity {
 	id := identity("sp", guid("C1"), "")
 	id.Spec.Type, id.Spec.TenantID = aadpodidentity.ServicePrincipal, "t"
@@ -26,7 +26,7 @@ func TestUnusableServicePrincipal(t *testing.T) {
 	}
 	for name, tc := range map[string]struct {
 		change func(*aadpodidentity.AzureIdentitySpec)
-		why    string // part of the refusal
+		why    string // part of the error
 	}{
 		"no clientID":      {func(s *aadpodidentity.AzureIdentitySpec) { s.ClientID, s.ResourceID = "", "/r" }, "has no clientID"},
 		"no tenantID":      {func(s *aadpodidentity.AzureIdentitySpec) { s.TenantID = "" }, "has no tenantID"},
@@ -39,7 +39,7 @@ func TestUnusableServicePrincipal(t *testing.T) {
 			for _, mode := range []Mode{Managed, Standard} {
 				h := newHarness(t, Config{Mode: mode}, principal(tc.change), binding("b", "x", "sp", 0))
 				pod := newPod("p", addr.String(), "x")
-				_, err := h.of(pod).Identity(Selector{})
+				_, err := h.decide(pod).Identity(Selector{})
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, `AzureIdentity "sp", which `+tc.why)
 				h.put(pod)
@@ -60,15 +60,15 @@ func TestPrincipal(t *testing.T) {
 		TenantID: "t", AuxiliaryTenantIDs: []string{"a", "b"}, Authority: "https://login.microsoftonline.us",
 		SecretNamespace: "shop", SecretName: "s", Certificate: true,
 	}, newIdentityInfo(id).principal)
-	assert.Nil(t, newIdentityInfo(identity("i", guid("c"), "")).principal, "managed identities carry none")
+	assert.Nil(t, newIdentityInfo(identity("i", guid("c"), "")).principal, "a managed identity")
 
-	got, err := newHarness(t, Config{}, id, binding("b", "x", "sp", 0)).of(newPod("p", "", "x")).Identity(Selector{ClientID: guid("c1")})
+	got, err := newHarness(t, Config{}, id, binding("b", "x", "sp", 0)).decide(newPod("p", "", "x")).Identity(Selector{ClientID: guid("c1")})
 	require.NoError(t, err)
 	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID "+guid("c1")+", tenant t, secret shop/s)", got.String())
 }
 
-// TestSecretNamespace: what an AzureIdentity may borrow from other
-// namespaces depends on who may use it.
+// TestSecretNamespace: only an AzureIdentity that pods of all namespaces may use can name a
+// secret in another namespace.
 func TestSecretNamespace(t *testing.T) {
 	abroad := principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ClientPassword.Namespace = "vault" })
 	annotated := abroad.DeepCopyObject().(*aadpodidentity.AzureIdentity)
@@ -92,7 +92,7 @@ func TestSecretNamespace(t *testing.T) {
 			if tc.cfg.Mode == Standard {
 				h.put(assigned("a", "p", aadpodidentity.Assigned, tc.id, b))
 			}
-			got, err := h.of(newPod("p", "", "x")).Identity(Selector{})
+			got, err := h.decide(newPod("p", "", "x")).Identity(Selector{})
 			if tc.refused {
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, `names a secret in namespace "vault"`)

@@ -38,9 +38,9 @@ func TestRelistAfterMissedEvents(t *testing.T) {
 		w.Delete(podresolver.NewPod("p", "", ""))
 		w.Add(podresolver.NewPod("q", addr.String(), "cart"))
 		w.Add(podresolver.NewPod("r", other.String(), "cart"))
-		w.Pods.ResetWatch() // so that a list is needed
+		w.Pods.ResetWatch() // a list is needed
 		time.Sleep(time.Minute)
-		assert.Equal(t, "p", w.name(addr), "as far as anybody knows")
+		assert.Equal(t, "p", w.name(addr), "as far as the resolver knows")
 		w.api.pods.fail(nil)
 		time.Sleep(2 * podresolver.LastRetry)
 		assert.Equal(t, "q", w.name(addr))
@@ -52,8 +52,7 @@ func TestRelistAfterMissedEvents(t *testing.T) {
 // maxStaleness is more than the time between two bookmarks.
 const maxStaleness = 3 * time.Minute
 
-// bookmarks are sent as an API server does where nothing else is to be sent, until the
-// test ends.
+// bookmarks sends bookmarks as an idle API server does, until the test ends.
 func (w *world) bookmarks(g *faultySource) {
 	ctx, cancel := context.WithCancel(w.t.Context())
 	done := make(chan struct{})
@@ -75,14 +74,14 @@ func TestMaxStaleness(t *testing.T) {
 	invalid := apierrors.NewInvalid(schema.GroupKind{}, "", nil)
 	for name, tc := range map[string]struct {
 		breaks func(*faultySource)
-		says   string // what /readyz says of it
+		says   string // part of the error of Ready
 	}{
-		"it cannot be reached": {func(g *faultySource) { g.fail(assert.AnError) }, assert.AnError.Error()},
-		"it is silent":         {func(g *faultySource) { g.mute(true) }, "the API server has sent nothing for 3m"},
-		"it answers 504":       {func(g *faultySource) { g.fail(apierrors.NewTimeoutError("too large resource version", 1)) }, "too large resource version"},
-		"it answers 410":       {func(g *faultySource) { g.fail(gone) }, "the API server returned an error: "},
-		"it answers 422":       {func(g *faultySource) { g.fail(invalid) }, "the API server returned an error: "},
-		"it answers 403":       {func(g *faultySource) { g.fail(forbidden) }, "the agent's service account may not list and watch"},
+		"unreachable": {func(g *faultySource) { g.fail(assert.AnError) }, assert.AnError.Error()},
+		"silent":      {func(g *faultySource) { g.mute(true) }, "the API server has sent nothing for 3m"},
+		"504":         {func(g *faultySource) { g.fail(apierrors.NewTimeoutError("too large resource version", 1)) }, "too large resource version"},
+		"410":         {func(g *faultySource) { g.fail(gone) }, "the API server returned an error: "},
+		"422":         {func(g *faultySource) { g.fail(invalid) }, "the API server returned an error: "},
+		"403":         {func(g *faultySource) { g.fail(forbidden) }, "the agent's service account may not list and watch"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -92,7 +91,7 @@ func TestMaxStaleness(t *testing.T) {
 					w.bookmarks(g)
 				}
 				time.Sleep(24 * time.Hour)
-				assert.Equal(t, "p", w.name(addr), "a quiet watch is sent bookmarks")
+				assert.Equal(t, "p", w.name(addr), "bookmarks keep it fresh")
 				require.NoError(t, w.resolver.Stale())
 
 				w.Add(podresolver.NewIdentity("i", podresolver.GUID("c"), ""))
@@ -127,9 +126,8 @@ func TestMaxStaleness(t *testing.T) {
 	}
 }
 
-// TestSilentWatchIsRelisted: no bookmarks come where etcd sends no progress
-// notifications, and nothing at all where a proxy holds watches up. What lists bring is as
-// good.
+// TestSilentWatchIsRelisted: etcd may send no progress notifications, or a proxy may hold up
+// watches. Lists are as good.
 func TestSilentWatchIsRelisted(t *testing.T) {
 	for maxStaleness, patience := range map[time.Duration]time.Duration{0: 12 * time.Minute, maxStaleness: 2 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
@@ -159,7 +157,7 @@ func TestSilentWatchIsRelisted(t *testing.T) {
 	}
 }
 
-// TestListTimeout: what took it to the API server may be gone.
+// TestListTimeout: the connection may be broken.
 func TestListTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
@@ -173,8 +171,7 @@ func TestListTimeout(t *testing.T) {
 	})
 }
 
-// TestMissingExceptionCRDIsNotStale: the API server is there, and says that there
-// are no exceptions.
+// TestMissingExceptionCRDIsNotStale: the API server responds that there are no exceptions.
 func TestMissingExceptionCRDIsNotStale(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, podresolver.Config{MaxStaleness: maxStaleness}, podresolver.NewPod("p", addr.String(), "cart"))
@@ -192,13 +189,13 @@ func TestMissingExceptionCRDIsNotStale(t *testing.T) {
 	})
 }
 
-// TestStaleWhileWaiting: a wait may outlast MaxStaleness.
+// TestStaleWhileWaiting: PodWait may be longer than MaxStaleness.
 func TestStaleWhileWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{MaxStaleness: time.Second, PodWait: time.Minute})
 		w.api.bindings.fail(assert.AnError)
 		_, err := w.resolver.Resolve(t.Context(), addr)
-		require.ErrorIs(t, err, podresolver.ErrStale, "what a lookup finds is decided by what is too old")
+		require.ErrorIs(t, err, podresolver.ErrStale, "a lookup would be decided by stale objects")
 		assert.Empty(t, w.api.pods.lookups())
 	})
 }

@@ -17,15 +17,15 @@ import (
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
-// streamed is a source of pods which sends the first list as events, as API
-// servers do since Kubernetes 1.34.
+// streamed is a source of pods that streams the first list (WatchList), as API servers do since
+// Kubernetes 1.34.
 type streamed struct {
 	t       *testing.T
 	watches chan *watch.FakeWatcher
 }
 
 func (s *streamed) List(metav1.ListOptions) (runtime.Object, error) {
-	s.t.Error("nothing is listed")
+	s.t.Error("unexpected list")
 	return &corev1.PodList{}, nil
 }
 
@@ -57,7 +57,7 @@ func TestStreamingList(t *testing.T) {
 		events.Modify(version(podresolver.NewPod("p", addr.Next().Next().String(), "cart"), "3"))
 		events.Delete(version(podresolver.NewPod("q", other.String(), "cart"), "4"))
 		synctest.Wait()
-		require.ErrorContains(t, r.Ready(), "pods: waiting for the first list", "the end of it has not come")
+		require.ErrorContains(t, r.Ready(), "pods: waiting for the first list", "the list is incomplete")
 
 		end := &corev1.Pod{}
 		end.ResourceVersion = "5"
@@ -67,7 +67,7 @@ func TestStreamingList(t *testing.T) {
 		assert.Equal(t, "p", w.name(addr.Next().Next()))
 		assert.Equal(t, 1, r.Stats().Addresses)
 
-		// Then it is followed, and a bookmark is a sign of life.
+		// Then it is watched, and a bookmark counts as a response.
 		time.Sleep(time.Minute)
 		end.Annotations = nil
 		events.Action(watch.Bookmark, version(end, "6"))

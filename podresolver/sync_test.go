@@ -24,8 +24,7 @@ var (
 
 const custom = ".aadpodidentity.k8s.io"
 
-// sources are the api of a world in Standard mode, by the name that the API
-// server has for what is behind them.
+// sources are the sources of a world in Standard mode by resource.
 func (w *world) sources() map[string]*faultySource {
 	return map[string]*faultySource{
 		"pods": w.api.pods, "azureidentities" + custom: w.api.identities, "azureidentitybindings" + custom: w.api.bindings,
@@ -44,20 +43,20 @@ func TestNoDecisionBeforeSync(t *testing.T) {
 				synctest.Wait()
 				_, err := w.resolver.Resolve(t.Context(), addr)
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
-				require.NotErrorIs(t, err, podresolver.ErrUnknownAddress, "nobody knows")
-				require.ErrorContains(t, err, "the agent has not synced with the API server yet: "+name+": the agent's service account may not list and watch this resource", "what is missing")
+				require.NotErrorIs(t, err, podresolver.ErrUnknownAddress, "it is not known to be unknown")
+				require.ErrorContains(t, err, "the agent has not synced with the API server yet: "+name+": the agent's service account may not list and watch this resource", "with the reason")
 				_, _, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{})
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
 				require.ErrorContains(t, err, name+": ")
 				_, err = w.resolver.Explain("shop", "p", nil)
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
-				assert.Empty(t, w.api.pods.lookups(), "there is nothing to decide by")
+				assert.Empty(t, w.api.pods.lookups(), "no lookups before sync")
 				addrs, _ := w.resolver.Addresses()
 				assert.Empty(t, addrs)
 
 				err = w.resolver.Ready()
 				require.ErrorContains(t, err, name+": the agent's service account may not list and watch this resource")
-				assert.Len(t, strings.Split(err.Error(), "\n"), 1, "the others are not to blame")
+				assert.Len(t, strings.Split(err.Error(), "\n"), 1, "other resources are not named")
 				require.ErrorContains(t, w.resolver.Stale(), name)
 
 				w.sources()[name].fail(nil)
@@ -104,7 +103,7 @@ func TestMissingExceptionCRD(t *testing.T) {
 		require.ErrorContains(t, w.resolver.Stale(), "azurepodidentityexceptions"+custom+": the API server does not have this resource")
 		assert.Equal(t, "p", w.name(addr))
 
-		// The definition comes, and an exception with it.
+		// The CRD is created, and an exception.
 		w.api.exceptions.fail(nil)
 		w.Add(podresolver.NewException("e", map[string]string{"aadpodidbinding": "cart"}))
 		time.Sleep(2 * podresolver.LastRetry)
@@ -113,8 +112,7 @@ func TestMissingExceptionCRD(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, "e", pod.Exception())
 
-		// It goes again. That the API server has lost it must not turn what was
-		// excepted into what is not.
+		// The CRD is deleted. Excepted pods stay excepted.
 		w.api.exceptions.fail(notFound)
 		time.Sleep(time.Hour)
 		require.ErrorContains(t, w.resolver.Stale(), "azurepodidentityexceptions")

@@ -37,13 +37,13 @@ func TestUnknownAddressWaitsForPod(t *testing.T) {
 			}
 		})
 		assert.Equal(t, time.Second, took, "woken by the event, at once")
-		assert.Len(t, w.api.pods.lookups(), 1, "nobody else was asked")
+		assert.Len(t, w.api.pods.lookups(), 1, "no further lookup")
 
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
 		_, err = w.resolver.Resolve(ctx, other)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
-		assert.Len(t, w.api.pods.lookups(), 1, "who does not wait does not ask")
+		assert.Len(t, w.api.pods.lookups(), 1, "a canceled request does no lookup")
 	})
 }
 

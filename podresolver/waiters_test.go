@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/assert"
 )
 
-// snapshotOf is one in which each address is a pod's.
+// snapshotOf is a snapshot of these owners.
 func snapshotOf(pods map[netip.Addr]*Pod) *snapshot {
 	for addr, pod := range pods {
 		pod.info = &podInfo{addrs: []netip.Addr{addr}}
@@ -56,7 +56,7 @@ func TestWaiterIsWokenByItsAddressOnly(t *testing.T) {
 	})
 }
 
-// TestSnapshotPublishedBeforeWaiting: nobody would be woken for them.
+// TestSnapshotPublishedBeforeWaiting: wake has been called already.
 func TestSnapshotPublishedBeforeWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var w waiters
@@ -66,7 +66,7 @@ func TestSnapshotPublishedBeforeWaiting(t *testing.T) {
 		begin := time.Now()
 		assert.True(t, w.waitForChange(ctx, func() *snapshot { return now }, addr, seen))
 		assert.Zero(t, time.Since(begin))
-		assert.False(t, w.waitForChange(ctx, func() *snapshot { return now }, addr, now), "what it has seen already is no news")
+		assert.False(t, w.waitForChange(ctx, func() *snapshot { return now }, addr, now), "the owner is the same")
 		assert.Equal(t, time.Hour, time.Since(begin))
 		assert.Empty(t, w.byAddr)
 	})

@@ -1,6 +1,5 @@
-// Package resolvertest stands in for a cluster in tests of what resolves pods by
-// it, and in the demo: client-go's own fake of what can be listed and watched, for
-// each kind of object that a resolver reads.
+// Package resolvertest is a fake cluster for tests and the demo: client-go's fake source for each
+// kind of object that a podresolver.Resolver reads.
 package resolvertest
 
 import (
@@ -14,12 +13,12 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Cluster is the objects of a cluster. It is safe for concurrent use.
+// Cluster is a set of objects that can be listed and watched. It is safe for concurrent use.
 type Cluster struct {
 	Pods, Identities, Bindings, Exceptions, Assigned *cachetesting.FakeControllerSource
 }
 
-// NewCluster returns a cluster of these objects.
+// NewCluster returns a Cluster of these objects.
 func NewCluster(objects ...runtime.Object) *Cluster {
 	c := &Cluster{
 		Pods:       cachetesting.NewFakeControllerSource(),
@@ -34,14 +33,14 @@ func NewCluster(objects ...runtime.Object) *Cluster {
 	return c
 }
 
-// Close ends the goroutines of the fakes; nothing may be done with c any more.
+// Close ends the goroutines of the fakes. c must not be used afterwards.
 func (c *Cluster) Close() {
 	for _, source := range []*cachetesting.FakeControllerSource{c.Pods, c.Identities, c.Bindings, c.Exceptions, c.Assigned} {
 		source.Shutdown()
 	}
 }
 
-// Sources is what a Resolver reads from.
+// Sources returns what a Resolver reads from.
 func (c *Cluster) Sources() podresolver.Sources {
 	return podresolver.Sources{
 		Pods: listed{c.Pods}, Identities: listed{c.Identities}, Bindings: listed{c.Bindings},
@@ -49,21 +48,21 @@ func (c *Cluster) Sources() podresolver.Sources {
 	}
 }
 
-// listed is a source that cannot stream its first list.
+// listed is a source without WatchList.
 type listed struct {
 	*cachetesting.FakeControllerSource
 }
 
-// IsWatchListSemanticsUnSupported is how client-go finds out.
+// IsWatchListSemanticsUnSupported tells client-go to list.
 func (listed) IsWatchListSemanticsUnSupported() bool { return true }
 
-// Add adds an object, Modify replaces it, Delete removes it.
+// Add adds an object.
 func (c *Cluster) Add(o runtime.Object) { c.of(o).Add(o) }
 
 // Modify replaces the object of the same name.
 func (c *Cluster) Modify(o runtime.Object) { c.of(o).Modify(o) }
 
-// Delete removes the object of this name.
+// Delete removes the object of the same name.
 func (c *Cluster) Delete(o runtime.Object) { c.of(o).Delete(o) }
 
 func (c *Cluster) of(o runtime.Object) *cachetesting.FakeControllerSource {
