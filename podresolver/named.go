@@ -10,8 +10,8 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// ErrUnknownPod means that no pod of this node has the name, as far as the API server has told.
-// It may yet: retry shortly.
+// ErrUnknownPod means that no pod of this node is known by the name. One may appear: retry
+// shortly.
 var ErrUnknownPod = errors.New("no pod on this node has this name")
 
 // NamedIdentity returns the identity that a program on the node gets for a pod of this node, by

@@ -12,8 +12,8 @@ import (
 )
 
 var (
-	// ErrUnknownAddress means that no pod of this node has the address, as far as the API
-	// server has told within Config.PodWait. It may yet: retry shortly.
+	// ErrUnknownAddress means that no pod of this node is known to have the address, after a
+	// wait of Config.PodWait. One may appear: retry shortly.
 	ErrUnknownAddress = errors.New("no pod on this node has this address")
 	// ErrAmbiguousAddress means that several live pods claim the address. None of them gets
 	// an identity until all but one are gone.

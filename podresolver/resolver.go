@@ -10,8 +10,8 @@
 //     share the next snapshot.
 //  3. Resolve is one atomic load and one map lookup.
 //  4. A request from an unknown address waits, for a bounded time, for the pod's event, because
-//     a pod may send a request before the API server has told of its address. Then it asks the
-//     API server once.
+//     a pod may send a request before the event with its address arrives. Then the address is
+//     looked up at the API server, once.
 //
 // Nothing is decided before all resources are listed: without the exceptions, for example, a
 // decision would be wrong.
@@ -198,7 +198,7 @@ func (r *Resolver) Run(ctx context.Context) {
 }
 
 // Resolve returns the pod that has addr now. A request from an unknown address waits as long as
-// Config.PodWait and ctx allow, then asks the API server once; then the error is
+// Config.PodWait and ctx allow, then the address is looked up once; then the error is
 // ErrUnknownAddress, or ErrNotSynced before the first snapshot. An address that several live
 // pods claim is ErrAmbiguousAddress at once. ErrStale means that no decision is valid.
 func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
