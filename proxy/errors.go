@@ -14,10 +14,9 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// httpError is an answer that is not a token. The status tells SDKs what to do:
-// they give up at once on 400, and come back on 503. On 404 and 5xx without
-// Retry-After azidentity goes on for 70 s, so no definitive "no" uses those,
-// save for paths that are not served at all.
+// httpError is an error response. The status tells SDKs what to do: they give up on 400, and
+// retry after 503. After 404, and 5xx without Retry-After, azidentity retries for 70 s, so
+// permanent errors do not use those, except 404 for paths that are not served.
 type httpError struct {
 	status      int
 	code        string // "error"
@@ -41,41 +40,41 @@ func notYet(description string, retryAfter time.Duration) *httpError {
 }
 
 var (
-	// The service's own words, to the letter: SDKs compare them.
+	// IMDS's own words, to the byte: SDKs compare them.
 	errMetadataHeader = badRequest("Required metadata header not specified")
 	errNoIdentity     = badRequest("Identity not found")
 	errSeveral        = badRequest("Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request")
 	errNotFound       = &httpError{status: http.StatusNotFound, code: "Not Found"}
 
-	errNotPlain  = badRequest("Requests with a body or for an upgrade are not served")
+	errNotPlain  = badRequest("Requests with a body or an upgrade are not served")
 	errForwarded = badRequest("Requests with an X-Forwarded-For header are not served")
 	errMethod    = &httpError{status: http.StatusMethodNotAllowed, code: "method_not_allowed", description: "Only GET is served here"}
-	errTooLarge  = &httpError{status: http.StatusRequestEntityTooLarge, code: "invalid_request", description: "The body of a request has at most 64 KiB here"}
+	errTooLarge  = &httpError{status: http.StatusRequestEntityTooLarge, code: "invalid_request", description: "The request body is longer than 64 KiB"}
 	errBody      = badRequest("The body of the request cannot be read")
 	errTooMany   = &httpError{status: http.StatusTooManyRequests, code: "invalid_request", description: "Too many requests at once", retryAfter: retrySoon}
-	errHeld      = &httpError{status: http.StatusServiceUnavailable, code: "temporarily_unavailable", description: "Too many answers wait to be read", retryAfter: retrySoon}
-	errLong      = &httpError{status: http.StatusBadGateway, code: "bad_gateway", description: "The metadata service's answer is longer than 1 MiB"}
+	errHeld      = &httpError{status: http.StatusServiceUnavailable, code: "temporarily_unavailable", description: "Too many responses of this pod are unread", retryAfter: retrySoon}
+	errLong      = &httpError{status: http.StatusBadGateway, code: "bad_gateway", description: "The metadata service's response is longer than 1 MiB"}
 	errBlocked   = &httpError{status: http.StatusForbidden, code: "forbidden", description: "Instance metadata is blocked for pods of this node"}
 )
 
-// ErrSource means that the caller may be another pod than its address says, and that no
-// news will tell.
+// ErrSource means that the caller's address may be another pod's, and that newer data will not
+// tell.
 var ErrSource = errors.New("its source address cannot be trusted")
 
-// retrySoon is the Retry-After for what a moment may change.
+// retrySoon is the Retry-After of errors that may be over in a moment.
 const retrySoon = time.Second
 
-// asHTTP decides how an error of any room is told to the pod. Nothing internal
-// is in it: which pod, binding or address it was about is for the log.
+// asHTTP is what a pod is told of an error. It tells nothing internal: pod, binding and
+// address are in the log only.
 func asHTTP(err error) *httpError {
-	var own *httpError
-	var failed *tokencache.Failure
-	var long *http.MaxBytesError
-	var byProxy *upstream.Error
+	var httpErr *httpError
+	var failure *tokencache.Failure
+	var tooLong *http.MaxBytesError
+	var upstreamErr *upstream.Error
 	switch {
-	case errors.As(err, &own):
-		return own
-	case errors.As(err, &long):
+	case errors.As(err, &httpErr):
+		return httpErr
+	case errors.As(err, &tooLong):
 		return errTooLarge
 	case errors.Is(err, upstream.ErrHeld):
 		return errHeld
@@ -90,11 +89,11 @@ func asHTTP(err error) *httpError {
 	case errors.Is(err, podresolver.ErrNotSynced):
 		return notYet("The agent is not in sync with the API server yet", retrySoon)
 	case errors.Is(err, podresolver.ErrStale):
-		return notYet("What is known of pods and identities is too old", 10*time.Second)
+		return notYet("Pod and identity data is stale", 10*time.Second)
 	case errors.Is(err, podresolver.ErrUnconfirmed):
 		return notYet("The pod of this address is not known yet", retrySoon)
 	case errors.Is(err, ErrSource):
-		return badRequest("The network of this node does not tell which pod is calling; ask the operators of the cluster")
+		return badRequest("This node's network does not show which pod is calling; ask the operators of the cluster")
 	case errors.Is(err, podresolver.ErrUnknownPod):
 		return notYet("The pod is not known on this node yet", retrySoon)
 	case errors.Is(err, podresolver.ErrUnknownAddress):
@@ -103,63 +102,62 @@ func asHTTP(err error) *httpError {
 		return notYet("The address is claimed by more than one pod", 5*time.Second)
 	case errors.Is(err, tokencache.ErrKeyTooLong):
 		return badRequest("The resource is too long")
-	case errors.As(err, &failed):
-		return noToken(failed)
-	case errors.As(err, &byProxy): // of what was passed through
+	case errors.As(err, &failure):
+		return noToken(failure)
+	case errors.As(err, &upstreamErr): // of a request that is passed through
 		return notYet("The metadata service is not available", retrySoon)
 	default:
-		return notYet("The metadata service could not be asked", retrySoon)
+		return notYet("The metadata service could not be reached", retrySoon)
 	}
 }
 
-// Answer is what a pod is told of an error of podresolver, for texts to operators: the
-// status, and the error's fields.
+// Answer describes the response to an error of podresolver, for operators: its status and
+// fields.
 func Answer(err error) string {
 	e := asHTTP(err)
 	return fmt.Sprintf("%d %s", e.status, e)
 }
 
-// noToken tells why the cache has no token: in the service's own words where they are
-// about the request or the identity. What is wrong with a service principal's
-// credential is for the operators, who find it in the log.
+// noToken is what a pod is told if the cache has no token: the upstream's own words if they
+// are about the request or the identity. What is wrong with a service principal's credential
+// is in the log only.
 func noToken(f *tokencache.Failure) *httpError {
-	var said *upstream.Error
+	var upstreamErr *upstream.Error
 	var credential *upstream.CredentialError
-	again := max(f.RetryAfter, retrySoon)
+	retryAfter := max(f.RetryAfter, retrySoon)
 	switch {
 	case f.Class == tokencache.Throttled:
 		return &httpError{
 			status: http.StatusTooManyRequests, code: "invalid_request",
-			description: "Temporarily throttled, too many requests", retryAfter: again,
+			description: "Temporarily throttled, too many requests", retryAfter: retryAfter,
 		}
-	case f.Class == tokencache.Refused && errors.As(f, &said) && said.Code != "":
-		return &httpError{status: http.StatusBadRequest, code: said.Code, description: said.Description}
+	case f.Class == tokencache.Refused && errors.As(f, &upstreamErr) && upstreamErr.Code != "":
+		return &httpError{status: http.StatusBadRequest, code: upstreamErr.Code, description: upstreamErr.Description}
 	case f.Class == tokencache.Refused && errors.As(f, &credential):
 		return &httpError{
 			status: http.StatusBadRequest, code: "invalid_client",
-			description: "The credential of this identity cannot be used; the operators of the cluster find the reason in the log of the node's agent",
+			description: "The credential of this identity cannot be used; see the log of the node's agent for the reason",
 		}
 	case f.Class == tokencache.Refused:
 		return badRequest("The metadata service refused the request")
 	case errors.Is(f, tokencache.ErrBusy):
-		return notYet("Other pods of this node ask for more tokens than Azure gives at once", again)
+		return notYet("Token requests on this node are being rate limited", retryAfter)
 	case errors.As(f, &credential):
-		return notYet("The credential of this identity cannot be read now", again)
-	case errors.Is(f, upstream.ErrEntra), errors.As(f, &said) && said.Source == "Entra":
-		return notYet("Entra is not available", again)
-	case !errors.As(f, &said) && errors.Is(f, context.DeadlineExceeded):
-		return notYet("The metadata service did not answer in time", again)
+		return notYet("The credential of this identity cannot be read now", retryAfter)
+	case errors.Is(f, upstream.ErrEntra), errors.As(f, &upstreamErr) && upstreamErr.Source == "Entra":
+		return notYet("Entra is not available", retryAfter)
+	case !errors.As(f, &upstreamErr) && errors.Is(f, context.DeadlineExceeded):
+		return notYet("The metadata service did not answer in time", retryAfter)
 	default:
-		return notYet("The metadata service is not available", again)
+		return notYet("The metadata service is not available", retryAfter)
 	}
 }
 
-// withHint adds for the log what an operator has to do: where IMDS's words, which the pod
-// is told, read as if nothing were bound to it, or where something nearly gives the pod
-// what it asked for.
+// withHint adds, for the log, what an operator can do: if IMDS's words, which the pod is told,
+// read as if no identity were bound to it, and if a binding or an identity nearly matches.
 func (s *Server) withHint(err error) error {
-	var said *upstream.Error
-	if errors.As(err, &said) && said.UnknownIdentity() {
+	var upstreamErr *upstream.Error
+	if errors.As(err, &upstreamErr) && upstreamErr.UnknownIdentity() {
 		return fmt.Errorf("%w (bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity)", err)
 	}
 	if hint := s.cfg.Pods.Hint(err); hint != "" {
@@ -168,15 +166,15 @@ func (s *Server) withHint(err error) error {
 	return err
 }
 
-// refuse writes an error, and logs it where an operator may have to act.
+// refuse writes an error response, and logs it if an operator may have to act.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	e := asHTTP(err)
-	var own *httpError
+	var httpErr *httpError
 	switch {
-	case r.Context().Err() != nil: // the client has gone, or at least finished sending
-	case errors.As(err, &own): // the client's own mistake, and it is told all there is to say
+	case r.Context().Err() != nil: // the client has gone, or finished sending
+	case errors.As(err, &httpErr): // the client's mistake, and the response has all there is to say
 		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
-	case s.refusals.allow(callerOf(r)):
+	case s.logLimit.allow(callerOf(r)):
 		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", s.withHint(err))
 	}
 	if e.retryAfter > 0 {
@@ -189,6 +187,6 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if err != nil { // strings cannot fail
 		panic(err)
 	}
-	r.Header = nil // the client may take its time to read
+	r.Header = nil // the client may be slow to read
 	writeJSON(w, e.status, body)
 }

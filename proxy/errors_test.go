@@ -62,7 +62,7 @@ func TestHowFailuresAreTold(t *testing.T) {
 		"a fetch takes long":    {tokencache.Unavailable, context.DeadlineExceeded, 503, "temporarily_unavailable: The metadata service did not answer in time"},
 		"a panic":               {tokencache.Unavailable, errors.New("fetching a token panicked: secret"), 503, "temporarily_unavailable: The metadata service is not available"},
 		"more than there is":    {tokencache.Throttled, tokencache.ErrBusy, 429, "invalid_request: Temporarily throttled, too many requests"},
-		"others ask for it all": {tokencache.Unavailable, tokencache.ErrBusy, 503, "temporarily_unavailable: Other pods of this node ask for more tokens than Azure gives at once"},
+		"others ask for it all": {tokencache.Unavailable, tokencache.ErrBusy, 503, "temporarily_unavailable: Token requests on this node are being rate limited"},
 		"IMDS fails all along":  {tokencache.Unavailable, fmt.Errorf("%w: %w", context.DeadlineExceeded, &upstream.Error{Source: "IMDS", Status: 500}), 503, "temporarily_unavailable: The metadata service is not available"},
 	} {
 		t.Run(name, func(t *testing.T) {

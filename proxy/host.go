@@ -14,16 +14,16 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// hostTokenPath is where a program of the node asks for a token of a pod that it names:
-// the provider of the Secrets Store CSI driver, which mounts secrets before the pod has an
-// address. The path, headers and answer are the old NMI's. The provider ends the path with
-// a slash (its pkg/auth/auth.go).
+// hostTokenPath is where a program of the node requests a token for a pod by name: the
+// provider of the Secrets Store CSI driver, which mounts secrets before the pod has an
+// address. Path, headers and response are the old NMI's. The provider ends the path with a
+// slash (its pkg/auth/auth.go).
 const hostTokenPath = "/host/token"
 
-// errNotRoot means that /host/token was asked by a process that may not.
-var errNotRoot = &httpError{status: http.StatusForbidden, code: "forbidden", description: "This user may not ask for tokens of pods"}
+// errHostUser means that the user of a process may not use /host/token.
+var errHostUser = &httpError{status: http.StatusForbidden, code: "forbidden", description: "This user may not request tokens for pods"}
 
-// host takes a request of the node's own down its road: as a pod's, but for who asks.
+// host serves a request of the node's own: as a pod's, but for a pod that it names.
 func (s *Server) host(w http.ResponseWriter, r *http.Request, conn *listener.Conn) error {
 	if path, _, _ := strings.Cut(r.RequestURI, "?"); strings.TrimSuffix(path, "/") != hostTokenPath || len(s.cfg.HostTokenUIDs) == 0 {
 		return errNotFound
@@ -31,49 +31,49 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, conn *listener.Con
 	if err := s.checkUser(r, conn); err != nil {
 		return err
 	}
-	if r.Header["X-Forwarded-For"] != nil { // it has the right to ask, and asks for somebody else
+	if r.Header["X-Forwarded-For"] != nil { // a process that may ask, asking for one that may not
 		return errForwarded
 	}
 	namespace, name := r.Header.Get("podns"), r.Header.Get("podname")
 	if namespace == "" || name == "" {
 		return badRequest("The headers 'podns' and 'podname' must name the pod")
 	}
-	want, err := parseTokenRequest(r, queryRules{unversioned: true})
+	req, err := parseTokenRequest(r, queryRules{versionOptional: true})
 	if err != nil {
 		return err
 	}
-	identity, addr, err := s.cfg.Pods.NamedIdentity(r.Context(), namespace, name, want.selector)
+	identity, addr, err := s.cfg.Pods.NamedIdentity(r.Context(), namespace, name, req.selector)
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s: %w", namespace, name, err)
 	}
-	// It counts towards the pod's own bounds. One without an address is about to start: how
-	// often the provider asks for it, the kubelet decides.
-	token, err := s.cached(r.Context(), keyOf(identity, want.resource), addr, tokenRequest{})
+	// It counts towards the pod's bounds. A pod without an address has none: it is about to
+	// start, and the kubelet limits how often the provider asks for it.
+	token, err := s.cached(r.Context(), keyOf(identity, req.resource), addr, tokenRequest{})
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}
-	s.log.DebugContext(r.Context(), "token for the node", "pod", namespace+"/"+name, "identity", identity.Name, "resource", want.resource)
+	s.log.DebugContext(r.Context(), "host token", "pod", namespace+"/"+name, "identity", identity.Name, "resource", req.resource)
 	return writeHostToken(w, token, identity, time.Now())
 }
 
-// checkUser refuses a process whose user may not ask. The old NMI served any process on
-// the node.
+// checkUser refuses processes of users that are not in HostTokenUIDs. (The old NMI served any
+// process of the node.)
 func (s *Server) checkUser(r *http.Request, conn *listener.Conn) error {
 	uid, err := conn.SocketUID()
 	if err != nil {
-		return fmt.Errorf("%w: finding out which user it is: %w", errNotRoot, err)
+		return fmt.Errorf("%w: looking up the user of its socket: %w", errHostUser, err)
 	}
 	if !slices.Contains(s.cfg.HostTokenUIDs, uid) {
-		if s.refusals.allow(callerOf(r)) {
-			s.log.WarnContext(r.Context(), "refused a token of a pod to a process of this node; --host-token-uids says who may", "uid", uid)
+		if s.logLimit.allow(callerOf(r)) {
+			s.log.WarnContext(r.Context(), "refused a pod's token to a process of this node; --host-token-uids lists the users that may request one", "uid", uid)
 		}
-		return errNotRoot
+		return errHostUser
 	}
 	return nil
 }
 
-// hostToken is the old NMI's response: the token's fields, all of them strings, and whose it
-// is.
+// hostToken is the old NMI's response: the token's fields, all of them strings, and the client
+// ID.
 type hostToken struct {
 	Token struct {
 		AccessToken  string `json:"access_token"`

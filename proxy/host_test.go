@@ -133,7 +133,7 @@ func TestHostTokenIsForItsUsersAlone(t *testing.T) {
 func TestWhoIsNotFoundMayNotAsk(t *testing.T) {
 	w := newWorld(t, withHost)
 	err := w.server.checkUser(new(http.Request), nil)
-	require.ErrorIs(t, err, errNotRoot)
+	require.ErrorIs(t, err, errHostUser)
 }
 
 // What a process may not do it may try in a loop, and must not fill the log by it.

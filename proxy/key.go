@@ -9,13 +9,12 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// keyOf joins a decided identity to a resource. It is the one place where the
-// two meet.
+// keyOf is the cache's key for a token of an identity for a resource.
 func keyOf(id podresolver.Identity, resource string) tokencache.Key {
 	switch {
 	case id.Principal != nil:
 		return tokencache.Key{ClientID: id.ClientID, Resource: resource, Principal: principalIn(id, id.Principal.TenantID)}
-	case id.ClientID != "": // it names the identity alone, so that pods with either spelling share the token
+	case id.ClientID != "": // without the resource ID, so that AzureIdentities with and without it share the token
 		return tokencache.Key{ClientID: id.ClientID, Resource: resource}
 	default:
 		return tokencache.Key{ResourceID: id.ResourceID, Resource: resource}
@@ -39,7 +38,7 @@ func InUse(pods *podresolver.Resolver) func(netip.Addr, tokencache.Key) bool {
 	}
 }
 
-// principalIn is what a key says of a service principal in one of its tenants.
+// principalIn is the part of a key for a service principal in one of its tenants.
 func principalIn(id podresolver.Identity, tenant string) unique.Handle[tokencache.Principal] {
 	return unique.Make(tokencache.Principal{
 		TenantID: tenant, Authority: id.Principal.Authority,
@@ -48,8 +47,8 @@ func principalIn(id podresolver.Identity, tenant string) unique.Handle[tokencach
 	})
 }
 
-// auxiliaryKeys are those of a service principal's auxiliary tenants, in their
-// order. Other identities have none.
+// auxiliaryKeys are the keys for a service principal's auxiliary tenants, in their order.
+// Other identities have none.
 func auxiliaryKeys(id podresolver.Identity, resource string) []tokencache.Key {
 	if id.Principal == nil || len(id.Principal.AuxiliaryTenantIDs) == 0 {
 		return nil

@@ -14,19 +14,19 @@ import (
 	"github.com/podidentity/nmi/proxy/listener"
 )
 
-// maxBody bounds the body of a request that is passed through. The largest that IMDS has a
-// use for is an approval of scheduled events: one ID of 36 bytes for each.
+// maxBody bounds the body of a request that is passed through. The largest that IMDS needs is
+// an approval of scheduled events: an ID of 36 bytes for each.
 const maxBody = 64 << 10
 
 // passThroughTimeout bounds the time that a client takes to read a response of IMDS's.
 const passThroughTimeout = 3 * time.Minute
 
-// maxPassThrough is how many requests of one caller are passed through at once, until their
-// responses have been taken: a slow reader holds up itself.
+// maxPassThrough is how many requests of one caller are passed through at once, each until its
+// response has been read: a slow reader delays only itself.
 const maxPassThrough = 8
 
-// passThrough sends a request to IMDS as it is, within the bounds of what is passed through.
-// why says for the log who or what is passed through.
+// passThrough sends a request to IMDS as it is. It is the one way there for requests of pods,
+// and has their bounds. why is for the log: the path or the pod, as keys and values.
 func (s *Server) passThrough(w http.ResponseWriter, r *http.Request, why ...any) error {
 	s.log.DebugContext(r.Context(), "passed through", append(why, "from", r.RemoteAddr, "method", r.Method)...)
 	if r.ContentLength > maxBody { // not even its beginning
@@ -43,20 +43,20 @@ func (s *Server) passThrough(w http.ResponseWriter, r *http.Request, why ...any)
 	return nil
 }
 
-// clientBody tells what is wrong with a request's body from what is wrong with IMDS.
+// clientBody marks errors of reading the request's body, to tell them from errors of IMDS.
 type clientBody struct{ io.ReadCloser }
 
 func (b clientBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	var long *http.MaxBytesError
-	if err != nil && !errors.Is(err, io.EOF) && !errors.As(err, &long) {
+	var tooLong *http.MaxBytesError
+	if err != nil && !errors.Is(err, io.EOF) && !errors.As(err, &tooLong) {
 		err = fmt.Errorf("%w: %w", errBody, err)
 	}
 	return n, err
 }
 
-// dropOddHeaders removes headers whose names a server might read as another's, such as
-// Transfer_Encoding: what the public paths need has letters, digits and dashes.
+// dropOddHeaders removes headers whose names a server could take for another's, such as
+// Transfer_Encoding. Those that the public paths need have letters, digits and dashes.
 func dropOddHeaders(h http.Header) {
 	for name := range h {
 		if strings.ContainsFunc(name, func(r rune) bool {
@@ -67,7 +67,7 @@ func dropOddHeaders(h http.Header) {
 	}
 }
 
-// copyBuffers are ReverseProxy's, whose own are of 32 KiB.
+// copyBuffers are for ReverseProxy, whose own have 32 KiB.
 type copyBuffers struct{ sync.Pool }
 
 func newCopyBuffers() *copyBuffers {
@@ -80,20 +80,20 @@ func (b *copyBuffers) Get() []byte { return b.Pool.Get().(*[4 << 10]byte)[:] } /
 // Put implements httputil.BufferPool.
 func (b *copyBuffers) Put(p []byte) { b.Pool.Put((*[4 << 10]byte)(p)) }
 
-// newReverseProxy returns the proxy for what IMDS answers itself: the public paths, and
-// everything that excepted pods send. Its transport returns whole answers.
+// newReverseProxy returns the proxy for requests that are passed through. Its transport returns
+// whole responses.
 func (s *Server) newReverseProxy() *httputil.ReverseProxy {
 	return &httputil.ReverseProxy{
 		Transport: s.cfg.Upstream,
 		Rewrite: func(p *httputil.ProxyRequest) {
-			// The upstream sets the real one; the proxy wants some host there.
+			// ReverseProxy needs a host; the upstream sets the real one.
 			p.Out.URL.Scheme, p.Out.URL.Host = "http", "imds"
-			// What follows a body must not be read as its end or its beginning, whatever
-			// IMDS thinks of where bodies end: nothing follows it on its connection.
+			// Nothing follows a body on its connection to IMDS, whatever IMDS takes for its
+			// end.
 			p.Out.Close = p.In.ContentLength != 0
-			// ReverseProxy drops what it cannot parse, and the headers below. IMDS
-			// refuses requests that carry X-Forwarded-For, and must go on doing
-			// so: dropping it would take that protection from the pod.
+			// ReverseProxy drops parameters that it cannot parse, and the headers below.
+			// IMDS refuses requests with X-Forwarded-For: without it, the pod would lose
+			// that protection.
 			p.Out.URL.RawQuery = p.In.URL.RawQuery
 			for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 				if v, ok := p.In.Header[name]; ok {

@@ -170,7 +170,7 @@ func TestAClientThatGoesEndsItsRequestToIMDS(t *testing.T) {
 }
 
 func TestRequestsThatAreTooLongAreNotPassedOn(t *testing.T) {
-	const refusal = `{"error":"invalid_request","error_description":"The body of a request has at most 64 KiB here"}`
+	const refusal = `{"error":"invalid_request","error_description":"The request body is longer than 64 KiB"}`
 	p := newPlainIMDS(t)
 	long := strings.Repeat("x", maxBody+1)
 
@@ -208,7 +208,7 @@ func TestAnAnswerThatIsTooLongIsNotPassedOn(t *testing.T) {
 	body, err := io.ReadAll(resp.Body)
 	require.NoError(t, err)
 	assert.Equal(t, http.StatusBadGateway, resp.StatusCode)
-	assert.JSONEq(t, `{"error":"bad_gateway","error_description":"The metadata service's answer is longer than 1 MiB"}`, string(body))
+	assert.JSONEq(t, `{"error":"bad_gateway","error_description":"The metadata service's response is longer than 1 MiB"}`, string(body))
 }
 
 func TestIMDSWithoutAnAnswerIs503(t *testing.T) {

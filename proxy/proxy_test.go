@@ -170,7 +170,7 @@ func TestWhatIsPassedOnIsAPlainGET(t *testing.T) {
 	} {
 		resp, body := w.send(unbound, raw)
 		assert.Equal(t, 400, resp.StatusCode, name)
-		assert.JSONEq(t, `{"error":"invalid_request","error_description":"Requests with a body or for an upgrade are not served"}`, body, name)
+		assert.JSONEq(t, `{"error":"invalid_request","error_description":"Requests with a body or an upgrade are not served"}`, body, name)
 	}
 	assert.Zero(t, w.imds.Requests())
 }
@@ -292,7 +292,7 @@ func TestAPodWhoseAddressMayBeAnothersIsRefusedWhateverItIs(t *testing.T) {
 		for _, target := range []string{tokenURL, "/metadata/identity/info?api-version=2018-02-01"} {
 			resp, body := w.get(from, target)
 			assert.Equal(t, 400, resp.StatusCode, "SDKs stop at once")
-			assert.Contains(t, body, "does not tell which pod is calling")
+			assert.Contains(t, body, "does not show which pod is calling")
 			assert.NotContains(t, body, "cbr0", "that is for the log")
 		}
 	}

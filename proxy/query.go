@@ -9,12 +9,14 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-// tokenRequest is what a query asks for.
+// tokenRequest is a parsed query.
 type tokenRequest struct {
 	resource string
 	selector podresolver.Selector
-	bypass   bool   // the caller wants a new token, whatever is in memory
-	refresh  string // or one other than the token of this SHA-256, in hex
+	// bypassCache asks for a new token, refreshSHA256 for another than the one with this
+	// SHA-256, in hex.
+	bypassCache   bool
+	refreshSHA256 string
 }
 
 // query is the parameters that mean something here. Others are ignored: newer SDKs send some.
@@ -77,24 +79,23 @@ func parseQuery(raw string) (q query, err error) {
 		}
 		*field = all[0]
 		if name != given {
-			values[name] = all // for the next spelling to be found out
+			values[name] = all // so that another spelling is a repetition
 		}
 	}
 	return q, nil
 }
 
-// queryRules are where the queries of two endpoints differ.
+// queryRules are the differences between the queries of the endpoints.
 type queryRules struct {
-	unversioned bool // an api-version need not be there: the old NMI did not ask for one everywhere
-	// appService accepts App Service's names of IDs. IMDS ignores them, and answers with
-	// the default identity, which is not the one that was asked for: without appService
-	// they are refused.
-	appService bool
+	versionOptional bool // api-version may be missing, as at the old NMI's /host/token
+	// appServiceNames accepts App Service's names of IDs. Otherwise they are refused: IMDS
+	// ignores them and returns a token of the default identity, which was not asked for.
+	appServiceNames bool
 }
 
-// parseTokenRequest reads the query of a request for a token. What is required
-// must be there, nothing may come twice, and at most one identity be named: a
-// request that could be read in two ways is refused.
+// parseTokenRequest parses the query of a request for a token. It refuses queries without a
+// required parameter, and those that could be read in two ways: no parameter may be repeated,
+// and at most one may name an identity.
 func parseTokenRequest(r *http.Request, rules queryRules) (tokenRequest, error) {
 	if r.Method != http.MethodGet {
 		return tokenRequest{}, errMethod
@@ -110,16 +111,16 @@ func parseTokenRequest(r *http.Request, rules queryRules) (tokenRequest, error) 
 		}
 	}
 	switch {
-	case q.apiVersion == "" && !rules.unversioned:
+	case q.apiVersion == "" && !rules.versionOptional:
 		return tokenRequest{}, badRequest("Required query variable 'api-version' is missing")
 	case q.resource == "":
 		return tokenRequest{}, badRequest("Required query variable 'resource' is missing")
 	case !utf8.ValidString(q.resource):
 		// JSON cannot echo it (RFC 8259, 8.1), so that no answer of IMDS's would match.
 		return tokenRequest{}, badRequest("Query variable 'resource' is not UTF-8")
-	case !rules.appService && q.appClientID != "":
+	case !rules.appServiceNames && q.appClientID != "":
 		return tokenRequest{}, badRequest("Query variable 'clientid' is not supported: use 'client_id'")
-	case !rules.appService && q.appPrincipalID != "":
+	case !rules.appServiceNames && q.appPrincipalID != "":
 		return tokenRequest{}, badRequest("Query variable 'principal_id' is not supported: use 'client_id'")
 	case selectors > 1:
 		return tokenRequest{}, badRequest("client_id, object_id, msi_res_id and mi_res_id exclude each other: name the identity by one of them")
@@ -132,7 +133,7 @@ func parseTokenRequest(r *http.Request, rules queryRules) (tokenRequest, error) 
 			ObjectID:   q.objectID + q.appPrincipalID,
 			ResourceID: q.msiResID + q.miResID,
 		},
-		bypass:  strings.EqualFold(q.bypassCache, "true"),
-		refresh: q.toRefresh,
+		bypassCache:   strings.EqualFold(q.bypassCache, "true"),
+		refreshSHA256: q.toRefresh,
 	}, nil
 }

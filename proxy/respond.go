@@ -16,12 +16,12 @@ const contentType = "application/json; charset=utf-8"
 // contentTypeHeader is shared by all responses, which do not change it.
 var contentTypeHeader = []string{contentType}
 
-// response is an http.ResponseWriter that closes the connection where it must, by the state
-// of the server when the header is written: that may be long after the request came.
+// response is an http.ResponseWriter that closes the connection if the server is draining
+// when the header is written, which may be long after the request arrived, or if the response
+// must be the last one in any case.
 //
 // It drops informational responses. HTTP/1.0 clients must not get any (RFC 9110, 15.2),
-// net/http writes "100 Continue" itself, when the body is read, and IMDS sends none.
-// ReverseProxy also clears the header after one, Connection included.
+// net/http writes "100 Continue" itself when the body is read, and IMDS sends none.
 type response struct {
 	http.ResponseWriter
 	draining *atomic.Bool
@@ -42,16 +42,16 @@ func (w *response) WriteHeader(status int) {
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// writeToken writes a token, or an array of it and others if there are any, as the
-// old NMI did for service principals with auxiliary tenants.
-func writeToken(w http.ResponseWriter, t *tokencache.Token, others []*tokencache.Token, now time.Time) {
-	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is ever put there
+// writeToken writes a token; if there are tokens of auxiliary tenants, an array of it and
+// those, as the old NMI did.
+func writeToken(w http.ResponseWriter, t *tokencache.Token, auxiliary []*tokencache.Token, now time.Time) {
+	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is put there
 	b := (*buffer)[:0]
-	if len(others) == 0 {
+	if len(auxiliary) == 0 {
 		b = appendToken(b, t, now)
 	} else {
 		b = appendToken(append(b, '['), t, now)
-		for _, other := range others {
+		for _, other := range auxiliary {
 			b = appendToken(append(b, ','), other, now)
 		}
 		b = append(b, ']')
@@ -85,8 +85,8 @@ func appendToken(b []byte, t *tokencache.Token, now time.Time) []byte {
 	return append(b, '}')
 }
 
-// buffers are for token answers. Larger ones than any real token needs are not
-// kept.
+// buffers are for responses with tokens. Those that are larger than any real token needs are
+// not kept.
 var buffers = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
 const maxBuffer = 64 << 10
@@ -96,18 +96,18 @@ func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	h["Content-Type"] = contentTypeHeader
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // fails when the client has gone, who cannot be told
+	_, _ = w.Write(body) // it fails if the client has gone
 }
 
-// appendSeconds appends n as a JSON string; less than no time is none.
+// appendSeconds appends n as a JSON string; 0 if it is negative.
 func appendSeconds(b []byte, n int64) []byte {
 	b = append(b, '"')
 	b = strconv.AppendInt(b, max(n, 0), 10)
 	return append(b, '"')
 }
 
-// appendString appends s as a JSON string. Tokens and IDs have nothing to
-// escape, so that is the short way.
+// appendString appends s as a JSON string. It is fast for strings with nothing to escape, such
+// as IDs.
 func appendString(b []byte, s string) []byte {
 	for i := range len(s) {
 		if c := s[i]; c < 0x20 || c > 0x7e || c == '"' || c == '\\' {

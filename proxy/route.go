@@ -6,12 +6,12 @@ import (
 	"strings"
 )
 
-// kind is what a path is for.
+// kind says how requests for a path are handled.
 type kind int
 
 const (
 	routeNone      kind = iota // not on the list: 404
-	routeToken                 // decided here
+	routeToken                 // served by the agent
 	routeInstance              // passed through, unless blocked
 	routePublic                // passed through: says nothing about identities
 	routeSensitive             // passed through for known pods, where Config.Allow has the path
@@ -22,26 +22,23 @@ const (
 	thim            = "/metadata/THIM"
 )
 
-// AllowablePaths returns the paths that Config.Allow may have: the events of the node's
-// maintenance, which a POST approves; a document that the node signs; the node's tenant;
-// and, for the paths below it, Trusted Hardware Identity Management: the certificates of
-// the node's processor, which confidential containers attest themselves with (Microsoft,
-// "Trusted Hardware Identity Management").
+// AllowablePaths returns the paths that Config.Allow may list: the events of the node's
+// maintenance, which a POST approves; a document that the node signs; the node's tenant; and,
+// for the paths below it, the certificates of the node's processor, which confidential
+// containers use for attestation (Microsoft, "Trusted Hardware Identity Management").
 func AllowablePaths() []string { return slices.Clone(allowable[:]) }
 
 var allowable = [...]string{scheduledEvents, "/metadata/attested/document", "/metadata/identity/info", thim}
 
-// route matches a raw request target against the list of what is served. IMDS
-// forgives spellings: it folds case, and reads "\", "%5c" and "//" as a slash.
-// A rule that forgave others, or forgave first and then matched, would pass a
-// spelling of the token path through and hand out the node's identity
-// (CVE-2022-23551). So nothing is decoded or cleaned here: a path is on the list
-// to the letter, or it is refused.
+// route matches a raw request target against the list of what is served. IMDS normalizes
+// paths: it folds case, and reads "\", "%5c" and "//" as a slash. A filter that normalizes
+// differently would pass a spelling of the token path through, and so hand out the node's
+// identity (CVE-2022-23551). So nothing is decoded or cleaned here: a path is on the list
+// byte for byte, or it is refused.
 //
-// Three other spellings of the token path are served because clients send them: the
-// first segment in any case (the old NMI's route), a doubled first slash (MSAL4J), and a
-// slash at the end (msal-node and @azure/identity where AZURE_POD_IDENTITY_AUTHORITY_HOST
-// is set).
+// Three other spellings of the token path are served because clients send them: the first
+// segment in any case (the old NMI's route), a doubled first slash (MSAL4J), and a trailing
+// slash (msal-node and @azure/identity with AZURE_POD_IDENTITY_AUTHORITY_HOST set).
 func route(target string) kind {
 	path, _, _ := strings.Cut(originForm(target), "?")
 	if strings.HasPrefix(path, "//") {
@@ -70,7 +67,7 @@ func route(target string) kind {
 	}
 }
 
-// sensitive returns which of allowable a path is, or is below; "" if it is none.
+// sensitive returns the one of allowable that a path is, or is below; "" for other paths.
 func sensitive(path string) string {
 	const root = "/metadata/"
 	switch {
@@ -105,8 +102,8 @@ func originForm(target string) string {
 	return target
 }
 
-// plain reports whether a path, relative to /metadata/, is made of names and single
-// slashes alone, so that it cannot lead out of its first folder.
+// plain reports whether a path, relative to /metadata/, has only names and single slashes, so
+// that it cannot lead out of its first directory.
 func plain(path string) bool {
 	for i := range len(path) {
 		switch c := path[i]; {

@@ -81,7 +81,7 @@ func TestAChangedSecretTakesEffectAtTheNextFetch(t *testing.T) {
 	assert.Equal(t, 200, status, "what is in memory is still good")
 }
 
-const noCredentialBody = `{"error":"invalid_client","error_description":"The credential of this identity cannot be used; the operators of the cluster find the reason in the log of the node's agent"}`
+const noCredentialBody = `{"error":"invalid_client","error_description":"The credential of this identity cannot be used; see the log of the node's agent for the reason"}`
 
 func TestWhatIsWrongWithASecretIsForTheLog(t *testing.T) {
 	_, file := theFile()

@@ -15,54 +15,54 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// token is the spine: one request for a token, from its headers to its answer.
+// token serves one request for a token, from its headers to its response.
 func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
-	if err := s.checkHeaders(r); err != nil { // SDKs' probes end here, before any lookup
+	if err := s.checkHeaders(r); err != nil { // SDKs' probes end here, without any lookup
 		return err
 	}
 	pod, addr, err := s.resolve(r)
 	if err != nil {
 		return err
 	}
-	if pod.Exception() != "" { // unprocessed, so before its query is judged
+	if pod.Exception() != "" { // before its query is parsed: IMDS does that
 		return s.passThrough(w, r, "pod", pod, "exception", pod.Exception())
 	}
-	want, err := parseTokenRequest(r, queryRules{appService: s.cfg.MetadataHeaderOptional})
+	req, err := parseTokenRequest(r, queryRules{appServiceNames: s.cfg.MetadataHeaderOptional})
 	if err != nil {
 		return err
 	}
-	r.Header = nil // from here on it waits for others: what it holds meanwhile is bounded by its query
-	identity, err := s.cfg.Pods.Identity(r.Context(), addr, pod, want.selector)
+	r.Header = nil // from here on the request may wait, and holds no more memory than its query
+	identity, err := s.cfg.Pods.Identity(r.Context(), addr, pod, req.selector)
 	if err != nil {
 		return fmt.Errorf("pod %s: %w", pod, err)
 	}
-	key := keyOf(identity, want.resource)
-	token, err := s.cached(r.Context(), key, addr, want)
+	key := keyOf(identity, req.resource)
+	token, err := s.cached(r.Context(), key, addr, req)
 	if err != nil {
 		return fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
 	}
-	others, err := s.auxiliary(r.Context(), identity, addr, want)
+	auxiliary, err := s.auxiliary(r.Context(), identity, addr, req)
 	if err != nil {
 		return fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
 	}
-	if s.log.Enabled(r.Context(), slog.LevelDebug) { // boxing the arguments costs more than the lookup did
-		s.log.DebugContext(r.Context(), "token", "pod", pod, "identity", identity.Name, "resource", want.resource)
+	if s.log.Enabled(r.Context(), slog.LevelDebug) { // boxing the arguments costs more than the lookup
+		s.log.DebugContext(r.Context(), "token", "pod", pod, "identity", identity.Name, "resource", req.resource)
 	}
-	writeToken(w, token, others, time.Now())
+	writeToken(w, token, auxiliary, time.Now())
 	return nil
 }
 
-// cached gets the token from memory, unless the caller wants another than that. Whose
-// token it is, an AzureIdentity with a resource ID alone does not say, and the answer
-// does: a token that is withheld from pods is not returned, however it was asked for.
-func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, want tokenRequest) (token *tokencache.Token, err error) {
+// cached returns the token from memory, unless the request is for a new one. If the
+// AzureIdentity has a resource ID only, just the token tells its client ID, which may be
+// one that is withheld from pods: then it is not returned.
+func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, req tokenRequest) (token *tokencache.Token, err error) {
 	switch {
-	case want.bypass:
+	case req.bypassCache:
 		token, err = s.cfg.Tokens.Renew(ctx, key, caller, nil)
-	case want.refresh != "":
+	case req.refreshSHA256 != "":
 		token, err = s.cfg.Tokens.Renew(ctx, key, caller, func(token *tokencache.Token) bool {
 			sum := sha256.Sum256([]byte(token.AccessToken))
-			return strings.EqualFold(want.refresh, hex.EncodeToString(sum[:]))
+			return strings.EqualFold(req.refreshSHA256, hex.EncodeToString(sum[:]))
 		})
 	default:
 		token, err = s.cfg.Tokens.Get(ctx, key, caller)
@@ -76,9 +76,9 @@ func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Ad
 	return token, nil
 }
 
-// checkHeaders refuses a request that a pod may have been tricked into sending.
+// checkHeaders refuses requests that a pod may have been tricked into sending.
 func (s *Server) checkHeaders(r *http.Request) error {
-	// Exactly one, exactly "true": the real service refuses "True".
+	// Exactly one, exactly "true": IMDS refuses "True".
 	if m := r.Header["Metadata"]; !s.cfg.MetadataHeaderOptional && (len(m) != 1 || m[0] != "true") {
 		return errMetadataHeader
 	}
@@ -88,12 +88,13 @@ func (s *Server) checkHeaders(r *http.Request) error {
 	return nil
 }
 
-// auxiliary gets the tokens of auxiliary tenants, in their order and one after the other: a
-// request has one fetch under way. Those that it got are in memory when it comes back.
-func (s *Server) auxiliary(ctx context.Context, id podresolver.Identity, caller netip.Addr, want tokenRequest) ([]*tokencache.Token, error) {
+// auxiliary returns the tokens of the auxiliary tenants, in their order. It gets one after the
+// other, so that a request has one fetch in flight. After an error, those before it are in
+// memory for the next request.
+func (s *Server) auxiliary(ctx context.Context, id podresolver.Identity, caller netip.Addr, req tokenRequest) ([]*tokencache.Token, error) {
 	var tokens []*tokencache.Token
-	for i, key := range auxiliaryKeys(id, want.resource) {
-		token, err := s.cached(ctx, key, caller, want)
+	for i, key := range auxiliaryKeys(id, req.resource) {
+		token, err := s.cached(ctx, key, caller, req)
 		if err != nil {
 			return nil, fmt.Errorf("auxiliary tenant %s: %w", id.Principal.AuxiliaryTenantIDs[i], err)
 		}

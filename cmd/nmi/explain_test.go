@@ -151,7 +151,7 @@ var situations = map[string]situation{
 	},
 	"a network that tells no pods apart": {
 		objects: []runtime.Object{aPod()}, doubt: fmt.Errorf("%w: bridge br0", proxy.ErrSource),
-		answer: "400 invalid_request: The network of this node does not tell which pod is calling; ask the operators of the cluster", log: []string{"bridge br0"}, explain: []string{"bridge br0"},
+		answer: "400 invalid_request: This node's network does not show which pod is calling; ask the operators of the cluster", log: []string{"bridge br0"}, explain: []string{"bridge br0"},
 	},
 	"not in sync": {
 		objects: []runtime.Object{aPod()}, breaks: func(s *podresolver.Sources) { s.Bindings = forbidden{} },
@@ -162,7 +162,7 @@ var situations = map[string]situation{
 	},
 	"stale": {
 		config: podresolver.Config{MaxStaleness: time.Millisecond}, objects: []runtime.Object{aPod()},
-		answer: "503 temporarily_unavailable: What is known of pods and identities is too old", log: []string{"pod and identity data is stale"},
+		answer: "503 temporarily_unavailable: Pod and identity data is stale", log: []string{"pod and identity data is stale"},
 		explain: []string{"pod and identity data is stale", "would get"},
 	},
 	"no label": {

@@ -327,7 +327,7 @@ func TestOnAnOpenBridgeNoTokenIsHandedOutUnlessAllowed(t *testing.T) {
 	for _, asking := range []*pod{p, excepted} {
 		got := asking.asks(vault)
 		assert.Equal(t, 400, got.status, "SDKs stop at once")
-		assert.Contains(t, got.body, "The network of this node does not tell which pod is calling")
+		assert.Contains(t, got.body, "This node's network does not show which pod is calling")
 		assert.Empty(t, got.subject)
 	}
 	assert.Zero(t, world.IMDS.Requests(), "redirected all the same")

@@ -6,22 +6,20 @@ import (
 	"io"
 )
 
-// maxHeadLines bounds the lines of a request's head, its first and last ones included.
-// net/http bounds bytes alone, and makes some 130 bytes of each "a:\r\n". An SDK sends a
-// dozen, a service mesh as many again.
+// maxHeadLines bounds the lines of a request's head, the first and the empty last one included.
+// net/http bounds only bytes, and allocates some 130 for each "a:\r\n". An SDK sends a dozen
+// lines, a service mesh as many again.
 const maxHeadLines = 64
 
 var errManyLines = errors.New("the head of the request has too many lines")
 
-// headReader counts the lines of a request's head before net/http parses it. It
-// understands nothing of what it reads and changes nothing: all that it does is to stop
-// a Read where an empty line ends, so that what follows (a body, or the next request on a
-// connection where the client does not wait for answers) is kept for the next Read and
-// the lines of each head are counted on their own. If net/http saw a head end elsewhere,
-// more than one would share the bound; it would still be kept.
+// headReader counts the lines of a request's head before net/http parses it. It parses and
+// changes nothing. A Read ends after an empty line at the latest; what follows (a body, or a
+// pipelined request) is kept for the next Read, so that each head has a count of its own. If
+// net/http saw a head end elsewhere, several would share the bound, which would still hold.
 type headReader struct {
 	lines int    // that have ended since begin
-	text  bool   // the line that has not ended has more than CR
+	text  bool   // the current line has more than CR
 	ahead []byte // what was read after an empty line
 	err   error  // errManyLines, from then on
 }
@@ -43,7 +41,7 @@ func (h *headReader) read(r io.Reader, p []byte) (int, error) {
 	n, err := r.Read(p)
 	if end := h.scan(p[:n]); end < n {
 		h.ahead = bytes.Clone(p[end:n])
-		return end, h.err // a failure of r's will be there again
+		return end, h.err // r will return its error again
 	}
 	if h.err != nil {
 		return 0, h.err
@@ -51,8 +49,8 @@ func (h *headReader) read(r io.Reader, p []byte) (int, error) {
 	return n, err
 }
 
-// readBody reads what follows a head. A body that nobody wants must not have more lines
-// than a head: net/http makes as much of the lines of a trailer (RFC 9112, 7.1.2).
+// readBody reads what follows a head. A body that is not wanted may have few more lines than a
+// head: net/http allocates as much for the lines of a trailer (RFC 9112, 7.1.2).
 func (h *headReader) readBody(r io.Reader, p []byte, wanted bool) (n int, err error) {
 	if len(h.ahead) > 0 {
 		n = copy(p, h.ahead)

@@ -37,7 +37,7 @@ const (
 	paceWindow = 100 * time.Millisecond
 )
 
-// pace decides when a request may be handled. Its callers hold a lock.
+// pace decides when a request may be handled. Limiter.mu guards it.
 type pace struct {
 	limit    float64 // requests a second of all callers
 	watching bool    // a goroutine samples the lag
@@ -52,8 +52,8 @@ type pace struct {
 
 // share is what a pace keeps of a caller.
 type share struct {
-	window int       // the last one in which it asked
-	next   time.Time // when it is allowed a request
+	window int       // the last one with a request
+	next   time.Time // when its next request may be handled
 }
 
 // turn begins a new window if it is time, and reports whether it was.

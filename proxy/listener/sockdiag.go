@@ -13,18 +13,17 @@ import (
 // established is TCP_ESTABLISHED (include/net/tcp_states.h).
 const established = 1
 
-// socketUID returns the user whose process has the socket at the other end of a connection
-// within this network namespace (sock_diag(7)). Only an open, established one will do:
-// what the kernel keeps of a closed socket says that user 0 has it (inet_diag.c,
-// inet_twsk_diag_fill), and so does a socket that no process has any more, which has no
-// inode either.
+// socketUID returns the user whose process has the socket at the remote end of a connection
+// within this network namespace (sock_diag(7)). The socket must be established and open: the
+// kernel reports user 0 for a closed one (inet_diag.c, inet_twsk_diag_fill), and for one that
+// no process has any more, which has no inode either.
 func socketUID(remote, local net.Addr) (uint32, error) {
 	from, to := tcpAddr(remote), tcpAddr(local)
 	if !from.Addr().Is4() || !to.Addr().Is4() {
 		return 0, errors.New("not a TCP connection over IPv4")
 	}
-	// No dump (NLM_F_DUMP, as netlink.SocketGet has it): that looks at the ports alone,
-	// and at all sockets of the node.
+	// Not a dump (NLM_F_DUMP, as in netlink.SocketGet), which goes through all sockets of the
+	// node and matches ports only.
 	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
 	req.AddData(diagRequest{from, to})
 	answers, err := req.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)
@@ -32,7 +31,7 @@ func socketUID(remote, local net.Addr) (uint32, error) {
 	case err != nil:
 		return 0, err
 	case len(answers) != 1 || len(answers[0]) < diagMessageLen:
-		return 0, errors.New("the kernel's answer is not of one socket")
+		return 0, errors.New("the kernel did not answer with one socket")
 	}
 	// struct inet_diag_msg (include/uapi/linux/inet_diag.h)
 	state, uid, inode := answers[0][1], binary.NativeEndian.Uint32(answers[0][64:]), binary.NativeEndian.Uint32(answers[0][68:])

@@ -10,10 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The kernel's buffers of a pod's connection, which count against the agent's memory in
-// version 2 of cgroups. The kernel takes twice as much for its own bookkeeping (socket(7),
-// SO_RCVBUF), and without a fixed size megabytes (tcp(7), tcp_rmem and tcp_wmem). A request
-// is one of 1 KiB, an answer one of 2 to 4: neither waits for its buffer.
+// The sizes of the kernel's buffers for a connection, which count as the agent's memory in
+// cgroup v2. The kernel doubles them for its bookkeeping (socket(7), SO_RCVBUF); buffers
+// without a fixed size grow to megabytes (tcp(7), tcp_rmem and tcp_wmem). A request has 1 KiB
+// and a response 2 to 4: neither fills its buffer.
 const (
 	receiveBuffer = 8 << 10
 	sendBuffer    = 8 << 10
@@ -31,9 +31,8 @@ func FixBuffers(ln net.Listener) error {
 	})
 }
 
-// unsent reports whether a client has not taken all that was written to its connection:
-// whether bytes are unacknowledged, or not sent for want of room on its side (tcp(7),
-// SIOCOUTQ).
+// unsent reports whether the client has not received all that was written to its connection:
+// whether bytes are not sent yet, or not acknowledged (tcp(7), SIOCOUTQ).
 func unsent(c net.Conn) bool {
 	bytes := 0
 	err := control(c, func(fd int) (err error) {
@@ -43,16 +42,15 @@ func unsent(c net.Conn) bool {
 	return err == nil && bytes > 0
 }
 
-// reset closes a connection with a reset, so that nothing of it stays in the kernel.
+// reset closes a connection with a RST, so that the kernel keeps nothing of it.
 func reset(c net.Conn) {
 	if tcp, ok := c.(interface{ SetLinger(sec int) error }); ok {
 		_ = tcp.SetLinger(0)
 	}
-	_ = c.Close() // nobody can be told
+	_ = c.Close()
 }
 
-// control calls fn with the file descriptor of a connection or listener; not at all where
-// there is none, as in tests.
+// control calls fn with the file descriptor of a connection or listener, if it has one.
 func control(socket any, fn func(fd int) error) error {
 	with, ok := socket.(syscall.Conn)
 	if !ok {

@@ -12,7 +12,7 @@ import (
 
 func TestAPodThatAsksInALoopHidesNoOthersLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRefusals()
+		r := newLogLimit()
 		lines := func(from string) (n int) {
 			for range 1000 {
 				if r.allow(netip.MustParseAddr(from)) {

@@ -1,0 +1,129 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/listener"
+)
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w = &response{
+		ResponseWriter: w, draining: &s.draining,
+		// Where a request ends may be in doubt: Content-Length beside Transfer-Encoding, and
+		// Transfer-Encoding in HTTP/1.0, must end the connection (RFC 9112, 6.1), and
+		// http.Server hides both. So whatever has a body ends it, and all of HTTP/1.0.
+		last: r.ContentLength != 0 || !r.ProtoAtLeast(1, 1),
+	}
+	if err := s.handle(w, r); err != nil {
+		s.refuse(w, r, err)
+	}
+}
+
+func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
+	if r.Method == http.MethodConnect || r.ProtoMajor != 1 {
+		// Not even for excepted pods: if IMDS understood a tunnel (RFC 9110, 9.3.6) or a
+		// preface of HTTP/2, the requests of other pods on that connection would be in it.
+		return errMethod
+	}
+	if conn := listener.FromContext(r.Context()); conn.Loopback() {
+		return s.host(w, r, conn)
+	}
+	switch kind := route(r.RequestURI); {
+	case kind == routeToken:
+		return s.token(w, r)
+	case kind == routePublic, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
+		return s.servePublic(w, r, s.cfg.PodsOnly)
+	case kind == routeInstance:
+		return s.blockedInstance(w, r)
+	case kind == routeSensitive && slices.Contains(s.cfg.Allow, sensitive(pathOf(r))):
+		return s.servePublic(w, r, true)
+	default:
+		return s.exceptedOnly(w, r, errNotFound)
+	}
+}
+
+// servePublic passes through what is served to pods that are not excepted, if podsOnly to
+// known pods alone: a plain GET, or the POST that approves events.
+func (s *Server) servePublic(w http.ResponseWriter, r *http.Request, podsOnly bool) error {
+	approval := r.Method == http.MethodPost && pathOf(r) == scheduledEvents
+	switch {
+	case r.Method != http.MethodGet && !approval:
+		return s.exceptedOnly(w, r, errMethod)
+	case r.ContentLength != 0 && !approval, r.Header["Upgrade"] != nil:
+		// No public path needs either, and both tell IMDS more than the path does.
+		return s.exceptedOnly(w, r, errNotPlain)
+	}
+	if podsOnly {
+		if _, _, err := s.resolve(r); err != nil {
+			return err
+		}
+	}
+	dropOddHeaders(r.Header)
+	return s.passThrough(w, r, "path", r.URL.Path)
+}
+
+// blockedInstance serves instance metadata where it is blocked: to the pods of some
+// namespaces, and to excepted pods.
+func (s *Server) blockedInstance(w http.ResponseWriter, r *http.Request) error {
+	if len(s.cfg.InstanceMetadataNamespaces) > 0 {
+		pod, _, err := s.resolve(r)
+		if err != nil {
+			return err
+		}
+		if pod.Exception() == "" && slices.Contains(s.cfg.InstanceMetadataNamespaces, pod.Namespace) {
+			return s.servePublic(w, r, false) // the pod is known
+		}
+	}
+	return s.exceptedOnly(w, r, errBlocked)
+}
+
+// exceptedOnly passes the request through if its pod is excepted, else returns refusal.
+func (s *Server) exceptedOnly(w http.ResponseWriter, r *http.Request, refusal error) error {
+	pod, _, err := s.resolve(r)
+	if err != nil {
+		return err
+	}
+	if pod.Exception() == "" {
+		return refusal
+	}
+	return s.passThrough(w, r, "pod", pod, "exception", pod.Exception())
+}
+
+// callerOf is the address that a request came from; the zero one if its connection is not
+// TCP.
+func callerOf(r *http.Request) netip.Addr {
+	from, _ := netip.ParseAddrPort(r.RemoteAddr)
+	return from.Addr().Unmap()
+}
+
+// resolve finds the pod that sent the request, and checks that it did.
+func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) {
+	addr := callerOf(r)
+	if !addr.IsValid() {
+		return nil, netip.Addr{}, errors.New("not a TCP connection, so it has no pod")
+	}
+	ingress := 0
+	if s.cfg.CheckSource != nil {
+		ingress = listener.FromContext(r.Context()).Ingress()
+	}
+	pod, err := s.cfg.Pods.ResolveCaller(r.Context(), addr, func(pod *podresolver.Pod) error {
+		if s.cfg.CheckSource == nil {
+			return nil
+		}
+		err := s.cfg.CheckSource(addr, ingress, pod)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, podresolver.ErrUnconfirmed):
+			return fmt.Errorf("pod %s: %w", pod, err)
+		}
+		return fmt.Errorf("pod %s: %w: %w", pod, ErrSource, err)
+	})
+	return pod, addr, err
+}
