@@ -7,7 +7,7 @@ import (
 	"github.com/stretchr/testify/assert"
 )
 
-func TestSensitivePathsAreForPodsWhereAllowed(t *testing.T) {
+func TestSensitivePaths(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Allow = AllowablePaths() })
 	for _, path := range allowable[:3] {
 		resp, _ := w.get(bound, path+"?api-version=2021-02-01")
@@ -30,7 +30,7 @@ func TestSensitivePathsAreForPodsWhereAllowed(t *testing.T) {
 	assert.Equal(t, 405, post("/metadata/identity/info"))
 }
 
-func TestEachSensitivePathIsAllowedByItself(t *testing.T) {
+func TestSensitivePathsAreAllowedOneByOne(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Allow = []string{"/metadata/attested/document"} })
 	for path, want := range map[string]int{"/metadata/attested/document": 200, "/metadata/scheduledevents": 404, "/metadata/identity/info": 404} {
 		resp, _ := w.get(bound, path+"?api-version=2021-02-01")
@@ -38,7 +38,7 @@ func TestEachSensitivePathIsAllowedByItself(t *testing.T) {
 	}
 }
 
-func TestAnApprovalIsNoUpgrade(t *testing.T) {
+func TestApprovalWithUpgrade(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Allow = AllowablePaths() })
 	resp, _ := w.send(bound, request("POST", "/metadata/scheduledevents?api-version=2020-07-01", "Metadata: true", "Connection: Upgrade", "Upgrade: websocket", "Content-Length: 2")+"{}")
 	assert.Equal(t, 400, resp.StatusCode)
@@ -46,7 +46,7 @@ func TestAnApprovalIsNoUpgrade(t *testing.T) {
 }
 
 // THIM is a folder: what is below it, made of plain names, and nothing beside it.
-func TestTHIMIsServedWhereAllowed(t *testing.T) {
+func TestTHIM(t *testing.T) {
 	const certification = "/metadata/THIM/amd/certification"
 	for _, allowed := range []bool{false, true} {
 		w := newWorld(t, func(c *Config) {
@@ -80,7 +80,7 @@ func TestTHIMIsServedWhereAllowed(t *testing.T) {
 	}
 }
 
-func TestInstanceMetadataForNamespaces(t *testing.T) {
+func TestInstanceMetadataNamespaces(t *testing.T) {
 	const target = "/metadata/instance?api-version=2021-02-01"
 	for namespace, want := range map[string]int{"shop": 200, "other": 403} {
 		w := newWorld(t, func(c *Config) {

@@ -28,7 +28,7 @@ func accessToken(t *testing.T, body string) string {
 	return in.Token
 }
 
-func TestBypassCacheAsksIMDSForANewOne(t *testing.T) {
+func TestBypassCache(t *testing.T) {
 	w := newWorld(t, nil)
 	_, first := w.get(bound, tokenURL)
 	_, second := w.get(bound, tokenURL+"&bypass_cache=True")
@@ -45,7 +45,7 @@ func TestBypassCacheAsksIMDSForANewOne(t *testing.T) {
 	assert.Equal(t, 2, w.imds.Requests())
 }
 
-func TestATokenThatAServiceHasRejectedIsReplaced(t *testing.T) {
+func TestTokenSHA256ToRefresh(t *testing.T) {
 	w := newWorld(t, nil)
 	_, first := w.get(bound, tokenURL)
 	sum := sha256.Sum256([]byte(accessToken(t, first)))
@@ -61,7 +61,7 @@ func TestATokenThatAServiceHasRejectedIsReplaced(t *testing.T) {
 	assert.Equal(t, 2, w.imds.Requests())
 }
 
-func TestAResourceThatCannotBeOneIsRefused(t *testing.T) {
+func TestResourceTooLong(t *testing.T) {
 	w := newWorld(t, nil)
 	resp, body := w.get(bound, tokenURL+strings.Repeat("x", 3000))
 	assert.Equal(t, http.StatusBadRequest, resp.StatusCode)
@@ -69,7 +69,7 @@ func TestAResourceThatCannotBeOneIsRefused(t *testing.T) {
 	assert.Zero(t, w.imds.Requests())
 }
 
-func TestARefusalIsRememberedForAWhile(t *testing.T) {
+func TestNegativeCache(t *testing.T) {
 	w := newWorld(t, nil)
 	const unknown = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=nonsense"
 	w.imds.Inject(imdstest.Fault{Status: 400, Body: `{"error":"invalid_resource","error_description":"AADSTS500011: nonsense was not found"}`})
@@ -84,7 +84,7 @@ func TestARefusalIsRememberedForAWhile(t *testing.T) {
 }
 
 // One pod asks for more than IMDS gives; another comes with one wish.
-func TestOnePodOverTheLimitsIsToldSoAlone(t *testing.T) {
+func TestRateLimitOfOnePod(t *testing.T) {
 	w := newWorld(t, nil)
 	const many = 60
 	codes := make([]int, many)
@@ -123,7 +123,7 @@ func TestInUse(t *testing.T) {
 }
 
 // No token, not even a hash of one, is ever in the log.
-func TestTheLogHoldsNoToken(t *testing.T) {
+func TestNoTokenInLog(t *testing.T) {
 	w := newWorld(t, nil)
 	_, body := w.get(bound, tokenURL)
 	token := accessToken(t, body)

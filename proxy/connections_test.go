@@ -50,19 +50,19 @@ func (w *world) stats() listener.Stats {
 	return stats
 }
 
-func (w *world) eventually(open int) {
+func (w *world) waitForOpen(open int) {
 	w.t.Helper()
-	w.within(func() bool { return w.server.Connections().Open == open }, "%d connections", open)
+	w.eventually(func() bool { return w.server.Connections().Open == open }, "%d connections", open)
 }
 
-// idles waits until the server has so many idle connections, which is some time after it has
+// waitForIdle waits until the server has so many idle connections, which is some time after it has
 // answered on them.
-func (w *world) idles(n int) {
+func (w *world) waitForIdle(n int) {
 	w.t.Helper()
-	w.within(func() bool { stats := w.server.Connections(); return stats.Open-stats.Busy == n }, "%d idle connections", n)
+	w.eventually(func() bool { stats := w.server.Connections(); return stats.Open-stats.Busy == n }, "%d idle connections", n)
 }
 
-func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
+func TestIdleConnectionIsEvictedForSamePod(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.MaxConnectionsPerPod, c.MaxConnections = 3, 100 })
 	others := w.connect(alsoBound)
 	require.Equal(t, 200, others.ask(t))
@@ -70,12 +70,12 @@ func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
 	for i := range 3 {
 		c := w.connect(bound)
 		require.Equal(t, 200, c.ask(t))
-		w.idles(i + 2) // with the others'
+		w.waitForIdle(i + 2) // with the others'
 		own = append(own, c)
 	}
-	w.eventually(4)
+	w.waitForOpen(4)
 	require.Equal(t, 200, own[0].ask(t)) // now the second has been idle longest
-	w.idles(4)
+	w.waitForIdle(4)
 	fourth := w.connect(bound)
 	assert.True(t, own[1].ended(t))
 	for _, c := range []*keptAlive{own[0], own[2], fourth, others} {
@@ -84,13 +84,13 @@ func TestAPodWithTooManyConnectionsLosesItsIdleOnes(t *testing.T) {
 	assert.Equal(t, listener.Stats{Open: 4, Evicted: 1}, w.stats())
 }
 
-func TestConnectionsInUseAreNotEndedForNewOnes(t *testing.T) {
-	imds := blockingIMDS{asked: make(chan struct{}), release: make(chan struct{})}
+func TestBusyConnectionIsNotEvictedForSamePod(t *testing.T) {
+	imds := newHeldIMDS()
 	w := newWorld(t, func(c *Config) { c.Upstream = imds; c.MaxConnectionsPerPod = 1 })
 	busy := w.connect(bound)
 	_, err := io.WriteString(busy, "GET /metadata/versions HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
 	require.NoError(t, err)
-	<-imds.asked
+	w.waitForIMDS(imds, 1)
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(bound)}}
 	if second, err := dialer.DialContext(t.Context(), "tcp", w.addr); err == nil { // or reset before that returns
 		assert.True(t, (&keptAlive{second, bufio.NewReader(second)}).ended(t), "there is no place")
@@ -104,7 +104,7 @@ func TestConnectionsInUseAreNotEndedForNewOnes(t *testing.T) {
 	assert.Equal(t, uint64(1), w.server.Connections().Refused)
 }
 
-func TestWhenAllPlacesAreTakenTheGreediestPodGivesWay(t *testing.T) {
+func TestPodWithMostConnectionsLosesAnIdleOne(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.MaxConnectionsPerPod, c.MaxConnections = 10, 6 })
 	var greedy []*keptAlive
 	for range 5 {
@@ -112,7 +112,7 @@ func TestWhenAllPlacesAreTakenTheGreediestPodGivesWay(t *testing.T) {
 	}
 	modest := w.connect(bound)
 	require.Equal(t, 200, modest.ask(t))
-	w.eventually(6)
+	w.waitForOpen(6)
 	late := w.connect(alsoBound)
 	assert.Equal(t, 200, late.ask(t))
 	assert.True(t, greedy[0].ended(t))
@@ -120,18 +120,29 @@ func TestWhenAllPlacesAreTakenTheGreediestPodGivesWay(t *testing.T) {
 	assert.Equal(t, listener.Stats{Open: 6, Evicted: 1}, w.stats())
 }
 
-// patientIMDS answers nothing, until the request's context ends.
-type patientIMDS struct{ asked, left chan struct{} }
+// stuckIMDS answers no request until the request's context ends, or the test.
+type stuckIMDS struct{ asked, canceled, testEnds chan struct{} }
 
-func (h patientIMDS) RoundTrip(req *http.Request) (*http.Response, error) {
-	h.asked <- struct{}{}
-	<-req.Context().Done()
-	h.left <- struct{}{}
-	return nil, req.Context().Err()
+func newStuckIMDS(t *testing.T) stuckIMDS {
+	t.Helper()
+	imds := stuckIMDS{make(chan struct{}, 10), make(chan struct{}, 10), make(chan struct{})}
+	t.Cleanup(func() { close(imds.testEnds) })
+	return imds
 }
 
-func TestPodsThatKeepAllPlacesInUseDoNotLockOthersOut(t *testing.T) {
-	imds := patientIMDS{asked: make(chan struct{}, 10), left: make(chan struct{}, 10)}
+func (s stuckIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
+	s.asked <- struct{}{}
+	select {
+	case <-r.Context().Done():
+		s.canceled <- struct{}{}
+		return nil, r.Context().Err()
+	case <-s.testEnds:
+		return nil, errors.New("the test has ended")
+	}
+}
+
+func TestPodWithMostConnectionsLosesABusyOne(t *testing.T) {
+	imds := newStuckIMDS(t)
 	w := newWorld(t, func(c *Config) { c.Upstream = imds; c.MaxConnectionsPerPod, c.MaxConnections = 10, 5 })
 	hold := func(from string) *keptAlive {
 		c := w.connect(from)
@@ -146,7 +157,7 @@ func TestPodsThatKeepAllPlacesInUseDoNotLockOthersOut(t *testing.T) {
 	late := w.connect(alsoBound)
 	assert.Equal(t, 200, late.ask(t))
 	assert.True(t, greedy[0].ended(t), "the one that has been in use longest")
-	<-imds.left
+	<-imds.canceled
 	assert.Equal(t, listener.Stats{Open: 5, Evicted: 1}, w.stats())
 
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(bound)}}
@@ -158,7 +169,7 @@ func TestPodsThatKeepAllPlacesInUseDoNotLockOthersOut(t *testing.T) {
 }
 
 // A pod that opens thousands of connections and says nothing holds as many as it may.
-func TestThousandsOfSilentConnections(t *testing.T) {
+func TestManySilentConnections(t *testing.T) {
 	w := newWorld(t, nil)
 	modest := w.connect(bound)
 	require.Equal(t, 200, modest.ask(t))
@@ -171,4 +182,20 @@ func TestThousandsOfSilentConnections(t *testing.T) {
 	assert.LessOrEqual(t, w.server.Connections().Open, DefaultMaxConnectionsPerPod+1)
 	assert.Equal(t, 200, modest.ask(t))
 	assert.Equal(t, 200, w.connect(alsoBound).ask(t))
+}
+
+// An evicted connection's request is canceled, although http.Server does not notice the end: it
+// looks out for that only as long as the client sends nothing more.
+func TestEvictionCancelsTheRequest(t *testing.T) {
+	imds := newStuckIMDS(t)
+	w := newWorld(t, func(c *Config) { c.Upstream, c.MaxConnections = imds, 2 })
+	for range 2 {
+		c := w.connect(unbound)
+		_, err := io.WriteString(c, "GET /metadata/versions HTTP/1.1\r\nHost: h\r\n\r\nG")
+		require.NoError(t, err)
+		<-imds.asked
+	}
+	assert.Empty(t, imds.canceled)
+	w.connect(bound) // evicts one of the pod that has two
+	<-imds.canceled
 }

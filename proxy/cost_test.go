@@ -51,7 +51,7 @@ func ask(s *Server, w *discardWriter, r *http.Request) {
 // response, and the length and its header field.
 const cachedAllocs = 5.0
 
-func TestACachedTokenCostsFewAllocations(t *testing.T) {
+func TestCachedTokenAllocations(t *testing.T) {
 	s, r, w := cached(t)
 	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { ask(s, w, r) }), cachedAllocs)
 }

@@ -23,7 +23,7 @@ func withheld(t *testing.T, ids ...string) *world {
 
 // The AzureIdentity "two" gives a resource ID alone: only IMDS's answer says that its
 // client ID is denied.
-func TestATokenOfADeniedClientIDIsNotHandedOut(t *testing.T) {
+func TestDeniedClientIDOfAResourceID(t *testing.T) {
 	w := withheld(t, two.ClientID)
 	for range 2 { // from IMDS, then from memory
 		for _, query := range []string{"", "&bypass_cache=true", "&token_sha256_to_refresh=" + "00"} {
@@ -39,10 +39,10 @@ func TestATokenOfADeniedClientIDIsNotHandedOut(t *testing.T) {
 
 	resp, body := w.get(bound, tokenURL)
 	assert.Equal(t, 200, resp.StatusCode)
-	assert.Equal(t, one.ClientID, whose(body), "its other identity")
+	assert.Equal(t, one.ClientID, tokenSubject(body), "its other identity")
 }
 
-func TestADeniedIdentityIsRefusedBeforeIMDSIsAsked(t *testing.T) {
+func TestDeniedIdentityDoesNotReachIMDS(t *testing.T) {
 	w := withheld(t, one.ClientID, two.ResourceID)
 	for _, query := range []string{"", "&client_id=" + one.ClientID, "&mi_res_id=" + one.ResourceID, "&mi_res_id=" + two.ResourceID} {
 		resp, body := w.get(bound, tokenURL+query)

@@ -19,7 +19,7 @@ import (
 
 // What SDKs do next follows from the status: they give up on 400, and come back on
 // 503.
-func TestHowErrorsAreTold(t *testing.T) {
+func TestErrorResponses(t *testing.T) {
 	for name, tc := range map[string]struct {
 		err        error
 		status     int
@@ -47,7 +47,7 @@ func TestHowErrorsAreTold(t *testing.T) {
 }
 
 // What the cache says of a token that cannot be had.
-func TestHowFailuresAreTold(t *testing.T) {
+func TestFailureResponses(t *testing.T) {
 	for name, tc := range map[string]struct {
 		class  tokencache.Class
 		err    error

@@ -43,7 +43,7 @@ func TestHostToken(t *testing.T) {
 		assert.Contains(t, answer.Token, field)
 	}
 	assert.Equal(t, "https://vault.azure.net/", answer.Token["resource"])
-	assert.Equal(t, one.ClientID, whose(fmt.Sprintf(`{"access_token":%q}`, answer.Token["access_token"])))
+	assert.Equal(t, one.ClientID, tokenSubject(fmt.Sprintf(`{"access_token":%q}`, answer.Token["access_token"])))
 
 	resp, body = w.send(ownHost, hostRequest("bound", "&client_id="+two.ClientID))
 	assert.Equal(t, 400, resp.StatusCode)
@@ -64,7 +64,7 @@ func TestHostToken(t *testing.T) {
 	assert.Equal(t, 405, resp.StatusCode)
 }
 
-func TestTheNodeIsServedNothingElse(t *testing.T) {
+func TestLoopbackIsServedHostTokensOnly(t *testing.T) {
 	w := newWorld(t, withHost)
 	for _, target := range []string{tokenURL, "/metadata/instance?api-version=2021-02-01", "/metadata/versions", "/host/token//", "/host/token/x", "/host/tokens", "/Host/token", "//host/token"} {
 		resp, _ := w.send(ownHost, request("GET", target, "Metadata: true", "podns: shop", "podname: bound"))
@@ -73,21 +73,21 @@ func TestTheNodeIsServedNothingElse(t *testing.T) {
 	assert.Zero(t, w.imds.Requests())
 }
 
-func TestPodsAreNotServedHostTokens(t *testing.T) {
+func TestHostTokenForPods(t *testing.T) {
 	w := newWorld(t, withHost)
 	resp, _ := w.send(bound, hostRequest("bound", ""))
 	assert.Equal(t, 404, resp.StatusCode)
 	assert.Zero(t, w.imds.Requests())
 }
 
-func TestHostTokenCanBeTurnedOff(t *testing.T) {
+func TestHostTokenDisabled(t *testing.T) {
 	w := newWorld(t, nil)
 	resp, _ := w.send(ownHost, hostRequest("bound", ""))
 	assert.Equal(t, 404, resp.StatusCode)
 }
 
-// TestAsAnotherUser is the process that TestHostTokenIsForItsUsersAlone starts.
-func TestAsAnotherUser(t *testing.T) {
+// TestHostTokenHelper is the process that TestHostTokenUIDs starts.
+func TestHostTokenHelper(t *testing.T) {
 	addr := os.Getenv("NMI_TEST_ADDR")
 	if addr == "" {
 		return // it is started by another test
@@ -102,7 +102,7 @@ func TestAsAnotherUser(t *testing.T) {
 	fmt.Printf("%s\n", answer)
 }
 
-func TestHostTokenIsForItsUsersAlone(t *testing.T) {
+func TestHostTokenUIDs(t *testing.T) {
 	require.Zero(t, os.Getuid(), "to become another user: run this as root")
 	w := newWorld(t, func(c *Config) { c.HostTokenUIDs = []uint32{0} })
 	exe, err := os.Executable()
@@ -117,7 +117,7 @@ func TestHostTokenIsForItsUsersAlone(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(program, content, 0o755)) // likewise
 	for uid, want := range map[uint32]string{0: "HTTP/1.1 200 ", nobody: "HTTP/1.1 403 "} {
-		cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestAsAnotherUser$", "-test.v")
+		cmd := exec.CommandContext(t.Context(), program, "-test.run=^TestHostTokenHelper$", "-test.v")
 		cmd.Dir = "/"
 		cmd.Env = []string{"NMI_TEST_ADDR=" + w.addr}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
@@ -130,14 +130,14 @@ func TestHostTokenIsForItsUsersAlone(t *testing.T) {
 }
 
 // Whoever the kernel does not know may be anybody.
-func TestWhoIsNotFoundMayNotAsk(t *testing.T) {
+func TestHostTokenUnknownSocketOwner(t *testing.T) {
 	w := newWorld(t, withHost)
 	err := w.server.checkUser(new(http.Request), nil)
 	require.ErrorIs(t, err, errHostUser)
 }
 
 // What a process may not do it may try in a loop, and must not fill the log by it.
-func TestRefusedProcessesDoNotFillTheLog(t *testing.T) {
+func TestHostTokenRefusalsAreRateLimitedInLog(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.HostTokenUIDs = []uint32{uint32(os.Getuid()) + 1} })
 	for range 200 {
 		resp, _ := w.send(ownHost, hostRequest("bound", ""))
@@ -150,7 +150,7 @@ func TestRefusedProcessesDoNotFillTheLog(t *testing.T) {
 
 // A proxy of root's on the host network, such as an ingress controller, that somebody
 // has told to forward to 127.0.0.1.
-func TestHostTokensAreNotForProxies(t *testing.T) {
+func TestHostTokenWithXForwardedFor(t *testing.T) {
 	w := newWorld(t, withHost)
 	resp, body := w.send(ownHost, strings.Replace(hostRequest("bound", ""), "podns:", "X-Forwarded-For: 1.2.3.4\r\npodns:", 1))
 	assert.Equal(t, 400, resp.StatusCode)
@@ -160,7 +160,7 @@ func TestHostTokensAreNotForProxies(t *testing.T) {
 
 // What the node asks for on behalf of a pod counts towards that pod's bounds, and no
 // other's.
-func TestHostTokensCountTowardsThePodsBounds(t *testing.T) {
+func TestHostTokenCountsTowardsThePodsRate(t *testing.T) {
 	w := newWorld(t, withHost)
 	statuses := map[int]int{}
 	ask := func(from, raw string) int {

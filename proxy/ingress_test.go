@@ -15,7 +15,7 @@ import (
 )
 
 // Over another link than loopback this is for the tests of iptables/links and the e2e.
-func TestTheSourceIsCheckedWithTheConnectionsInterface(t *testing.T) {
+func TestCheckSourceGetsIngressInterface(t *testing.T) {
 	lo, err := net.InterfaceByName("lo")
 	require.NoError(t, err)
 	var ingress, checks atomic.Int64
@@ -36,7 +36,7 @@ func TestTheSourceIsCheckedWithTheConnectionsInterface(t *testing.T) {
 	assert.Equal(t, int64(3), checks.Load(), "each request, cached token or not")
 }
 
-func TestAnUnconfirmedCallerIsToldToComeBack(t *testing.T) {
+func TestUnconfirmedCaller(t *testing.T) {
 	var doubts atomic.Int64 // checks that are to fail
 	w := newWorld(t, func(cfg *Config) {
 		cfg.CheckSource = func(netip.Addr, int, *podresolver.Pod) error {
@@ -61,7 +61,7 @@ func TestAnUnconfirmedCallerIsToldToComeBack(t *testing.T) {
 	assert.Equal(t, 200, resp.StatusCode)
 }
 
-func TestCheckingTheSourceCostsNoAllocation(t *testing.T) {
+func TestCheckSourceAllocations(t *testing.T) {
 	s, r, w := cached(t)
 	s.cfg.CheckSource = func(netip.Addr, int, *podresolver.Pod) error { return nil }
 	assert.LessOrEqual(t, testing.AllocsPerRun(1000, func() { ask(s, w, r) }), cachedAllocs)

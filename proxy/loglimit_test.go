@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 )
 
-func TestAPodThatAsksInALoopHidesNoOthersLines(t *testing.T) {
+func TestLogLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newLogLimit()
 		lines := func(from string) (n int) {

@@ -44,7 +44,7 @@ func usedMemory() int64 {
 }
 
 // Whatever its client does, a connection holds no more than the documents say.
-func TestMemoryOfAConnection(t *testing.T) {
+func TestMemoryPerConnection(t *testing.T) {
 	tiny := "GET /x HTTP/1.1\r\nHost: h\r\n" + manyFields(1300) + "\r\n"
 	for name, tc := range map[string]struct {
 		sends string
@@ -58,7 +58,7 @@ func TestMemoryOfAConnection(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			const n = 200
-			imds := &heldIMDS{release: make(chan struct{})}
+			imds := newHeldIMDS()
 			w := newWorld(t, func(c *Config) {
 				c.Upstream, c.MaxConnectionsPerPod = imds, n
 				c.Pods = newResolver(t, podresolver.Config{PodWait: time.Minute, Logger: c.Logger}) // and never hears of a pod
@@ -72,11 +72,11 @@ func TestMemoryOfAConnection(t *testing.T) {
 			}
 			switch tc.state {
 			case "open":
-				w.eventually(n)
+				w.waitForOpen(n)
 			case "busy": // http.Server has its head, and is not done with it
-				w.busy(n)
+				w.waitForBusy(n)
 			default:
-				w.eventually(0)
+				w.waitForOpen(0)
 			}
 			each := (usedMemory() - before) / n
 			t.Logf("%d bytes each", each)
@@ -85,10 +85,10 @@ func TestMemoryOfAConnection(t *testing.T) {
 	}
 }
 
-// busy waits until so many connections are in use.
-func (w *world) busy(n int) {
+// waitForBusy waits until so many connections are in use.
+func (w *world) waitForBusy(n int) {
 	w.t.Helper()
-	w.within(func() bool { return w.server.Connections().Busy == n }, "%d connections in use", n)
+	w.eventually(func() bool { return w.server.Connections().Busy == n }, "%d connections in use", n)
 }
 
 // manyFields are n different ones of six bytes each.
@@ -101,7 +101,7 @@ func manyFields(n int) string {
 }
 
 // A body is not counted, whatever comes in one Read with the head before it.
-func TestTheLinesOfABodyAreNotCounted(t *testing.T) {
+func TestBodyLinesAreNotCounted(t *testing.T) {
 	p := newPlainIMDS(t)
 	pod := p.pod()
 	body := strings.Repeat("x\n", 500)
@@ -115,7 +115,7 @@ func TestTheLinesOfABodyAreNotCounted(t *testing.T) {
 }
 
 // Requests that come at once are counted each on its own.
-func TestManyRequestsAtOnceAreNotOneHead(t *testing.T) {
+func TestPipelinedRequests(t *testing.T) {
 	w := newWorld(t, nil)
 	c := w.connect(bound)
 	const n = 100
@@ -129,4 +129,11 @@ func TestManyRequestsAtOnceAreNotOneHead(t *testing.T) {
 		require.NoError(t, resp.Body.Close())
 		require.Equal(t, 200, resp.StatusCode)
 	}
+}
+
+// A body that nobody wants, trailer included, is not waited for.
+func TestResponseBeforeTrailers(t *testing.T) {
+	w := newWorld(t, nil)
+	resp, _ := w.send(bound, request("GET", tokenURL, "Metadata: true", "Transfer-Encoding: chunked")+"0\r\n"+manyFields(1300)+"\r\n")
+	assert.Equal(t, 200, resp.StatusCode)
 }

@@ -140,7 +140,7 @@ func TestLargeRequests(t *testing.T) {
 }
 
 // Whatever part of a request comes before its sender finishes, it is none.
-func TestPartOfARequestIsNone(t *testing.T) {
+func TestIncompleteRequest(t *testing.T) {
 	w := newWorld(t, nil)
 	whole := get(tokenURL+"&client_id="+one.ClientID, "Connection: close")
 	for _, from := range []string{bound, excepted} {

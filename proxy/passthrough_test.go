@@ -89,7 +89,7 @@ func (c *keptAlive) expect(t *testing.T, want string) {
 // meaning (RFC 9110, section 5.3). Everything else must arrive to the byte, and
 // nothing more, and the answer likewise; but for what is said of the connection itself,
 // on which nothing follows a body.
-func TestWhatArrivesIsWhatWasSent(t *testing.T) {
+func TestPassThroughIsUnchanged(t *testing.T) {
 	const answer = "HTTP/1.1 418 I'm a teapot\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\nContent-Type: text/x\r\n" +
 		"Date: Sat, 21 Nov 2026 10:00:30 GMT\r\nServer: IMDS/150.870.65.1\r\nX-Odd: a\r\nX-Odd: b\r\n\r\n\x1f\x8b\x00\x01\x02"
 	for name, raw := range map[string]string{
@@ -134,7 +134,7 @@ func TestWhatArrivesIsWhatWasSent(t *testing.T) {
 }
 
 // A client that is slow to send takes nothing of IMDS's time, nor one that is slow to read.
-func TestRequestsAndAnswersArePassedOnWhole(t *testing.T) {
+func TestPassThroughIsWhole(t *testing.T) {
 	p := newPlainIMDS(t)
 	pod := p.pod()
 	const head = "POST /metadata/x HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -157,7 +157,7 @@ func TestRequestsAndAnswersArePassedOnWhole(t *testing.T) {
 	assert.Equal(t, "onetwo", string(body))
 }
 
-func TestAClientThatGoesEndsItsRequestToIMDS(t *testing.T) {
+func TestPassThroughCanceledByClient(t *testing.T) {
 	p := newPlainIMDS(t)
 	pod := p.pod()
 	const head = "GET /metadata/x HTTP/1.1\r\nHost: %s\r\n\r\n"
@@ -169,7 +169,7 @@ func TestAClientThatGoesEndsItsRequestToIMDS(t *testing.T) {
 	require.ErrorIs(t, err, io.EOF)
 }
 
-func TestRequestsThatAreTooLongAreNotPassedOn(t *testing.T) {
+func TestPassThroughRequestTooLong(t *testing.T) {
 	const refusal = `{"error":"invalid_request","error_description":"The request body is longer than 64 KiB"}`
 	p := newPlainIMDS(t)
 	long := strings.Repeat("x", maxBody+1)
@@ -186,7 +186,7 @@ func TestRequestsThatAreTooLongAreNotPassedOn(t *testing.T) {
 	assert.Empty(t, p.conns)
 }
 
-func TestAnAnswerThatIsTooLongIsNotPassedOn(t *testing.T) {
+func TestPassThroughResponseTooLong(t *testing.T) {
 	p := newPlainIMDS(t)
 	pod := p.pod()
 	pod.write(t, "GET /metadata/x HTTP/1.1\r\nHost: imds\r\n\r\n")
@@ -211,7 +211,7 @@ func TestAnAnswerThatIsTooLongIsNotPassedOn(t *testing.T) {
 	assert.JSONEq(t, `{"error":"bad_gateway","error_description":"The metadata service's response is longer than 1 MiB"}`, string(body))
 }
 
-func TestIMDSWithoutAnAnswerIs503(t *testing.T) {
+func TestPassThroughWithoutResponse(t *testing.T) {
 	p := newPlainIMDS(t)
 	pod := p.pod()
 	pod.write(t, "GET /metadata/x HTTP/1.1\r\nHost: imds\r\n\r\n")
@@ -222,10 +222,17 @@ func TestIMDSWithoutAnAnswerIs503(t *testing.T) {
 	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
 }
 
-// heldIMDS answers when it is released, and counts who waits.
+// heldIMDS answers when it is released, and counts the requests that wait.
 type heldIMDS struct {
 	waiting atomic.Int32
 	release chan struct{}
+}
+
+func newHeldIMDS() *heldIMDS { return &heldIMDS{release: make(chan struct{})} }
+
+func (w *world) waitForIMDS(imds *heldIMDS, requests int32) {
+	w.t.Helper()
+	w.eventually(func() bool { return imds.waiting.Load() == requests }, "%d requests at IMDS", requests)
 }
 
 func (h *heldIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -234,8 +241,8 @@ func (h *heldIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}")), Request: r}, nil
 }
 
-func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
-	imds := &heldIMDS{release: make(chan struct{})}
+func TestPassThroughLimitPerPod(t *testing.T) {
+	imds := newHeldIMDS()
 	w := newWorld(t, func(c *Config) { c.Upstream = imds })
 	const target = "/metadata/versions"
 	codes := make(chan int, maxPassThrough+1)
@@ -246,25 +253,22 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 			codes <- resp.StatusCode
 		})
 	}
-	waiting := func(n int32) {
-		w.within(func() bool { return imds.waiting.Load() == n }, "%d requests at IMDS", n)
-	}
 	for range maxPassThrough {
 		ask(bound)
 	}
-	waiting(maxPassThrough)
+	w.waitForIMDS(imds, maxPassThrough)
 	resp, body := w.get(bound, target)
 	assert.Equal(t, http.StatusTooManyRequests, resp.StatusCode)
 	assert.Equal(t, "1", resp.Header.Get("Retry-After"))
 	assert.JSONEq(t, `{"error":"invalid_request","error_description":"Too many requests at once"}`, body)
 	ask(alsoBound)
-	waiting(maxPassThrough + 1)
+	w.waitForIMDS(imds, maxPassThrough+1)
 	close(imds.release)
 	asking.Wait()
 	for range maxPassThrough + 1 {
 		assert.Equal(t, 200, <-codes)
 	}
-	w.eventually(0) // all are closed
+	w.waitForOpen(0) // all are closed
 	for range maxPassThrough {
 		resp, _ := w.get(bound, target)
 		assert.Equal(t, 200, resp.StatusCode, "each was released")
@@ -273,7 +277,7 @@ func TestAPodThatReadsSlowlyHoldsUpItself(t *testing.T) {
 
 // A header that some server might read as another's name decides nothing here, and must
 // not decide anything there.
-func TestOddHeadersAreNotPassedOnForEverybody(t *testing.T) {
+func TestPassThroughDropsOddHeaders(t *testing.T) {
 	p := newPlainIMDS(t)
 	c := p.connect(bound)
 	require.NoError(t, c.SetDeadline(time.Now().Add(10*time.Second)))
@@ -281,7 +285,7 @@ func TestOddHeadersAreNotPassedOnForEverybody(t *testing.T) {
 	p.accept().expect(t, "GET /metadata/versions HTTP/1.1\r\nHost: "+p.host+"\r\nMetadata: true\r\nX-1: y\r\n\r\n")
 }
 
-func TestABodyThatCannotBeReadIsTheClientsFault(t *testing.T) {
+func TestPassThroughMalformedBody(t *testing.T) {
 	p := newPlainIMDS(t)
 	c := p.pod()
 	c.write(t, "POST /metadata/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
@@ -293,7 +297,7 @@ func TestABodyThatCannotBeReadIsTheClientsFault(t *testing.T) {
 }
 
 // See ServeHTTP for why these end their connections.
-func TestAnInformationalAnswerKeepsNoConnectionOpen(t *testing.T) {
+func TestInformationalResponseKeepsNoConnectionOpen(t *testing.T) {
 	for _, raw := range []string{
 		"POST /metadata/x HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
 		"GET /metadata/x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",

@@ -40,7 +40,7 @@ func TestTokensComeFromMemory(t *testing.T) {
 	w := newWorld(t, nil)
 	for range 2 {
 		_, body := w.get(bound, tokenURL)
-		assert.Equal(t, one.ClientID, whose(body))
+		assert.Equal(t, one.ClientID, tokenSubject(body))
 	}
 	assert.Equal(t, 1, w.imds.Tokens())
 }
@@ -83,7 +83,7 @@ func TestTokenRequests(t *testing.T) {
 			if tc.body != "" {
 				assert.Equal(t, tc.body, body)
 			}
-			assert.Equal(t, tc.whose, whose(body))
+			assert.Equal(t, tc.whose, tokenSubject(body))
 			assert.True(t, json.Valid([]byte(body)), body)
 			assert.NotContains(t, body, "unreachable")
 			assert.Equal(t, strconv.Itoa(len(body)), resp.Header.Get("Content-Length"))
@@ -94,7 +94,7 @@ func TestTokenRequests(t *testing.T) {
 	assert.NotContains(t, w.log.String(), "eyJ", "no token in the log, at any level")
 }
 
-func TestAnAddressNotKnownYetIsToldToComeBack(t *testing.T) {
+func TestUnknownAddress(t *testing.T) {
 	w := newWorld(t, nil)
 	resp, body := w.get(stranger, tokenURL)
 	assert.Equal(t, 503, resp.StatusCode)
@@ -103,9 +103,9 @@ func TestAnAddressNotKnownYetIsToldToComeBack(t *testing.T) {
 	assert.Zero(t, w.imds.Requests())
 }
 
-// TestNoSpellingIsPassedOn sends every spelling that the real service would
+// TestNoSpellingIsPassedThrough sends every spelling that the real service would
 // forgive, and some more. Nobody gets a token by one, and IMDS is not asked.
-func TestNoSpellingIsPassedOn(t *testing.T) {
+func TestNoSpellingIsPassedThrough(t *testing.T) {
 	w := newWorld(t, nil)
 	targets := []string{
 		`/metadata\identity\oauth2\token`, `\metadata\identity\oauth2\token`, "/metadata%5cidentity%5coauth2%5ctoken",
@@ -137,14 +137,14 @@ func TestNoSpellingIsPassedOn(t *testing.T) {
 			for _, from := range []string{unbound, bound} {
 				resp, body := w.send(from, request(method, target+query, "Metadata: true", "Content-Length: 0"))
 				assert.GreaterOrEqual(t, resp.StatusCode, 400, "%s %s: %s", method, target, body)
-				assert.Empty(t, whose(body), "%s %s", method, target)
+				assert.Empty(t, tokenSubject(body), "%s %s", method, target)
 			}
 		}
 	}
 	assert.Empty(t, w.imds.Calls(), "nothing was passed through")
 }
 
-func TestWhatIsPassedOn(t *testing.T) {
+func TestPublicPaths(t *testing.T) {
 	w := newWorld(t, nil)
 	for target, want := range map[string]string{
 		"/metadata/instance?api-version=2021-02-01":              `{"compute":{"azEnvironment":"AzurePublicCloud","name":"node1"}}`,
@@ -161,7 +161,7 @@ func TestWhatIsPassedOn(t *testing.T) {
 	assert.Equal(t, 405, resp.StatusCode)
 }
 
-func TestWhatIsPassedOnIsAPlainGET(t *testing.T) {
+func TestPublicPathsTakePlainGETsOnly(t *testing.T) {
 	w := newWorld(t, nil)
 	for name, raw := range map[string]string{
 		"upgrade":      request("GET", "/metadata/versions", "Connection: Upgrade", "Upgrade: h2c"),
@@ -175,7 +175,7 @@ func TestWhatIsPassedOnIsAPlainGET(t *testing.T) {
 	assert.Zero(t, w.imds.Requests())
 }
 
-func TestAClientThatHasFinishedSendingIsAnsweredAllTheSame(t *testing.T) {
+func TestHalfClosedClient(t *testing.T) {
 	w := newWorld(t, nil)
 	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(stranger), 0))}
 	conn, err := dialer.DialContext(t.Context(), "tcp", w.addr)
@@ -203,7 +203,7 @@ func TestBlockInstanceMetadata(t *testing.T) {
 func TestMetadataHeaderOptional(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.MetadataHeaderOptional = true })
 	_, body := w.send(bound, request("GET", tokenURL))
-	assert.Equal(t, one.ClientID, whose(body))
+	assert.Equal(t, one.ClientID, tokenSubject(body))
 }
 
 // A client of App Service names its identity in that service's words, and never gets
@@ -228,7 +228,7 @@ func TestAppServiceSelectors(t *testing.T) {
 				w := newWorld(t, func(c *Config) { c.MetadataHeaderOptional = optional })
 				resp, body := w.get(bound, tokenURL+tc.query)
 				if optional {
-					assert.Equal(t, tc.optional, whose(body), body)
+					assert.Equal(t, tc.optional, tokenSubject(body), body)
 					if tc.optional == "" {
 						assert.Equal(t, 400, resp.StatusCode, body)
 					}
@@ -242,7 +242,7 @@ func TestAppServiceSelectors(t *testing.T) {
 	}
 }
 
-func TestUpstreamErrorsReachThePod(t *testing.T) {
+func TestUpstreamErrors(t *testing.T) {
 	w := newWorld(t, nil)
 	fault := func(f imdstest.Fault) (*http.Response, string) {
 		w.imds.Inject(f)
@@ -270,16 +270,7 @@ func TestUpstreamErrorsReachThePod(t *testing.T) {
 	assert.Equal(t, `{"error":"invalid_request","error_description":"Temporarily throttled, too many requests"}`, body)
 }
 
-// blockingIMDS answers once it is released, and says when it has been asked.
-type blockingIMDS struct{ asked, release chan struct{} }
-
-func (b blockingIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
-	close(b.asked)
-	<-b.release
-	return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Body: io.NopCloser(strings.NewReader("{}")), Request: r}, nil
-}
-
-func TestAPodWhoseAddressMayBeAnothersIsRefusedWhateverItIs(t *testing.T) {
+func TestUntrustedSource(t *testing.T) {
 	w := newWorld(t, func(cfg *Config) {
 		cfg.CheckSource = func(addr netip.Addr, _ int, _ *podresolver.Pod) error {
 			if addr == netip.MustParseAddr(bound) || addr == netip.MustParseAddr(excepted) {
@@ -318,7 +309,7 @@ func TestPodsOnly(t *testing.T) {
 }
 
 // A name in capitals that were ignored would mean the default identity.
-func TestParametersHaveNoCase(t *testing.T) {
+func TestParameterNamesAreCaseInsensitive(t *testing.T) {
 	w := newWorld(t, nil)
 	resp, body := w.get(bound, tokenURL+"&CLIENT_ID=not-bound")
 	assert.Equal(t, 400, resp.StatusCode)
@@ -331,7 +322,7 @@ func TestParametersHaveNoCase(t *testing.T) {
 
 // A metadata security proxy's refusal is not IMDS's: the pod may come back, and the log says
 // what to allow.
-func TestAProxyBeforeIMDSRefusesWhatIsPassedThrough(t *testing.T) {
+func TestPassThroughRefusedByMetadataProxy(t *testing.T) {
 	w := newWorld(t, nil)
 	w.imds.Inject(imdstest.Fault{Status: 403})
 	resp, body := w.get(excepted, tokenURL)
@@ -342,7 +333,7 @@ func TestAProxyBeforeIMDSRefusesWhatIsPassedThrough(t *testing.T) {
 
 	resp, body = w.get(excepted, tokenURL)
 	assert.Equal(t, 200, resp.StatusCode)
-	assert.Equal(t, imdstest.Node, whose(body))
+	assert.Equal(t, imdstest.Node, tokenSubject(body))
 	w.imds.ForgetConnections()
 	resp, _ = w.get(bound, "/metadata/versions")
 	assert.Equal(t, 200, resp.StatusCode)

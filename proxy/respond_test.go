@@ -10,7 +10,7 @@ import (
 )
 
 // expires_in is what is left when the answer is given, not when the token was made.
-func TestExpiresInIsComputedAnew(t *testing.T) {
+func TestExpiresIn(t *testing.T) {
 	made := time.Unix(1_800_000_000, 0)
 	token := &tokencache.Token{
 		AccessToken: "a.b", ClientID: `"quoted"`, Resource: "r\\\n\x7f\u00e9", TokenType: "Bearer", NotBefore: made,

@@ -36,7 +36,7 @@ func TestDrainingClosesConnectionsWithTheNextResponse(t *testing.T) {
 	assert.False(t, ask(second))
 }
 
-func TestAConnectionThatIsIdleWhenTheServerStopsIsOfUseOnceMore(t *testing.T) {
+func TestIdleConnectionHasOneMoreRequestOnStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		s, ln, served := New(Config{Logger: slog.New(slog.DiscardHandler)}), newPipes(), make(chan error, 1)
@@ -65,13 +65,13 @@ func TestAConnectionThatIsIdleWhenTheServerStopsIsOfUseOnceMore(t *testing.T) {
 	})
 }
 
-func TestAnAnswerThatTookLongEndsItsConnectionToo(t *testing.T) {
-	imds := blockingIMDS{asked: make(chan struct{}), release: make(chan struct{})}
+func TestDrainingBeginsDuringARequest(t *testing.T) {
+	imds := newHeldIMDS()
 	w := newWorld(t, func(c *Config) { c.Upstream = imds })
 	conn := w.connect(unbound)
 	_, err := io.WriteString(conn, "GET /metadata/versions HTTP/1.1\r\nHost: imds\r\nMetadata: true\r\n\r\n")
 	require.NoError(t, err)
-	<-imds.asked
+	w.waitForIMDS(imds, 1)
 	w.server.SetDraining(true)
 	close(imds.release)
 	resp, err := http.ReadResponse(conn.r, nil)
@@ -94,17 +94,17 @@ func (w *world) connect(from string) *keptAlive {
 	return &keptAlive{conn, bufio.NewReader(conn)}
 }
 
-func TestServeFinishesWhatItBeganAndTakesNoMore(t *testing.T) {
-	imds := blockingIMDS{asked: make(chan struct{}), release: make(chan struct{})}
+func TestServeDrains(t *testing.T) {
+	imds := newHeldIMDS()
 	w := newWorld(t, func(c *Config) { c.Upstream = imds })
 	answered := make(chan int, 1)
 	go func() {
 		resp, _ := w.get(unbound, "/metadata/versions")
 		answered <- resp.StatusCode
 	}()
-	<-imds.asked
+	w.waitForIMDS(imds, 1)
 	w.stop()
-	w.within(func() bool {
+	w.eventually(func() bool {
 		conn, err := net.Dial("tcp", w.addr)
 		if err == nil {
 			conn.Close()

@@ -15,25 +15,25 @@ import (
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
-func TestServicePrincipalsGetTokensOfEntra(t *testing.T) {
+func TestServicePrincipalToken(t *testing.T) {
 	p := newPrincipalWorld(t)
 	for from, id := range map[string]string{bySecret: secretID, byFile: fileID} {
 		before := p.entra.Tokens()
 		status, body := p.asks(from, vault)
 		require.Equal(t, 200, status, body)
-		assert.Equal(t, id, whose(body))
+		assert.Equal(t, id, tokenSubject(body))
 		var fields map[string]string // every one a string, or this fails
 		require.NoError(t, json.Unmarshal([]byte(body), &fields))
 		assert.Len(t, fields, 8)
 		assert.Equal(t, id, fields["client_id"])
 		assert.Equal(t, vault, fields["resource"])
 		_, body = p.asks(from, vault+"&client_id="+strings.ToUpper(id))
-		assert.Equal(t, id, whose(body))
+		assert.Equal(t, id, tokenSubject(body))
 		assert.Equal(t, 1, p.entra.Tokens()-before, "the second came from memory")
 	}
 }
 
-func TestAuxiliaryTenantsMakeAnArray(t *testing.T) {
+func TestAuxiliaryTenants(t *testing.T) {
 	p := newPrincipalWorld(t)
 	status, body := p.asks(ofTenants, vault)
 	require.Equal(t, 200, status, body)
@@ -49,11 +49,11 @@ func TestAuxiliaryTenantsMakeAnArray(t *testing.T) {
 	_, again := p.asks(ofTenants, vault)
 	require.NoError(t, json.Unmarshal([]byte(again), &all))
 	_, one := p.asks(bySecret, vault)
-	assert.Equal(t, secretID, whose(one), "another identity of the same principal: no array")
+	assert.Equal(t, secretID, tokenSubject(one), "another identity of the same principal: no array")
 	assert.Equal(t, 3, p.entra.Tokens(), "and the token that is there already")
 }
 
-func TestAnAuxiliaryTenantsFailureIsTheRequests(t *testing.T) {
+func TestAuxiliaryTenantFailure(t *testing.T) {
 	p := newPrincipalWorld(t)
 	p.entra.Inject(entratest.Fault{Status: 200, Body: `{"access_token":"eyA.0","expires_in":3600,"token_type":"Bearer"}`}, // the primary's
 		entratest.Fault{Status: 400, Body: `{"error":"unauthorized_client","error_description":"AADSTS700016: not in tenant B"}`})
@@ -66,7 +66,7 @@ func TestAnAuxiliaryTenantsFailureIsTheRequests(t *testing.T) {
 	}
 }
 
-func TestAChangedSecretTakesEffectAtTheNextFetch(t *testing.T) {
+func TestChangedSecret(t *testing.T) {
 	p := newPrincipalWorld(t)
 	status, _ := p.asks(bySecret, vault)
 	require.Equal(t, 200, status)
@@ -83,7 +83,7 @@ func TestAChangedSecretTakesEffectAtTheNextFetch(t *testing.T) {
 
 const noCredentialBody = `{"error":"invalid_client","error_description":"The credential of this identity cannot be used; see the log of the node's agent for the reason"}`
 
-func TestWhatIsWrongWithASecretIsForTheLog(t *testing.T) {
+func TestUnusableSecretIsExplainedInLog(t *testing.T) {
 	_, file := theFile()
 	for name, tc := range map[string]struct {
 		from string
@@ -121,7 +121,7 @@ func TestWhatIsWrongWithASecretIsForTheLog(t *testing.T) {
 	}
 }
 
-func TestWhatPassesIsSaidToPass(t *testing.T) {
+func TestTemporaryFailuresOfServicePrincipals(t *testing.T) {
 	p := newPrincipalWorld(t)
 	p.mu.Lock()
 	p.down = errors.New("dial tcp 10.96.0.1:443: connect: connection refused")
@@ -150,7 +150,7 @@ func TestWhatPassesIsSaidToPass(t *testing.T) {
 	assert.Contains(t, body, "Entra is not available")
 }
 
-func TestAADSTSReachesThePod(t *testing.T) {
+func TestAADSTSError(t *testing.T) {
 	p := newPrincipalWorld(t)
 	status, body := p.asks(bySecret, "https://nothing.example/")
 	assert.Equal(t, 400, status)
@@ -161,9 +161,9 @@ func TestAADSTSReachesThePod(t *testing.T) {
 	assert.Contains(t, p.log.String(), "AADSTS500011", "operators see it too")
 }
 
-// TestTokensInUseAreThoseOfAllTenants: they are refreshed without being asked for as
+// TestInUseWithAuxiliaryTenants: they are refreshed without being asked for as
 // long as the pod is there.
-func TestTokensInUseAreThoseOfAllTenants(t *testing.T) {
+func TestInUseWithAuxiliaryTenants(t *testing.T) {
 	p := newPrincipalWorld(t)
 	inUse := InUse(p.server.cfg.Pods)
 	pod, err := p.server.cfg.Pods.Resolve(t.Context(), netip.MustParseAddr(ofTenants))

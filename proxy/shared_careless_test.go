@@ -19,7 +19,7 @@ import (
 // Many a server takes it that a GET has no body, and reads the body as the next request
 // (CL.0). Were IMDS one of them, the head of a request left open in a body would become
 // the head of whatever comes next on that connection. So nothing comes next on it.
-func TestWhatFollowsABodyGoesToIMDSOnItsOwnConnection(t *testing.T) {
+func TestConnectionToIMDSIsNotReusedAfterABody(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer ln.Close()

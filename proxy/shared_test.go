@@ -30,7 +30,7 @@ func echo(w http.ResponseWriter, r *http.Request) {
 // Pods share the connections to IMDS. While an excepted pod does its worst there, hiding
 // requests in bodies, breaking bodies off, leaving before the answer, others get the
 // answers to what they asked, and to nothing else.
-func TestNobodyGetsTheAnswerToAnothersRequest(t *testing.T) {
+func TestResponsesAreNotMixedUp(t *testing.T) {
 	imds := httptest.NewServer(http.HandlerFunc(echo))
 	defer imds.Close()
 	base, err := url.Parse(imds.URL)
@@ -96,5 +96,5 @@ func TestNobodyGetsTheAnswerToAnothersRequest(t *testing.T) {
 		})
 	}
 	all.Wait()
-	w.eventually(3) // no request of those who left is still at work
+	w.waitForOpen(3) // no request of those who left is still at work
 }

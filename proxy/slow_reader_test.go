@@ -27,9 +27,9 @@ import (
 // writeTimeout is proxy/listener's, of each write of a response.
 const writeTimeout = 5 * time.Second
 
-// unreading is a connection of a client whose kernel takes as little as it can, and in
+// slowReader is a connection of a client whose kernel takes as little as it can, and in
 // small pieces, as over a network; nil if there is no place for it.
-func (w *world) unreading(from string) net.Conn {
+func (w *world) slowReader(from string) net.Conn {
 	w.t.Helper()
 	dialer := net.Dialer{
 		LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0)),
@@ -55,7 +55,7 @@ func (w *world) unreading(from string) net.Conn {
 
 // Four pods that leave eight long answers each unread: as many as IMDS may be asked at
 // once. Others are served all the same: excepted pods' tokens, and instance metadata.
-func TestUnreadAnswersBlockNobody(t *testing.T) {
+func TestUnreadResponsesDoNotBlockOthers(t *testing.T) {
 	tokens := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one}})
 	long := `{"x":"` + strings.Repeat("x", 300<<10) + `"}`
 	var asked atomic.Int64
@@ -77,12 +77,12 @@ func TestUnreadAnswersBlockNobody(t *testing.T) {
 
 	for pod := range 4 {
 		for range maxPassThrough {
-			c := w.unreading(netip.AddrFrom4([4]byte{127, 0, 1, byte(pod + 1)}).String())
+			c := w.slowReader(netip.AddrFrom4([4]byte{127, 0, 1, byte(pod + 1)}).String())
 			_, err := io.WriteString(c, "GET /metadata/instance/long HTTP/1.1\r\nHost: h\r\n\r\n")
 			require.NoError(t, err)
 		}
 	}
-	w.within(func() bool { return asked.Load() == 4*maxPassThrough }, "all of them are at IMDS")
+	w.eventually(func() bool { return asked.Load() == 4*maxPassThrough }, "all of them are at IMDS")
 	began := time.Now()
 	for range 20 {
 		resp, _ := w.get(excepted, tokenURL)
@@ -99,26 +99,26 @@ func TestUnreadAnswersBlockNobody(t *testing.T) {
 
 // A client that closes without having read, or acknowledged, what it was sent keeps its
 // place among the connections, until that is gone from the kernel, too.
-func TestWhatAClientHasNotTakenCounts(t *testing.T) {
+func TestUnacknowledgedResponseKeepsItsPlace(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.MaxConnectionsPerPod = 4 })
 	request := "GET " + tokenURL + " HTTP/1.1\r\nHost: h\r\nMetadata: true\r\n"
 	for range 8 {
-		if c := w.unreading(bound); c != nil {
+		if c := w.slowReader(bound); c != nil {
 			_, _ = io.WriteString(c, strings.Repeat(request+"\r\n", 2)+request+"Connection: close\r\n\r\n")
 		}
 	}
-	w.within(func() bool { return w.server.Connections().Evicted+w.server.Connections().Refused >= 4 }, "the first have made place")
+	w.eventually(func() bool { return w.server.Connections().Evicted+w.server.Connections().Refused >= 4 }, "the first have made place")
 	assert.LessOrEqual(t, w.server.Connections().Open, 4)
 	began := time.Now()
-	w.eventually(0)
+	w.waitForOpen(0)
 	assert.Greater(t, time.Since(began), writeTimeout/2, "its end has been waited for")
 	assert.Equal(t, 200, w.connect(bound).ask(t))
 }
 
 // A client that sends on and on, and reads nothing, ends when an answer cannot be written.
-func TestAClientThatNeverReadsIsDisconnected(t *testing.T) {
+func TestSlowReaderIsDisconnected(t *testing.T) {
 	w := newWorld(t, nil)
-	c := w.unreading(bound)
+	c := w.slowReader(bound)
 	began := time.Now()
 	_ = c.SetWriteDeadline(time.Now().Add(patience))
 	var err error
@@ -127,5 +127,5 @@ func TestAClientThatNeverReadsIsDisconnected(t *testing.T) {
 	}
 	assert.NotErrorIs(t, err, os.ErrDeadlineExceeded)
 	assert.Less(t, time.Since(began), 2*writeTimeout)
-	w.eventually(0)
+	w.waitForOpen(0)
 }

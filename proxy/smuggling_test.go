@@ -53,7 +53,7 @@ func get(target string, headers ...string) string {
 }
 
 // Where a request ends (RFC 9112, 6.3 and 11.2).
-func TestARequestHiddenInAnotherIsNeverAnswered(t *testing.T) {
+func TestRequestSmuggling(t *testing.T) {
 	const chunked, length = "Transfer-Encoding: chunked", "Content-Length: "
 	hiddenLength := length + strconv.Itoa(len(hidden))
 	twice := told{"200 404 open", "GET " + versions}

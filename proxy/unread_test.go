@@ -19,7 +19,7 @@ import (
 
 // A connection on which a request's body never comes is in use, so that no other may take
 // its place: it has to end by itself, whoever answers, and whether anybody wants the body.
-func TestABodyThatNeverComesEndsItsConnection(t *testing.T) {
+func TestMissingBody(t *testing.T) {
 	for name, raw := range map[string]string{
 		"answered by a handler":   "POST " + tokenURL + " HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n",
 		"in chunks":               "POST " + tokenURL + " HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe",
@@ -50,7 +50,7 @@ func TestABodyThatNeverComesEndsItsConnection(t *testing.T) {
 }
 
 // Whoever sends or reads nothing, or next to nothing, is cut.
-func TestConnectionsThatDoNotMoveEnd(t *testing.T) {
+func TestTimeouts(t *testing.T) {
 	const head, refused = "GET /metadata/versions HTTP/1.1\r\n", "GET " + tokenURL + " HTTP/1.1\r\nHost: h\r\n\r\n"
 	for name, tc := range map[string]struct {
 		raw    string
@@ -113,7 +113,7 @@ func (d slowIMDS) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // A token may take longer than readTimeout: a minute each for its pod and its identity, 2 s for
 // the API server, and 25 s for its turn and the response, for each tenant.
-func TestAnAnswerMayTakeLongerThanItsRequest(t *testing.T) {
+func TestResponseAfterReadTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pod, end := serveOne(t, Config{Upstream: slowIMDS(172 * time.Second)})
 		defer end()

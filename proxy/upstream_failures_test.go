@@ -25,7 +25,7 @@ func (w *world) logLine(text string) string {
 
 // IMDS and the agent have the same words for two faults. The pod is told the same, since
 // SDKs compare them; the operator is not.
-func TestAnIdentityThatIMDSDoesNotKnow(t *testing.T) {
+func TestIdentityUnknownToIMDS(t *testing.T) {
 	const hint = "bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity"
 	w := newWorld(t, nil)
 	w.imds.Inject(imdstest.Fault{Status: 400, Body: `{"error":"invalid_request","error_description":"Identity not found"}`})
@@ -44,7 +44,7 @@ func TestAnIdentityThatIMDSDoesNotKnow(t *testing.T) {
 	assert.NotContains(t, w.logLine("pod shop/also-bound"), hint, "nor does another refusal")
 }
 
-func TestAProxyBeforeIMDSThatRefuses(t *testing.T) {
+func TestTokenRefusedByMetadataProxy(t *testing.T) {
 	w := newWorld(t, nil)
 	w.imds.Inject(imdstest.Fault{Status: 403})
 	resp, body := w.get(bound, tokenURL)

@@ -51,8 +51,8 @@ type world struct {
 // patience is for what must happen, on a machine that is busy with other things, too.
 const patience = 30 * time.Second
 
-// within waits until something is so, for as long as patience lasts.
-func (w *world) within(is func() bool, what string, args ...any) {
+// eventually waits until a condition holds, for patience at most.
+func (w *world) eventually(is func() bool, what string, args ...any) {
 	w.t.Helper()
 	assert.Eventually(w.t, is, patience, time.Millisecond, append([]any{what}, args...)...)
 }
@@ -201,8 +201,8 @@ func request(method, target string, headers ...string) string {
 	return method + " " + target + " HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n" + strings.Join(append(headers, "\r\n"), "\r\n")
 }
 
-// whose reads the subject of a token answer; "" if it is none.
-func whose(body string) string {
+// tokenSubject reads the subject of a token answer; "" if it has none.
+func tokenSubject(body string) string {
 	var in struct {
 		Token string `json:"access_token"`
 	}

@@ -9,7 +9,7 @@ import (
 )
 
 // What is not redirected is reset: nothing is left of it on either side.
-func TestWhatIsNotRedirectedIsReset(t *testing.T) {
+func TestOnlyRedirectedResetsOthers(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.2:0") // not loopback's first, which is the node's own
 	require.NoError(t, err)
 	only := OnlyRedirected(ln, netip.MustParseAddrPort("169.254.169.254:80"))

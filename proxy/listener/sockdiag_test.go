@@ -17,7 +17,7 @@ import (
 
 // Any process of the node can have connections from other loopback addresses, and the same
 // ports. They must not hide whose this one is.
-func TestTheOwnerOfOneOfSeveralConnectionsWithTheSamePorts(t *testing.T) {
+func TestSocketUIDWithEqualPorts(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer ln.Close()
@@ -52,7 +52,7 @@ func TestTheOwnerOfOneOfSeveralConnectionsWithTheSamePorts(t *testing.T) {
 }
 
 // Some programs have sockets of IPv6 only, and use them for IPv4 too (RFC 3493, 3.7).
-func TestTheOwnerOfAnIPv6Socket(t *testing.T) {
+func TestSocketUIDOfAnIPv6Socket(t *testing.T) {
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer ln.Close()
@@ -72,7 +72,7 @@ func TestTheOwnerOfAnIPv6Socket(t *testing.T) {
 	assert.Equal(t, uint32(os.Getuid()), uid) //nolint:gosec // a user ID is not negative
 }
 
-func TestASocketThatIsClosedHasNoOwner(t *testing.T) {
+func TestSocketUIDOfAClosedSocket(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer ln.Close()
