@@ -33,7 +33,8 @@ var misuses = []misuse{
 	{name: "two pods: heads of 8 KiB, on 1,200 connections, reads nothing", do: neverReads(testbed.LargeHead())},
 	{name: "half a request, on 10,400 connections to the metrics and probe ports", do: pages},
 	{name: "ten pods: ask for new tokens that do not come, hang up, and come again", do: hangUps, hang: true},
-	{name: "dials the node's address up to 10,000 times a second", do: dials},
+	{name: "dials the node's address up to 10,000 times a second", do: dials(testbed.NodeAddress, 2579)},
+	{name: "dials the metadata service up to 10,000 times a second", do: dials("169.254.169.254", 80)},
 	{name: "nothing, again", do: nothing},
 }
 
@@ -206,43 +207,45 @@ func hangUps(ctx context.Context, pods []*testbed.Namespace, started chan<- stru
 	return fmt.Sprintf("%d requests", asked.Load())
 }
 
-// dials opens connections to the agent's port on the node's address, which nothing has
-// redirected, and waits a moment for an answer. It does so in the pod's namespace,
-// without Go's net, which needs more of its core for a dial than the agent to refuse it.
-func dials(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
-	const workers, perSecond = 16, 10_000
-	var dialled atomic.Int64
-	var running sync.WaitGroup
-	to := &unix.SockaddrInet4{Port: 2579, Addr: netip.MustParseAddr(testbed.NodeAddress).As4()}
-	for range workers {
-		running.Go(func() {
-			_ = pods[0].Do(func() error {
-				began := time.Now()
-				for n := 0; ctx.Err() == nil; n++ {
-					if ahead := time.Duration(n)*time.Second*workers/perSecond - time.Since(began); ahead > time.Millisecond {
-						time.Sleep(ahead)
+// dials opens connections, waits a moment for each, and resets it. Those to the agent's port
+// on the node's address nothing has redirected. It does so in the pod's namespace, without
+// Go's net, which needs more of its core for a dial than the agent to refuse it.
+func dials(address string, port int) func(context.Context, []*testbed.Namespace, chan<- struct{}) string {
+	return func(ctx context.Context, pods []*testbed.Namespace, started chan<- struct{}) string {
+		const workers, perSecond = 16, 10_000
+		var dialled atomic.Int64
+		var running sync.WaitGroup
+		to := &unix.SockaddrInet4{Port: port, Addr: netip.MustParseAddr(address).As4()}
+		for range workers {
+			running.Go(func() {
+				_ = pods[0].Do(func() error {
+					began := time.Now()
+					for n := 0; ctx.Err() == nil; n++ {
+						if ahead := time.Duration(n)*time.Second*workers/perSecond - time.Since(began); ahead > time.Millisecond {
+							time.Sleep(ahead)
+						}
+						fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+						if err != nil {
+							return err
+						}
+						if err := unix.Connect(fd, to); err == nil || errors.Is(err, unix.EINPROGRESS) {
+							_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 1) // #nosec G115 -- file descriptors are small
+							dialled.Add(1)
+						}
+						_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+						_ = unix.Close(fd)
 					}
-					fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-					if err != nil {
-						return err
-					}
-					if err := unix.Connect(fd, to); err == nil || errors.Is(err, unix.EINPROGRESS) {
-						_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 1) // #nosec G115 -- file descriptors are small
-						dialled.Add(1)
-					}
-					_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-					_ = unix.Close(fd)
-				}
-				return nil
+					return nil
+				})
 			})
-		})
+		}
+		began := time.Now()
+		close(started)
+		<-ctx.Done()
+		rate := float64(dialled.Load()) / time.Since(began).Seconds()
+		running.Wait()
+		return fmt.Sprintf("%.0f dials/s", rate)
 	}
-	began := time.Now()
-	close(started)
-	<-ctx.Done()
-	rate := float64(dialled.Load()) / time.Since(began).Seconds()
-	running.Wait()
-	return fmt.Sprintf("%.0f dials/s", rate)
 }
 
 func pause(ctx context.Context, d time.Duration) {

@@ -43,7 +43,7 @@ type Conn struct {
 
 	// Guarded by limiter.mu.
 	place *list.Element // in caller.conns; nil once it is given back
-	busy  bool          // it has a request
+	busy  bool          // it has a request, or its first Read is held back
 
 	// The request under way. These are written by the goroutine that serves the connection;
 	// the atomic ones are read by the one that looks out for the client's end, too.
@@ -164,6 +164,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	if c.delay > 0 {
 		c.pause(c.delay)
 		c.delay = 0
+		c.limiter.setIdle(c)
 	}
 	if c.inBody.Load() {
 		return c.head.readBody(c.Conn, p, c.wantBody.Load())

@@ -19,13 +19,14 @@ var errManyLines = errors.New("the head of the request has too many lines")
 // net/http saw a head end elsewhere, several would share the bound, which would still hold.
 type headReader struct {
 	lines int    // that have ended since begin
+	size  int    // bytes since begin
 	text  bool   // the current line has more than CR
 	ahead []byte // what was read after an empty line
 	err   error  // errManyLines, from then on
 }
 
 // begin is called before the first Read of a head.
-func (h *headReader) begin() { h.lines, h.text = 0, false }
+func (h *headReader) begin() { h.lines, h.size, h.text = 0, 0, false }
 
 // read reads from r no further than the end of the head.
 func (h *headReader) read(r io.Reader, p []byte) (int, error) {
@@ -76,6 +77,7 @@ func (h *headReader) consume(n int) {
 // scan counts the lines of p up to an empty one, and returns where that ends; all of p if
 // there is none. It returns 0 and sets err when there are too many.
 func (h *headReader) scan(p []byte) (end int) {
+	defer func() { h.size += end }()
 	for end < len(p) {
 		i := bytes.IndexByte(p[end:], '\n')
 		if i < 0 {

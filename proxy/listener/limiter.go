@@ -54,7 +54,7 @@ type caller struct {
 
 // NewLimiter returns a Limiter of so many connections in all, and of one caller.
 func NewLimiter(total, perCaller int) *Limiter {
-	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller), pace: pace{limit: maxLimit}}
+	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller), pace: pace{limit: minLimit}}
 }
 
 // Listener wraps a listener so that the connections that it accepts are within the bounds, and
@@ -108,7 +108,8 @@ func (l *Limiter) admit(accepted net.Conn) net.Conn {
 	admitted := &Conn{Conn: accepted, limiter: l, caller: from}
 	admitted.place = from.conns.PushBack(admitted)
 	admitted.delay = l.delayLocked(from, connectionCost)
-	l.callers[addr] = from // again, if it has just lost its last
+	admitted.busy = admitted.delay > 0 // or each new one would evict the last
+	l.callers[addr] = from             // again, if it has just lost its last
 	l.open++
 	return admitted
 }
@@ -183,7 +184,7 @@ func (l *Limiter) setBusy(c *Conn) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c.busy = true
-	return l.delayLocked(c.caller, 1)
+	return l.delayLocked(c.caller, 1+c.head.size>>10)
 }
 
 // connKey finds the *Conn of a request in its context.

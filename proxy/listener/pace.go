@@ -1,45 +1,54 @@
 package listener
 
 import (
+	"math/rand/v2"
 	"runtime"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// Callers share the agent's CPU. Goroutines run in the order in which they became able to,
-// and while one can run the network is not polled (runtime/proc.go, findRunnable): a caller
-// that keeps 64 connections busy makes each request of the others wait for 64 of its own. So
-// while goroutines wait for longer than maxLag, all callers together are limited to fewer
-// requests a second, until they do not; and of these each caller has the same share. Nobody
-// is limited before.
+// Callers share the agent's CPU. Goroutines run in the order in which they became runnable,
+// and the network is not polled while one is (runtime/proc.go, findRunnable): with a caller
+// that keeps 64 connections busy, each request of others would wait for 64 requests. So all
+// callers together are limited to a rate that follows the lag: how long runnable goroutines
+// wait. It shrinks while the lag is high, and grows while it is low and the limit is used, as
+// TCP's congestion window does (RFC 5681): fast at first, slowly once it has been too much. Of
+// the limit each caller has the same share.
 const (
 	maxLag = time.Millisecond
-	// sampleInterval is how often the lag is looked at, while there are more than busyRate
+	// sampleInterval is how often the lag is measured, while there are more than busyRate
 	// requests a second.
 	sampleInterval = time.Millisecond
 	busyRate       = 500
-	// A limit is between these, in requests a second. No agent answers as many as maxLimit,
-	// which is therefore none.
-	maxLimit, minLimit = 100_000, 2_000
-	// minShare is the share of a caller, in requests a second, however many there are. That
-	// together they can then exceed the limit is no harm: most pods ask once an hour.
+	// The limit, in requests a second: at least, and at first, half of what a core serves; at
+	// most, more than any agent serves.
+	minLimit, maxLimit = 10_000, 100_000
+	// The limit grows by a factor with each sample, and slowly by a number: to maxLimit in
+	// a tenth of a second, and by 20,000 a second.
+	growth, slowGrowth = 1.02, 20
+	// minShare is the least share of a caller, in requests a second. With many callers the
+	// sum exceeds the limit, which does no harm: most pods send a request an hour.
 	minShare = 250
-	// paceBurst is how many requests a caller may make at once, within its share.
+	// paceBurst is how many requests of a caller may come at once, within its share.
 	paceBurst = 16
-	// connectionCost is what a new connection counts, in requests.
+	// connectionCost is what a new connection counts, in requests. Each KiB of a head counts
+	// one.
 	connectionCost = 8
-	// maxPause bounds how long a request is held back. A caller that is held back for so
-	// long makes two requests a second for each of its connections.
-	maxPause = 500 * time.Millisecond
-	// pipelinedPause comes before a request that a client has sent without waiting for the
-	// last response. Its goroutine would not stop running otherwise.
+	// maxPause bounds how long a request is held back. A caller with longer pauses than that
+	// makes less than a request a second for each of its connections.
+	maxPause = 2 * time.Second
+	// pipelinedPause precedes a request that was sent before the last response was read.
+	// Its goroutine would stay runnable otherwise.
 	pipelinedPause = time.Millisecond
-	// paceWindow is how long a caller counts as one that asks.
+	// paceWindow is how long a caller counts as active after a request.
 	paceWindow = 100 * time.Millisecond
 )
 
 // pace decides when a request may be handled. Limiter.mu guards it.
 type pace struct {
 	limit    float64 // requests a second of all callers
+	slow     bool    // the limit has been too high
 	watching bool    // a goroutine samples the lag
 
 	began    time.Time // of the window
@@ -71,36 +80,38 @@ func (p *pace) turn(now time.Time) bool {
 	return true
 }
 
-// busy reports whether there are so many requests that the lag must be watched.
-func (p *pace) busy() bool {
-	const most = busyRate * int(paceWindow) / int(time.Second)
-	return p.requests > most || p.requestsBefore > most
-}
+// busy reports whether there are so many requests that the lag must be measured.
+func (p *pace) busy() bool { return p.rate() > busyRate }
 
 // observe adapts the limit to the lag.
 func (p *pace) observe(lag time.Duration) {
 	switch {
 	case lag > 4*maxLag:
-		p.limit = max(p.limit*0.5, minLimit)
+		p.limit, p.slow = p.limit*0.5, true
 	case lag > maxLag:
-		p.limit = max(p.limit*0.8, minLimit)
-	case lag < maxLag/2:
-		p.limit = min(p.limit*1.02, maxLimit)
+		p.limit, p.slow = p.limit*0.8, true
+	case lag > maxLag/2 || 2*p.rate() < p.limit: // good, or not used
+	case p.slow:
+		p.limit += slowGrowth
+	default:
+		p.limit *= growth
 	}
+	p.limit = min(max(p.limit, minLimit), maxLimit)
 }
 
-// delay notes what a caller does, which counts as so many requests, and returns how long
-// that has to wait.
+// rate is how many requests a second there are.
+func (p *pace) rate() float64 {
+	return float64(max(p.requests, p.requestsBefore)) / paceWindow.Seconds()
+}
+
+// delay notes what a caller does, which counts as cost requests, and returns how long that
+// must wait.
 func (p *pace) delay(s *share, cost int, now time.Time) time.Duration {
 	if s.window != p.window {
 		s.window = p.window
 		p.active++
 	}
 	p.requests += cost
-	if p.limit >= maxLimit {
-		s.next = now
-		return 0
-	}
 	rate := max(p.limit/float64(max(p.active, p.activeBefore)), minShare)
 	interval := time.Duration(float64(time.Second) / rate)
 	if earliest := now.Add(-paceBurst * interval); s.next.Before(earliest) {
@@ -109,6 +120,7 @@ func (p *pace) delay(s *share, cost int, now time.Time) time.Duration {
 	s.next = s.next.Add(time.Duration(cost) * interval)
 	if latest := now.Add(maxPause); s.next.After(latest) {
 		s.next = latest
+		return maxPause/2 + rand.N(maxPause/2) // lest all that wait for so long come at once
 	}
 	return max(0, s.next.Sub(now))
 }
@@ -146,11 +158,21 @@ func (l *Limiter) watchLag() {
 	}
 }
 
-// lag is how long a goroutine waits for those that could run before it.
+// lag is how long a goroutine waits for those that were runnable before it, not counting the
+// time that the node gave to other processes.
 func lag() time.Duration {
-	began := time.Now()
+	began, cpu := time.Now(), cpuTime()
 	runtime.Gosched()
-	return time.Since(began)
+	return min(time.Since(began), cpuTime()-cpu)
+}
+
+// cpuTime is what this process has used so far.
+func cpuTime() time.Duration {
+	var t unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &t) != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
 }
 
 // observe is pace.observe; it returns false when there are no longer many requests.
@@ -160,7 +182,7 @@ func (l *Limiter) observe(lag time.Duration) bool {
 	l.turnLocked(time.Now())
 	l.pace.observe(lag)
 	if !l.pace.busy() {
-		l.pace.watching, l.pace.limit = false, maxLimit
+		l.pace.watching, l.pace.limit, l.pace.slow = false, minLimit, false
 	}
 	return l.pace.watching
 }
