@@ -158,7 +158,7 @@ var situations = map[string]situation{
 		answer:  "503 temporarily_unavailable: The agent is not in sync with the API server yet",
 		log:     []string{"the agent has not synced with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource"},
 		explain: []string{"the agent has not synced with the API server yet: azureidentitybindings.aadpodidentity.k8s.io: the agent's service account may not list and watch this resource: apply its ClusterRole"},
-		not:     []string{"no pod is known", "no pod of this node"},
+		not:     []string{"no pod on this node has this address"},
 	},
 	"stale": {
 		config: podresolver.Config{MaxStaleness: time.Millisecond}, objects: []runtime.Object{aPod()},

@@ -363,7 +363,7 @@ func TestInModeNoneSomebodyElseRedirectsAndOnlyThisNodesPodsAreServed(t *testing
 	}
 	assert.Equal(t, asked, world.IMDS.Requests())
 	s.stops(a)
-	assert.Contains(t, a.Log(), "nobody redirects to this agent any more, and its fences alone keep pods from the metadata service")
+	assert.Contains(t, a.Log(), "nobody redirects to this agent any more, and only its fences keep pods from the metadata service")
 	assert.Zero(t, p.probes().status, "where the other redirect is missing, a fence refuses")
 }
 
