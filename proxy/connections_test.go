@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"syscall"
 	"testing"
 	"time"
 
@@ -173,9 +174,15 @@ func TestManySilentConnections(t *testing.T) {
 	w := newWorld(t, nil)
 	modest := w.connect(bound)
 	require.Equal(t, 200, modest.ask(t))
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(unbound)}}
 	for range 2_000 {
-		c := w.connect(unbound)
-		if tcp, ok := c.Conn.(*net.TCPConn); ok {
+		c, err := dialer.DialContext(t.Context(), "tcp", w.addr)
+		if err != nil { // or reset later: while its connections are held back, it gets no new ones
+			require.ErrorIs(t, err, syscall.ECONNRESET)
+			continue
+		}
+		defer c.Close()
+		if tcp, ok := c.(*net.TCPConn); ok {
 			require.NoError(t, tcp.SetLinger(0))
 		}
 	}

@@ -54,7 +54,7 @@ type caller struct {
 
 // NewLimiter returns a Limiter of so many connections in all, and of one caller.
 func NewLimiter(total, perCaller int) *Limiter {
-	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller), pace: pace{limit: minLimit}}
+	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller)}
 }
 
 // Listener wraps a listener so that the connections that it accepts are within the bounds, and

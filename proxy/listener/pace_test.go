@@ -4,7 +4,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"runtime"
 	"strconv"
 	"sync"
 	"testing"
@@ -29,7 +28,6 @@ type core struct {
 	now          time.Time
 	queue        []task // that can run
 	paused       []task
-	sampled      time.Time
 	handled      map[*share]int
 	waits        map[*share][]time.Duration
 }
@@ -43,7 +41,7 @@ type task struct {
 
 func newCore(parse, serve time.Duration) *core {
 	return &core{
-		pace: pace{limit: minLimit}, parse: parse, serve: serve, now: start,
+		parse: parse, serve: serve, now: start,
 		handled: make(map[*share]int), waits: make(map[*share][]time.Duration),
 	}
 }
@@ -57,17 +55,6 @@ func (c *core) run(length time.Duration, busy *share, connections int, now *shar
 	next := c.now.Add(then)
 	for end := c.now.Add(length); c.now.Before(end); {
 		c.pace.turn(c.now)
-		if c.now.Sub(c.sampled) >= sampleInterval {
-			c.sampled = c.now
-			var lag time.Duration
-			for _, t := range c.queue {
-				lag += c.serve
-				if !t.parsed {
-					lag += c.parse
-				}
-			}
-			c.pace.observe(lag)
-		}
 		if !c.now.Before(next) {
 			c.queue = append(c.queue, task{of: now, came: c.now})
 			next = next.Add(then)
@@ -108,11 +95,12 @@ func TestFloodsCostOthersLittle(t *testing.T) {
 		parse, serve time.Duration
 		connections  int
 		every        time.Duration
-		least        int // requests a second of the flood
+		least        int           // requests a second of the flood
+		wait         time.Duration // of the other
 	}{
-		"tokens from memory, beside a caller that asks often":   {10 * time.Microsecond, 40 * time.Microsecond, 64, 2 * time.Millisecond, 4000},
-		"tokens from memory, beside one that asks now and then": {10 * time.Microsecond, 40 * time.Microsecond, 64, 300 * time.Millisecond, 12_000},
-		"a caller that keeps few connections busy":              {10 * time.Microsecond, 15 * time.Microsecond, 16, 300 * time.Millisecond, 38_000},
+		"tokens from memory, beside a caller that asks often":   {10 * time.Microsecond, 40 * time.Microsecond, 64, 2 * time.Millisecond, 4900, 500 * time.Microsecond},
+		"tokens from memory, beside one that asks now and then": {10 * time.Microsecond, 40 * time.Microsecond, 64, 300 * time.Millisecond, 8000, 4 * time.Millisecond},
+		"a caller that keeps few connections busy":              {10 * time.Microsecond, 15 * time.Microsecond, 16, 300 * time.Millisecond, 13_000, 500 * time.Microsecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCore(tc.parse, tc.serve)
@@ -128,18 +116,11 @@ func TestFloodsCostOthersLittle(t *testing.T) {
 				all += wait
 				longest = max(longest, wait)
 			}
-			assert.Less(t, all/time.Duration(len(waits)), 4*maxLag, "on average")
-			assert.Less(t, longest, 16*maxLag)
+			assert.Less(t, all/time.Duration(len(waits)), tc.wait, "on average")
+			assert.Less(t, longest, 3*tc.wait)
 			assert.Greater(t, c.handled[&flood], tc.least)
 		})
 	}
-}
-
-// paced is a pace that limits all callers to so many requests a second.
-func paced(limit float64) *pace {
-	p := &pace{limit: limit}
-	p.turn(start)
-	return p
 }
 
 // longest is the longest pause among so many requests at once.
@@ -150,89 +131,30 @@ func longest(p *pace, s *share, requests, cost int) (longest time.Duration) {
 	return longest
 }
 
-func TestCallersShareTheLimit(t *testing.T) {
-	p := paced(10_000)
-	p.activeBefore = 10
-	assert.Equal(t, 100*time.Millisecond, longest(p, new(share), paceBurst+100, 1), "a tenth of 10,000 a second")
-	assert.Zero(t, longest(p, new(share), paceBurst, 1), "within its share")
-	assert.Equal(t, connectionCost*time.Millisecond, longest(p, new(share), paceBurst/connectionCost+1, connectionCost))
-	p.activeBefore = 0
-	p.active = 0
-	assert.Equal(t, 10*time.Millisecond, longest(p, new(share), paceBurst+100, 1), "a single caller has all of it")
+// among returns a pace with so many callers that are active.
+func among(callers int) *pace {
+	p := new(pace)
+	p.turn(start)
+	p.before = callers
+	return p
+}
+
+func TestShares(t *testing.T) {
+	assert.Equal(t, 100*time.Second/aloneRate, longest(among(1), new(share), paceBurst+100, 1))
+	assert.Equal(t, 100*time.Second*10/sharedRate, longest(among(10), new(share), paceBurst+100, 1))
+	assert.Zero(t, longest(among(10), new(share), paceBurst, 1), "within its share")
+	assert.Equal(t, (64-paceBurst)*time.Second/minShare, longest(among(250), new(share), 64, 1), "a request on each connection")
+	assert.Equal(t, connectionCost*time.Second*10/sharedRate, longest(among(10), new(share), paceBurst/connectionCost+1, connectionCost))
 }
 
 func TestPausesAreBounded(t *testing.T) {
-	p, s := paced(minLimit), new(share)
-	p.activeBefore = 250
-	assert.Equal(t, (64-paceBurst)*time.Second/minShare, longest(p, s, 64, 1), "a request on each connection")
+	p, s := among(250), new(share)
 	assert.InDelta(t, maxPause, longest(p, s, 10_000, connectionCost), float64(maxPause)/10)
 	shortest := maxPause
 	for range 100 {
 		shortest = min(shortest, p.delay(s, 1, start))
 	}
 	assert.InDelta(t, maxPause/2, shortest, float64(maxPause)/10, "they do not all end at once")
-}
-
-func TestTheLimitFollowsTheLag(t *testing.T) {
-	p := paced(minLimit)
-	observe := func(samples int, lag time.Duration) float64 {
-		for range samples {
-			p.observe(lag)
-		}
-		return p.limit
-	}
-	assert.InDelta(t, minLimit, observe(1000, 0), 0, "it is not used")
-	p.requests = maxLimit
-	assert.InDelta(t, minLimit, observe(1000, maxLag*3/4), 0)
-	assert.InDelta(t, maxLimit, observe(120, 0), 0)
-	assert.InDelta(t, maxLimit*0.8, observe(1, 2*maxLag), 1)
-	assert.InDelta(t, maxLimit*0.4, observe(1, 5*maxLag), 1)
-	assert.InDelta(t, maxLimit*0.4+10*slowGrowth, observe(10, 0), 1)
-	assert.InDelta(t, minLimit, observe(100, 5*maxLag), 0)
-}
-
-func TestLag(t *testing.T) {
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	var running sync.WaitGroup
-	defer running.Wait()
-	var longest time.Duration
-	for range 8 { // of each time, a part: one of 61 goroutines is from the queue of those that yield
-		for range 100 {
-			running.Go(func() {
-				for began := cpuTime(); cpuTime()-began < time.Millisecond; {
-				}
-			})
-		}
-		longest = max(longest, lag())
-	}
-	assert.Greater(t, longest, 5*time.Millisecond)
-	running.Wait()
-	assert.Less(t, lag(), 5*time.Millisecond)
-}
-
-func TestTheLagIsWatchedWhileThereAreManyRequests(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := NewLimiter(8, 8)
-		c := &Conn{limiter: l, caller: &caller{addr: greedy}}
-		watching := func() bool {
-			synctest.Wait()
-			l.mu.Lock()
-			defer l.mu.Unlock()
-			return l.pace.watching
-		}
-		for range 10 {
-			l.setBusy(c)
-		}
-		assert.False(t, watching())
-		for range 100 {
-			l.setBusy(c)
-		}
-		assert.True(t, watching())
-		time.Sleep(paceWindow + 2*sampleInterval)
-		assert.True(t, watching(), "there were many just now")
-		time.Sleep(paceWindow + 2*sampleInterval)
-		assert.False(t, watching())
-	})
 }
 
 func TestCallersThatAskNoMoreAreForgotten(t *testing.T) {
@@ -258,7 +180,6 @@ func TestCallersThatAskNoMoreAreForgotten(t *testing.T) {
 		time.Sleep(paceWindow)
 		ask(greedy)
 		assert.Equal(t, 1, known())
-		time.Sleep(time.Second) // until nobody watches the lag
 	})
 }
 
@@ -267,7 +188,7 @@ func TestCallersThatAskNoMoreAreForgotten(t *testing.T) {
 func TestConnectionsThatAreHeldBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLimiter(10, 8)
-		l.pace.limit, l.pace.watching = minLimit, true // nothing else changes it
+		l.delayLocked(&caller{addr: netip.MustParseAddr("10.0.0.9")}, 1) // another is active
 		admit := func(from string) *Conn {
 			server, client := net.Pipe()
 			t.Cleanup(func() { _ = client.Close() })
@@ -305,7 +226,7 @@ func TestConnectionsThatAreHeldBack(t *testing.T) {
 func TestRequestsAreHeldBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLimiter(8, 8)
-		l.pace.limit, l.pace.watching = minLimit, true // nothing else changes it
+		l.delayLocked(&caller{addr: netip.MustParseAddr("10.0.0.9")}, 1) // another is active
 		server, client := net.Pipe()
 		defer client.Close()
 		c, ok := l.admit(addressed{server, greedy.String()}).(*Conn)
@@ -315,12 +236,12 @@ func TestRequestsAreHeldBack(t *testing.T) {
 			l.ConnState(c, http.StateActive)
 			l.ConnState(c, http.StateIdle)
 		}
-		assert.Equal(t, 10*time.Second/minLimit, time.Since(began))
+		assert.InDelta(t, 10*time.Second*2/sharedRate, time.Since(began), float64(time.Microsecond))
 
 		c.head.size = 5 << 10
 		began = time.Now()
 		l.ConnState(c, http.StateActive)
-		assert.Equal(t, 6*time.Second/minLimit, time.Since(began), "a large head counts for several")
+		assert.InDelta(t, 6*time.Second*2/sharedRate, time.Since(began), float64(time.Microsecond), "a large head counts for several")
 	})
 }
 
