@@ -20,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"software.sslmate.com/src/go-pkcs12"
 
+	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
@@ -76,7 +77,7 @@ func newPrincipalWorld(t *testing.T) *principalWorld {
 	certificate, file := theFile()
 	imds := imdstest.NewServer(imdstest.Config{})
 	p := &principalWorld{
-		world: &world{t: t, imds: imds, log: &lockedBuffer{}},
+		world: &world{t: t, imds: imds, log: &testlog.Buffer{}},
 		entra: entratest.NewServer(entratest.Config{
 			Principals: []entratest.Principal{
 				{ClientID: secretID, Tenants: []string{tenantA, tenantB, tenantC}, Secret: theSecret},

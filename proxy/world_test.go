@@ -20,6 +20,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
@@ -40,7 +41,7 @@ type world struct {
 	t    *testing.T
 	addr string
 	imds *imdstest.Server
-	log  *lockedBuffer
+	log  *testlog.Buffer
 
 	server *Server
 
@@ -57,26 +58,9 @@ func (w *world) eventually(is func() bool, what string, args ...any) {
 	assert.Eventually(w.t, is, patience, time.Millisecond, append([]any{what}, args...)...)
 }
 
-type lockedBuffer struct {
-	mu sync.Mutex // guards b
-	b  strings.Builder
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 func newWorld(t *testing.T, change func(*Config)) *world {
 	t.Helper()
-	w := &world{t: t, imds: imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one, two}}), log: &lockedBuffer{}}
+	w := &world{t: t, imds: imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{one, two}}), log: &testlog.Buffer{}}
 	log := slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 
 	fakeIMDS := w.imds.Start()
