@@ -17,8 +17,9 @@ const (
 	// minShare is the least share of a caller, in requests a second. With many callers the
 	// sum exceeds sharedRate, which does no harm: most pods send a request an hour.
 	minShare = 250
-	// paceBurst is how many requests of a caller may come at once, within its share.
-	paceBurst = 16
+	// paceBurst is how many requests of a caller may come at once, within its share, and
+	// aloneBurst of one that is alone: one on each connection, since pauses cost CPU time, too.
+	paceBurst, aloneBurst = 16, 64
 	// connectionCost is what a new connection counts, in requests. Each KiB of a head counts
 	// one.
 	connectionCost = 8
@@ -68,12 +69,12 @@ func (p *pace) delay(s *share, cost int, now time.Time) time.Duration {
 		s.window = p.window
 		p.active++
 	}
-	rate := aloneRate
+	rate, burst := aloneRate, aloneBurst
 	if active := max(p.active, p.before); active > 1 {
-		rate = max(sharedRate/active, minShare)
+		rate, burst = max(sharedRate/active, minShare), paceBurst
 	}
 	interval := time.Second / time.Duration(rate)
-	if earliest := now.Add(-paceBurst * interval); s.next.Before(earliest) {
+	if earliest := now.Add(-time.Duration(burst) * interval); s.next.Before(earliest) {
 		s.next = earliest
 	}
 	s.next = s.next.Add(time.Duration(cost) * interval)

@@ -140,7 +140,7 @@ func among(callers int) *pace {
 }
 
 func TestShares(t *testing.T) {
-	assert.Equal(t, 100*time.Second/aloneRate, longest(among(1), new(share), paceBurst+100, 1))
+	assert.Equal(t, 100*time.Second/aloneRate, longest(among(1), new(share), aloneBurst+100, 1))
 	assert.Equal(t, 100*time.Second*10/sharedRate, longest(among(10), new(share), paceBurst+100, 1))
 	assert.Zero(t, longest(among(10), new(share), paceBurst, 1), "within its share")
 	assert.Equal(t, (64-paceBurst)*time.Second/minShare, longest(among(250), new(share), 64, 1), "a request on each connection")
