@@ -10,7 +10,8 @@
 // pod waits is reported beside its bound, and fails nothing: machines are noisy.
 //
 // main.go says what is measured and prints it, good.go is the pod that measures, bad.go
-// those that misbehave, child.go their process, cold.go the thousand tokens.
+// those that misbehave, reconnects.go those that give up connections at once, child.go their
+// process, cold.go the thousand tokens.
 package main
 
 import (

@@ -114,7 +114,7 @@ func TestExplainWithoutAnAgent(t *testing.T) {
 }
 
 // The API server admits no list of the bindings: the agent says so to the pod, in its log,
-// and to who asks why.
+// and to nmi explain.
 func TestARequestBeforeTheAgentIsInSync(t *testing.T) {
 	s := begin(t)
 	_, err := world.Kube.CoreV1().ServiceAccounts("shop").Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "powerless"}}, metav1.CreateOptions{})
