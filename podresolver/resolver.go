@@ -217,6 +217,9 @@ func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm f
 	if err == nil || !retriable(err) {
 		return pod, err
 	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
 	return r.waitForPod(ctx, addr, s, err, confirm)
 }
 

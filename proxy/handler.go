@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -60,7 +61,7 @@ func (s *Server) servePublic(w http.ResponseWriter, r *http.Request, podsOnly bo
 		return s.exceptedOnly(w, r, errNotPlain)
 	}
 	if podsOnly {
-		if _, _, err := s.resolve(r); err != nil {
+		if _, err := s.resolve(r.Context(), callerOf(r), listener.FromContext(r.Context())); err != nil {
 			return err
 		}
 	}
@@ -72,7 +73,7 @@ func (s *Server) servePublic(w http.ResponseWriter, r *http.Request, podsOnly bo
 // namespaces, and to excepted pods.
 func (s *Server) blockedInstance(w http.ResponseWriter, r *http.Request) error {
 	if len(s.cfg.InstanceMetadataNamespaces) > 0 {
-		pod, _, err := s.resolve(r)
+		pod, err := s.resolve(r.Context(), callerOf(r), listener.FromContext(r.Context()))
 		if err != nil {
 			return err
 		}
@@ -85,7 +86,7 @@ func (s *Server) blockedInstance(w http.ResponseWriter, r *http.Request) error {
 
 // exceptedOnly passes the request through if its pod is excepted, else returns refusal.
 func (s *Server) exceptedOnly(w http.ResponseWriter, r *http.Request, refusal error) error {
-	pod, _, err := s.resolve(r)
+	pod, err := s.resolve(r.Context(), callerOf(r), listener.FromContext(r.Context()))
 	if err != nil {
 		return err
 	}
@@ -102,21 +103,20 @@ func callerOf(r *http.Request) netip.Addr {
 	return from.Addr().Unmap()
 }
 
-// resolve finds the pod that sent the request, and checks that it did.
-func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) {
-	addr := callerOf(r)
-	if !addr.IsValid() {
-		return nil, netip.Addr{}, errors.New("not a TCP connection, so it has no pod")
+// resolve finds the pod that has the caller's address, and checks that the connection is its.
+func (s *Server) resolve(ctx context.Context, caller netip.Addr, conn *listener.Conn) (*podresolver.Pod, error) {
+	if !caller.IsValid() {
+		return nil, errors.New("not a TCP connection, so it has no pod")
 	}
 	ingress := 0
 	if s.cfg.CheckSource != nil {
-		ingress = listener.FromContext(r.Context()).Ingress()
+		ingress = conn.Ingress()
 	}
-	pod, err := s.cfg.Pods.ResolveCaller(r.Context(), addr, func(pod *podresolver.Pod) error {
+	return s.cfg.Pods.ResolveCaller(ctx, caller, func(pod *podresolver.Pod) error {
 		if s.cfg.CheckSource == nil {
 			return nil
 		}
-		err := s.cfg.CheckSource(addr, ingress, pod)
+		err := s.cfg.CheckSource(caller, ingress, pod)
 		switch {
 		case err == nil:
 			return nil
@@ -125,5 +125,4 @@ func (s *Server) resolve(r *http.Request) (*podresolver.Pod, netip.Addr, error) 
 		}
 		return fmt.Errorf("pod %s: %w: %w", pod, ErrSource, err)
 	})
-	return pod, addr, err
 }

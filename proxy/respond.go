@@ -57,8 +57,12 @@ func writeToken(w http.ResponseWriter, t *tokencache.Token, auxiliary []*tokenca
 		b = append(b, ']')
 	}
 	writeJSON(w, http.StatusOK, b)
-	if cap(b) <= maxBuffer {
-		*buffer = b
+	*buffer = b
+	putBuffer(buffer)
+}
+
+func putBuffer(buffer *[]byte) {
+	if cap(*buffer) <= maxBuffer {
 		buffers.Put(buffer)
 	}
 }
@@ -97,6 +101,24 @@ func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	_, _ = w.Write(body) // it fails if the client has gone
+}
+
+// httpDate formats the time for the header Date, once a second: that takes as long as to find
+// and check all that a response depends on.
+type httpDate struct{ last atomic.Pointer[dateText] }
+
+type dateText struct {
+	unix int64
+	text string
+}
+
+func (d *httpDate) format(now time.Time) string {
+	last := d.last.Load()
+	if last == nil || last.unix != now.Unix() {
+		last = &dateText{now.Unix(), now.UTC().Format(http.TimeFormat)}
+		d.last.Store(last)
+	}
+	return last.text
 }
 
 // appendSeconds appends n as a JSON string; 0 if it is negative.

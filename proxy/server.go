@@ -25,7 +25,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -88,6 +87,11 @@ type Server struct {
 
 	logLimit logLimit
 	conns    *listener.Limiter
+
+	front            *front // once Serve runs
+	heads            *knownHeads
+	date             httpDate
+	fastPathRequests atomic.Uint64
 }
 
 const (
@@ -119,13 +123,14 @@ func New(cfg Config) *Server {
 		cfg.Logger = slog.Default()
 	}
 	s := &Server{
-		cfg: cfg, log: cfg.Logger, logLimit: newLogLimit(),
+		cfg: cfg, log: cfg.Logger, logLimit: newLogLimit(), heads: newKnownHeads(),
 		conns: listener.NewLimiter(cfg.MaxConnections, cfg.MaxConnectionsPerPod),
 	}
 	s.reverseProxy = s.newReverseProxy()
 	s.http = &http.Server{
 		Handler:                      s,
 		ConnContext:                  s.conns.ConnContext,
+		ConnState:                    s.conns.ConnState,
 		DisableGeneralOptionsHandler: true, // "OPTIONS *" is handled like others
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
@@ -145,36 +150,24 @@ func New(cfg Config) *Server {
 // is being closed is lost (RFC 9112, 9.6), and so is one that http.Server reads after
 // Shutdown.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
-	var open sync.WaitGroup // connections
-	s.http.ConnState = func(c net.Conn, state http.ConnState) {
-		s.conns.ConnState(c, state)
-		switch state {
-		case http.StateNew:
-			open.Add(1)
-		case http.StateClosed, http.StateHijacked:
-			open.Done()
-		}
-	}
 	if err := listener.FixBuffers(ln); err != nil {
 		s.log.Warn("cannot set the size of socket buffers; connections may use more memory than their limits allow for", "error", err)
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- s.http.Serve(s.conns.Listener(ln)) }()
+	s.front = newFront(s.conns.Listener(ln), s.fastPath)
+	go func() { ended <- s.http.Serve(s.front) }()
 	select {
 	case err := <-ended:
 		return err
 	case <-ctx.Done():
 	}
 	s.SetDraining(true)
-	s.conns.Drain()
-	_ = ln.Close()
-	<-ended //nolint:errcheck // it is that ln is closed
-	allClosed := make(chan struct{})
-	go func() { open.Wait(); close(allClosed) }()
+	s.front.stop()
 	select {
-	case <-allClosed:
+	case <-s.conns.Drain():
 	case <-time.After(lingerTimeout):
 	}
+	s.endFastPath()
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
 	if err := s.http.Shutdown(drain); err != nil {
@@ -182,6 +175,21 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		_ = s.http.Close() // what Shutdown left; its error is the same
 	}
 	return nil
+}
+
+// endFastPath closes the connections of the fast path, which have had no request since the
+// server is draining.
+func (s *Server) endFastPath() {
+	ended := make(chan struct{})
+	go func() { s.front.serving.Wait(); close(ended) }()
+	for {
+		s.conns.EndNext() // again, for one that was about to wait
+		select {
+		case <-ended:
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 // Connections returns the statistics of connections.

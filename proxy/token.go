@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/listener"
 	"github.com/podidentity/nmi/tokencache"
 )
 
@@ -20,7 +21,9 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err := s.checkHeaders(r); err != nil { // SDKs' probes end here, without any lookup
 		return err
 	}
-	pod, addr, err := s.resolve(r)
+	conn := listener.FromContext(r.Context())
+	addr := callerOf(r)
+	pod, err := s.resolve(r.Context(), addr, conn)
 	if err != nil {
 		return err
 	}
@@ -31,25 +34,40 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	head := s.heads.of(conn, r, req)
 	r.Header = nil // from here on the request may wait, and holds no more memory than its query
-	identity, err := s.cfg.Pods.Identity(r.Context(), addr, pod, req.selector)
+	token, auxiliary, err := s.tokens(r.Context(), pod, addr, req)
 	if err != nil {
-		return fmt.Errorf("pod %s: %w", pod, err)
+		return err
 	}
-	key := keyOf(identity, req.resource)
-	token, err := s.cached(r.Context(), key, addr, req)
-	if err != nil {
-		return fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
-	}
-	auxiliary, err := s.auxiliary(r.Context(), identity, addr, req)
-	if err != nil {
-		return fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
-	}
-	if s.log.Enabled(r.Context(), slog.LevelDebug) { // boxing the arguments costs more than the lookup
-		s.log.DebugContext(r.Context(), "token", "pod", pod, "identity", identity.Name, "resource", req.resource)
+	if head != nil && len(auxiliary) == 0 {
+		s.heads.add(addr, head)
+		if !head.last && s.takeBack(w, conn, token) {
+			return nil
+		}
 	}
 	writeToken(w, token, auxiliary, time.Now())
 	return nil
+}
+
+// tokens decides which identity a pod's request gets, and returns its token, and those of
+// auxiliary tenants. The pod must be the one that the caller's address was resolved to just now.
+func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.Addr, req tokenRequest) (token *tokencache.Token, auxiliary []*tokencache.Token, err error) {
+	identity, err := s.cfg.Pods.Identity(ctx, caller, pod, req.selector)
+	if err != nil {
+		return nil, nil, fmt.Errorf("pod %s: %w", pod, err)
+	}
+	token, err = s.cached(ctx, keyOf(identity, req.resource), caller, req)
+	if err == nil {
+		auxiliary, err = s.auxiliary(ctx, identity, caller, req)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
+	}
+	if s.log.Enabled(ctx, slog.LevelDebug) { // boxing the arguments costs more than the lookup
+		s.log.DebugContext(ctx, "token", "pod", pod, "identity", identity.Name, "resource", req.resource)
+	}
+	return token, auxiliary, nil
 }
 
 // cached returns the token from memory, unless the request is for a new one. If the

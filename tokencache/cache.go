@@ -97,11 +97,13 @@ func newLRU[K comparable, V any](size int) *simplelru.LRU[K, V] {
 
 // Get returns the token for key. caller is the address of the client, the zero one for
 // the node itself. The error is a *Failure when there is no valid token to serve, ctx's
-// when that ends first (the fetch goes on), ErrKeyTooLong, or ErrClosed after Close.
+// when that ends first (the fetch goes on), ErrKeyTooLong, or ErrClosed after Close. With a
+// ctx that has ended already, Get returns only a token that it need not wait for, and its
+// error has no effect.
 func (c *Cache) Get(ctx context.Context, key Key, caller netip.Addr) (*Token, error) {
 	now := time.Now()
 	c.mu.Lock()
-	e, loading, err := c.getLocked(key, caller, now)
+	e, loading, err := c.getLocked(ctx, key, caller, now)
 	c.mu.Unlock()
 	switch {
 	case err != nil:
@@ -117,9 +119,12 @@ func (c *Cache) Get(ctx context.Context, key Key, caller netip.Addr) (*Token, er
 
 // getLocked returns the valid entry of the key, what to wait for, or both: then the entry
 // is for the case that the refresh fails or takes long.
-func (c *Cache) getLocked(key Key, caller netip.Addr, now time.Time) (*entry, *loading, error) {
+func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*entry, *loading, error) {
 	e := c.lookupLocked(key, now)
 	if e == nil {
+		if ctx.Err() != nil {
+			return nil, nil, ctx.Err()
+		}
 		c.stats.Misses++
 		if err := c.refusedLocked(key, now); err != nil {
 			return nil, nil, err
@@ -130,6 +135,9 @@ func (c *Cache) getLocked(key Key, caller netip.Addr, now time.Time) (*entry, *l
 	e.addUser(caller)
 	switch e.freshness(now) {
 	case expiring:
+		if ctx.Err() != nil {
+			return nil, nil, ctx.Err()
+		}
 		c.stats.Expiring++
 		if !c.refreshLocked(e, caller, now) {
 			return e, nil, nil

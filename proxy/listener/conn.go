@@ -29,13 +29,10 @@ type Conn struct {
 	net.Conn
 	limiter *Limiter
 	caller  *caller
-	// cancel ends the context of the connection's requests. http.Server does that when it
-	// notices that the client has gone, and it does not look out for that while there is
-	// something unread, such as a body that nobody wants.
-	cancel   context.CancelFunc
-	canceled <-chan struct{}
-	// delay is how long its first Read has to wait, see pace. Only the goroutine that serves
-	// the connection uses it, as the next ones.
+	// gone is closed when the connection has lost its place.
+	gone chan struct{}
+	// delay is how long its first request has to wait, see pace. Only the goroutine that
+	// serves the connection uses it, as the next ones.
 	delay time.Duration
 	// ingress is what Ingress returned.
 	ingress      int
@@ -43,7 +40,12 @@ type Conn struct {
 
 	// Guarded by limiter.mu.
 	place *list.Element // in caller.conns; nil once it is given back
-	busy  bool          // it has a request, or its first Read is held back
+	busy  bool          // it has a request, or one is held back
+	next  bool          // it is read by Next
+	// cancel ends the context of the connection's requests. http.Server does that when it
+	// notices that the client has gone, and it does not look out for that while there is
+	// something unread, such as a body that nobody wants.
+	cancel context.CancelFunc
 
 	// The request under way. These are written by the goroutine that serves the connection;
 	// the atomic ones are read by the one that looks out for the client's end, too.
@@ -53,6 +55,16 @@ type Conn struct {
 	writeBy  time.Time // see SetResponseDeadline
 
 	failed atomic.Bool // a write has
+
+	reader reader // see Next
+}
+
+// Caller is the address that the connection came from; the zero one if it is not TCP.
+func (c *Conn) Caller() netip.Addr {
+	if c == nil {
+		return netip.Addr{}
+	}
+	return c.caller.addr
 }
 
 // Acquire counts a request of the connection's caller, unless the caller has limit of them
@@ -79,6 +91,15 @@ func (c *Conn) Release() {
 	defer c.limiter.mu.Unlock()
 	c.caller.acquired--
 	c.limiter.forgetLocked(c.caller, time.Now())
+}
+
+// Head is the head of the request under way, byte for byte; nil if it has more than MaxHead. It
+// is valid until the response is complete.
+func (c *Conn) Head() []byte {
+	if c == nil || c.head.size != len(c.head.kept) {
+		return nil
+	}
+	return c.head.kept
 }
 
 // WantBody says that the body of the request will be read. Otherwise only http.Server reads
@@ -154,18 +175,24 @@ func (c *Conn) pause(d time.Duration) {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-	case <-c.canceled:
+	case <-c.gone:
+	}
+}
+
+// awaitAdmission holds the first request of a connection back for as long as its caller has
+// had more than its share.
+func (c *Conn) awaitAdmission() {
+	if c.delay > 0 {
+		c.pause(c.delay)
+		c.delay = 0
+		c.limiter.setIdle(c)
 	}
 }
 
 // Read implements net.Conn. It returns no more than the rest of a head, so that no head is
 // parsed before its lines have been counted.
 func (c *Conn) Read(p []byte) (int, error) {
-	if c.delay > 0 {
-		c.pause(c.delay)
-		c.delay = 0
-		c.limiter.setIdle(c)
-	}
+	c.awaitAdmission()
 	if c.inBody.Load() {
 		return c.head.readBody(c.Conn, p, c.wantBody.Load())
 	}
@@ -202,20 +229,12 @@ func (c *Conn) Close() error {
 	}
 	c.limiter.mu.Lock()
 	defer c.limiter.mu.Unlock()
-	c.cancelRequests()
 	c.limiter.untrackLocked(c)
 	if c.failed.Load() || wait && unsent(c.Conn) {
 		reset(c.Conn)
 		return nil
 	}
 	return c.Conn.Close()
-}
-
-// cancelRequests ends the connection's requests: nobody waits for their responses any more.
-func (c *Conn) cancelRequests() {
-	if c.cancel != nil { // else it has not reached http.Server
-		c.cancel()
-	}
 }
 
 // awaitClient finishes sending, reads what the client was about to send (unread, it would

@@ -21,12 +21,16 @@ type headReader struct {
 	lines int    // that have ended since begin
 	size  int    // bytes since begin
 	text  bool   // the current line has more than CR
+	kept  []byte // the beginning of the head, see Conn.Head
 	ahead []byte // what was read after an empty line
 	err   error  // errManyLines, from then on
 }
 
+// MaxHead is the size of the largest head that Conn.Head returns.
+const MaxHead = 1 << 10
+
 // begin is called before the first Read of a head.
-func (h *headReader) begin() { h.lines, h.size, h.text = 0, 0, false }
+func (h *headReader) begin() { h.lines, h.size, h.text, h.kept = 0, 0, false, h.kept[:0] }
 
 // read reads from r no further than the end of the head.
 func (h *headReader) read(r io.Reader, p []byte) (int, error) {
@@ -77,7 +81,10 @@ func (h *headReader) consume(n int) {
 // scan counts the lines of p up to an empty one, and returns where that ends; all of p if
 // there is none. It returns 0 and sets err when there are too many.
 func (h *headReader) scan(p []byte) (end int) {
-	defer func() { h.size += end }()
+	defer func() {
+		h.size += end
+		h.kept = append(h.kept, p[:min(end, MaxHead-len(h.kept))]...)
+	}()
 	for end < len(p) {
 		i := bytes.IndexByte(p[end:], '\n')
 		if i < 0 {

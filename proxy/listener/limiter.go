@@ -38,6 +38,7 @@ type Limiter struct {
 	open     int
 	callers  map[netip.Addr]*caller
 	draining bool // see Drain
+	empty    chan struct{}
 	pace     pace
 
 	refused, evicted atomic.Uint64
@@ -105,7 +106,8 @@ func (l *Limiter) admit(accepted net.Conn) net.Conn {
 			return nil
 		}
 	}
-	admitted := &Conn{Conn: accepted, limiter: l, caller: from}
+	admitted := &Conn{Conn: accepted, limiter: l, caller: from, next: true, gone: make(chan struct{})}
+	admitted.reader = newReader(admitted)
 	admitted.place = from.conns.PushBack(admitted)
 	admitted.delay = l.delayLocked(from, connectionCost)
 	admitted.busy = admitted.delay > 0 // or each new one would evict the last
@@ -144,20 +146,25 @@ func (l *Limiter) evictLocked(place *list.Element) bool {
 	victim := connAt(place)
 	l.evicted.Add(1)
 	l.untrackLocked(victim)
-	victim.cancelRequests()
 	reset(victim.Conn)
 	return true
 }
 
-// untrackLocked gives a connection's place back, once.
+// untrackLocked gives a connection's place back, once, and ends its requests: nobody waits for
+// their responses any more.
 func (l *Limiter) untrackLocked(c *Conn) {
 	if c.place == nil {
 		return
+	}
+	close(c.gone)
+	if c.cancel != nil { // else it has not reached an http.Server
+		c.cancel()
 	}
 	c.caller.conns.Remove(c.place)
 	c.place = nil
 	l.open--
 	l.forgetLocked(c.caller, time.Now())
+	l.checkEmptyLocked()
 }
 
 // forgetLocked drops what is kept of a caller, unless it is still needed.
@@ -187,6 +194,39 @@ func (l *Limiter) setBusy(c *Conn) time.Duration {
 	return l.delayLocked(c.caller, 1+c.head.size>>10)
 }
 
+// nextRequest is setBusy for a request that Next has read. A connection whose request need not
+// wait stays idle: the response takes no time.
+func (l *Limiter) nextRequest(c *Conn) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.place != nil {
+		c.caller.conns.MoveToBack(c.place)
+	}
+	delay := l.delayLocked(c.caller, 1)
+	c.busy = delay > 0
+	return delay
+}
+
+// setReader notes who reads a connection: Next, or an http.Server.
+func (l *Limiter) setReader(c *Conn, next bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c.next, c.busy = next, false
+}
+
+// EndNext makes Next return an error on all connections that wait for a request.
+func (l *Limiter) EndNext() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, from := range l.callers {
+		for place := from.conns.Front(); place != nil; place = place.Next() {
+			if c := connAt(place); c.next {
+				_ = c.SetReadDeadline(time.Unix(1, 0))
+			}
+		}
+	}
+}
+
 // connKey finds the *Conn of a request in its context.
 type connKey struct{}
 
@@ -196,8 +236,12 @@ func (l *Limiter) ConnContext(ctx context.Context, nc net.Conn) context.Context 
 	if !ok {
 		return ctx
 	}
-	ctx, c.cancel = context.WithCancel(ctx)
-	c.canceled = ctx.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.cancel = cancel; c.place == nil { // evicted meanwhile
+		cancel()
+	}
 	return context.WithValue(ctx, connKey{}, c)
 }
 
@@ -225,11 +269,22 @@ func (l *Limiter) ConnState(nc net.Conn, state http.ConnState) {
 	}
 }
 
-// Drain makes Conn.Close wait for no client from now on.
-func (l *Limiter) Drain() {
+// Drain makes Conn.Close wait for no client from now on. The channel that it returns is closed
+// when no connection is open. No more may be accepted.
+func (l *Limiter) Drain() <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.draining = true
+	empty := make(chan struct{})
+	l.draining, l.empty = true, empty
+	l.checkEmptyLocked()
+	return empty
+}
+
+func (l *Limiter) checkEmptyLocked() {
+	if l.open == 0 && l.empty != nil {
+		close(l.empty)
+		l.empty = nil
+	}
 }
 
 // Stats are the connections of a Limiter.

@@ -1,0 +1,118 @@
+package proxy
+
+import (
+	"context"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/podidentity/nmi/proxy/listener"
+	"github.com/podidentity/nmi/tokencache"
+)
+
+// The fast path answers requests whose head is known and whose token is in memory, without
+// http.Server. It is the way of nearly all requests. A connection begins there, and goes to
+// http.Server with the first request that needs more; http.Server gives it back with the first
+// response whose head is known from then on.
+
+// now is a context that has ended: whoever gets it does not wait.
+var now = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
+
+// fastPath serves a connection until it ends, or returns true when http.Server has to serve it.
+func (s *Server) fastPath(c *listener.Conn) (handOver bool) {
+	if c.Loopback() {
+		return true
+	}
+	var head *knownHead
+	for timeout := readHeaderTimeout; ; timeout = idleTimeout {
+		request, err := c.Next(timeout)
+		if err != nil {
+			_ = c.Close()
+			return false
+		}
+		if head == nil || !head.matches(request) {
+			if head = s.heads.find(c.Caller(), request); head == nil {
+				return true
+			}
+		}
+		if s.draining.Load() {
+			return true
+		}
+		c.AwaitTurn()
+		token := s.tokenInMemory(c, head.req)
+		if token == nil {
+			return true
+		}
+		s.fastPathRequests.Add(1)
+		if s.respond(c, token, head.last) != nil || head.last {
+			_ = c.Close()
+			return false
+		}
+	}
+}
+
+// tokenInMemory is token for a request with a known head. It returns nil for what token would
+// have to wait, and for what it would refuse or pass through.
+func (s *Server) tokenInMemory(c *listener.Conn, req tokenRequest) *tokencache.Token {
+	pod, err := s.resolve(now, c.Caller(), c)
+	if err != nil || pod.Exception() != "" {
+		return nil
+	}
+	token, auxiliary, err := s.tokens(now, pod, c.Caller(), req)
+	if err != nil || len(auxiliary) > 0 {
+		return nil
+	}
+	return token
+}
+
+// respond writes a response with a token as http.Server would.
+func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool) error {
+	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is put there
+	defer putBuffer(buffer)
+	const maxHeader = 256
+	var header [maxHeader]byte
+	now := time.Now()
+	b := appendToken((*buffer)[:maxHeader], token, now)
+	*buffer = b
+	h := append(header[:0], "HTTP/1.1 200 OK\r\nContent-Type: "+contentType+"\r\nDate: "...)
+	h = append(h, s.date.format(now)...)
+	if last {
+		h = append(h, "\r\nConnection: close"...)
+	}
+	h = append(h, "\r\nContent-Length: "...)
+	h = strconv.AppendInt(h, int64(len(b)-maxHeader), 10)
+	h = append(h, "\r\n\r\n"...)
+	response := b[maxHeader-len(h):]
+	copy(response, h)
+	return c.Respond(response)
+}
+
+// takeBack answers a request whose head is known from now on, and moves its connection from
+// http.Server to the fast path. It returns false, and has written nothing, if it cannot do so.
+func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokencache.Token) bool {
+	if s.draining.Load() {
+		return false
+	}
+	_, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return false
+	}
+	unread, _ := buffered.Reader.Peek(buffered.Reader.Buffered()) //nolint:errcheck // it is there
+	mine := c.TakeBack(unread)
+	if s.respond(c, token, false) != nil {
+		_ = c.Close()
+		return true
+	}
+	s.front.serving.Go(func() {
+		if mine {
+			s.front.serve(c)
+		} else {
+			s.front.handOver(c)
+		}
+	})
+	return true
+}
