@@ -24,7 +24,7 @@ var now = func() context.Context {
 
 // fastPath serves a connection until it ends, or returns true when http.Server has to serve it.
 func (s *Server) fastPath(c *listener.Conn) (handOver bool) {
-	if c.Loopback() {
+	if s.heads == nil || c.Loopback() {
 		return true
 	}
 	var head *knownHead
@@ -69,22 +69,23 @@ func (s *Server) tokenInMemory(c *listener.Conn, req tokenRequest) *tokencache.T
 	return token
 }
 
-// respond writes a response with a token as http.Server would.
+// respond writes the response with a token that http.Server would write, byte for byte.
 func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool) error {
 	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is put there
 	defer putBuffer(buffer)
 	const maxHeader = 256
-	var header [maxHeader]byte
 	now := time.Now()
 	b := appendToken((*buffer)[:maxHeader], token, now)
 	*buffer = b
-	h := append(header[:0], "HTTP/1.1 200 OK\r\nContent-Type: "+contentType+"\r\nDate: "...)
+
+	var header [maxHeader]byte
+	h := append(header[:0], "HTTP/1.1 200 OK\r\nContent-Length: "...)
+	h = strconv.AppendInt(h, int64(len(b)-maxHeader), 10)
+	h = append(h, "\r\nContent-Type: "+contentType+"\r\nDate: "...)
 	h = append(h, s.date.format(now)...)
 	if last {
 		h = append(h, "\r\nConnection: close"...)
 	}
-	h = append(h, "\r\nContent-Length: "...)
-	h = strconv.AppendInt(h, int64(len(b)-maxHeader), 10)
 	h = append(h, "\r\n\r\n"...)
 	response := b[maxHeader-len(h):]
 	copy(response, h)

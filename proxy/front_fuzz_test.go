@@ -114,6 +114,7 @@ func FuzzFrontRaw(f *testing.F) {
 // the one for the other.
 type fuzzedFront struct {
 	pods           *pipes
+	slowPods       *pipes // to a server without the fast path
 	passed, tokens *imdstest.Server
 }
 
@@ -129,7 +130,7 @@ func newFuzzedFront(f *testing.F) *fuzzedFront {
 		f.Cleanup(up.Close)
 		return imds, up
 	}
-	front := &fuzzedFront{pods: newPipes()}
+	front := &fuzzedFront{pods: newPipes(), slowPods: newPipes()}
 	var passThrough, fetch *upstream.Upstream
 	front.passed, passThrough = serve()
 	front.tokens, fetch = serve()
@@ -142,8 +143,11 @@ func newFuzzedFront(f *testing.F) *fuzzedFront {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	f.Cleanup(func() { cancel(); running.Wait() })
-	server := New(Config{Pods: resolver, Tokens: tokens, Upstream: passThrough, Logger: log})
-	running.Go(func() { _ = server.Serve(ctx, front.pods) })
+	cfg := Config{Pods: resolver, Tokens: tokens, Upstream: passThrough, Logger: log}
+	fast, slow := New(cfg), New(cfg)
+	slow.heads = nil
+	running.Go(func() { _ = fast.Serve(ctx, front.pods) })
+	running.Go(func() { _ = slow.Serve(ctx, front.slowPods) })
 	return front
 }
 
@@ -158,22 +162,7 @@ func (front *fuzzedFront) try(t *testing.T, pod byte, raw string) {
 	from := senders[int(pod)%len(senders)]
 	front.passed.Reset()
 	front.tokens.Reset()
-	conn := front.pods.dial(from)
-	defer conn.Close()
-	var sending sync.WaitGroup
-	sending.Go(func() {
-		_, _ = io.WriteString(conn, raw) // the server may have had enough
-		_, _ = io.WriteString(conn, garbage)
-		_ = conn.CloseWrite()
-	})
-	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
-	answers, err := io.ReadAll(conn)
-	if err != nil && !errors.Is(err, io.ErrClosedPipe) {
-		t.Fatalf("%q: after %q: %v", raw, answers, err)
-	}
-	_ = conn.Close()
-	sending.Wait()
-
+	answers := exchange(t, front.pods, from, raw)
 	for _, call := range front.passed.Calls() {
 		open := call.Path == "/metadata/versions" || call.Path == "/metadata/loadbalancer" ||
 			call.Path == "/metadata/instance" || strings.HasPrefix(call.Path, "/metadata/instance/")
@@ -188,6 +177,68 @@ func (front *fuzzedFront) try(t *testing.T, pod byte, raw string) {
 	}
 	checkAnswers(t, from, raw, answers)
 }
+
+// exchange sends parts one by one, and garbage, and returns all that is answered.
+func exchange(t *testing.T, pods *pipes, from string, parts ...string) []byte {
+	t.Helper()
+	conn := pods.dial(from)
+	defer conn.Close()
+	var sending sync.WaitGroup
+	sending.Go(func() {
+		for _, part := range append(parts, garbage) {
+			_, _ = io.WriteString(conn, part) // the server may have had enough
+		}
+		_ = conn.CloseWrite()
+	})
+	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	answers, err := io.ReadAll(conn)
+	if err != nil && !errors.Is(err, io.ErrClosedPipe) {
+		t.Fatalf("%q: after %q: %v", parts, answers, err)
+	}
+	_ = conn.Close()
+	sending.Wait()
+	return answers
+}
+
+// FuzzFastPath sends arbitrary bytes several times, cut in two anywhere, to a server with the
+// fast path and to one without.
+func FuzzFastPath(f *testing.F) {
+	front := newFuzzedFront(f)
+	const id = "x-ms-client-request-id: 0a1b2c3d-0000-4000-8000-00000000000"
+	for _, raw := range []string{
+		get(tokenURL), get(tokenURL, "Connection: close"), get(tokenURL, "connection: Keep-Alive"),
+		get(tokenURL, id+"1"), get(tokenURL, id+"1", "X-Y: "+id[len(id)-35:]+"1"), get(tokenURL, id+"g"),
+		get(tokenURL+"&client_id="+one.ClientID, id+"1"), get(tokenURL + "&client_id=" + two.ClientID),
+		get(tokenURL) + get(versions), get(tokenURL) + get(tokenURL, id+"1"), get(versions) + get(tokenURL, id+"1"),
+		get(tokenURL, "Content-Length: 5") + "hello", get(tokenURL, "Transfer-Encoding: chunked") + "0\r\n\r\n",
+		get(tokenURL, "Expect: 100-continue"), get(tokenURL, "Connection: upgrade", "Upgrade: h2c"),
+		get(tokenURL, "X: y\r\n z"), strings.ReplaceAll(get(tokenURL), "\r\n", "\n"), get(tokenURL, "X:\t\x80"),
+		strings.Replace(get(tokenURL), "HTTP/1.1", "HTTP/1.0", 1), get(tokenURL, "X-Forwarded-For: 1.2.3.4"),
+		get(tokenURL+"&bypass_cache=false", id+"1"),
+	} {
+		f.Add(byte(0), []byte(raw), uint16(0), byte(1))
+		f.Add(byte(0), []byte(raw), uint16(len(raw)/2), byte(3))
+		f.Add(byte(1), []byte(raw), uint16(len(raw)-1), byte(2))
+	}
+	f.Fuzz(func(t *testing.T, pod byte, raw []byte, cut uint16, times byte) {
+		from := senders[int(pod)%len(senders)]
+		end := min(int(cut), len(raw))
+		var parts []string
+		for range times%4 + 1 {
+			parts = append(parts, string(raw[:end]), string(raw[end:]))
+		}
+		slow := exchange(t, front.slowPods, from, parts...)
+		for range 2 { // the first teaches the fast path
+			if fast := exchange(t, front.pods, from, parts...); withoutTimes(fast) != withoutTimes(slow) {
+				t.Fatalf("%q from %s was answered %q by the fast path instead of %q", parts, from, fast, slow)
+			}
+		}
+	})
+}
+
+var times = regexp.MustCompile(`(?m)^Date: [^\r]*|expires_in":"[0-9]*"`)
+
+func withoutTimes(answers []byte) string { return times.ReplaceAllString(string(answers), "") }
 
 // ownTokenRequest reports whether this is how the front asks for a token that bound may
 // have.

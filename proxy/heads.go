@@ -149,7 +149,7 @@ func (k *knownHeads) find(caller netip.Addr, request []byte) *knownHead {
 // cannot be known.
 func (k *knownHeads) of(c *listener.Conn, r *http.Request, req tokenRequest) *knownHead {
 	head := c.Head()
-	if head == nil || !c.Caller().IsValid() {
+	if k == nil || head == nil || !c.Caller().IsValid() {
 		return nil
 	}
 	if known := k.find(c.Caller(), head); known != nil {

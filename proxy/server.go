@@ -88,8 +88,8 @@ type Server struct {
 	logLimit logLimit
 	conns    *listener.Limiter
 
-	front            *front // once Serve runs
-	heads            *knownHeads
+	front            *front      // once Serve runs
+	heads            *knownHeads // nil disables the fast path, for tests
 	date             httpDate
 	fastPathRequests atomic.Uint64
 }

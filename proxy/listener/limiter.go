@@ -55,7 +55,7 @@ type caller struct {
 
 // NewLimiter returns a Limiter of so many connections in all, and of one caller.
 func NewLimiter(total, perCaller int) *Limiter {
-	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller)}
+	return &Limiter{total: total, perCaller: perCaller, callers: make(map[netip.Addr]*caller), pace: newPace()}
 }
 
 // Listener wraps a listener so that the connections that it accepts are within the bounds, and
@@ -191,7 +191,7 @@ func (l *Limiter) setBusy(c *Conn) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c.busy = true
-	return l.delayLocked(c.caller, 1+c.head.size>>10)
+	return l.delayLocked(c.caller, serverCost*(1+c.head.size>>10))
 }
 
 // nextRequest is setBusy for a request that Next has read. A connection whose request need not

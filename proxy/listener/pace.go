@@ -2,27 +2,32 @@ package listener
 
 import (
 	"math/rand/v2"
+	"runtime"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Callers share the agent's CPU. Goroutines run in the order in which they became runnable,
 // and the network is not polled while one is (runtime/proc.go, findRunnable): with a caller
 // that keeps 64 connections busy, each request of others would wait for 64 requests. So while
-// more than one caller is active, each is held to a share. One that is alone has about what a
-// core serves, lest a request that another sends now and then finds a long queue.
+// more than one caller is active, each is held to a share of what the CPU serves. One that is
+// alone takes nothing from others.
+//
+// What a caller does is counted in requests of the fast path, see Next.
 const (
-	// sharedRate is how many requests a second the active callers share; aloneRate is for a
-	// single one.
-	sharedRate, aloneRate = 10_000, 40_000
-	// minShare is the least share of a caller, in requests a second. With many callers the
-	// sum exceeds sharedRate, which does no harm: most pods send a request an hour.
-	minShare = 250
-	// paceBurst is how many requests of a caller may come at once, within its share, and
-	// aloneBurst of one that is alone: one on each connection, since pauses cost CPU time, too.
-	paceBurst, aloneBurst = 16, 64
-	// connectionCost is what a new connection counts, in requests. Each KiB of a head counts
-	// one.
+	// serverCost is what a request counts that an http.Server parses, and each KiB of its
+	// head; connectionCost is for a new connection.
+	serverCost     = 2
 	connectionCost = 8
+	// busyShare is how much of the CPU active callers may use together. The rest is for
+	// their unevenness, and for what the agent does besides.
+	busyShare = 0.6
+	// minShare is the least share of a caller, in requests a second. With many callers the
+	// sum exceeds what the CPU serves, which does no harm: most pods send a request an hour.
+	minShare = 500
+	// paceBurst is how many requests of a caller may come at once, within its share.
+	paceBurst = 32
 	// maxPause bounds how long a request is held back. A caller with longer pauses than that
 	// makes less than a request a second for each of its connections.
 	maxPause = 2 * time.Second
@@ -33,12 +38,32 @@ const (
 	paceWindow = 100 * time.Millisecond
 )
 
+// The CPU time of a request is measured in each window that has enough of them. At first it is
+// taken to be initialCost. The bounds are far from what any machine needs.
+const (
+	minMeasured            = 500
+	initialCost            = 20 * time.Microsecond
+	leastCost, largestCost = 4 * time.Microsecond, 100 * time.Microsecond
+)
+
 // pace decides when a request may be handled. Limiter.mu guards it.
 type pace struct {
+	cpuTime func() time.Duration // that the process has used so far
+	cpus    func() int           // that it may use at once
+
 	began  time.Time // of the window
 	window int       // its number; from 1
 	active int       // callers with a request in it
 	before int       // callers with one in the window before
+
+	requests int           // in the window
+	used     time.Duration // CPU time before the window
+	cost     time.Duration // CPU time of a request, a moving average
+	rate     float64       // of requests a second that active callers may make together
+}
+
+func newPace() pace {
+	return pace{cpuTime: processCPUTime, cpus: func() int { return runtime.GOMAXPROCS(0) }, cost: initialCost} // GOMAXPROCS follows the limits of the cgroup
 }
 
 // share is what a pace keeps of a caller.
@@ -53,11 +78,17 @@ func (p *pace) turn(now time.Time) bool {
 	if elapsed < paceWindow {
 		return false
 	}
+	used := p.cpuTime()
+	if p.requests >= minMeasured {
+		measured := (used - p.used) / time.Duration(p.requests)
+		p.cost = min(max(p.cost+(measured-p.cost)/4, leastCost), largestCost)
+	}
+	p.rate = busyShare * float64(p.cpus()) * float64(time.Second) / float64(p.cost)
 	p.before = p.active
 	if elapsed >= 2*paceWindow {
 		p.before = 0
 	}
-	p.began, p.active = now, 0
+	p.began, p.active, p.requests, p.used = now, 0, 0, used
 	p.window++
 	return true
 }
@@ -65,16 +96,18 @@ func (p *pace) turn(now time.Time) bool {
 // delay notes what a caller does, which counts as cost requests, and returns how long that
 // must wait.
 func (p *pace) delay(s *share, cost int, now time.Time) time.Duration {
+	p.requests += cost
 	if s.window != p.window {
 		s.window = p.window
 		p.active++
 	}
-	rate, burst := aloneRate, aloneBurst
-	if active := max(p.active, p.before); active > 1 {
-		rate, burst = max(sharedRate/active, minShare), paceBurst
+	active := max(p.active, p.before)
+	if active == 1 {
+		s.next = now
+		return 0
 	}
-	interval := time.Second / time.Duration(rate)
-	if earliest := now.Add(-time.Duration(burst) * interval); s.next.Before(earliest) {
+	interval := time.Duration(float64(time.Second) / max(p.rate/float64(active), minShare))
+	if earliest := now.Add(-paceBurst * interval); s.next.Before(earliest) {
 		s.next = earliest
 	}
 	s.next = s.next.Add(time.Duration(cost) * interval)
@@ -99,4 +132,13 @@ func (l *Limiter) delayLocked(c *caller, cost int) time.Duration {
 		}
 	}
 	return l.pace.delay(&c.share, cost, now)
+}
+
+// processCPUTime is the CPU time that the process has used so far.
+func processCPUTime() time.Duration {
+	var used unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &used); err != nil { // never
+		return 0
+	}
+	return time.Duration(used.Nano())
 }

@@ -26,7 +26,8 @@ type core struct {
 	pace         pace
 	parse, serve time.Duration
 	now          time.Time
-	queue        []task // that can run
+	used         time.Duration // CPU time
+	queue        []task        // that can run
 	paused       []task
 	handled      map[*share]int
 	waits        map[*share][]time.Duration
@@ -41,7 +42,7 @@ type task struct {
 
 func newCore(parse, serve time.Duration) *core {
 	return &core{
-		parse: parse, serve: serve, now: start,
+		parse: parse, serve: serve, now: start, pace: newPace(),
 		handled: make(map[*share]int), waits: make(map[*share][]time.Duration),
 	}
 }
@@ -53,6 +54,8 @@ func (c *core) run(length time.Duration, busy *share, connections int, now *shar
 		c.queue = append(c.queue, task{of: busy, came: c.now})
 	}
 	next := c.now.Add(then)
+	c.pace.cpus = func() int { return 1 }
+	c.pace.cpuTime = func() time.Duration { return c.used }
 	for end := c.now.Add(length); c.now.Before(end); {
 		c.pace.turn(c.now)
 		if !c.now.Before(next) {
@@ -74,14 +77,14 @@ func (c *core) run(length time.Duration, busy *share, connections int, now *shar
 		t := c.queue[0]
 		c.queue = c.queue[1:]
 		if !t.parsed {
-			c.now, t.parsed = c.now.Add(c.parse), true
+			c.now, c.used, t.parsed = c.now.Add(c.parse), c.used+c.parse, true
 			if delay := c.pace.delay(t.of, 1, c.now); delay > 0 {
 				t.ready = c.now.Add(delay)
 				c.paused = append(c.paused, t)
 				continue
 			}
 		}
-		c.now = c.now.Add(c.serve)
+		c.now, c.used = c.now.Add(c.serve), c.used+c.serve
 		c.handled[t.of]++
 		c.waits[t.of] = append(c.waits[t.of], c.now.Sub(t.came))
 		if t.of == busy {
@@ -98,9 +101,10 @@ func TestFloodsCostOthersLittle(t *testing.T) {
 		least        int           // requests a second of the flood
 		wait         time.Duration // of the other
 	}{
-		"tokens from memory, beside a caller that asks often":   {10 * time.Microsecond, 40 * time.Microsecond, 64, 2 * time.Millisecond, 4900, 500 * time.Microsecond},
-		"tokens from memory, beside one that asks now and then": {10 * time.Microsecond, 40 * time.Microsecond, 64, 300 * time.Millisecond, 8000, 4 * time.Millisecond},
-		"a caller that keeps few connections busy":              {10 * time.Microsecond, 15 * time.Microsecond, 16, 300 * time.Millisecond, 13_000, 500 * time.Microsecond},
+		"a slow machine, beside a caller that asks often": {10 * time.Microsecond, 40 * time.Microsecond, 64, 2 * time.Millisecond, 4900, 500 * time.Microsecond},
+		"a fast machine, beside a caller that asks often": {2 * time.Microsecond, 10 * time.Microsecond, 64, 2 * time.Millisecond, 22_000, 200 * time.Microsecond},
+		"beside a caller that asks now and then":          {2 * time.Microsecond, 10 * time.Microsecond, 64, 300 * time.Millisecond, 50_000, time.Millisecond},
+		"a caller that keeps few connections busy":        {2 * time.Microsecond, 10 * time.Microsecond, 4, 300 * time.Millisecond, 50_000, 100 * time.Microsecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCore(tc.parse, tc.serve)
@@ -131,20 +135,51 @@ func longest(p *pace, s *share, requests, cost int) (longest time.Duration) {
 	return longest
 }
 
-// among returns a pace with so many callers that are active.
+// among returns a pace with so many callers that are active, on a CPU that serves 1/initialCost.
 func among(callers int) *pace {
-	p := new(pace)
+	p := newPace()
+	p.cpus = func() int { return 1 }
 	p.turn(start)
 	p.before = callers
-	return p
+	return &p
 }
 
 func TestShares(t *testing.T) {
-	assert.Equal(t, 100*time.Second/aloneRate, longest(among(1), new(share), aloneBurst+100, 1))
-	assert.Equal(t, 100*time.Second*10/sharedRate, longest(among(10), new(share), paceBurst+100, 1))
+	serves := busyShare * float64(time.Second) / float64(initialCost)
+	pause := func(requests, callers int) float64 { return float64(requests*callers) / serves * float64(time.Second) }
+	assert.Zero(t, longest(among(1), new(share), 10_000, 1), "nobody else is active")
+	assert.InEpsilon(t, pause(100, 10), longest(among(10), new(share), paceBurst+100, 1), 1e-3)
 	assert.Zero(t, longest(among(10), new(share), paceBurst, 1), "within its share")
 	assert.Equal(t, (64-paceBurst)*time.Second/minShare, longest(among(250), new(share), 64, 1), "a request on each connection")
-	assert.Equal(t, connectionCost*time.Second*10/sharedRate, longest(among(10), new(share), paceBurst/connectionCost+1, connectionCost))
+	assert.InEpsilon(t, pause(connectionCost, 10), longest(among(10), new(share), paceBurst/connectionCost+1, connectionCost), 1e-3)
+}
+
+// The cost of a request is measured.
+func TestRate(t *testing.T) {
+	for cost, want := range map[time.Duration]time.Duration{
+		13 * time.Microsecond: 13 * time.Microsecond, 50 * time.Microsecond: 50 * time.Microsecond,
+		time.Millisecond: largestCost, 0: leastCost,
+	} {
+		p, now, used := newPace(), start, time.Duration(0)
+		p.cpus = func() int { return 2 }
+		p.cpuTime = func() time.Duration { return used }
+		p.turn(now)
+		for range 50 {
+			for range minMeasured {
+				p.delay(new(share), 1, now)
+				used += cost
+			}
+			now = now.Add(paceWindow)
+			p.turn(now)
+		}
+		assert.InEpsilon(t, want, p.cost, 0.01)
+		assert.InEpsilon(t, busyShare*2*float64(time.Second)/float64(want), p.rate, 0.01)
+		now = now.Add(paceWindow)
+		p.delay(new(share), minMeasured-1, now)
+		used += time.Second
+		p.turn(now)
+		assert.InEpsilon(t, want, p.cost, 0.01, "too few to measure")
+	}
 }
 
 func TestPausesAreBounded(t *testing.T) {
@@ -226,22 +261,24 @@ func TestConnectionsThatAreHeldBack(t *testing.T) {
 func TestRequestsAreHeldBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLimiter(8, 8)
+		l.pace.cpus = func() int { return 1 }
 		l.delayLocked(&caller{addr: netip.MustParseAddr("10.0.0.9")}, 1) // another is active
 		server, client := net.Pipe()
 		defer client.Close()
 		c, ok := l.admit(addressed{server, greedy.String()}).(*Conn)
 		require.True(t, ok)
+		const each = 2 * float64(initialCost) / busyShare // for one of two callers
 		began := time.Now()
-		for range paceBurst - connectionCost + 10 {
+		for range (paceBurst-connectionCost)/serverCost + 10 {
 			l.ConnState(c, http.StateActive)
 			l.ConnState(c, http.StateIdle)
 		}
-		assert.InDelta(t, 10*time.Second*2/sharedRate, time.Since(began), float64(time.Microsecond))
+		assert.InDelta(t, 10*serverCost*each, time.Since(began), float64(time.Microsecond))
 
 		c.head.size = 5 << 10
 		began = time.Now()
 		l.ConnState(c, http.StateActive)
-		assert.InDelta(t, 6*time.Second*2/sharedRate, time.Since(began), float64(time.Microsecond), "a large head counts for several")
+		assert.InDelta(t, 6*serverCost*each, time.Since(began), float64(time.Microsecond), "a large head counts for several")
 	})
 }
 
