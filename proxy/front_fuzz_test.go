@@ -218,6 +218,7 @@ func FuzzFastPath(f *testing.F) {
 	} {
 		f.Add(byte(0), []byte(raw), uint16(0), byte(1))
 		f.Add(byte(0), []byte(raw), uint16(len(raw)/2), byte(3))
+		f.Add(byte(0), []byte(raw), uint16(1), byte(3))
 		f.Add(byte(1), []byte(raw), uint16(len(raw)-1), byte(2))
 	}
 	f.Fuzz(func(t *testing.T, pod byte, raw []byte, cut uint16, times byte) {
