@@ -1,76 +1,357 @@
 package proxy
 
 import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 	"github.com/podidentity/nmi/proxy/listener"
 )
 
-// connTo is a connection of a bound pod that the fast path can serve, whose client takes
-// everything, and the request that is known on it.
-type connTo struct {
-	net.Conn
-	from netip.Addr
+// withID is a request for a token with a request ID.
+func withID(n int) string {
+	return get(tokenURL, fmt.Sprintf("x-ms-client-request-id: 0a1b2c3d-0000-4000-8000-%012x", n))
 }
 
-func (c connTo) RemoteAddr() net.Addr {
-	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(c.from, 40000))
-}
-func (c connTo) Write(b []byte) (int, error)      { return len(b), nil }
-func (c connTo) SetWriteDeadline(time.Time) error { return nil }
-
-type oneListener struct {
-	net.Listener
-	conn net.Conn
-}
-
-func (l oneListener) Accept() (net.Conn, error) { return l.conn, nil }
-
-// fastPathConn returns a connection whose requests for a cached token have a known head.
-func fastPathConn(tb testing.TB, s *Server) (*listener.Conn, *knownHead) {
-	tb.Helper()
-	pipe, _ := net.Pipe()
-	c, err := s.conns.Listener(oneListener{conn: connTo{pipe, netip.MustParseAddr(bound)}}).Accept()
-	require.NoError(tb, err)
-	return c.(*listener.Conn), &knownHead{before: get(tokenURL), req: tokenRequest{resource: "https://vault.azure.net/"}}
+// exchange sends a request, and returns the response, whose body has been read, and its token's
+// subject.
+func (c *keptAlive) exchange(t *testing.T, raw string) (resp *http.Response, subject string) {
+	t.Helper()
+	_, err := io.WriteString(c, raw)
+	require.NoError(t, err)
+	resp, err = http.ReadResponse(c.r, nil)
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	return resp, tokenSubject(string(body))
 }
 
-func (s *Server) answerFast(c *listener.Conn, head *knownHead, request []byte) bool {
-	if !head.matches(request) {
-		return false
+func TestFastPath(t *testing.T) {
+	w := newWorld(t, nil)
+	c := w.connect(bound)
+	requests := uint64(0)
+	ask := func(c *keptAlive, raw string, fast bool) {
+		t.Helper()
+		if fast {
+			requests++
+		}
+		resp, subject := c.exchange(t, raw)
+		assert.Equal(t, 200, resp.StatusCode)
+		if strings.Contains(raw, tokenURL) {
+			assert.Equal(t, one.ClientID, subject)
+		}
+		assert.Equal(t, requests, w.server.FastPathRequests(), raw)
 	}
-	token := s.tokenInMemory(c, head.req)
-	return token != nil && s.respond(c, token, false) == nil
+	ask(c, withID(1), false)
+	for i := range 3 {
+		ask(c, withID(i+2), true)
+	}
+	ask(c, strings.Replace(withID(1), "0a1b2c3d", "0A1B2C3D", 1), true)
+	ask(c, get(tokenURL), false) // without an ID: another head
+	ask(c, get(tokenURL), true)
+	ask(c, withID(9), true)
+	ask(c, get(versions), false)
+	ask(c, get(versions), false)
+	ask(c, withID(9), false) // http.Server has the connection, and gives it back
+	ask(c, withID(9), true)
+
+	again := w.connect(bound)
+	ask(again, withID(10), true) // with its first request
+	other := w.connect(alsoBound)
+	ask(other, withID(11), false) // heads of one pod are not known of others
+	ask(other, withID(11), true)
+
+	closing := get(tokenURL, "Connection: close")
+	ask(w.connect(bound), closing, false)
+	last := w.connect(bound)
+	ask(last, closing, true)
+	assert.True(t, last.ended(t))
+	assert.Equal(t, 3, w.imds.Requests(), "one for the token")
 }
 
-func TestFastPathAllocations(t *testing.T) {
-	s, _, _ := cached(t)
-	s.cfg.CheckSource = func(netip.Addr, int, *podresolver.Pod) error { return nil }
-	c, head := fastPathConn(t, s)
-	request := []byte(head.before)
-	assert.Zero(t, testing.AllocsPerRun(1000, func() { require.True(t, s.answerFast(c, head, request)) }))
+// What is not exactly a known head goes to http.Server.
+func TestNotTheFastPath(t *testing.T) {
+	w := newWorld(t, nil)
+	known := w.connect(bound)
+	known.exchange(t, withID(1))
+	known.exchange(t, withID(1))
+	require.Equal(t, uint64(1), w.server.FastPathRequests())
+	id := "0a1b2c3d-0000-4000-8000-000000000001"
+	for name, raw := range map[string]string{
+		"the ID is too short":                        strings.Replace(withID(1), id, id[1:], 1),
+		"the ID has a character that GUIDs have not": strings.Replace(withID(1), id, "g"+id[1:], 1),
+		"a header follows the ID":                    strings.Replace(withID(1), id, id+"\r\nX: y", 1),
+		"a space before the ID":                      strings.Replace(withID(1), id, " "+id[1:], 1),
+		"a body":                                     strings.Replace(withID(1), "\r\n\r\n", "\r\nContent-Length: 1\r\n\r\nx", 1),
+		"two requests at once":                       withID(1) + withID(2),
+		"another resource":                           strings.Replace(withID(1), "vault", "other", 1),
+		"a parameter more":                           strings.Replace(withID(1), " HTTP", "&x=y HTTP", 1),
+	} {
+		t.Run(name, func(t *testing.T) {
+			resp, _ := w.connect(bound).exchange(t, raw)
+			assert.Equal(t, 200, resp.StatusCode)
+			assert.Equal(t, uint64(1), w.server.FastPathRequests())
+		})
+	}
 }
 
-// BenchmarkFastPath is a cached token from a known head to the response, without the network.
-func BenchmarkFastPath(b *testing.B) {
-	s, _, _ := cached(b)
+// Heads that http.Server has parsed, but are not known afterwards.
+func TestUnusualHeadsAreNotKnown(t *testing.T) {
+	long := get(tokenURL, "X: "+strings.Repeat("x", listener.MaxHead))
+	for name, raw := range map[string]string{
+		"long":                         long,
+		"HTTP/1.0":                     strings.Replace(get(tokenURL), "HTTP/1.1", "HTTP/1.0", 1),
+		"Expect":                       get(tokenURL, "Expect: 100-continue"),
+		"Upgrade":                      get(tokenURL, "Upgrade: h2c"),
+		"Connection names a header":    get(tokenURL, "Connection: metadata"),
+		"Connection twice":             get(tokenURL, "Connection: keep-alive", "Connection: keep-alive"),
+		"Content-Length":               get(tokenURL, "Content-Length: 0"),
+		"Trailer":                      get(tokenURL, "Trailer: x"),
+		"folded lines":                 get(tokenURL, "X: y\r\n z"),
+		"LF alone":                     strings.ReplaceAll(get(tokenURL), "\r\n", "\n"),
+		"a tab":                        get(tokenURL, "X:\ty"),
+		"a byte that is not ASCII":     get(tokenURL, "X: \x80"),
+		"a cached token is not wanted": get(tokenURL + "&bypass_cache=true"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, nil)
+			c := w.connect(bound)
+			for range 3 {
+				_, err := io.WriteString(c, raw)
+				require.NoError(t, err)
+				resp, err := http.ReadResponse(c.r, nil)
+				require.NoError(t, err)
+				_, err = io.Copy(io.Discard, resp.Body)
+				require.NoError(t, err)
+				assert.Equal(t, 200, resp.StatusCode)
+				if resp.Close {
+					c = w.connect(bound)
+				}
+			}
+			assert.Zero(t, w.server.FastPathRequests())
+		})
+	}
+}
+
+// A head is known; whether its token may be had is decided for each request.
+func TestFastPathAuthorizesEachRequest(t *testing.T) {
+	var untrusted atomic.Bool
+	binding := func(selector string) *aadpodidentity.AzureIdentityBinding {
+		return &aadpodidentity.AzureIdentityBinding{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "a"},
+			Spec:       aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: "one", Selector: selector},
+		}
+	}
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "bound", Labels: map[string]string{"aadpodidbinding": "both"}},
+		Spec:       corev1.PodSpec{NodeName: "node1"},
+		Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: bound},
+	}
+	excepted := pod.DeepCopy()
+	excepted.Labels["app"] = "addon"
+	for name, tc := range map[string]struct {
+		change  func(*resolvertest.Cluster)
+		status  int
+		subject string
+	}{
+		"the pod is gone":              {func(c *resolvertest.Cluster) { c.Delete(pod) }, http.StatusServiceUnavailable, ""},
+		"another identity comes first": {func(c *resolvertest.Cluster) { c.Modify(binding("other")) }, http.StatusOK, two.ClientID},
+		"an exception applies":         {func(c *resolvertest.Cluster) { c.Modify(excepted) }, http.StatusOK, "the node's"},
+		"the source is not trusted":    {func(*resolvertest.Cluster) { untrusted.Store(true) }, http.StatusBadRequest, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			untrusted.Store(false)
+			cluster := newCluster()
+			w := newWorld(t, func(c *Config) {
+				r, err := podresolver.New(cluster.Sources(), podresolver.Config{Node: "node1", PodWait: time.Millisecond, Logger: c.Logger})
+				require.NoError(t, err)
+				c.Pods = run(t, r)
+				c.CheckSource = func(netip.Addr, int, *podresolver.Pod) error {
+					if untrusted.Load() {
+						return errors.New("the interface of another pod")
+					}
+					return nil
+				}
+			})
+			c := w.connect(bound)
+			for range 2 {
+				resp, subject := c.exchange(t, get(tokenURL))
+				require.Equal(t, 200, resp.StatusCode)
+				require.Equal(t, one.ClientID, subject)
+			}
+			require.Equal(t, uint64(1), w.server.FastPathRequests())
+			before := w.server.cfg.Pods.Owner(netip.MustParseAddr(bound))
+			tc.change(cluster)
+			if !untrusted.Load() {
+				w.eventually(func() bool { return w.server.cfg.Pods.Owner(netip.MustParseAddr(bound)) != before }, "the change has arrived")
+			}
+			resp, subject := c.exchange(t, get(tokenURL))
+			assert.Equal(t, tc.status, resp.StatusCode)
+			if tc.subject == "the node's" {
+				assert.NotContains(t, []string{"", one.ClientID, two.ClientID}, subject)
+			} else {
+				assert.Equal(t, tc.subject, subject)
+			}
+			assert.Equal(t, uint64(1), w.server.FastPathRequests())
+		})
+	}
+}
+
+// A token that is not in memory is fetched, on the way of all others.
+func TestFastPathWithoutToken(t *testing.T) {
+	w := newWorld(t, nil)
+	c := w.connect(bound)
+	for i := range 9 { // one more than heads are known
+		for range 2 {
+			resp, _ := c.exchange(t, get(tokenURL+fmt.Sprint(i)))
+			assert.Equal(t, 200, resp.StatusCode)
+		}
+	}
+	assert.Equal(t, 9, w.imds.Requests())
+	assert.Equal(t, uint64(9), w.server.FastPathRequests())
+	c.exchange(t, get(tokenURL+"0"))
+	assert.Equal(t, uint64(9), w.server.FastPathRequests(), "it has been forgotten")
+}
+
+func TestFastPathWhileDraining(t *testing.T) {
+	w := newWorld(t, nil)
+	idle, busy := w.connect(bound), w.connect(bound)
+	for range 2 {
+		idle.exchange(t, get(tokenURL))
+		busy.exchange(t, get(tokenURL))
+	}
+	require.NotZero(t, w.server.FastPathRequests())
+	w.stop()
+	w.eventually(w.server.draining.Load, "it stops")
+	resp, _ := busy.exchange(t, get(tokenURL))
+	assert.Equal(t, 200, resp.StatusCode)
+	assert.True(t, resp.Close)
+	assert.True(t, busy.ended(t))
+	assert.True(t, idle.ended(t))
+	w.running.Wait()
+	assert.Zero(t, w.server.Connections().Open)
+}
+
+// A client that sends one request after the other, and reads no response.
+func TestSlowReaderOnTheFastPath(t *testing.T) {
+	w := newWorld(t, nil)
+	c := w.slowReader(bound)
+	_ = c.SetWriteDeadline(time.Now().Add(patience))
+	_, err := io.WriteString(c, get(tokenURL))
+	require.NoError(t, err)
+	_, err = c.Read(make([]byte, 1)) // the head is known
+	require.NoError(t, err)
+	began := time.Now()
+	for sent := uint64(1); ; sent++ {
+		if _, err := io.WriteString(c, get(tokenURL)); err != nil {
+			break
+		}
+		deadline := time.Now().Add(2 * writeTimeout)
+		for w.server.FastPathRequests() < sent && w.server.Connections().Open > 0 && time.Now().Before(deadline) {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	assert.Positive(t, w.server.FastPathRequests())
+	assert.Less(t, time.Since(began), 3*writeTimeout)
+	w.waitForOpen(0)
+}
+
+// An idle connection costs little. (With the race detector stacks are larger.)
+func TestMemoryOfIdleConnections(t *testing.T) {
+	const n, most = 200, 14 << 10
+	w := newWorld(t, func(c *Config) { c.MaxConnectionsPerPod = n })
+	before := usedMemory()
+	conns := make([]net.Conn, n)
+	response := bufio.NewReader(nil)
+	for i := range conns {
+		c := w.connect(bound)
+		for range 2 {
+			_, err := io.WriteString(c, get(tokenURL))
+			require.NoError(t, err)
+			response.Reset(c)
+			resp, err := http.ReadResponse(response, nil)
+			require.NoError(t, err)
+			_, _ = io.Copy(io.Discard, resp.Body)
+		}
+		conns[i] = c.Conn
+	}
+	w.waitForIdle(n)
+	each := (usedMemory() - before) / n
+	t.Logf("%d bytes each, the clients' part included", each)
+	assert.Less(t, each, int64(most))
+}
+
+// fastConn is a connection from a bound pod whose client takes everything.
+type fastConn struct{ net.Conn }
+
+func (fastConn) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(bound), 40000))
+}
+func (fastConn) Write(b []byte) (int, error)      { return len(b), nil }
+func (fastConn) SetWriteDeadline(time.Time) error { return nil }
+
+type fastListener struct{ net.Listener }
+
+func (fastListener) Accept() (net.Conn, error) {
+	conn, _ := net.Pipe()
+	return fastConn{conn}, nil
+}
+
+// answersFast returns a function that answers a request with a known head, for a token that is
+// in memory.
+func answersFast(tb testing.TB) (answer func()) {
+	tb.Helper()
+	s, _, _ := cached(tb)
 	s.cfg.CheckSource = func(netip.Addr, int, *podresolver.Pod) error { return nil }
-	c, head := fastPathConn(b, s)
-	request := []byte(head.before)
-	b.ReportAllocs()
-	for b.Loop() {
-		if !s.answerFast(c, head, request) {
-			b.Fatal("not answered")
+	accepted, err := s.conns.Listener(fastListener{}).Accept()
+	require.NoError(tb, err)
+	c, ok := accepted.(*listener.Conn)
+	require.True(tb, ok)
+	raw := withID(1)
+	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(raw)))
+	require.NoError(tb, err)
+	req, err := parseTokenRequest(r, queryRules{})
+	require.NoError(tb, err)
+	head := newKnownHead([]byte(raw), r, req)
+	require.NotNil(tb, head)
+	request := []byte(withID(2))
+	return func() {
+		if !head.matches(request) {
+			tb.Fatal("another head")
+		}
+		token := s.tokenInMemory(c, head.req)
+		if token == nil || s.respond(c, token, false) != nil {
+			tb.Fatal("not answered")
 		}
 	}
 }
 
-var _ = http.MethodGet
+func TestFastPathAllocations(t *testing.T) {
+	assert.Zero(t, testing.AllocsPerRun(1000, answersFast(t)))
+}
+
+// BenchmarkFastPath is a cached token from a known head to the response, without the network.
+func BenchmarkFastPath(b *testing.B) {
+	answer := answersFast(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		answer()
+	}
+}

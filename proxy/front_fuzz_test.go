@@ -229,6 +229,9 @@ func FuzzFastPath(f *testing.F) {
 			parts = append(parts, string(raw[:end]), string(raw[end:]))
 		}
 		slow := exchange(t, front.slowPods, from, parts...)
+		if bytes.Contains(slow, []byte("HTTP/1.1 429 ")) {
+			t.Skip("that depends on what was sent before")
+		}
 		for range 2 { // the first teaches the fast path
 			if fast := exchange(t, front.pods, from, parts...); withoutTimes(fast) != withoutTimes(slow) {
 				t.Fatalf("%q from %s was answered %q by the fast path instead of %q", parts, from, fast, slow)

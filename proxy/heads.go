@@ -77,7 +77,7 @@ func newKnownHead(head []byte, r *http.Request, req tokenRequest) *knownHead {
 			return nil
 		}
 	}
-	if len(r.Header["Connection"]) > 1 || !isPlainHead(head) {
+	if len(r.Header["Connection"]) > 1 || !isPlainHead(head) || !bytes.HasPrefix(head, []byte("GET "+r.RequestURI+" HTTP/1.1\r\n")) {
 		return nil
 	}
 	before, after := cutRequestID(head, r.Header[requestIDHeader])

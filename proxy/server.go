@@ -195,6 +195,9 @@ func (s *Server) endFastPath() {
 // Connections returns the statistics of connections.
 func (s *Server) Connections() listener.Stats { return s.conns.Stats() }
 
+// FastPathRequests is how many requests have been answered without http.Server, so far.
+func (s *Server) FastPathRequests() uint64 { return s.fastPathRequests.Load() }
+
 // SetDraining makes the server close each connection with its next response, so that
 // clients connect again and reach another server that accepts from the same socket; or,
 // with false, keep connections open again.

@@ -121,6 +121,13 @@ func newResolver(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
 		cfg.PodWait = 50 * time.Millisecond
 	}
 	cfg.Node = "node1"
+	r, err := podresolver.New(newCluster().Sources(), cfg)
+	require.NoError(tb, err)
+	return r
+}
+
+// newCluster returns the pods of the test node, and what is bound to them.
+func newCluster() *resolvertest.Cluster {
 	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "shop", Name: name} }
 	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
 		return &corev1.Pod{
@@ -135,7 +142,7 @@ func newResolver(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
 	binding := func(name, identity, selector string) *aadpodidentity.AzureIdentityBinding {
 		return &aadpodidentity.AzureIdentityBinding{ObjectMeta: named(name), Spec: aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: identity, Selector: selector}}
 	}
-	cluster := resolvertest.NewCluster(
+	return resolvertest.NewCluster(
 		pod("bound", bound, map[string]string{"aadpodidbinding": "both"}),
 		pod("also-bound", alsoBound, map[string]string{"aadpodidbinding": "both"}),
 		pod("unbound", unbound, map[string]string{"aadpodidbinding": "nothing"}),
@@ -152,9 +159,6 @@ func newResolver(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
 			Spec:       aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{"app": "addon"}},
 		},
 	)
-	r, err := podresolver.New(cluster.Sources(), cfg)
-	require.NoError(tb, err)
-	return r
 }
 
 // send writes raw bytes from a pod's address and reads one answer.

@@ -93,10 +93,10 @@ func (c *Conn) Release() {
 	c.limiter.forgetLocked(c.caller, time.Now())
 }
 
-// Head is the head of the request under way, byte for byte; nil if it has more than MaxHead, or
-// began before the last request ended. It is valid until the response is complete.
+// Head is the head of the request under way, byte for byte; nil if it has more than MaxHead. It
+// is valid until the response is complete. After a request with a body it may be wrong.
 func (c *Conn) Head() []byte {
-	if c == nil || c.head.cut || c.head.size != len(c.head.kept) {
+	if c == nil || c.head.size != len(c.head.kept) {
 		return nil
 	}
 	return c.head.kept

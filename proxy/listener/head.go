@@ -22,8 +22,7 @@ type headReader struct {
 	size  int    // bytes since begin
 	text  bool   // the current line has more than CR
 	kept  []byte // the beginning of the head, see Conn.Head
-	early bool   // bytes of the next head may have been read as part of a body
-	cut   bool   // kept may lack the first bytes for that reason
+	early []byte // what was read before begin
 	ahead []byte // what was read after an empty line
 	err   error  // errManyLines, from then on
 }
@@ -31,10 +30,12 @@ type headReader struct {
 // MaxHead is the size of the largest head that Conn.Head returns.
 const MaxHead = 1 << 10
 
-// begin is called before the first Read of a head.
+// begin is called before the first Read of a head, but for the byte that net/http reads during
+// a request to learn whether the client is still there.
 func (h *headReader) begin() {
-	h.lines, h.size, h.text = 0, 0, false
-	h.kept, h.cut, h.early = h.kept[:0], h.early, false
+	h.lines, h.text = 0, false
+	h.kept = append(h.kept[:0], h.early...)
+	h.size, h.early = len(h.early), h.early[:0]
 }
 
 // read reads from r no further than the end of the head.
@@ -60,8 +61,7 @@ func (h *headReader) read(r io.Reader, p []byte) (int, error) {
 }
 
 // readBody reads what follows a head. A body that is not wanted may have few more lines than a
-// head: net/http allocates as much for the lines of a trailer (RFC 9112, 7.1.2). It also reads
-// a byte here to learn whether the client is still there, and that may begin the next head.
+// head: net/http allocates as much for the lines of a trailer (RFC 9112, 7.1.2).
 func (h *headReader) readBody(r io.Reader, p []byte, wanted bool) (n int, err error) {
 	if len(h.ahead) > 0 {
 		n = copy(p, h.ahead)
@@ -69,7 +69,7 @@ func (h *headReader) readBody(r io.Reader, p []byte, wanted bool) (n int, err er
 	} else {
 		n, err = r.Read(p)
 	}
-	h.early = h.early || n > 0
+	h.early = append(h.early[:0], p[:min(n, 1)]...)
 	if !wanted {
 		if h.lines += bytes.Count(p[:n], []byte{'\n'}); h.lines > 2*maxHeadLines {
 			h.err = errManyLines

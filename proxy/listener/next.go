@@ -142,7 +142,7 @@ func (c *Conn) HandOver() {
 // returns unread first, which the server had read.
 func (c *Conn) TakeBack(unread []byte) bool {
 	c.inBody.Store(false)
-	c.head.early = false // what was read is in unread
+	c.head.early = nil // it is in unread
 	c.head.begin()
 	c.writeBy = time.Time{}
 	c.reader.deadline = time.Time{}
