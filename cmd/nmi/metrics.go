@@ -130,6 +130,7 @@ func observeResolver(meter metric.Meter, resolver *podresolver.Resolver) error {
 func observeServer(meter metric.Meter, server *proxy.Server) error {
 	return errors.Join(
 		gauge(meter, "connections", "Connections that pods have open", func() int { return server.Connections().Open }),
+		count(meter, "fast_path.requests", "Requests for tokens that the fast path answered", server.FastPathRequests),
 		count(meter, "connections.refused", "Connections closed on arrival because there were too many", func() uint64 { return server.Connections().Refused }),
 		count(meter, "connections.ended", "Connections closed in favour of others", func() uint64 { return server.Connections().Evicted }))
 }
