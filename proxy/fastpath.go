@@ -13,7 +13,7 @@ import (
 // The fast path answers requests whose head is known and whose token is in memory, without
 // http.Server. It is the way of nearly all requests. A connection begins there, and goes to
 // http.Server with the first request that needs more; http.Server gives it back with the first
-// response whose head is known from then on.
+// request whose head is known.
 
 // now is a context that has ended: whoever gets it does not wait.
 var now = func() context.Context {
@@ -92,7 +92,7 @@ func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool) e
 	return c.Respond(response)
 }
 
-// takeBack answers a request whose head is known from now on, and moves its connection from
+// takeBack answers a request whose head is known, and moves its connection from
 // http.Server to the fast path. It returns false, and has written nothing, if it cannot do so.
 func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokencache.Token) bool {
 	if s.draining.Load() {

@@ -145,17 +145,17 @@ func (k *knownHeads) find(caller netip.Addr, request []byte) *knownHead {
 	return nil
 }
 
-// of returns the head of a request under way, which add has still to be called with; nil if it
-// cannot be known.
-func (k *knownHeads) of(c *listener.Conn, r *http.Request, req tokenRequest) *knownHead {
-	head := c.Head()
-	if k == nil || head == nil || !c.Caller().IsValid() {
-		return nil
+// of returns the head of a request under way, and whether it is known already; else add has to
+// be called with it. It returns nil for one that cannot be known.
+func (k *knownHeads) of(c *listener.Conn, r *http.Request, req tokenRequest) (head *knownHead, known bool) {
+	raw := c.Head()
+	if k == nil || raw == nil || !c.Caller().IsValid() {
+		return nil, false
 	}
-	if known := k.find(c.Caller(), head); known != nil {
-		return known
+	if head = k.find(c.Caller(), raw); head != nil {
+		return head, true
 	}
-	return newKnownHead(head, r, req)
+	return newKnownHead(raw, r, req), false
 }
 
 // add remembers a head of a caller, instead of the one that it has not used for longest.

@@ -34,17 +34,18 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	head := s.heads.of(conn, r, req)
+	head, known := s.heads.of(conn, r, req)
 	r.Header = nil // from here on the request may wait, and holds no more memory than its query
 	token, auxiliary, err := s.tokens(r.Context(), pod, addr, req)
 	if err != nil {
 		return err
 	}
-	if head != nil && len(auxiliary) == 0 {
+	switch {
+	case head == nil || len(auxiliary) > 0:
+	case !known:
 		s.heads.add(addr, head)
-		if !head.last && s.takeBack(w, conn, token) {
-			return nil
-		}
+	case !head.last && s.takeBack(w, conn, token): // not for one that may never come again
+		return nil
 	}
 	writeToken(w, token, auxiliary, time.Now())
 	return nil
