@@ -28,7 +28,7 @@ func connected(t *testing.T, l *Limiter) (c *Conn, client *net.TCPConn) {
 	accepted, err := l.Listener(ln).Accept()
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = accepted.Close(); _ = dialed.Close() })
-	return accepted.(*Conn), dialed.(*net.TCPConn) //nolint:errcheck // they are
+	return accepted.(*Conn), dialed.(*net.TCPConn)
 }
 
 const nextTimeout = time.Minute
