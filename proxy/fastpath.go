@@ -102,7 +102,7 @@ func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokenc
 	if err != nil {
 		return false
 	}
-	unread, _ := buffered.Peek(buffered.Reader.Buffered()) //nolint:errcheck // it is there
+	unread, _ := buffered.Peek(buffered.Reader.Buffered())
 	mine := c.TakeBack(unread)
 	if s.respond(c, token, false) != nil {
 		_ = c.Close()
