@@ -1,6 +1,7 @@
 package links
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"net/netip"
@@ -12,7 +13,7 @@ import (
 )
 
 const (
-	// receiveBuffer holds some thousand announcements.
+	// receiveBuffer holds some 900 announcements of interfaces.
 	receiveBuffer = 1 << 20
 	// maxDrain bounds the datagrams that are read at a time.
 	maxDrain = 10_000
@@ -26,7 +27,7 @@ type socket struct {
 }
 
 func subscribe() (*socket, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
@@ -43,25 +44,18 @@ func subscribe() (*socket, error) {
 
 func (s *socket) close() error { return s.file.Close() }
 
-// wait returns when there is something to read, or after the timeout.
+// wait returns when there is something to read, or after the timeout. It keeps a thread,
+// and the socket is not Go's poller's: that would be woken by each announcement, whether
+// anything waits for it or not.
 func (s *socket) wait(timeout time.Duration) error {
-	if err := s.file.SetReadDeadline(time.Now().Add(timeout)); err != nil {
-		return err
-	}
-	woken := false
-	err := s.raw.Read(func(fd uintptr) bool {
-		if woken {
-			return true
-		}
-		woken = true
-		now := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // a file descriptor is an int32
-		n, _ := unix.Poll(now, 0)
-		return n > 0
+	var err error
+	ctlErr := s.raw.Control(func(fd uintptr) {
+		_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(timeout.Milliseconds())) //nolint:gosec // a file descriptor is an int32
 	})
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil
+	if errors.Is(err, unix.EINTR) {
+		err = nil
 	}
-	return err
+	return errors.Join(ctlErr, err)
 }
 
 // receive reads one datagram without waiting; EAGAIN if there is none. It is valid until
@@ -117,6 +111,7 @@ type eventState struct {
 	inProgress bool      // it is
 	complete   bool      // there was a complete listing
 
+	received   int  // datagrams so far
 	neighbours bool // subscribed to neighbours
 }
 
@@ -148,6 +143,7 @@ func (t *Tracker) drainLocked() error {
 		case err != nil:
 			return err
 		default:
+			e.received++
 			t.applyLocked(datagram)
 		}
 	}
@@ -210,29 +206,35 @@ func (t *Tracker) applyLinkLocked(body []byte, gone bool) {
 		t.removeLocked(index)
 		return
 	}
-	e := &t.events
-	now := &iface{index: index, listed: e.listing}
+	var name, hardwareAddr []byte
 	for kind, value := range attributes(body[unix.SizeofIfInfomsg:]) {
 		switch kind {
 		case unix.IFLA_IFNAME:
-			now.name = unix.ByteSliceToString(value)
+			name = bytes.TrimRight(value, "\x00")
 		case unix.IFLA_ADDRESS:
-			now.hardwareAddr = string(value)
+			hardwareAddr = value
 		}
 	}
-	if before := t.ifaces[index]; before != nil {
+	e := &t.events
+	if known := t.ifaces[index]; known != nil {
+		// Most announcements change nothing here: a pod that takes its end of the link
+		// down and up changes the state of this end each time. They allocate nothing.
+		if known.name == string(name) && known.hardwareAddr == string(hardwareAddr) {
+			known.listed = e.listing
+			return
+		}
 		// If announcements were lost, the index may have been reused.
-		same := before.name == now.name && before.hardwareAddr == now.hardwareAddr
-		if same || !e.lost && !e.inProgress {
-			before.name, before.hardwareAddr, before.listed = now.name, now.hardwareAddr, now.listed
+		if !e.lost && !e.inProgress {
+			known.name, known.hardwareAddr, known.listed = string(name), string(hardwareAddr), e.listing
 			return
 		}
 		t.removeLocked(index)
 	}
+	added := &iface{index: index, name: string(name), hardwareAddr: string(hardwareAddr), listed: e.listing}
 	if e.complete { // else it is older than the Tracker
-		now.appeared = e.readUntil
+		added.appeared = e.readUntil
 	}
-	t.ifaces[index] = now
+	t.ifaces[index] = added
 }
 
 func (t *Tracker) removeLocked(index int) {

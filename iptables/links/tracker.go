@@ -49,6 +49,11 @@ const (
 	// tick is how often an idle Tracker reads announcements: an interface may count as
 	// older by as much, see iface.appeared.
 	tick = 200 * time.Millisecond
+	// After maxBurst announcements without a pause of burstInterval between them, they are
+	// read once in burstInterval: a pod that takes its end of its link down and up causes
+	// thousands a second, and each would wake the agent.
+	maxBurst      = 100
+	burstInterval = 10 * time.Millisecond
 	// surveyInterval is how often the Status is updated when pods do not change.
 	surveyInterval = 10 * time.Second
 	// readRetry is the pause after a failed read.
@@ -119,6 +124,7 @@ func (t *Tracker) Run(ctx context.Context) {
 	defer t.socket.close() //nolint:errcheck // nothing was written
 	var podsChanged <-chan struct{}
 	var nextSurvey time.Time
+	burst := 0 // announcements without a pause between them
 	for ctx.Err() == nil {
 		select {
 		case <-podsChanged:
@@ -128,16 +134,28 @@ func (t *Tracker) Run(ctx context.Context) {
 		if now := time.Now(); t.cfg.Pods != nil && now.After(nextSurvey) {
 			podsChanged, nextSurvey = t.survey(), now.Add(surveyInterval)
 		}
+		waiting := time.Now()
 		err := t.socket.wait(tick)
+		if time.Since(waiting) >= burstInterval {
+			burst = 0
+		}
 		t.mu.Lock()
+		before := t.events.received
 		err = errors.Join(err, t.drainLocked())
+		burst += t.events.received - before
 		t.mu.Unlock()
-		if err == nil {
+		var pause time.Duration
+		switch {
+		case err != nil:
+			pause = readRetry
+			t.cfg.Logger.WarnContext(ctx, "reading the kernel's announcements of interfaces failed; retrying", "error", err, "in", pause)
+		case burst > maxBurst:
+			pause = burstInterval
+		default:
 			continue
 		}
-		t.cfg.Logger.WarnContext(ctx, "reading the kernel's announcements of interfaces failed; retrying", "error", err, "in", readRetry)
 		select {
-		case <-time.After(readRetry):
+		case <-time.After(pause):
 		case <-ctx.Done():
 		}
 	}
