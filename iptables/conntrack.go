@@ -10,6 +10,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/iptables/links"
 )
 
 // tuple is one direction of a connection that the kernel tracks.
@@ -99,15 +101,15 @@ func parseEntry(entry []byte) (orig, reply tuple, ok bool) {
 	if len(entry) < nl.SizeofNfgenmsg {
 		return tuple{}, tuple{}, false
 	}
-	attrs := attributes(entry[nl.SizeofNfgenmsg:])
+	attrs := attributesByType(entry[nl.SizeofNfgenmsg:])
 	orig, okOrig := parseTuple(attrs[nl.CTA_TUPLE_ORIG])
 	reply, okReply := parseTuple(attrs[nl.CTA_TUPLE_REPLY])
 	return orig, reply, okOrig && okReply
 }
 
 func parseTuple(b []byte) (tuple, bool) {
-	parts := attributes(b)
-	ip, proto := attributes(parts[nl.CTA_TUPLE_IP]), attributes(parts[nl.CTA_TUPLE_PROTO])
+	parts := attributesByType(b)
+	ip, proto := attributesByType(parts[nl.CTA_TUPLE_IP]), attributesByType(parts[nl.CTA_TUPLE_PROTO])
 	src, okSrc := netip.AddrFromSlice(ip[nl.CTA_IP_V4_SRC])
 	dst, okDst := netip.AddrFromSlice(ip[nl.CTA_IP_V4_DST])
 	number, srcPort, dstPort := proto[nl.CTA_PROTO_NUM], proto[nl.CTA_PROTO_SRC_PORT], proto[nl.CTA_PROTO_DST_PORT]
@@ -124,18 +126,12 @@ func parseTuple(b []byte) (tuple, bool) {
 // maxAttribute is the highest attribute type that is used here.
 const maxAttribute = 3
 
-// attributes returns the values of netlink attributes by type, up to a malformed one.
-func attributes(b []byte) (values [maxAttribute + 1][]byte) {
-	for len(b) >= unix.SizeofNlAttr {
-		size := int(binary.NativeEndian.Uint16(b))
-		kind := binary.NativeEndian.Uint16(b[2:]) & nl.NLA_TYPE_MASK
-		if size < unix.SizeofNlAttr || size > len(b) {
-			break
-		}
+// attributesByType returns the values of netlink attributes.
+func attributesByType(b []byte) (values [maxAttribute + 1][]byte) {
+	for kind, value := range links.Attributes(b) {
 		if kind <= maxAttribute {
-			values[kind] = b[unix.SizeofNlAttr:size]
+			values[kind] = value
 		}
-		b = b[min((size+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b)):]
 	}
 	return values
 }

@@ -106,7 +106,7 @@ func (t *Tracker) applyNeighbourLocked(body []byte) {
 		return
 	}
 	family := body[0]
-	for kind, value := range attributes(body[unix.SizeofNdMsg:]) {
+	for kind, value := range Attributes(body[unix.SizeofNdMsg:]) {
 		switch {
 		case family == unix.AF_INET && kind == unix.NDA_DST:
 			if addr, ok := netip.AddrFromSlice(value); ok {

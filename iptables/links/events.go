@@ -207,7 +207,7 @@ func (t *Tracker) applyLinkLocked(body []byte, gone bool) {
 		return
 	}
 	var name, hardwareAddr []byte
-	for kind, value := range attributes(body[unix.SizeofIfInfomsg:]) {
+	for kind, value := range Attributes(body[unix.SizeofIfInfomsg:]) {
 		switch kind {
 		case unix.IFLA_IFNAME:
 			name = bytes.TrimRight(value, "\x00")
@@ -249,8 +249,8 @@ func (t *Tracker) removeLocked(index int) {
 	t.forgetPortsLocked(func(_ netip.Addr, p port) bool { return p.index == index || p.bridge == index })
 }
 
-// attributes yields the netlink attributes in b, up to a malformed one.
-func attributes(b []byte) func(yield func(kind uint16, value []byte) bool) {
+// Attributes yields the netlink attributes in b, up to a malformed one.
+func Attributes(b []byte) func(yield func(kind uint16, value []byte) bool) {
 	return func(yield func(uint16, []byte) bool) {
 		for len(b) >= unix.SizeofNlAttr {
 			size := int(binary.NativeEndian.Uint16(b))
