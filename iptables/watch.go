@@ -22,7 +22,7 @@ const (
 	legacyPoll = 250 * time.Millisecond
 )
 
-// watcher notifies of possible changes of the kernel's state: links and addresses,
+// watcher notifies of possible changes of the kernel's state: interfaces and addresses,
 // routing rules, and the tables of one backend.
 type watcher struct {
 	links   chan struct{}           // links and addresses; of capacity 1, like rules
@@ -38,7 +38,10 @@ type watcher struct {
 func newWatcher(ctx context.Context, backend Backend, tables []string) (*watcher, error) {
 	w := &watcher{links: make(chan struct{}, 1), rules: make(chan struct{}, 1)}
 	err := errors.Join(
-		w.subscribe(ctx, w.links, unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR),
+		// RTNLGRP_IPV4_NETCONF announces an interface that appears, is renamed or goes
+		// (inetdev_init, inetdev_destroy). RTNLGRP_LINK would also announce each change of
+		// state, and a pod can cause thousands of those a second.
+		w.subscribe(ctx, w.links, unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV4_IFADDR),
 		w.subscribe(ctx, w.rules, unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_RULE),
 	)
 	if backend != Legacy {
