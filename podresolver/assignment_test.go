@@ -12,18 +12,19 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // Waiting for MIC in Standard mode.
 
 func standard(t *testing.T, objects ...runtime.Object) *world {
 	t.Helper()
-	return start(t, podresolver.Config{Mode: podresolver.Standard}, append(objects, podresolver.NewPod("p", addr.String(), "cart"))...)
+	return start(t, podresolver.Config{Mode: podresolver.Standard}, append(objects, resolvertest.Pod("p", addr.String(), "cart"))...)
 }
 
 // micAssignment is MIC's assignment of cart() to the pod of standard.
 func micAssignment(state string) runtime.Object {
-	return podresolver.NewAssigned("a", "p", state, podresolver.NewIdentity("cart", podresolver.GUID("C1"), podresolver.Path("/r/1")), podresolver.NewBinding("cart", "cart", "cart", 0))
+	return resolvertest.Assigned("a", "p", state, resolvertest.Identity("cart", resolvertest.GUID("C1"), resolvertest.ResourceID("/r/1")), resolvertest.Binding("cart", "cart", "cart"))
 }
 
 // identity resolves an identity as a request does, and returns how long that took.
@@ -49,11 +50,11 @@ func TestAssignedIdentityDoesNotWait(t *testing.T) {
 func TestWaitForAssignment(t *testing.T) {
 	for name, want := range map[string]podresolver.Selector{
 		"none":                    {},
-		"client ID":               {ClientID: podresolver.GUID("c1")},
-		"other case":              {ClientID: podresolver.GUID("C1")},
-		"resource ID":             {ResourceID: podresolver.Path("/r/1")},
-		"resource ID, other case": {ResourceID: podresolver.Path("/R/1")},
-		"both, client ID matches": {ClientID: podresolver.GUID("C1"), ResourceID: podresolver.Path("/r/none")},
+		"client ID":               {ClientID: resolvertest.GUID("c1")},
+		"other case":              {ClientID: resolvertest.GUID("C1")},
+		"resource ID":             {ResourceID: resolvertest.ResourceID("/r/1")},
+		"resource ID, other case": {ResourceID: resolvertest.ResourceID("/R/1")},
+		"both, client ID matches": {ClientID: resolvertest.GUID("C1"), ResourceID: resolvertest.ResourceID("/r/none")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -84,15 +85,15 @@ func TestConcurrentWaitsForOneAssignment(t *testing.T) {
 		go func() {
 			time.Sleep(time.Second)
 			for i := range 100 { // of other pods
-				w.Add(podresolver.NewAssigned(fmt.Sprint("other", i), fmt.Sprint("q", i), "Assigned", podresolver.NewIdentity("cart", podresolver.GUID("C1"), ""), nil))
+				w.Add(resolvertest.Assigned(fmt.Sprint("other", i), fmt.Sprint("q", i), "Assigned", resolvertest.Identity("cart", resolvertest.GUID("C1"), ""), nil))
 			}
 			time.Sleep(time.Second)
 			w.Add(micAssignment("Assigned"))
 		}()
 		took := concurrently(func() {
-			id, _, err := w.identity(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
+			id, _, err := w.identity(t.Context(), podresolver.Selector{ClientID: resolvertest.GUID("C1")})
 			if assert.NoError(t, err) {
-				assert.Equal(t, podresolver.GUID("c1"), id.ClientID)
+				assert.Equal(t, resolvertest.GUID("c1"), id.ClientID)
 			}
 		})
 		assert.Equal(t, 2*time.Second, took)
@@ -107,9 +108,9 @@ func TestUnboundIdentityDoesNotWait(t *testing.T) {
 		want    podresolver.Selector
 	}{
 		"no binding":   {nil, podresolver.Selector{}},
-		"another ID":   {cart(), podresolver.Selector{ClientID: podresolver.GUID("c2")}},
+		"another ID":   {cart(), podresolver.Selector{ClientID: resolvertest.GUID("c2")}},
 		"an object ID": {cart(), podresolver.Selector{ObjectID: "c1"}},
-		"no identity":  {[]runtime.Object{podresolver.NewBinding("cart", "cart", "cart", 0)}, podresolver.Selector{}},
+		"no identity":  {[]runtime.Object{resolvertest.Binding("cart", "cart", "cart")}, podresolver.Selector{}},
 		"Unassigned":   {[]runtime.Object{micAssignment("Unassigned")}, podresolver.Selector{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -128,22 +129,22 @@ func TestWaitForAssignmentEndsEarly(t *testing.T) {
 		after func(w *world)
 		want  error
 	}{
-		"binding deleted": {func(w *world) { w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0)) }, podresolver.ErrNoIdentity},
+		"binding deleted": {func(w *world) { w.Delete(resolvertest.Binding("cart", "cart", "cart")) }, podresolver.ErrNoIdentity},
 		"identity gets another ID": {func(w *world) {
-			w.Modify(podresolver.NewIdentity("cart", podresolver.GUID("c2"), ""))
+			w.Modify(resolvertest.Identity("cart", resolvertest.GUID("c2"), ""))
 		}, podresolver.ErrNoIdentity},
-		"pod deleted": {func(w *world) { w.Delete(podresolver.NewPod("p", "", "")) }, podresolver.ErrUnknownAddress},
+		"pod deleted": {func(w *world) { w.Delete(resolvertest.Pod("p", "", "")) }, podresolver.ErrUnknownAddress},
 		"address reused": {func(w *world) {
-			w.Delete(podresolver.NewPod("p", "", ""))
-			w.Add(podresolver.NewPod("q", addr.String(), "cart"))
+			w.Delete(resolvertest.Pod("p", "", ""))
+			w.Add(resolvertest.Pod("q", addr.String(), "cart"))
 		}, podresolver.ErrUnknownAddress},
 		"address reused by a pod of the same name": {func(w *world) {
-			pod := podresolver.NewPod("p", addr.String(), "cart")
+			pod := resolvertest.Pod("p", addr.String(), "cart")
 			pod.UID = "another"
 			w.Modify(pod)
 		}, podresolver.ErrUnknownAddress},
-		"address becomes ambiguous": {func(w *world) { w.Add(podresolver.NewPod("q", addr.String(), "cart")) }, podresolver.ErrUnknownAddress},
-		"label removed":             {func(w *world) { w.Modify(podresolver.NewPod("p", addr.String(), "")) }, podresolver.ErrNoIdentity},
+		"address becomes ambiguous": {func(w *world) { w.Add(resolvertest.Pod("q", addr.String(), "cart")) }, podresolver.ErrUnknownAddress},
+		"label removed":             {func(w *world) { w.Modify(resolvertest.Pod("p", addr.String(), "")) }, podresolver.ErrNoIdentity},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -152,7 +153,7 @@ func TestWaitForAssignmentEndsEarly(t *testing.T) {
 					time.Sleep(time.Second)
 					tc.after(w)
 				}()
-				_, took, err := w.identity(t.Context(), podresolver.Selector{ClientID: podresolver.GUID("C1")})
+				_, took, err := w.identity(t.Context(), podresolver.Selector{ClientID: resolvertest.GUID("C1")})
 				require.ErrorIs(t, err, tc.want)
 				assert.Equal(t, time.Second, took)
 			})
@@ -175,7 +176,7 @@ func TestWaitForAssignmentCanceled(t *testing.T) {
 func TestIdentityWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{Mode: podresolver.Standard, IdentityWait: 3 * time.Millisecond},
-			append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
+			append(cart(), resolvertest.Pod("p", addr.String(), "cart"))...)
 		_, took, err := w.identity(t.Context(), podresolver.Selector{})
 		require.ErrorIs(t, err, podresolver.ErrNotAssigned)
 		assert.Equal(t, 3*time.Millisecond, took)
@@ -184,7 +185,7 @@ func TestIdentityWait(t *testing.T) {
 
 func TestManagedModeDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w := start(t, podresolver.Config{}, resolvertest.Pod("p", addr.String(), "cart"))
 		_, took, err := w.identity(t.Context(), podresolver.Selector{})
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 		assert.Zero(t, took)

@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // notBefore confirms pods of which a container started at that time or later.
@@ -35,7 +36,7 @@ func TestUnconfirmedCallerWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		begin := time.Now()
-		w.Add(startedAt(podresolver.NewPod("old", addr.String(), "cart"), begin.Add(-time.Hour)))
+		w.Add(startedAt(resolvertest.Pod("old", addr.String(), "cart"), begin.Add(-time.Hour)))
 		synctest.Wait()
 		confirm := notBefore(begin)
 
@@ -48,10 +49,10 @@ func TestUnconfirmedCallerWaits(t *testing.T) {
 
 		go func() {
 			time.Sleep(time.Second)
-			w.Delete(podresolver.NewPod("old", addr.String(), "cart"))
+			w.Delete(resolvertest.Pod("old", addr.String(), "cart"))
 			synctest.Wait()
 			time.Sleep(time.Second)
-			w.Add(startedAt(podresolver.NewPod("new", addr.String(), "cart"), time.Now()))
+			w.Add(startedAt(resolvertest.Pod("new", addr.String(), "cart"), time.Now()))
 		}()
 		begin = time.Now()
 		pod, err := w.resolver.ResolveCaller(t.Context(), addr, confirm)
@@ -66,7 +67,7 @@ func TestLookupIsConfirmed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
 		begin := time.Now()
-		w.Pods.AddDropWatch(startedAt(podresolver.NewPod("late", addr.String(), "cart"), begin.Truncate(time.Second)))
+		w.Pods.AddDropWatch(startedAt(resolvertest.Pod("late", addr.String(), "cart"), begin.Truncate(time.Second)))
 		_, err := w.resolver.ResolveCaller(t.Context(), addr, notBefore(begin.Add(time.Hour)))
 		require.ErrorIs(t, err, podresolver.ErrUnconfirmed)
 		pod, err := w.resolver.ResolveCaller(t.Context(), addr, notBefore(begin.Truncate(time.Second)))
@@ -78,7 +79,7 @@ func TestLookupIsConfirmed(t *testing.T) {
 func TestFinalConfirmErrorDoesNotWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
-		w.Add(podresolver.NewPod("cart-0", addr.String(), "cart"))
+		w.Add(resolvertest.Pod("cart-0", addr.String(), "cart"))
 		synctest.Wait()
 		begin := time.Now()
 		final := errors.New("final")

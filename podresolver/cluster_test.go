@@ -98,7 +98,7 @@ func start(t *testing.T, cfg podresolver.Config, objects ...runtime.Object) *wor
 
 // cart is an identity, and a binding of it to the label "cart".
 func cart() []runtime.Object {
-	return []runtime.Object{podresolver.NewIdentity("cart", podresolver.GUID("C1"), podresolver.Path("/r/1")), podresolver.NewBinding("cart", "cart", "cart", 0)}
+	return []runtime.Object{resolvertest.Identity("cart", resolvertest.GUID("C1"), resolvertest.ResourceID("/r/1")), resolvertest.Binding("cart", "cart", "cart")}
 }
 
 // name resolves an address to the name of its pod.

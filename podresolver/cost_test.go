@@ -7,24 +7,26 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // filled is a resolver with n pods of two identities each, and identities of other pods.
 func filled(tb testing.TB, cfg Config, n, others int) *harness {
 	tb.Helper()
 	h := newHarness(tb, cfg,
-		identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0), identity("j", guid("c-2"), path("/r/2")), binding("c", "x", "j", 0))
+		resolvertest.Identity("i", resolvertest.GUID("c-1"), resolvertest.ResourceID("/r/1")), resolvertest.Binding("b", "x", "i"), resolvertest.Identity("j", resolvertest.GUID("c-2"), resolvertest.ResourceID("/r/2")), resolvertest.Binding("c", "x", "j"))
 	for i := range others {
 		name := fmt.Sprint("other-", i)
-		h.put(identity(name, guid(name), ""), binding(name, name, name, 0))
+		h.put(resolvertest.Identity(name, resolvertest.GUID(name), ""), resolvertest.Binding(name, name, name))
 	}
 	next := addr
 	for i := range n {
 		name := fmt.Sprint("pod-", i)
-		h.put(newPod(name, next.String(), "x"))
+		h.put(resolvertest.Pod(name, next.String(), "x"))
 		if cfg.Mode == Standard {
-			h.put(assigned("i-"+name, name, "Assigned", identity("i", guid("c-1"), path("/r/1")), binding("b", "x", "i", 0)),
-				assigned("j-"+name, name, "Assigned", identity("j", guid("c-2"), path("/r/2")), binding("c", "x", "j", 0)))
+			h.put(resolvertest.Assigned("i-"+name, name, "Assigned", resolvertest.Identity("i", resolvertest.GUID("c-1"), resolvertest.ResourceID("/r/1")), resolvertest.Binding("b", "x", "i")),
+				resolvertest.Assigned("j-"+name, name, "Assigned", resolvertest.Identity("j", resolvertest.GUID("c-2"), resolvertest.ResourceID("/r/2")), resolvertest.Binding("c", "x", "j")))
 		}
 		next = next.Next()
 	}
@@ -35,7 +37,7 @@ func filled(tb testing.TB, cfg Config, n, others int) *harness {
 
 func TestResolveDoesNotAllocate(t *testing.T) {
 	for _, mode := range []Mode{Managed, Standard} {
-		for _, want := range []Selector{{}, {ClientID: guid("C-2")}, {ResourceID: path("/R/2")}} {
+		for _, want := range []Selector{{}, {ClientID: resolvertest.GUID("C-2")}, {ResourceID: resolvertest.ResourceID("/R/2")}} {
 			r, ctx := filled(t, Config{Mode: mode}, 250, 0), t.Context()
 			assert.Zero(t, testing.AllocsPerRun(1000, func() {
 				pod, err := r.Resolve(ctx, addr)
@@ -54,26 +56,28 @@ func TestResolveDoesNotAllocate(t *testing.T) {
 func TestEventDecidesAffectedPodsOnly(t *testing.T) {
 	for _, mode := range []Mode{Managed, Standard} {
 		h := filled(t, Config{Mode: mode}, 250, 10)
-		h.put(newPod("mine", "10.245.0.1", "mine"))
+		h.put(resolvertest.Pod("mine", "10.245.0.1", "mine"))
 		h.update()
 		for name, tc := range map[string]struct {
 			event   func()
 			decided int
 		}{
-			"pod added":                    {func() { h.put(newPod("new", "10.245.0.2", "x")) }, 1},
-			"pod deleted":                  {func() { h.drop(newPod("new", "", "")) }, 0},
-			"binding of one pod":           {func() { h.put(binding("mine", "mine", "i", 0)) }, 1},
-			"binding of no pod":            {func() { h.put(binding("elsewhere", "elsewhere", "i", 0)) }, 0},
-			"binding in another namespace": {func() { h.put(in("bank", binding("mine", "mine", "i", 0))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
+			"pod added":                    {func() { h.put(resolvertest.Pod("new", "10.245.0.2", "x")) }, 1},
+			"pod deleted":                  {func() { h.drop(resolvertest.Pod("new", "", "")) }, 0},
+			"binding of one pod":           {func() { h.put(resolvertest.Binding("mine", "mine", "i")) }, 1},
+			"binding of no pod":            {func() { h.put(resolvertest.Binding("elsewhere", "elsewhere", "i")) }, 0},
+			"binding in another namespace": {func() { h.put(resolvertest.In("bank", resolvertest.Binding("mine", "mine", "i"))) }, map[Mode]int{Managed: 0, Standard: 1}[mode]},
 			"identity of one pod": {func() {
-				h.put(binding("m", "mine", "m", 0))
+				h.put(resolvertest.Binding("m", "mine", "m"))
 				h.update()
-				h.put(identity("m", guid("c-m"), ""))
+				h.put(resolvertest.Identity("m", resolvertest.GUID("c-m"), ""))
 			}, 1},
-			"unbound identity":               {func() { h.put(identity("unbound", guid("c-u"), "")) }, 0},
-			"unchanged identity":             {func() { h.put(identity("i", guid("c-1"), path("/r/1"))) }, 0},
-			"assignment to one pod":          {func() { h.put(assigned("am", "mine", "Assigned", identity("i", guid("c-1"), ""), nil)) }, 1},
-			"exception in another namespace": {func() { h.put(in("bank", exception("e", map[string]string{"a": "b"}))) }, 0},
+			"unbound identity":   {func() { h.put(resolvertest.Identity("unbound", resolvertest.GUID("c-u"), "")) }, 0},
+			"unchanged identity": {func() { h.put(resolvertest.Identity("i", resolvertest.GUID("c-1"), resolvertest.ResourceID("/r/1"))) }, 0},
+			"assignment to one pod": {func() {
+				h.put(resolvertest.Assigned("am", "mine", "Assigned", resolvertest.Identity("i", resolvertest.GUID("c-1"), ""), nil))
+			}, 1},
+			"exception in another namespace": {func() { h.put(resolvertest.In("bank", resolvertest.Exception("e", map[string]string{"a": "b"}))) }, 0},
 		} {
 			before := make(map[*Pod]bool)
 			h.update()
@@ -101,7 +105,7 @@ func TestBurstOfEventsIsOneUpdate(t *testing.T) {
 	<-h.objects.wake
 	for i := range 1000 {
 		name := fmt.Sprint("n", i)
-		h.put(binding(name, "x", "i", time.Duration(i)*time.Second))
+		h.put(resolvertest.BindingOfAge(name, "x", "i", time.Duration(i)*time.Second))
 	}
 	require.Len(t, h.objects.wake, 1)
 	<-h.objects.wake
@@ -114,8 +118,8 @@ func TestBurstOfEventsIsOneUpdate(t *testing.T) {
 func TestUnrelatedEventsDoNotWake(t *testing.T) {
 	h := filled(t, Config{}, 10, 0)
 	<-h.objects.wake
-	h.put(identity("unbound", guid("c"), ""), binding("elsewhere", "y", "i", 0), in("bank", exception("e", nil)))
-	h.put(identity("i", guid("c-1"), path("/r/1")), newPod("pod-0", addr.String(), "x"), binding("b", "x", "i", 0)) // unchanged
+	h.put(resolvertest.Identity("unbound", resolvertest.GUID("c"), ""), resolvertest.Binding("elsewhere", "y", "i"), resolvertest.In("bank", resolvertest.Exception("e", nil)))
+	h.put(resolvertest.Identity("i", resolvertest.GUID("c-1"), resolvertest.ResourceID("/r/1")), resolvertest.Pod("pod-0", addr.String(), "x"), resolvertest.Binding("b", "x", "i")) // unchanged
 	assert.Empty(t, h.objects.wake)
 }
 
@@ -145,7 +149,7 @@ func BenchmarkIdentity(b *testing.B) {
 // published snapshot.
 func BenchmarkPodEvent(b *testing.B) {
 	h := filled(b, Config{}, 250, 10_000)
-	pods := [2]any{newPod("pod-0", addr.String(), "x"), newPod("pod-0", addr.String(), "y")}
+	pods := [2]any{resolvertest.Pod("pod-0", addr.String(), "x"), resolvertest.Pod("pod-0", addr.String(), "y")}
 	b.ReportAllocs()
 	for n := 0; b.Loop(); n++ {
 		h.put(pods[n%2])

@@ -10,6 +10,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // IDs of the denied identity, and of another.
@@ -72,16 +73,16 @@ func TestDenyList(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			deny := denyList(t, strings.Fields(tc.deny)...)
-			managed := identity("kubelet", tc.clientID, tc.resource)
-			b := binding("b", "x", "kubelet", 0)
+			managed := resolvertest.Identity("kubelet", tc.clientID, tc.resource)
+			b := resolvertest.Binding("b", "x", "kubelet")
 			for h, prefix := range map[*harness]string{
-				newHarness(t, Config{Deny: deny}, managed, b):                                                         `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
-				newHarness(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Assigned", managed, b)):         `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
-				newHarness(t, Config{Deny: deny, Mode: Standard}, assigned("a", "p", "Created", managed, b)):          `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
-				newHarness(t, Config{Deny: deny, Mode: Standard, IdentityWait: time.Nanosecond}, managed, b):          `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
-				newHarness(t, Config{Deny: deny, Mode: Standard}, in("kube-system", newPod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+				newHarness(t, Config{Deny: deny}, managed, b):                                                                                `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard}, resolvertest.Assigned("a", "p", "Assigned", managed, b)):                   `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard}, resolvertest.Assigned("a", "p", "Created", managed, b)):                    `AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard, IdentityWait: time.Nanosecond}, managed, b):                                 `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
+				newHarness(t, Config{Deny: deny, Mode: Standard}, resolvertest.In("kube-system", resolvertest.Pod("x", "", "")), managed, b): `AzureIdentityBinding "b" names AzureIdentity "kubelet", which `,
 			} {
-				p := newPod("p", "", "x")
+				p := resolvertest.Pod("p", "", "x")
 				_, err := h.decide(p).Identity(Selector{})
 				if tc.why == "" {
 					assert.NotErrorIs(t, err, ErrNoIdentity)
@@ -99,22 +100,22 @@ func TestDenyList(t *testing.T) {
 }
 
 func TestDeniedServicePrincipal(t *testing.T) {
-	sp := identity("sp", kubeletClient, "")
+	sp := resolvertest.Identity("sp", kubeletClient, "")
 	sp.Spec.Type, sp.Spec.TenantID, sp.Spec.ClientPassword.Name = aadpodidentity.ServicePrincipal, "t", "s"
-	h := newHarness(t, Config{Deny: denyList(t, kubeletClient)}, sp, binding("b", "x", "sp", 0))
-	_, err := h.decide(newPod("p", "", "x")).Identity(Selector{})
+	h := newHarness(t, Config{Deny: denyList(t, kubeletClient)}, sp, resolvertest.Binding("b", "x", "sp"))
+	_, err := h.decide(resolvertest.Pod("p", "", "x")).Identity(Selector{})
 	require.ErrorContains(t, err, "denied by --deny-identity")
 }
 
 // A pod keeps its other identities, and one of them is its default.
 func TestDeniedIdentityAmongOthers(t *testing.T) {
-	kubelet, cart := identity("kubelet", kubeletClient, ""), identity("cart", cartClient, "")
-	b, c := binding("b", "x", "kubelet", time.Hour), binding("c", "x", "cart", 0)
+	kubelet, cart := resolvertest.Identity("kubelet", kubeletClient, ""), resolvertest.Identity("cart", cartClient, "")
+	b, c := resolvertest.BindingOfAge("b", "x", "kubelet", time.Hour), resolvertest.Binding("c", "x", "cart")
 	for _, h := range []*harness{
 		newHarness(t, Config{Deny: denyList(t, kubeletClient), StrictSelection: true}, kubelet, cart, b, c),
-		newHarness(t, Config{Deny: denyList(t, kubeletClient), Mode: Standard}, assigned("a", "p", "", kubelet, b), assigned("b", "p", "", cart, c)),
+		newHarness(t, Config{Deny: denyList(t, kubeletClient), Mode: Standard}, resolvertest.Assigned("a", "p", "", kubelet, b), resolvertest.Assigned("b", "p", "", cart, c)),
 	} {
-		p := h.decide(newPod("p", "", "x"))
+		p := h.decide(resolvertest.Pod("p", "", "x"))
 		got, err := p.Identity(Selector{})
 		require.NoError(t, err)
 		assert.Equal(t, "cart", got.Name)
@@ -148,10 +149,10 @@ func TestCheckToken(t *testing.T) {
 
 func TestExplainLimits(t *testing.T) {
 	explain := func(cfg Config, objects ...any) string {
-		return newHarness(t, cfg, append(objects, newPod("p", "10.0.0.1", "x"))...).explain(t)
+		return newHarness(t, cfg, append(objects, resolvertest.Pod("p", "10.0.0.1", "x"))...).explain(t)
 	}
 	deny := denyList(t, kubeletClient)
-	kubelet, b := identity("kubelet", kubeletClient, ""), binding("b", "x", "kubelet", 0)
+	kubelet, b := resolvertest.Identity("kubelet", kubeletClient, ""), resolvertest.Binding("b", "x", "kubelet")
 
 	assert.Equal(t, `pod shop/p, 10.0.0.1
 has no identity
@@ -159,19 +160,19 @@ because
 - AzureIdentityBinding "b" names AzureIdentity "kubelet", which has client ID `+kubeletClient+`, denied by --deny-identity
 `, explain(Config{Deny: deny}, kubelet, b))
 
-	assert.Contains(t, explain(Config{Mode: Standard, Deny: deny}, assigned("a", "p", "Assigned", kubelet, b)),
+	assert.Contains(t, explain(Config{Mode: Standard, Deny: deny}, resolvertest.Assigned("a", "p", "Assigned", kubelet, b)),
 		`- AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which has client ID `+kubeletClient+", denied by --deny-identity\n")
 
-	byResource := identity("kubelet", "", kubeletResource)
+	byResource := resolvertest.Identity("kubelet", "", kubeletResource)
 	for _, text := range []string{
 		explain(Config{Deny: deny}, byResource, b),
-		explain(Config{Mode: Standard, Deny: deny}, byResource, b, assigned("a", "p", "Assigned", byResource, b)),
+		explain(Config{Mode: Standard, Deny: deny}, byResource, b, resolvertest.Assigned("a", "p", "Assigned", byResource, b)),
 	} {
 		assert.Equal(t, 1, strings.Count(text, `- AzureIdentity "kubelet" has no client ID; if its tokens are for a client ID in --deny-identity, requests for them are refused`), text)
 	}
 	assert.NotContains(t, explain(Config{}, byResource, b), "deny-identity")
 
-	excepting := exception("e", map[string]string{aadpodidentity.BindingLabel: "x"})
+	excepting := resolvertest.Exception("e", map[string]string{aadpodidentity.BindingLabel: "x"})
 	assert.Equal(t, `pod shop/p, 10.0.0.1
 has no identity
 because

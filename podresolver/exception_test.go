@@ -9,6 +9,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 func TestExceptions(t *testing.T) {
@@ -27,12 +28,12 @@ func TestExceptions(t *testing.T) {
 		"a pod without labels":           {nil, map[string]string{"app": "x"}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			pod := newPod("p", "", "")
+			pod := resolvertest.Pod("p", "", "")
 			pod.Labels = tc.pod
 			for _, mode := range []Mode{Managed, Standard} {
-				assert.Equal(t, tc.want, newHarness(t, Config{Mode: mode}, exception("e", tc.except)).decide(pod).Exception() == "e")
+				assert.Equal(t, tc.want, newHarness(t, Config{Mode: mode}, resolvertest.Exception("e", tc.except)).decide(pod).Exception() == "e")
 			}
-			abroad := newHarness(t, Config{}, in("bank", exception("e", tc.except)))
+			abroad := newHarness(t, Config{}, resolvertest.In("bank", resolvertest.Exception("e", tc.except)))
 			assert.Empty(t, abroad.decide(pod).Exception(), "in another namespace")
 		})
 	}
@@ -40,17 +41,17 @@ func TestExceptions(t *testing.T) {
 
 func TestFirstExceptionByNameApplies(t *testing.T) {
 	app := map[string]string{"app": "x"}
-	pod := newPod("p", "", "")
+	pod := resolvertest.Pod("p", "", "")
 	pod.Labels = app
-	h := newHarness(t, Config{}, exception("c", app), exception("a", app), exception("b", app), exception("0", map[string]string{"app": "y"}))
+	h := newHarness(t, Config{}, resolvertest.Exception("c", app), resolvertest.Exception("a", app), resolvertest.Exception("b", app), resolvertest.Exception("0", map[string]string{"app": "y"}))
 	assert.Equal(t, "a", h.decide(pod).Exception())
-	h.drop(exception("a", nil))
+	h.drop(resolvertest.Exception("a", nil))
 	assert.Equal(t, "b", h.decide(pod).Exception())
 }
 
 func TestExceptedPodHasNoIdentity(t *testing.T) {
-	pod := newPod("p", "", "x")
-	h := newHarness(t, Config{}, identity("i", guid("c"), ""), binding("b", "x", "i", 0), exception("e", pod.Labels))
+	pod := resolvertest.Pod("p", "", "x")
+	h := newHarness(t, Config{}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"), resolvertest.Exception("e", pod.Labels))
 	p := h.decide(pod)
 	assert.Equal(t, "e", p.Exception())
 	assert.Empty(t, p.identities)
@@ -63,7 +64,7 @@ func TestExceptedPodHasNoIdentity(t *testing.T) {
 func TestMICPodsAreExcepted(t *testing.T) {
 	mic := func(change func(*corev1.Pod)) *corev1.Pod {
 		controller := true
-		p := newPod("mic-5d9f8c7b6-abcde", "", "")
+		p := resolvertest.Pod("mic-5d9f8c7b6-abcde", "", "")
 		p.Namespace = "kube-system"
 		p.Labels = map[string]string{"pod-template-hash": "5d9f8c7b6"}
 		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "mic-5d9f8c7b6", Controller: &controller}}
@@ -100,7 +101,7 @@ func TestMICPodsAreExcepted(t *testing.T) {
 	}
 	// An AzurePodIdentityException is reported first.
 	pod := mic(nil)
-	written := in("kube-system", exception("written", pod.Labels))
+	written := resolvertest.In("kube-system", resolvertest.Exception("written", pod.Labels))
 	h := newHarness(t, Config{Mode: Standard, MICNamespace: "kube-system"}, written)
 	assert.Equal(t, "written", h.decide(pod).Exception())
 	// ExceptionNamespaces is about AzurePodIdentityExceptions.
@@ -110,9 +111,9 @@ func TestMICPodsAreExcepted(t *testing.T) {
 
 func TestExceptionNamespaces(t *testing.T) {
 	app := map[string]string{"app": "x", aadpodidentity.BindingLabel: "x"}
-	here, there := newPod("p", "", ""), in("bank", newPod("p", "", ""))
+	here, there := resolvertest.Pod("p", "", ""), resolvertest.In("bank", resolvertest.Pod("p", "", ""))
 	here.Labels, there.Labels = app, app
-	objects := []any{exception("e", app), exception("d", app), in("bank", exception("e", app))}
+	objects := []any{resolvertest.Exception("e", app), resolvertest.Exception("d", app), resolvertest.In("bank", resolvertest.Exception("e", app))}
 	for name, tc := range map[string]struct {
 		namespaces  []string
 		here, there string
@@ -136,7 +137,7 @@ func TestExceptionNamespaces(t *testing.T) {
 	require.ErrorIs(t, err, ErrNoIdentity)
 	assert.ErrorContains(t, err, `no AzureIdentityBinding in namespace "shop" has the selector "x"; AzurePodIdentityException "d" is ignored: namespace "shop" is not in --exception-namespaces`)
 
-	h.put(identity("i", guid("c"), ""), binding("b", "x", "i", 0))
+	h.put(resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"))
 	got, err := h.decide(here).Identity(Selector{})
 	require.NoError(t, err, "the exception does not apply")
 	assert.Equal(t, "i", got.Name)

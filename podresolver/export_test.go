@@ -7,16 +7,8 @@ const (
 	LookupTimeout = lookupTimeout
 )
 
-var (
-	LastRetry    = retryBackoff.Cap
-	NewIdentity  = identity
-	GUID         = guid
-	Path         = path
-	NewBinding   = binding
-	NewException = exception
-	NewAssigned  = assigned
-	NewPod       = newPod
-)
+// LastRetry is the longest pause between two tries.
+var LastRetry = retryBackoff.Cap
 
 // Waiting returns the number of waiting requests, and of the addresses they wait for.
 func (r *Resolver) Waiting() (requests, addresses int) {

@@ -1,108 +1,18 @@
 package podresolver
 
 import (
-	"crypto/sha256"
-	"fmt"
 	"log/slog"
 	"net/netip"
-	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 var addr = netip.MustParseAddr("10.244.0.7")
-
-func named(name string) metav1.ObjectMeta {
-	return metav1.ObjectMeta{Namespace: "shop", Name: name}
-}
-
-// with changes an object and returns it.
-func with[T any](object *T, change func(*T)) *T {
-	change(object)
-	return object
-}
-
-// guid makes a client ID of a short text, in the same case; "" of "".
-func guid(text string) string {
-	if text == "" {
-		return ""
-	}
-	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(strings.ToLower(text))))
-	id := strings.Join([]string{sum[:8], sum[8:12], sum[12:16], sum[16:20], sum[20:32]}, "-")
-	if text != strings.ToLower(text) {
-		return strings.ToUpper(id)
-	}
-	return id
-}
-
-// path makes a resource ID of a short text; "" of "".
-func path(text string) string {
-	if text == "" {
-		return ""
-	}
-	return "/subscriptions/S/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + strings.ReplaceAll(strings.Trim(text, "/"), "/", "-")
-}
-
-func identity(name, clientID, resourceID string) *aadpodidentity.AzureIdentity {
-	return &aadpodidentity.AzureIdentity{
-		ObjectMeta: named(name),
-		Spec:       aadpodidentity.AzureIdentitySpec{ClientID: clientID, ResourceID: resourceID},
-	}
-}
-
-func binding(name, selector, identity string, age time.Duration) *aadpodidentity.AzureIdentityBinding {
-	b := &aadpodidentity.AzureIdentityBinding{
-		ObjectMeta: named(name),
-		Spec:       aadpodidentity.AzureIdentityBindingSpec{Selector: selector, AzureIdentity: identity},
-	}
-	b.CreationTimestamp = metav1.NewTime(time.Unix(1_700_000_000, 0).Add(-age))
-	return b
-}
-
-func exception(name string, labels map[string]string) *aadpodidentity.AzurePodIdentityException {
-	return &aadpodidentity.AzurePodIdentityException{
-		ObjectMeta: named(name),
-		Spec:       aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: labels},
-	}
-}
-
-// assigned is the assignment that MIC creates for a pod of node1.
-func assigned(name, podName, state string, id *aadpodidentity.AzureIdentity, b *aadpodidentity.AzureIdentityBinding) *aadpodidentity.AzureAssignedIdentity {
-	return &aadpodidentity.AzureAssignedIdentity{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
-		Spec: aadpodidentity.AzureAssignedIdentitySpec{
-			AzureIdentityRef: id, AzureBindingRef: b, Pod: podName, PodNamespace: "shop", NodeName: "node1",
-		},
-		Status: aadpodidentity.AzureAssignedIdentityStatus{Status: state},
-	}
-}
-
-// newPod is a running pod of node1, without a label if label is "".
-func newPod(name, ip, label string) *corev1.Pod {
-	p := &corev1.Pod{
-		ObjectMeta: named(name),
-		Spec:       corev1.PodSpec{NodeName: "node1"},
-		Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
-	}
-	p.UID = types.UID("uid-of-" + name)
-	if label != "" {
-		p.Labels = map[string]string{aadpodidentity.BindingLabel: label}
-	}
-	return p
-}
-
-func in[T metav1.Object](namespace string, object T) T {
-	object.SetNamespace(namespace)
-	return object
-}
 
 // store is what a reflector fills.
 type store interface {

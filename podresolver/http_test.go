@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // silentServer is an API server behind a broken proxy: after the first lists it accepts requests
@@ -82,7 +83,7 @@ func TestStaleOverHTTP(t *testing.T) {
 	for name, failure := range map[string]*metav1.Status{"silence": nil, "504": &timeout, "410": &gone, "422": &invalid} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			api := &silentServer{pods: []corev1.Pod{*podresolver.NewPod("p", addr.String(), "cart")}}
+			api := &silentServer{pods: []corev1.Pod{*resolvertest.Pod("p", addr.String(), "cart")}}
 			server := httptest.NewServer(api)
 			defer server.Close()
 			sources, err := podresolver.FromAPIServer(&rest.Config{Host: server.URL}, "node1")
@@ -138,7 +139,7 @@ func TestReadDoesNotRetry(t *testing.T) {
 
 // TestRead resolves from lists alone.
 func TestRead(t *testing.T) {
-	api := &silentServer{pods: []corev1.Pod{*podresolver.NewPod("p", addr.String(), "cart")}}
+	api := &silentServer{pods: []corev1.Pod{*resolvertest.Pod("p", addr.String(), "cart")}}
 	server := httptest.NewServer(api)
 	defer server.Close()
 	sources, err := podresolver.FromAPIServer(&rest.Config{Host: server.URL}, "node1")

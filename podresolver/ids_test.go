@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // The IDs of an AzureIdentity are sent to IMDS: only valid ones are usable. deploy/admission
@@ -51,8 +52,8 @@ func TestIDsOfAzureIdentity(t *testing.T) {
 		"white space within a resource ID":  {"", strings.Replace(resource, "Cart", "Ca rt", 1), form},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := newHarness(t, Config{}, identity("i", tc.clientID, tc.resourceID), binding("b", "x", "i", 0), newPod("p", addr.String(), "x"))
-			got, err := h.decide(newPod("p", "", "x")).Identity(Selector{})
+			h := newHarness(t, Config{}, resolvertest.Identity("i", tc.clientID, tc.resourceID), resolvertest.Binding("b", "x", "i"), resolvertest.Pod("p", addr.String(), "x"))
+			got, err := h.decide(resolvertest.Pod("p", "", "x")).Identity(Selector{})
 			if tc.why == "" {
 				require.NoError(t, err)
 				assert.Equal(t, strings.ToLower(strings.TrimSpace(tc.clientID)), got.ClientID)
@@ -68,13 +69,13 @@ func TestIDsOfAzureIdentity(t *testing.T) {
 
 	// A service principal's tokens do not depend on its resource ID.
 	sp := principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ResourceID = "anything" })
-	_, err := newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
+	_, err := newHarness(t, Config{}, sp, resolvertest.Binding("b", "x", "sp")).decide(resolvertest.Pod("p", "", "x")).Identity(Selector{})
 	require.NoError(t, err)
 	sp = principal(func(s *aadpodidentity.AzureIdentitySpec) { s.ClientID = "cart" })
-	_, err = newHarness(t, Config{}, sp, binding("b", "x", "sp", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
+	_, err = newHarness(t, Config{}, sp, resolvertest.Binding("b", "x", "sp")).decide(resolvertest.Pod("p", "", "x")).Identity(Selector{})
 	require.ErrorContains(t, err, `has client ID "cart", which is not a GUID`)
 
 	// The length of the error is bounded.
-	_, err = newHarness(t, Config{}, identity("i", strings.Repeat("c", 1e6), ""), binding("b", "x", "i", 0)).decide(newPod("p", "", "x")).Identity(Selector{})
+	_, err = newHarness(t, Config{}, resolvertest.Identity("i", strings.Repeat("c", 1e6), ""), resolvertest.Binding("b", "x", "i")).decide(resolvertest.Pod("p", "", "x")).Identity(Selector{})
 	assert.Less(t, len(err.Error()), 1000)
 }

@@ -15,12 +15,13 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 func TestConcurrentRequestsShareLookup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
-		w.Pods.AddDropWatch(podresolver.NewPod("cart-0", addr.String(), "cart"))
+		w.Pods.AddDropWatch(resolvertest.Pod("cart-0", addr.String(), "cart"))
 		w.api.pods.slow(100 * time.Millisecond)
 		took := concurrently(func() {
 			pod, err := w.resolver.Resolve(t.Context(), addr)
@@ -28,7 +29,7 @@ func TestConcurrentRequestsShareLookup(t *testing.T) {
 				assert.Equal(t, "cart-0", pod.Name)
 				id, err := pod.Identity(podresolver.Selector{})
 				assert.NoError(t, err)
-				assert.Equal(t, podresolver.GUID("c1"), id.ClientID)
+				assert.Equal(t, resolvertest.GUID("c1"), id.ClientID)
 			}
 		})
 		assert.Equal(t, podresolver.DefaultPodWait+100*time.Millisecond, took)
@@ -85,7 +86,7 @@ func TestLookupRateLimit(t *testing.T) {
 func TestLookupIsNotStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
-		pod := podresolver.NewPod("cart-0", addr.String(), "cart")
+		pod := resolvertest.Pod("cart-0", addr.String(), "cart")
 		w.Pods.AddDropWatch(pod)
 		assert.Equal(t, "cart-0", w.name(addr))
 		assert.Zero(t, w.resolver.Stats().Addresses)
@@ -98,7 +99,7 @@ func TestLookupIsNotStored(t *testing.T) {
 
 func TestLookupOwner(t *testing.T) {
 	pod := func(name string, change func(*corev1.Pod)) *corev1.Pod {
-		p := podresolver.NewPod(name, addr.String(), "cart")
+		p := resolvertest.Pod(name, addr.String(), "cart")
 		change(p)
 		return p
 	}
@@ -114,7 +115,7 @@ func TestLookupOwner(t *testing.T) {
 		"finished":                     {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })}, podresolver.ErrUnknownAddress},
 		"grace period over":            {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.DeletionTimestamp = &past })}, podresolver.ErrUnknownAddress},
 		"host network":                 {[]*corev1.Pod{pod("p", func(p *corev1.Pod) { p.Spec.HostNetwork = true })}, podresolver.ErrUnknownAddress},
-		"another address":              {[]*corev1.Pod{podresolver.NewPod("p", other.String(), "cart")}, podresolver.ErrUnknownAddress},
+		"another address":              {[]*corev1.Pod{resolvertest.Pod("p", other.String(), "cart")}, podresolver.ErrUnknownAddress},
 		"two pods":                     {[]*corev1.Pod{as("p"), as("q")}, podresolver.ErrAmbiguousAddress},
 		"the other has failed":         {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })}, nil},
 		"the other is on another node": {[]*corev1.Pod{as("p"), pod("q", func(p *corev1.Pod) { p.Spec.NodeName = "node2" })}, nil},
@@ -172,7 +173,7 @@ func TestLookupOutlivesItsFirstRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{})
 		w.api.pods.slow(time.Second)
-		w.Pods.AddDropWatch(podresolver.NewPod("p", addr.String(), ""))
+		w.Pods.AddDropWatch(resolvertest.Pod("p", addr.String(), ""))
 		go func() {
 			ctx, cancel := context.WithTimeout(t.Context(), podresolver.DefaultPodWait+500*time.Millisecond)
 			defer cancel()
@@ -188,9 +189,9 @@ func TestLookupOutlivesItsFirstRequest(t *testing.T) {
 func TestWatchReplacesLookup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, podresolver.Config{}, cart()...)
-		w.Pods.AddDropWatch(podresolver.NewPod("found", addr.String(), "cart"))
+		w.Pods.AddDropWatch(resolvertest.Pod("found", addr.String(), "cart"))
 		assert.Equal(t, "found", w.name(addr))
-		w.Modify(podresolver.NewPod("found", addr.String(), ""))
+		w.Modify(resolvertest.Pod("found", addr.String(), ""))
 		synctest.Wait()
 		pod, err := w.resolver.Resolve(t.Context(), addr)
 		require.NoError(t, err)
@@ -205,7 +206,7 @@ func TestLookupPerAddress(t *testing.T) {
 		w := start(t, podresolver.Config{})
 		var want []string
 		for i, at := range []netip.Addr{addr, other, netip.MustParseAddr("fd00::7")} {
-			w.Pods.AddDropWatch(podresolver.NewPod(fmt.Sprint("p", i), at.String(), ""))
+			w.Pods.AddDropWatch(resolvertest.Pod(fmt.Sprint("p", i), at.String(), ""))
 			assert.Equal(t, fmt.Sprint("p", i), w.name(at))
 			want = append(want, "status.podIP="+at.String())
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // named calls NamedIdentity, and returns how long that took.
@@ -22,12 +23,12 @@ func (w *world) named(ctx context.Context, name string) (podresolver.Identity, t
 
 func TestNamedIdentityWithoutAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", "", "cart"))...)
+		w := start(t, podresolver.Config{}, append(cart(), resolvertest.Pod("p", "", "cart"))...)
 		id, took, err := w.named(t.Context(), "p")
 		require.NoError(t, err)
 		assert.Equal(t, "cart", id.Name)
 		assert.Zero(t, took)
-		_, _, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{ClientID: podresolver.GUID("another")})
+		_, _, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{ClientID: resolvertest.GUID("another")})
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 		require.ErrorContains(t, err, "shop/p")
 	})
@@ -35,8 +36,8 @@ func TestNamedIdentityWithoutAddress(t *testing.T) {
 
 func TestNamedIdentityIgnoresExceptions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"),
-			podresolver.NewException("e", map[string]string{"aadpodidbinding": "cart"}))...)
+		w := start(t, podresolver.Config{}, append(cart(), resolvertest.Pod("p", addr.String(), "cart"),
+			resolvertest.Exception("e", map[string]string{"aadpodidbinding": "cart"}))...)
 		assert.Equal(t, "e", w.exception(t))
 		id, _, err := w.named(t.Context(), "p")
 		require.NoError(t, err)
@@ -59,7 +60,7 @@ func TestNamedIdentityWaitsForPod(t *testing.T) {
 		assert.Equal(t, podresolver.DefaultPodWait, took)
 		go func() {
 			time.Sleep(time.Second)
-			w.Add(podresolver.NewPod("p", "", "cart"))
+			w.Add(resolvertest.Pod("p", "", "cart"))
 		}()
 		id, took, err := w.named(t.Context(), "p")
 		require.NoError(t, err)
@@ -94,9 +95,9 @@ func TestNamedIdentityWaitsForAssignment(t *testing.T) {
 // network is the node's.
 func TestNamedIdentityAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		onHost := podresolver.NewPod("host", "10.0.0.4", "cart")
+		onHost := resolvertest.Pod("host", "10.0.0.4", "cart")
 		onHost.Spec.HostNetwork = true
-		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"), podresolver.NewPod("new", "", "cart"), onHost)...)
+		w := start(t, podresolver.Config{}, append(cart(), resolvertest.Pod("p", addr.String(), "cart"), resolvertest.Pod("new", "", "cart"), onHost)...)
 		for name, want := range map[string]netip.Addr{"p": addr, "new": {}, "host": {}} {
 			_, got, err := w.resolver.NamedIdentity(t.Context(), "shop", name, podresolver.Selector{})
 			require.NoError(t, err, name)

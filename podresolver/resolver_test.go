@@ -13,11 +13,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 func TestResolveFollowsPod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("cart-0", addr.String(), "cart"))...)
+		w := start(t, podresolver.Config{}, append(cart(), resolvertest.Pod("cart-0", addr.String(), "cart"))...)
 		require.NoError(t, w.resolver.Ready())
 
 		pod, err := w.resolver.Resolve(t.Context(), addr)
@@ -25,13 +26,13 @@ func TestResolveFollowsPod(t *testing.T) {
 		assert.Equal(t, "shop/cart-0", pod.String())
 		id, err := w.resolver.Identity(t.Context(), addr, pod, podresolver.Selector{})
 		require.NoError(t, err)
-		assert.Equal(t, podresolver.Identity{Namespace: "shop", Name: "cart", ClientID: podresolver.GUID("c1"), ResourceID: strings.ToLower(podresolver.Path("/r/1")), Binding: "cart"}, id)
+		assert.Equal(t, podresolver.Identity{Namespace: "shop", Name: "cart", ClientID: resolvertest.GUID("c1"), ResourceID: strings.ToLower(resolvertest.ResourceID("/r/1")), Binding: "cart"}, id)
 
 		addrs, changed := w.resolver.Addresses()
 		assert.Equal(t, []netip.Addr{addr}, addrs)
 
 		// The binding is deleted: the next request is refused.
-		w.Delete(podresolver.NewBinding("cart", "cart", "cart", 0))
+		w.Delete(resolvertest.Binding("cart", "cart", "cart"))
 		<-changed
 		synctest.Wait()
 		pod, err = w.resolver.Resolve(t.Context(), addr)
@@ -40,11 +41,11 @@ func TestResolveFollowsPod(t *testing.T) {
 		require.ErrorIs(t, err, podresolver.ErrNoIdentity)
 
 		// The pod is deleted, and another gets its address.
-		w.Delete(podresolver.NewPod("cart-0", "", ""))
+		w.Delete(resolvertest.Pod("cart-0", "", ""))
 		synctest.Wait()
 		_, err = w.resolver.Resolve(t.Context(), addr)
 		require.ErrorIs(t, err, podresolver.ErrUnknownAddress)
-		w.Add(podresolver.NewPod("cart-1", addr.String(), "cart"))
+		w.Add(resolvertest.Pod("cart-1", addr.String(), "cart"))
 		synctest.Wait()
 		assert.Equal(t, "cart-1", w.name(addr))
 	})
@@ -53,7 +54,7 @@ func TestResolveFollowsPod(t *testing.T) {
 // TestResolveFollowsEveryObject changes each kind of object that affects a pod.
 func TestResolveFollowsEveryObject(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w := start(t, podresolver.Config{}, resolvertest.Pod("p", addr.String(), "cart"))
 		now := func(what, want string) {
 			t.Helper()
 			synctest.Wait()
@@ -70,35 +71,35 @@ func TestResolveFollowsEveryObject(t *testing.T) {
 			}
 		}
 		now("no binding", "refused")
-		w.Add(podresolver.NewBinding("b", "cart", "i", 0))
+		w.Add(resolvertest.Binding("b", "cart", "i"))
 		now("no identity", "refused")
-		w.Add(podresolver.NewIdentity("i", podresolver.GUID("c1"), ""))
-		now("both", "i "+podresolver.GUID("c1"))
-		w.Modify(podresolver.NewIdentity("i", podresolver.GUID("c2"), ""))
-		now("another client ID", "i "+podresolver.GUID("c2"))
-		w.Add(podresolver.NewIdentity("j", podresolver.GUID("c3"), ""))
-		w.Add(podresolver.NewBinding("a", "cart", "j", time.Hour))
-		now("an older binding", "j "+podresolver.GUID("c3"))
-		w.Modify(podresolver.NewBinding("a", "till", "j", time.Hour))
-		now("the older one is for others now", "i "+podresolver.GUID("c2"))
-		w.Modify(podresolver.NewPod("p", addr.String(), "till"))
-		now("the pod is one of these others now", "j "+podresolver.GUID("c3"))
-		w.Add(podresolver.NewException("e", map[string]string{"aadpodidbinding": "till"}))
+		w.Add(resolvertest.Identity("i", resolvertest.GUID("c1"), ""))
+		now("both", "i "+resolvertest.GUID("c1"))
+		w.Modify(resolvertest.Identity("i", resolvertest.GUID("c2"), ""))
+		now("another client ID", "i "+resolvertest.GUID("c2"))
+		w.Add(resolvertest.Identity("j", resolvertest.GUID("c3"), ""))
+		w.Add(resolvertest.BindingOfAge("a", "cart", "j", time.Hour))
+		now("an older binding", "j "+resolvertest.GUID("c3"))
+		w.Modify(resolvertest.BindingOfAge("a", "till", "j", time.Hour))
+		now("the older one is for others now", "i "+resolvertest.GUID("c2"))
+		w.Modify(resolvertest.Pod("p", addr.String(), "till"))
+		now("the pod is one of these others now", "j "+resolvertest.GUID("c3"))
+		w.Add(resolvertest.Exception("e", map[string]string{"aadpodidbinding": "till"}))
 		now("excepted", "excepted by e")
-		w.Modify(podresolver.NewException("e", map[string]string{"aadpodidbinding": "none"}))
-		now("excepted no more", "j "+podresolver.GUID("c3"))
-		w.Modify(podresolver.NewPod("p", addr.String(), ""))
+		w.Modify(resolvertest.Exception("e", map[string]string{"aadpodidbinding": "none"}))
+		now("excepted no more", "j "+resolvertest.GUID("c3"))
+		w.Modify(resolvertest.Pod("p", addr.String(), ""))
 		now("no label", "refused")
-		w.Modify(podresolver.NewPod("p", addr.String(), "till"))
-		w.Delete(podresolver.NewIdentity("j", "", ""))
+		w.Modify(resolvertest.Pod("p", addr.String(), "till"))
+		w.Delete(resolvertest.Identity("j", "", ""))
 		now("the identity is gone", "refused")
 	})
 }
 
 func TestTerminatingPodOwnsAddressUntilGraceEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, podresolver.NewPod("cart-0", addr.String(), "cart"))
-		pod := podresolver.NewPod("cart-0", addr.String(), "cart")
+		w := start(t, podresolver.Config{}, resolvertest.Pod("cart-0", addr.String(), "cart"))
+		pod := resolvertest.Pod("cart-0", addr.String(), "cart")
 		end := metav1.NewTime(time.Now().Add(30 * time.Second))
 		pod.DeletionTimestamp = &end
 		pod.Finalizers = []string{"example.com/slow"} // keeps the object
@@ -115,7 +116,7 @@ func TestTerminatingPodOwnsAddressUntilGraceEnds(t *testing.T) {
 
 func TestStats(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, podresolver.NewPod("a", addr.String(), ""), podresolver.NewPod("b", addr.String(), ""))
+		w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, resolvertest.Pod("a", addr.String(), ""), resolvertest.Pod("b", addr.String(), ""))
 		assert.Empty(t, w.resolver.Stats().Watches, "nothing is watched yet")
 		w.run()
 		<-w.resolver.Synced()
@@ -134,7 +135,7 @@ func TestStats(t *testing.T) {
 		}, names)
 
 		time.Sleep(7 * time.Second)
-		w.Add(podresolver.NewIdentity("i", podresolver.GUID("c"), ""))
+		w.Add(resolvertest.Identity("i", resolvertest.GUID("c"), ""))
 		synctest.Wait()
 		for _, watched := range w.resolver.Stats().Watches {
 			want := 7 * time.Second
@@ -157,7 +158,7 @@ func TestRunLeaksNoGoroutines(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := newWorld(t, podresolver.Config{MaxStaleness: time.Minute}, podresolver.NewPod("p", addr.String(), ""))
+				w := newWorld(t, podresolver.Config{MaxStaleness: time.Minute}, resolvertest.Pod("p", addr.String(), ""))
 				synctest.Wait()
 				before := bubbled()
 				require.Positive(t, before)

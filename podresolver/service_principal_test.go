@@ -8,11 +8,12 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // principal is a service principal with a changed spec.
 func principal(change func(*aadpodidentity.AzureIdentitySpec)) *aadpodidentity.AzureIdentity {
-	id := identity("sp", guid("C1"), "")
+	id := resolvertest.Identity("sp", resolvertest.GUID("C1"), "")
 	id.Spec.Type, id.Spec.TenantID = aadpodidentity.ServicePrincipal, "t"
 	id.Spec.ClientPassword.Name = "s"
 	change(&id.Spec)
@@ -37,8 +38,8 @@ func TestUnusableServicePrincipal(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, mode := range []Mode{Managed, Standard} {
-				h := newHarness(t, Config{Mode: mode}, principal(tc.change), binding("b", "x", "sp", 0))
-				pod := newPod("p", addr.String(), "x")
+				h := newHarness(t, Config{Mode: mode}, principal(tc.change), resolvertest.Binding("b", "x", "sp"))
+				pod := resolvertest.Pod("p", addr.String(), "x")
 				_, err := h.decide(pod).Identity(Selector{})
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, `AzureIdentity "sp", which `+tc.why)
@@ -60,11 +61,11 @@ func TestPrincipal(t *testing.T) {
 		TenantID: "t", AuxiliaryTenantIDs: []string{"a", "b"}, Authority: "https://login.microsoftonline.us",
 		SecretNamespace: "shop", SecretName: "s", Certificate: true,
 	}, newIdentityInfo(id).principal)
-	assert.Nil(t, newIdentityInfo(identity("i", guid("c"), "")).principal, "a managed identity")
+	assert.Nil(t, newIdentityInfo(resolvertest.Identity("i", resolvertest.GUID("c"), "")).principal, "a managed identity")
 
-	got, err := newHarness(t, Config{}, id, binding("b", "x", "sp", 0)).decide(newPod("p", "", "x")).Identity(Selector{ClientID: guid("c1")})
+	got, err := newHarness(t, Config{}, id, resolvertest.Binding("b", "x", "sp")).decide(resolvertest.Pod("p", "", "x")).Identity(Selector{ClientID: resolvertest.GUID("c1")})
 	require.NoError(t, err)
-	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID "+guid("c1")+", tenant t, secret shop/s)", got.String())
+	assert.Equal(t, "AzureIdentity shop/sp (service principal with certificate, client ID "+resolvertest.GUID("c1")+", tenant t, secret shop/s)", got.String())
 }
 
 // TestSecretNamespace: only an AzureIdentity that pods of all namespaces may use can name a
@@ -87,12 +88,12 @@ func TestSecretNamespace(t *testing.T) {
 		"namespaced, its own":           {Config{Mode: Standard, Namespaced: true}, home, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := binding("b", "x", "sp", 0)
+			b := resolvertest.Binding("b", "x", "sp")
 			h := newHarness(t, tc.cfg, tc.id, b)
 			if tc.cfg.Mode == Standard {
-				h.put(assigned("a", "p", aadpodidentity.Assigned, tc.id, b))
+				h.put(resolvertest.Assigned("a", "p", aadpodidentity.Assigned, tc.id, b))
 			}
-			got, err := h.decide(newPod("p", "", "x")).Identity(Selector{})
+			got, err := h.decide(resolvertest.Pod("p", "", "x")).Identity(Selector{})
 			if tc.refused {
 				require.ErrorIs(t, err, ErrNoIdentity)
 				assert.ErrorContains(t, err, `names a secret in namespace "vault"`)

@@ -12,13 +12,15 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 // podOption changes a pod that claims the address of these tests.
 type podOption func(*corev1.Pod)
 
 func claimant(name string, options ...podOption) *corev1.Pod {
-	p := newPod(name, addr.String(), "")
+	p := resolvertest.Pod(name, addr.String(), "")
 	p.Status.PodIPs = []corev1.PodIP{{IP: addr.String()}, {IP: "fd00::7"}}
 	for _, f := range options {
 		f(p)
@@ -166,8 +168,8 @@ func permute[T any](all []T, do func([]T)) {
 
 func TestAddressOwnerPerFamily(t *testing.T) {
 	h := newHarness(t, Config{},
-		with(claimant("a"), func(p *corev1.Pod) { p.Status.PodIPs = []corev1.PodIP{{IP: addr.String()}, {IP: "fd00::a"}} }),
-		with(claimant("b"), func(p *corev1.Pod) {
+		resolvertest.With(claimant("a"), func(p *corev1.Pod) { p.Status.PodIPs = []corev1.PodIP{{IP: addr.String()}, {IP: "fd00::a"}} }),
+		resolvertest.With(claimant("b"), func(p *corev1.Pod) {
 			p.Status.PodIP = "10.244.0.8"
 			p.Status.PodIPs = []corev1.PodIP{{IP: "10.244.0.8"}, {IP: "fd00::a"}}
 		}))
@@ -180,24 +182,24 @@ func TestAddressOwnerPerFamily(t *testing.T) {
 }
 
 func TestIPv4MappedAddress(t *testing.T) {
-	h := newHarness(t, Config{}, newPod("a", "::ffff:"+addr.String(), ""))
+	h := newHarness(t, Config{}, resolvertest.Pod("a", "::ffff:"+addr.String(), ""))
 	h.update()
 	assert.Equal(t, "a", h.current.Load().byAddr[addr].pod.Name)
 }
 
 func TestAmbiguousAddressIsCountedOnce(t *testing.T) {
-	h := newHarness(t, Config{}, newPod("a", addr.String(), ""), newPod("b", addr.String(), ""))
+	h := newHarness(t, Config{}, resolvertest.Pod("a", addr.String(), ""), resolvertest.Pod("b", addr.String(), ""))
 	h.update()
 	err := h.current.Load().byAddr[addr].err
 	require.ErrorContains(t, err, "shop/a")
 	require.ErrorContains(t, err, "shop/b")
-	h.put(newPod("c", "10.244.0.9", "")) // an unrelated event
+	h.put(resolvertest.Pod("c", "10.244.0.9", "")) // an unrelated event
 	h.update()
 	assert.EqualValues(t, 1, h.Stats().Ambiguous)
-	h.drop(newPod("a", "", ""))
+	h.drop(resolvertest.Pod("a", "", ""))
 	h.update()
 	assert.Equal(t, "b", h.current.Load().byAddr[addr].pod.Name)
-	h.put(newPod("a", addr.String(), ""))
+	h.put(resolvertest.Pod("a", addr.String(), ""))
 	h.update()
 	assert.EqualValues(t, 2, h.Stats().Ambiguous)
 }
@@ -239,7 +241,7 @@ func TestPodStarted(t *testing.T) {
 		"one for debugging": {corev1.PodStatus{EphemeralContainerStatuses: []corev1.ContainerStatus{running(11)}, ContainerStatuses: []corev1.ContainerStatus{running(5)}}, 11},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := newPod("live", addr.String(), "")
+			p := resolvertest.Pod("live", addr.String(), "")
 			p.Status.InitContainerStatuses, p.Status.ContainerStatuses, p.Status.EphemeralContainerStatuses = tc.status.InitContainerStatuses, tc.status.ContainerStatuses, tc.status.EphemeralContainerStatuses
 			h := newHarness(t, Config{}, p)
 			h.update()

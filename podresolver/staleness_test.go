@@ -16,11 +16,12 @@ import (
 
 	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 func TestKnownPodsDuringAPIServerOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w := start(t, podresolver.Config{}, resolvertest.Pod("p", addr.String(), "cart"))
 		for _, g := range []*faultySource{w.api.pods, w.api.bindings, w.api.identities} {
 			g.fail(assert.AnError)
 		}
@@ -33,11 +34,11 @@ func TestKnownPodsDuringAPIServerOutage(t *testing.T) {
 
 func TestRelistAfterMissedEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
+		w := start(t, podresolver.Config{}, append(cart(), resolvertest.Pod("p", addr.String(), "cart"))...)
 		w.api.pods.fail(assert.AnError)
-		w.Delete(podresolver.NewPod("p", "", ""))
-		w.Add(podresolver.NewPod("q", addr.String(), "cart"))
-		w.Add(podresolver.NewPod("r", other.String(), "cart"))
+		w.Delete(resolvertest.Pod("p", "", ""))
+		w.Add(resolvertest.Pod("q", addr.String(), "cart"))
+		w.Add(resolvertest.Pod("r", other.String(), "cart"))
 		w.Pods.ResetWatch() // a list is needed
 		time.Sleep(time.Minute)
 		assert.Equal(t, "p", w.name(addr), "as far as the resolver knows")
@@ -86,7 +87,7 @@ func TestMaxStaleness(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				log := &testlog.Buffer{}
-				w := start(t, podresolver.Config{MaxStaleness: maxStaleness, Logger: slog.New(slog.NewTextHandler(log, nil))}, podresolver.NewPod("p", addr.String(), "cart"))
+				w := start(t, podresolver.Config{MaxStaleness: maxStaleness, Logger: slog.New(slog.NewTextHandler(log, nil))}, resolvertest.Pod("p", addr.String(), "cart"))
 				for _, g := range w.sources() {
 					w.bookmarks(g)
 				}
@@ -94,7 +95,7 @@ func TestMaxStaleness(t *testing.T) {
 				assert.Equal(t, "p", w.name(addr), "bookmarks keep it fresh")
 				require.NoError(t, w.resolver.Stale())
 
-				w.Add(podresolver.NewIdentity("i", podresolver.GUID("c"), ""))
+				w.Add(resolvertest.Identity("i", resolvertest.GUID("c"), ""))
 				synctest.Wait()
 				tc.breaks(w.api.identities)
 				time.Sleep(maxStaleness - time.Second)
@@ -131,14 +132,14 @@ func TestMaxStaleness(t *testing.T) {
 func TestSilentWatchIsRelisted(t *testing.T) {
 	for maxStaleness, patience := range map[time.Duration]time.Duration{0: 12 * time.Minute, maxStaleness: 2 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
-			w := start(t, podresolver.Config{MaxStaleness: maxStaleness}, podresolver.NewPod("p", addr.String(), "cart"))
+			w := start(t, podresolver.Config{MaxStaleness: maxStaleness}, resolvertest.Pod("p", addr.String(), "cart"))
 			for _, g := range w.sources() {
 				g.mute(false)
 			}
 			w.api.pods.mu.Lock()
 			lists := len(w.api.pods.lists)
 			w.api.pods.mu.Unlock()
-			w.Add(podresolver.NewPod("q", other.String(), "cart"))
+			w.Add(resolvertest.Pod("q", other.String(), "cart"))
 			time.Sleep(patience - time.Second)
 			assert.Nil(t, w.resolver.Owner(other))
 			time.Sleep(time.Minute)
@@ -160,7 +161,7 @@ func TestSilentWatchIsRelisted(t *testing.T) {
 // TestListTimeout: the connection may be broken.
 func TestListTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w := newWorld(t, podresolver.Config{}, resolvertest.Pod("p", addr.String(), "cart"))
 		w.api.bindings.mute(true)
 		w.run()
 		time.Sleep(10 * time.Minute)
@@ -174,7 +175,7 @@ func TestListTimeout(t *testing.T) {
 // TestMissingExceptionCRDIsNotStale: the API server responds that there are no exceptions.
 func TestMissingExceptionCRDIsNotStale(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, podresolver.Config{MaxStaleness: maxStaleness}, podresolver.NewPod("p", addr.String(), "cart"))
+		w := newWorld(t, podresolver.Config{MaxStaleness: maxStaleness}, resolvertest.Pod("p", addr.String(), "cart"))
 		w.api.exceptions.fail(notFound)
 		w.run()
 		<-w.resolver.Synced()

@@ -52,10 +52,10 @@ func TestStreamingList(t *testing.T) {
 
 		events := <-pods.watches
 		version := func(p *corev1.Pod, v string) *corev1.Pod { p.ResourceVersion = v; return p }
-		events.Add(version(podresolver.NewPod("p", addr.String(), "cart"), "1"))
-		events.Add(version(podresolver.NewPod("q", other.String(), "cart"), "2"))
-		events.Modify(version(podresolver.NewPod("p", addr.Next().Next().String(), "cart"), "3"))
-		events.Delete(version(podresolver.NewPod("q", other.String(), "cart"), "4"))
+		events.Add(version(resolvertest.Pod("p", addr.String(), "cart"), "1"))
+		events.Add(version(resolvertest.Pod("q", other.String(), "cart"), "2"))
+		events.Modify(version(resolvertest.Pod("p", addr.Next().Next().String(), "cart"), "3"))
+		events.Delete(version(resolvertest.Pod("q", other.String(), "cart"), "4"))
 		synctest.Wait()
 		require.ErrorContains(t, r.Ready(), "pods: waiting for the first list", "the list is incomplete")
 
@@ -77,7 +77,7 @@ func TestStreamingList(t *testing.T) {
 				assert.Zero(t, watched.StaleFor)
 			}
 		}
-		events.Modify(version(podresolver.NewPod("p", addr.String(), "cart"), "7"))
+		events.Modify(version(resolvertest.Pod("p", addr.String(), "cart"), "7"))
 		synctest.Wait()
 		assert.Equal(t, "p", w.name(addr))
 	})

@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 var (
@@ -37,7 +38,7 @@ func TestNoDecisionBeforeSync(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, podresolver.Config{Mode: podresolver.Standard},
-					append(cart(), podresolver.NewPod("p", addr.String(), "cart"), micAssignment("Assigned"))...)
+					append(cart(), resolvertest.Pod("p", addr.String(), "cart"), micAssignment("Assigned"))...)
 				w.sources()[name].fail(forbidden)
 				w.run()
 				synctest.Wait()
@@ -71,7 +72,7 @@ func TestNoDecisionBeforeSync(t *testing.T) {
 
 func TestRequestWaitsForFirstSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, podresolver.Config{}, podresolver.NewPod("p", addr.String(), "cart"))
+		w := newWorld(t, podresolver.Config{}, resolvertest.Pod("p", addr.String(), "cart"))
 		w.api.bindings.slow(time.Second)
 		require.ErrorContains(t, w.resolver.Ready(), "pods: waiting for the first list")
 		w.run()
@@ -84,7 +85,7 @@ func TestRequestWaitsForFirstSnapshot(t *testing.T) {
 func TestMissingCRD(t *testing.T) {
 	for _, name := range []string{"azureidentities" + custom, "azureidentitybindings" + custom, "azureassignedidentities" + custom} {
 		synctest.Test(t, func(t *testing.T) {
-			w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, podresolver.NewPod("p", addr.String(), "cart"))
+			w := newWorld(t, podresolver.Config{Mode: podresolver.Standard}, resolvertest.Pod("p", addr.String(), "cart"))
 			w.sources()[name].fail(notFound)
 			w.run()
 			time.Sleep(time.Hour)
@@ -95,7 +96,7 @@ func TestMissingCRD(t *testing.T) {
 
 func TestMissingExceptionCRD(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, podresolver.Config{}, append(cart(), podresolver.NewPod("p", addr.String(), "cart"))...)
+		w := newWorld(t, podresolver.Config{}, append(cart(), resolvertest.Pod("p", addr.String(), "cart"))...)
 		w.api.exceptions.fail(notFound)
 		w.run()
 		synctest.Wait()
@@ -105,7 +106,7 @@ func TestMissingExceptionCRD(t *testing.T) {
 
 		// The CRD is created, and an exception.
 		w.api.exceptions.fail(nil)
-		w.Add(podresolver.NewException("e", map[string]string{"aadpodidbinding": "cart"}))
+		w.Add(resolvertest.Exception("e", map[string]string{"aadpodidbinding": "cart"}))
 		time.Sleep(2 * podresolver.LastRetry)
 		require.NoError(t, w.resolver.Stale())
 		pod, err := w.resolver.Resolve(t.Context(), addr)

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
 func TestUnknownAddressWaitsForPod(t *testing.T) {
@@ -28,7 +29,7 @@ func TestUnknownAddressWaitsForPod(t *testing.T) {
 
 		go func() {
 			time.Sleep(time.Second)
-			w.Add(podresolver.NewPod("cart-0", addr.String(), "cart"))
+			w.Add(resolvertest.Pod("cart-0", addr.String(), "cart"))
 		}()
 		took := concurrently(func() {
 			pod, err := w.resolver.Resolve(t.Context(), addr)
@@ -102,7 +103,7 @@ func TestWaiterIsWokenByItsPod(t *testing.T) {
 		next = addr
 		for i := range 20 {
 			time.Sleep(time.Second)
-			w.Add(podresolver.NewPod(fmt.Sprint("p", i), next.String(), ""))
+			w.Add(resolvertest.Pod(fmt.Sprint("p", i), next.String(), ""))
 			next = next.Next()
 		}
 		synctest.Wait()
@@ -111,7 +112,7 @@ func TestWaiterIsWokenByItsPod(t *testing.T) {
 
 func TestZeroAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, podresolver.Config{}, podresolver.NewPod("p", "", ""))
+		w := start(t, podresolver.Config{}, resolvertest.Pod("p", "", ""))
 		_, err := w.resolver.Resolve(t.Context(), netip.Addr{})
 		assert.ErrorIs(t, err, podresolver.ErrUnknownAddress)
 	})

@@ -23,12 +23,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
-	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/upstream"
@@ -42,22 +40,11 @@ const (
 	unknownID = "dead0000-0000-4000-8000-000000000003" // that IMDS does not know
 )
 
-// The objects of the situations; all are in namespace shop.
-
-func meta(name string) metav1.ObjectMeta {
-	return metav1.ObjectMeta{Namespace: "shop", Name: name, UID: types.UID("uid-of-" + name)}
-}
-
-func aPod(change ...func(*corev1.Pod)) *corev1.Pod {
-	p := &corev1.Pod{
-		ObjectMeta: meta("p"), Spec: corev1.PodSpec{NodeName: "node1", Containers: []corev1.Container{{Name: "app"}}},
-		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: podAddr},
-	}
-	p.Labels = map[string]string{"aadpodidbinding": "cart"}
-	for _, c := range change {
-		c(p)
-	}
-	return p
+// aPod is the pod of the situations. All objects are in namespace shop.
+func aPod(changes ...func(*corev1.Pod)) *corev1.Pod {
+	p := resolvertest.Pod("p", podAddr, "cart")
+	p.Spec.Containers = []corev1.Container{{Name: "app"}}
+	return resolvertest.With(p, changes...)
 }
 
 func label(key, value string) func(*corev1.Pod) {
@@ -70,27 +57,6 @@ func deleted(after time.Duration) func(*corev1.Pod) {
 
 func ended(p *corev1.Pod) {
 	p.Status.ContainerStatuses = []corev1.ContainerStatus{{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}}}
-}
-
-func named(name string) func(*corev1.Pod) {
-	return func(p *corev1.Pod) {
-		p.ObjectMeta = meta(name)
-		p.Labels = map[string]string{"aadpodidbinding": "cart"}
-	}
-}
-
-func anIdentity(name, clientID string) *aadpodidentity.AzureIdentity {
-	return &aadpodidentity.AzureIdentity{ObjectMeta: meta(name), Spec: aadpodidentity.AzureIdentitySpec{ClientID: clientID}}
-}
-
-func aBinding(name, identity, selector string) *aadpodidentity.AzureIdentityBinding {
-	return &aadpodidentity.AzureIdentityBinding{ObjectMeta: meta(name), Spec: aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: identity, Selector: selector}}
-}
-
-func inBank[T metav1.Object](o T) T { o.SetNamespace("bank"); return o }
-
-func anException(key, value string) *aadpodidentity.AzurePodIdentityException {
-	return &aadpodidentity.AzurePodIdentityException{ObjectMeta: meta("e"), Spec: aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{key: value}}}
 }
 
 // situation is one that operators ask about: what the agent answers to the pod and logs,
@@ -114,7 +80,7 @@ var situations = map[string]situation{
 		explain: []string{"gets by default AzureIdentity shop/cart", `AzureIdentityBinding "cart" has the selector "cart"`, "counts only if the node has it"},
 	},
 	"IMDS does not know the identity": {
-		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), anIdentity("odd", unknownID), aBinding("odd", "odd", "odd")},
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), resolvertest.Identity("odd", unknownID, ""), resolvertest.Binding("odd", "odd", "odd")},
 		answer:  "400 invalid_request: Identity not found", log: []string{"identity shop/odd", "IMDS answered 400 invalid_request: Identity not found"},
 		explain: []string{"gets by default AzureIdentity shop/odd", "where an identity is not assigned to its virtual machine (scale set), IMDS refuses the token"},
 	},
@@ -133,12 +99,12 @@ var situations = map[string]situation{
 		explain: []string{"gets by default AzureIdentity shop/cart"},
 	},
 	"two pods with one address": {
-		objects: []runtime.Object{aPod(), aPod(named("q"))}, answer: "503 temporarily_unavailable: The address is claimed by more than one pod",
+		objects: []runtime.Object{aPod(), resolvertest.Pod("q", podAddr, "cart")}, answer: "503 temporarily_unavailable: The address is claimed by more than one pod",
 		log:     []string{"several live pods claim this address", "shop/p", "shop/q"},
 		explain: []string{"would get", "several live pods claim this address (" + podAddr + "): shop/"},
 	},
 	"an address that is a younger pod's": {
-		objects: []runtime.Object{aPod(deleted(time.Hour)), aPod(named("q"))}, answer: "200 " + cartID, // q's
+		objects: []runtime.Object{aPod(deleted(time.Hour)), resolvertest.Pod("q", podAddr, "cart")}, answer: "200 " + cartID, // q's
 		explain: []string{"is answered 503 temporarily_unavailable", podAddr + " belongs to shop/q, which is newer"},
 	},
 	"no address": {
@@ -179,20 +145,20 @@ var situations = map[string]situation{
 		explain: []string{`AzureIdentityBinding shop/cart does not match: its selector "cart" differs in case`},
 	},
 	"a binding of another namespace": {
-		objects: []runtime.Object{aPod(label("aadpodidbinding", "far")), inBank(aBinding("far", "cart", "far"))}, answer: "400 invalid_request: Identity not found",
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "far")), resolvertest.In("bank", resolvertest.Binding("far", "far", "cart"))}, answer: "400 invalid_request: Identity not found",
 		log: []string{"AzureIdentityBinding bank/far does not match: it is in another namespace"}, explain: []string{"AzureIdentityBinding bank/far does not match: it is in another namespace"},
 	},
 	"an identity of another namespace": {
-		objects: []runtime.Object{aPod(label("aadpodidbinding", "far")), aBinding("far", "away", "far"), inBank(anIdentity("away", reportID))}, answer: "400 invalid_request: Identity not found",
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "far")), resolvertest.Binding("far", "far", "away"), resolvertest.In("bank", resolvertest.Identity("away", reportID, ""))}, answer: "400 invalid_request: Identity not found",
 		log:     []string{`AzureIdentityBinding "far" names AzureIdentity "away", which does not exist`, `AzureIdentity bank/away does not match AzureIdentityBinding "far": it is in another namespace`},
 		explain: []string{`AzureIdentity bank/away does not match AzureIdentityBinding "far": it is in another namespace`},
 	},
 	"an exception's key in another case": {
-		objects: []runtime.Object{aPod(label("App", "x")), anException("app", "x")}, answer: "400 invalid_request: Identity not found",
+		objects: []runtime.Object{aPod(label("App", "x")), resolvertest.Exception("e", map[string]string{"app": "x"})}, answer: "400 invalid_request: Identity not found",
 		log: []string{`AzurePodIdentityException shop/e does not apply: the pod's label "App" differs in case from "app"`}, explain: []string{`the pod's label "App" differs in case from "app"`},
 	},
 	"an exception of another namespace": {
-		objects: []runtime.Object{aPod(label("app", "x")), inBank(anException("app", "x"))}, answer: "400 invalid_request: Identity not found",
+		objects: []runtime.Object{aPod(label("app", "x")), resolvertest.In("bank", resolvertest.Exception("e", map[string]string{"app": "x"}))}, answer: "400 invalid_request: Identity not found",
 		log: []string{"AzurePodIdentityException bank/e lists its label app=x but does not apply: it is in another namespace"}, explain: []string{"AzurePodIdentityException bank/e lists its label app=x"},
 	},
 	"another ID than is bound": {
@@ -201,12 +167,12 @@ var situations = map[string]situation{
 		explain: []string{"gets by default AzureIdentity shop/cart"},
 	},
 	"several, strictly": {
-		config: podresolver.Config{StrictSelection: true}, objects: []runtime.Object{aPod(), anIdentity("report", reportID), aBinding("report", "report", "cart")},
+		config: podresolver.Config{StrictSelection: true}, objects: []runtime.Object{aPod(), resolvertest.Identity("report", reportID, ""), resolvertest.Binding("report", "cart", "report")},
 		answer: "400 invalid_request: Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request",
 		log:    []string{"the pod has several identities and the request names none"}, explain: []string{"may use, if requested by ID, AzureIdentity shop/cart", "may use AzureIdentity shop/report", "a request must name one"},
 	},
 	"a malformed client ID": {
-		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), anIdentity("odd", "cart"), aBinding("odd", "odd", "odd")}, answer: "400 invalid_request: Identity not found",
+		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), resolvertest.Identity("odd", "cart", ""), resolvertest.Binding("odd", "odd", "odd")}, answer: "400 invalid_request: Identity not found",
 		log: []string{`has client ID "cart", which is not a GUID`}, explain: []string{`has client ID "cart", which is not a GUID`},
 	},
 	"MIC has not assigned it": {
@@ -215,11 +181,11 @@ var situations = map[string]situation{
 		explain: []string{"will get AzureIdentity shop/cart", "once MIC has assigned it"},
 	},
 	"excepted": {
-		objects: []runtime.Object{aPod(), anException("aadpodidbinding", "cart")}, answer: "200 " + nodeToken,
+		objects: []runtime.Object{aPod(), resolvertest.Exception("e", map[string]string{"aadpodidbinding": "cart"})}, answer: "200 " + nodeToken,
 		explain: []string{`is excepted by "e"`, `AzurePodIdentityException "e" lists its label aadpodidbinding=cart`}, not: []string{"is answered"},
 	},
 	"excepted, past its grace": {
-		objects: []runtime.Object{aPod(deleted(-time.Minute)), anException("aadpodidbinding", "cart")}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
+		objects: []runtime.Object{aPod(deleted(-time.Minute)), resolvertest.Exception("e", map[string]string{"aadpodidbinding": "cart"})}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
 		explain: []string{"its grace period ended at"},
 	},
 	"azure-workload-identity's variables": {
@@ -283,9 +249,9 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			ctx, stop := context.WithCancel(t.Context())
 			log := &testlog.Buffer{}
 			logger := slog.New(slog.NewTextHandler(log, nil))
-			cluster := resolvertest.NewCluster(append([]runtime.Object{anIdentity("cart", cartID), aBinding("cart", "cart", "cart")}, tc.objects...)...)
+			cluster := resolvertest.NewCluster(append([]runtime.Object{resolvertest.Identity("cart", cartID, ""), resolvertest.Binding("cart", "cart", "cart")}, tc.objects...)...)
 			defer cluster.Close()
-			sources := cluster.Sources()
+			sources := podresolver.Sources(cluster.Sources())
 			if tc.breaks != nil {
 				tc.breaks(&sources)
 			}

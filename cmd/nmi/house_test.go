@@ -32,7 +32,7 @@ var rooms = map[string][]string{
 	"proxy/entratest":            {},
 	"podresolver":                {"podresolver/aadpodidentity"},
 	"podresolver/aadpodidentity": {},
-	"podresolver/resolvertest":   {"podresolver", "podresolver/aadpodidentity"},
+	"podresolver/resolvertest":   {"podresolver/aadpodidentity"},
 	"tokencache":                 {},
 	"tokencache/limiter":         {},
 	"iptables":                   {"iptables/links"},

@@ -7,9 +7,9 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/tools/cache"
 	cachetesting "k8s.io/client-go/tools/cache/testing"
 
-	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
@@ -40,11 +40,11 @@ func (c *Cluster) Close() {
 	}
 }
 
-// Sources returns what a Resolver reads from.
-func (c *Cluster) Sources() podresolver.Sources {
-	return podresolver.Sources{
-		Pods: listed{c.Pods}, Identities: listed{c.Identities}, Bindings: listed{c.Bindings},
-		Exceptions: listed{c.Exceptions}, Assigned: listed{c.Assigned},
+// Sources returns what a Resolver reads from: a podresolver.Sources, without the name, so that
+// podresolver's own tests can import this package.
+func (c *Cluster) Sources() struct{ Pods, Identities, Bindings, Exceptions, Assigned cache.ListerWatcher } {
+	return struct{ Pods, Identities, Bindings, Exceptions, Assigned cache.ListerWatcher }{
+		listed{c.Pods}, listed{c.Identities}, listed{c.Bindings}, listed{c.Exceptions}, listed{c.Assigned},
 	}
 }
 
