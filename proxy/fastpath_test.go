@@ -16,10 +16,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver"
-	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 	"github.com/podidentity/nmi/proxy/listener"
 )
@@ -157,26 +155,15 @@ func TestUnusualHeadsAreNotKnown(t *testing.T) {
 // A head is known; whether its token may be had is decided for each request.
 func TestFastPathAuthorizesEachRequest(t *testing.T) {
 	var untrusted atomic.Bool
-	binding := func(selector string) *aadpodidentity.AzureIdentityBinding {
-		return &aadpodidentity.AzureIdentityBinding{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "a"},
-			Spec:       aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: "one", Selector: selector},
-		}
-	}
-	pod := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "bound", Labels: map[string]string{"aadpodidbinding": "both"}},
-		Spec:       corev1.PodSpec{NodeName: "node1"},
-		Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: bound},
-	}
-	excepted := pod.DeepCopy()
-	excepted.Labels["app"] = "addon"
+	pod := resolvertest.Pod("bound", bound, "both")
+	excepted := resolvertest.With(pod.DeepCopy(), func(p *corev1.Pod) { p.Labels["app"] = "addon" })
 	for name, tc := range map[string]struct {
 		change  func(*resolvertest.Cluster)
 		status  int
 		subject string
 	}{
 		"the pod is gone":              {func(c *resolvertest.Cluster) { c.Delete(pod) }, http.StatusServiceUnavailable, ""},
-		"another identity comes first": {func(c *resolvertest.Cluster) { c.Modify(binding("other")) }, http.StatusOK, two.ClientID},
+		"another identity comes first": {func(c *resolvertest.Cluster) { c.Modify(resolvertest.Binding("a", "other", "one")) }, http.StatusOK, two.ClientID},
 		"an exception applies":         {func(c *resolvertest.Cluster) { c.Modify(excepted) }, http.StatusOK, "the node's"},
 		"the source is not trusted":    {func(*resolvertest.Cluster) { untrusted.Store(true) }, http.StatusBadRequest, ""},
 	} {
@@ -184,7 +171,7 @@ func TestFastPathAuthorizesEachRequest(t *testing.T) {
 			untrusted.Store(false)
 			cluster := newCluster()
 			w := newWorld(t, func(c *Config) {
-				r, err := podresolver.New(cluster.Sources(), podresolver.Config{Node: "node1", PodWait: time.Millisecond, Logger: c.Logger})
+				r, err := podresolver.New(cluster.Sources(), podresolver.Config{Node: resolvertest.Node, PodWait: time.Millisecond, Logger: c.Logger})
 				require.NoError(t, err)
 				c.Pods = run(t, r)
 				c.CheckSource = func(netip.Addr, int, *podresolver.Pod) error {

@@ -15,8 +15,6 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"software.sslmate.com/src/go-pkcs12"
 
@@ -126,13 +124,9 @@ func boundTo(authority string) *resolvertest.Cluster {
 		if spec.ADEndpoint == "" {
 			spec.ADEndpoint = authority
 		}
-		meta := metav1.ObjectMeta{Namespace: "shop", Name: name}
-		labelled := meta
-		labelled.Labels = map[string]string{aadpodidentity.BindingLabel: name}
-		objects = append(objects,
-			&corev1.Pod{ObjectMeta: labelled, Spec: corev1.PodSpec{NodeName: "node1"}, Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip}},
-			&aadpodidentity.AzureIdentity{ObjectMeta: meta, Spec: spec},
-			&aadpodidentity.AzureIdentityBinding{ObjectMeta: meta, Spec: aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: name, Selector: name}})
+		identity := resolvertest.Identity(name, "", "")
+		identity.Spec = spec
+		objects = append(objects, resolvertest.Pod(name, ip, name), identity, resolvertest.Binding(name, name, name))
 	}
 	withSecret := aadpodidentity.AzureIdentitySpec{
 		Type: aadpodidentity.ServicePrincipal, ClientID: strings.ToUpper(secretID), TenantID: tenantA,

@@ -18,7 +18,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
@@ -120,7 +119,7 @@ func newResolver(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
 	if cfg.PodWait == 0 {
 		cfg.PodWait = 50 * time.Millisecond
 	}
-	cfg.Node = "node1"
+	cfg.Node = resolvertest.Node
 	r, err := podresolver.New(newCluster().Sources(), cfg)
 	require.NoError(tb, err)
 	return r
@@ -128,36 +127,22 @@ func newResolver(tb testing.TB, cfg podresolver.Config) *podresolver.Resolver {
 
 // newCluster returns the pods of the test node, and what is bound to them.
 func newCluster() *resolvertest.Cluster {
-	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Namespace: "shop", Name: name} }
-	pod := func(name, ip string, labels map[string]string) *corev1.Pod {
-		return &corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: labels},
-			Spec:       corev1.PodSpec{NodeName: "node1"},
-			Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
-		}
-	}
-	identity := func(name string, spec aadpodidentity.AzureIdentitySpec) *aadpodidentity.AzureIdentity {
-		return &aadpodidentity.AzureIdentity{ObjectMeta: named(name), Spec: spec}
-	}
-	binding := func(name, identity, selector string) *aadpodidentity.AzureIdentityBinding {
-		return &aadpodidentity.AzureIdentityBinding{ObjectMeta: named(name), Spec: aadpodidentity.AzureIdentityBindingSpec{AzureIdentity: identity, Selector: selector}}
-	}
+	principal := resolvertest.Identity("principal", "c3", "")
+	principal.Spec.Type = aadpodidentity.ServicePrincipal
+	addon := map[string]string{"app": "addon"}
 	return resolvertest.NewCluster(
-		pod("bound", bound, map[string]string{"aadpodidbinding": "both"}),
-		pod("also-bound", alsoBound, map[string]string{"aadpodidbinding": "both"}),
-		pod("unbound", unbound, map[string]string{"aadpodidbinding": "nothing"}),
-		pod("excepted", excepted, map[string]string{"app": "addon"}),
-		pod("secret", secret, map[string]string{"aadpodidbinding": "secret"}),
-		identity("one", aadpodidentity.AzureIdentitySpec{ClientID: one.ClientID, ResourceID: one.ResourceID}),
-		identity("two", aadpodidentity.AzureIdentitySpec{ResourceID: two.ResourceID}),
-		identity("principal", aadpodidentity.AzureIdentitySpec{Type: aadpodidentity.ServicePrincipal, ClientID: "c3"}),
-		binding("a", "one", "both"),
-		binding("b", "two", "both"),
-		binding("c", "principal", "secret"),
-		&aadpodidentity.AzurePodIdentityException{
-			ObjectMeta: named("addons"),
-			Spec:       aadpodidentity.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{"app": "addon"}},
-		},
+		resolvertest.Pod("bound", bound, "both"),
+		resolvertest.Pod("also-bound", alsoBound, "both"),
+		resolvertest.Pod("unbound", unbound, "nothing"),
+		resolvertest.With(resolvertest.Pod("excepted", excepted, ""), func(p *corev1.Pod) { p.Labels = addon }),
+		resolvertest.Pod("secret", secret, "secret"),
+		resolvertest.Identity("one", one.ClientID, one.ResourceID),
+		resolvertest.Identity("two", "", two.ResourceID),
+		principal,
+		resolvertest.Binding("a", "both", "one"),
+		resolvertest.Binding("b", "both", "two"),
+		resolvertest.Binding("c", "secret", "principal"),
+		resolvertest.Exception("addons", addon),
 	)
 }
 
