@@ -110,8 +110,8 @@ func FuzzFrontRaw(f *testing.F) {
 }
 
 // fuzzedFront is one front for all executions of a worker. It has an IMDS for what it
-// passes on and another for the tokens that it asks for itself, so that nobody can take
-// the one for the other.
+// passes through and another for the tokens that it fetches itself, so that the two cannot
+// be confused.
 type fuzzedFront struct {
 	pods           *pipes
 	slowPods       *pipes // to a server without the fast path

@@ -103,7 +103,7 @@ func TestTimeline(t *testing.T) {
 			{10*m - s, nil, "", 1},
 			{10 * m, nil, "token-2", 2},
 		}},
-		"a passing failure for 1, 2, 4 … 30 s": {h, []step{
+		"a temporary failure for 1, 2, 4 … 30 s": {h, []step{
 			{0, down, "", 1},
 			{s - 1, down, "", 1},
 			{s, down, "", 2},

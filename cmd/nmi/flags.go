@@ -42,7 +42,7 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 
 	// New: the redirect.
 	parsedVar(fs, &c.rules.Mode, "redirect-mode", string(iptables.ModeAuto), iptables.ParseMode,
-		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": whichever works for this node's pods; "none": the redirect is somebody else's, such as Cilium's`)
+		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": redirect if every interface that leads to a pod has an IPv4 address, else dnat; "none": another program redirects, such as Cilium`)
 	c.addRedirectAddress(fs)
 	parsedVar(fs, &c.rules.Backend, "iptables-backend", string(iptables.BackendAuto), iptables.ParseBackend, `"nft" or "legacy"; "auto" finds out which one the node uses`)
 	fs.BoolVar(&c.rules.BlockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
@@ -52,7 +52,7 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.resolver.IdentityWait, "identity-wait", podresolver.DefaultIdentityWait.String(), parseWait, "how long a request waits for MIC to assign the identity, in standard mode")
 	parsedVar(fs, &c.resolver.MaxStaleness, "max-staleness", "0s", parseStaleness, "how long tokens are served while the API server sends no news of a resource, not even when asked; 0 is for ever")
 	listVar(fs, &c.proxy.InstanceMetadataNamespaces, flagInstanceNamespaces, "", parseNamespaces, "with --block-instance-metadata, namespaces whose pods may have /metadata/instance all the same; repeat it or separate several by commas")
-	listVar(fs, &c.proxy.Allow, "allow-path", "", parseAllowedPaths, "paths to pass on that are not served otherwise, separated by commas: "+strings.Join(proxy.AllowablePaths(), ", "))
+	listVar(fs, &c.proxy.Allow, "allow-path", "", parseAllowedPaths, "paths to pass through to IMDS that are 404 otherwise, separated by commas: "+strings.Join(proxy.AllowablePaths(), ", "))
 	listVar(fs, &c.proxy.HostTokenUIDs, "host-token-uids", "0", parseUIDs, "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does: root's by default; \"\" turns it off")
 	listVar(fs, &c.upstream.Authorities, "entra-authority", "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be used with (adEndpoint); repeat it or separate several by commas")
 

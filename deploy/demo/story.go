@@ -97,7 +97,7 @@ func (d *demo) askAndExplain(ctx context.Context, name, how string) error {
 	identity, err := pod.Identity(podresolver.Selector{})
 	switch {
 	case pod.Exception() != "":
-		row("decision", fmt.Sprintf("AzurePodIdentityException %q applies: passed on to IMDS as it is", pod.Exception()))
+		row("decision", fmt.Sprintf("AzurePodIdentityException %q applies: passed through to IMDS as it is", pod.Exception()))
 	case err != nil:
 		row("decision", err.Error())
 	default:

@@ -67,7 +67,7 @@ func TestAPodThatLooksLikeMICGetsNothing(t *testing.T) {
 			assert.Equal(t, 400, got.status, got.body)
 			assert.Empty(t, got.subject)
 			assert.Equal(t, 404, p.get("http://"+testbed.MetadataAddress+"/metadata/attested/document?api-version=2021-02-01", patience).status)
-			assert.Zero(t, world.IMDS.Requests(), "nothing is passed on")
+			assert.Zero(t, world.IMDS.Requests(), "nothing is passed through")
 
 			explained := s.explain(append(flags, podName)...)
 			assert.Contains(t, explained, "has no identity\n")

@@ -100,7 +100,7 @@ func TestAnExceptedPodGetsWhatIMDSGivesTheNode(t *testing.T) {
 	s.agent()
 	assert.Equal(t, imdstest.Node, p.asks(vault).subject)
 	attested := p.get("http://"+testbed.MetadataAddress+"/metadata/attested/document?api-version=2021-02-01", patience)
-	assert.Equal(t, 200, attested.status, "passed on, whatever it is")
+	assert.Equal(t, 200, attested.status, "passed through, whatever it is")
 }
 
 func TestAPodWithoutBindingIsRefusedAndIMDSNotAsked(t *testing.T) {
