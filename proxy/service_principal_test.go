@@ -91,11 +91,11 @@ func TestUnusableSecretIsExplainedInLog(t *testing.T) {
 		log  string
 	}{
 		"missing":                {bySecret, nil, "secret shop/client-secret: it cannot be read: there is no such secret"},
-		"several keys":           {bySecret, map[string][]byte{"one": []byte(theSecret), "two": []byte(theSecret)}, "secret shop/client-secret: of its keys one, two none is clientsecret"},
-		"no keys":                {bySecret, map[string][]byte{}, "secret shop/client-secret: it has no keys"},
-		"wrong key":              {byFile, map[string][]byte{"pfx": file}, "secret shop/file: of its keys pfx none is certificate"},
-		"wrong password":         {byFile, map[string][]byte{"certificate": file, "password": []byte("wrong")}, "secret shop/file: the password under password is not that of the PKCS12 file in certificate"},
-		"no password":            {byFile, map[string][]byte{"certificate": file}, "secret shop/file: the PKCS12 file in certificate has a password"},
+		"several keys":           {bySecret, map[string][]byte{"one": []byte(theSecret), "two": []byte(theSecret)}, "secret shop/client-secret: has keys one, two; want clientsecret"},
+		"no keys":                {bySecret, map[string][]byte{}, "secret shop/client-secret: has no keys"},
+		"wrong key":              {byFile, map[string][]byte{"pfx": file}, "secret shop/file: has keys pfx; want certificate"},
+		"wrong password":         {byFile, map[string][]byte{"certificate": file, "password": []byte("wrong")}, "secret shop/file: wrong password in key password for the PKCS12 file in key certificate"},
+		"no password":            {byFile, map[string][]byte{"certificate": file}, "secret shop/file: the PKCS12 file in key certificate has a password"},
 		"adEndpoint of no one's": {toEvil, map[string][]byte{"clientsecret": []byte(theSecret)}, "https://login.evil.example"},
 	} {
 		t.Run(name, func(t *testing.T) {

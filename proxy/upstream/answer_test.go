@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// answerWith replaces fields of a good answer; nil drops the field.
+// answerWith replaces fields of a valid answer; nil removes a field.
 func answerWith(fields map[string]any) string {
 	all := map[string]any{
 		"access_token": `"secret"`, "client_id": `"` + key.ClientID + `"`, "expires_in": `"86399"`, "expires_on": `"1700086399"`,
@@ -40,7 +40,7 @@ func TestParseToken(t *testing.T) {
 		err    string
 	}{
 		"as the service sends it":       {nil, key, ""},
-		"numbers for strings":           {fields{"expires_on": 1700086399, "expires_in": 86399, "ext_expires_in": 0}, key, ""},
+		"numbers instead of strings":    {fields{"expires_on": 1700086399, "expires_in": 86399, "ext_expires_in": 0}, key, ""},
 		"no expires_on":                 {fields{"expires_on": nil}, key, ""},
 		"client_id in capitals":         {fields{"client_id": `"` + strings.ToUpper(key.ClientID) + `"`}, key, ""},
 		"empty not_before":              {fields{"not_before": `""`}, key, ""},
@@ -50,11 +50,11 @@ func TestParseToken(t *testing.T) {
 		"no token":                      {fields{"access_token": `""`}, key, "no access_token"},
 		"a token with a quote":          {fields{"access_token": `"secret\""`}, key, "characters that no bearer token has"},
 		"no type":                       {fields{"token_type": nil}, key, "no token_type"},
-		"another resource":              {fields{"resource": `"secret"`}, key, "another resource than the one asked for"},
-		"another path":                  {fields{"resource": `"https://vault.azure.net/x"`}, key, "another resource than the one asked for"},
-		"a slash for a resource":        {fields{"resource": `"/"`}, tokencache.Key{ClientID: key.ClientID, Resource: "/"}, "another resource than the one asked for"},
-		"no resource":                   {fields{"resource": nil}, key, "another resource than the one asked for"},
-		"another identity":              {fields{"client_id": `"secret"`}, key, "another client_id than the one asked for"},
+		"another resource":              {fields{"resource": `"secret"`}, key, "wrong resource"},
+		"another path":                  {fields{"resource": `"https://vault.azure.net/x"`}, key, "wrong resource"},
+		"a slash as the resource":       {fields{"resource": `"/"`}, tokencache.Key{ClientID: key.ClientID, Resource: "/"}, "wrong resource"},
+		"no resource":                   {fields{"resource": nil}, key, "wrong resource"},
+		"another identity":              {fields{"client_id": `"secret"`}, key, "wrong client_id"},
 		"no identity":                   {fields{"client_id": nil}, key, "no client_id"},
 		"no identity, by resource ID":   {fields{"client_id": `""`}, byResource, "no client_id"},
 		"no expiry":                     {fields{"expires_on": nil, "expires_in": nil}, key, "neither expires_on nor expires_in"},
@@ -62,13 +62,13 @@ func TestParseToken(t *testing.T) {
 		"expires in a year":             {fields{"expires_on": `"1731536000"`}, key, "check the node's clock"},
 		"expires_on in milliseconds":    {fields{"expires_on": `"1700086399000"`}, key, "check the node's clock"},
 		"expires_on before 1970":        {fields{"expires_on": `"-9223372036854775808"`}, key, "check the node's clock"},
-		"expires_on beyond all numbers": {fields{"expires_on": `"9223372036854775807"`}, key, "check the node's clock"},
-		"expires_in beyond all numbers": {fields{"expires_on": nil, "expires_in": `"9223372036854775807"`}, key, "expires_in is"},
-		"expired by its own count":      {fields{"expires_in": `"-1"`}, key, "expires_in is -1 s"},
-		"a date for a number":           {fields{"expires_on": `"11/21/2026 10:00"`}, key, "whole number of seconds"},
-		"the token for a number":        {fields{"expires_in": `"secret"`}, key, "whole number of seconds"},
-		"a list for a token":            {fields{"access_token": `["a"]`}, key, "the wrong type of access_token"},
-		"a number for a token":          {fields{"access_token": `12345`}, key, "the wrong type of access_token"},
+		"expires_on out of range":       {fields{"expires_on": `"9223372036854775807"`}, key, "check the node's clock"},
+		"expires_in out of range":       {fields{"expires_on": nil, "expires_in": `"9223372036854775807"`}, key, "implausible expires_in"},
+		"negative expires_in":           {fields{"expires_in": `"-1"`}, key, "implausible expires_in -1"},
+		"a date instead of a number":    {fields{"expires_on": `"11/21/2026 10:00"`}, key, "malformed number: want whole seconds"},
+		"the token instead of a number": {fields{"expires_in": `"secret"`}, key, "malformed number: want whole seconds"},
+		"a list instead of a token":     {fields{"access_token": `["a"]`}, key, "wrong type of access_token"},
+		"a number instead of a token":   {fields{"access_token": `12345`}, key, "wrong type of access_token"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			token, err := parseToken([]byte(answerWith(tc.fields)), tc.key, now)
@@ -87,10 +87,10 @@ func TestParseToken(t *testing.T) {
 		})
 	}
 	_, err := parseToken([]byte(`["secret"]`), key, now)
-	require.EqualError(t, err, "not the JSON of a token: the wrong type of value")
+	require.EqualError(t, err, "malformed JSON: wrong type of value")
 }
 
-// What the node's clock may do to a token, and what not.
+// A wrong clock may shorten the life of a token, and never prolongs it.
 func TestExpiry(t *testing.T) {
 	const h, m = time.Hour, time.Minute
 	now := time.Now()
@@ -105,7 +105,7 @@ func TestExpiry(t *testing.T) {
 		"a clock that is fast by 4 minutes":         {20 * m, 24 * m, 20 * m, 24 * m},
 		"fast by 4 minutes, the token has 3 left":   {-1 * m, 3 * m, 3 * m, 3 * m},
 		"fast by an hour":                           {23 * h, 24 * h, 23 * h, 23 * h},
-		"fast by a day and more":                    {-1 * h, 24 * h, 0, 0},
+		"fast by more than a day":                   {-1 * h, 24 * h, 0, 0},
 		"an expired token with its first life":      {-1 * m, 24 * h, 0, 0},
 		"a token near its end with its first life":  {10 * m, 24 * h, 10 * m, 10 * m},
 		"a clock that is slow by 4 minutes":         {28 * m, 24 * m, 28 * m, 24 * m},
@@ -152,8 +152,7 @@ func TestRefreshIn(t *testing.T) {
 	}
 }
 
-// What clients are told beside, where IMDS says it.
-func TestWhatElseATokenSays(t *testing.T) {
+func TestOptionalTokenFields(t *testing.T) {
 	now := time.Unix(1_700_000_000, 0)
 	token, err := parseToken([]byte(answerWith(map[string]any{"not_before": `"1699999700"`, "ext_expires_in": `"172800"`})), key, now)
 	require.NoError(t, err)
@@ -178,10 +177,10 @@ func FuzzParseToken(f *testing.F) {
 		last := token.ExpiresOn
 		if token.AccessToken == "" || strings.ContainsAny(token.AccessToken, "\"\\\x00\n ") || token.TokenType == "" ||
 			!sameResource(token.Resource, key.Resource) || !strings.EqualFold(token.ClientID, key.ClientID) ||
-			!last.After(now) || last.Sub(now) > longestLife || token.ExtExpiresOn.Before(last) || token.ExtExpiresOn.Sub(now) > longestLife ||
-			token.ExpiresIn < 0 || token.ExpiresIn > longestLife ||
+			!last.After(now) || last.Sub(now) > maxLifetime || token.ExtExpiresOn.Before(last) || token.ExtExpiresOn.Sub(now) > maxLifetime ||
+			token.ExpiresIn < 0 || token.ExpiresIn > maxLifetime ||
 			token.ExpiresIn > 0 && (token.ExpiresIn > last.Sub(now)+clockSkew || last.Sub(now) > token.ExpiresIn+clockSkew) ||
-			!token.RefreshOn.IsZero() && (!token.RefreshOn.After(now) || !token.RefreshOn.Before(now.Add(min(longestLife, max(token.ExpiresIn, last.Sub(now)))))) {
+			!token.RefreshOn.IsZero() && (!token.RefreshOn.After(now) || !token.RefreshOn.Before(now.Add(min(maxLifetime, max(token.ExpiresIn, last.Sub(now)))))) {
 			t.Fatalf("accepted %q", body)
 		}
 	})

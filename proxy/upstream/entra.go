@@ -118,7 +118,7 @@ func (e *entra) proof(ctx context.Context, p tokencache.Principal) (got proof, e
 	name := p.SecretNamespace + "/" + p.SecretName
 	data, err := e.secret(ctx, p.SecretNamespace, p.SecretName)
 	if err != nil {
-		e.certificates.forget(name) // or it outlives a Secret that is deleted
+		e.certificates.forget(name) // the Secret may have been deleted
 		return proof{}, secretError(p, err)
 	}
 	if !p.Certificate {
@@ -127,7 +127,7 @@ func (e *entra) proof(ctx context.Context, p tokencache.Principal) (got proof, e
 		}
 		return got, nil
 	}
-	got.certificate, err = e.certificates.of(ctx, name, data)
+	got.certificate, err = e.certificates.get(ctx, name, data)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return proof{}, secretError(p, fmt.Errorf("decoding its certificate: %w", err))
@@ -174,7 +174,7 @@ func optionsFor(host string, x *exchange) azcore.ClientOptions {
 	}
 }
 
-// explain says why no token came.
+// explain returns why there is no token.
 func (x *exchange) explain(ctx context.Context, err error, now time.Time) error {
 	switch {
 	case x.err != nil:
@@ -190,8 +190,8 @@ func (x *exchange) explain(ctx context.Context, err error, now time.Time) error 
 	}
 }
 
-// read checks the token that came, and what else the answer says of it. Its errors
-// never quote the token.
+// read checks the token and the other fields of the answer. Its errors never quote the
+// token.
 func (x *exchange) read(got azcore.AccessToken, key tokencache.Key, now time.Time) (*tokencache.Token, error) {
 	var in struct {
 		ExpiresIn    seconds `json:"expires_in"`
@@ -202,19 +202,19 @@ func (x *exchange) read(got azcore.AccessToken, key tokencache.Key, now time.Tim
 	switch {
 	case json.Unmarshal(x.body, &in) != nil:
 		return nil, fmt.Errorf("%w: malformed number in the response", ErrEntra)
-	case !isB64Token(got.Token) || got.Token == "":
+	case !isBearerToken(got.Token) || got.Token == "":
 		return nil, fmt.Errorf("%w: the token is not a bearer token (RFC 6750, section 2.1)", ErrEntra)
 	case !strings.EqualFold(in.TokenType, "Bearer"):
 		return nil, fmt.Errorf("%w: the token is of type %.40q, not Bearer", ErrEntra, in.TokenType)
-	case life <= 0 || life > longestLife:
+	case life <= 0 || life > maxLifetime:
 		return nil, fmt.Errorf("%w: implausible token expiry %s; check the node's clock", ErrEntra, got.ExpiresOn.UTC().Format(time.RFC3339))
 	}
 	token := &tokencache.Token{
 		AccessToken: got.Token, ClientID: key.ClientID, Resource: key.Resource, TokenType: "Bearer",
 		NotBefore: now, ExpiresOn: got.ExpiresOn, ExtExpiresOn: got.ExpiresOn, RefreshOn: got.RefreshOn,
 	}
-	token.ExpiresIn, _ = in.ExpiresIn.within(longestLife)
-	if ext, ok := in.ExtExpiresIn.within(longestLife); ok && now.Add(ext).After(token.ExpiresOn) {
+	token.ExpiresIn, _ = in.ExpiresIn.duration(maxLifetime)
+	if ext, ok := in.ExtExpiresIn.duration(maxLifetime); ok && now.Add(ext).After(token.ExpiresOn) {
 		token.ExtExpiresOn = now.Add(ext)
 	}
 	return token, nil

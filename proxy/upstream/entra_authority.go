@@ -34,7 +34,7 @@ func ParseAuthority(text string) (host string, err error) {
 		return "", fmt.Errorf("%.200q is not https", text)
 	case u.Hostname() == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
 		// A path would come before the tenant's, and so choose another tenant.
-		return "", fmt.Errorf("%.200q is more or less than https://<host>", text)
+		return "", fmt.Errorf("%.200q: want https://<host>[:port], no path or query", text)
 	}
 	return strings.TrimSuffix(strings.ToLower(u.Host), ":443"), nil
 }

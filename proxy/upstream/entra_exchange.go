@@ -18,7 +18,7 @@ type exchange struct {
 	hosts     map[string]bool // that may be asked, see entra.allowed
 	userAgent string
 
-	err    error // of the transport; nil if an answer came
+	err    error // of the transport; nil if there was an answer
 	token  bool  // the last request was for a token, not for where to get one
 	status int
 	retry  string // its header Retry-After

@@ -281,8 +281,8 @@ func TestWhatPassesAtEntra(t *testing.T) {
 }
 
 func TestEntraIsDown(t *testing.T) {
-	p := newPrincipals(t, func(c *Config) { c.Authorities = []string{nobody} })
-	err := p.fails(t, p.key(func(k *tokencache.Principal) { k.Authority = "https://" + nobody }))
+	p := newPrincipals(t, func(c *Config) { c.Authorities = []string{closedAddr} })
+	err := p.fails(t, p.key(func(k *tokencache.Principal) { k.Authority = "https://" + closedAddr }))
 	require.ErrorIs(t, err, ErrEntra)
 	assert.ErrorContains(t, err, "connection refused")
 	assert.Equal(t, tokencache.Unavailable, classOf(err))

@@ -16,29 +16,29 @@ import (
 // sourceIMDS is Error.Source for IMDS.
 const sourceIMDS = "IMDS"
 
-// goneWait is how long IMDS is left alone after it has answered 410 to all tries of
-// a fetch. It is back within 70 s (Microsoft, "How to use managed identities on an
-// Azure VM to acquire an access token", Retry guidance), mostly sooner. With Retry-After: 5
-// and a fetch's own patience, clients that come back five times outlast that.
+// goneWait is the back-off after IMDS has answered 410 to all tries of a fetch. It is
+// back within 70 s (Microsoft, "How to use managed identities on an Azure VM to acquire an
+// access token", Retry guidance), usually sooner. With Retry-After: 5 and the duration of a
+// fetch, clients that retry five times wait longer than that.
 const goneWait = 5 * time.Second
 
-// Error is an upstream's answer other than a token, in its own words, so that
+// Error is an upstream's answer other than a token. It keeps the upstream's words, so that
 // Entra's AADSTS messages reach the user.
 type Error struct {
-	Source      string        // who answered: "IMDS", "Entra"
+	Source      string        // who answered: "IMDS" or "Entra"
 	Status      int           // HTTP status, never 200
-	Code        string        // "invalid_request", "invalid_resource", ...; "" if it gave none
-	Description string        // "" if it gave none
-	RetryAfter  time.Duration // 0 if it gave none
+	Code        string        // "invalid_request", "invalid_resource", ...; "" for none
+	Description string        // "" for none
+	RetryAfter  time.Duration // 0 for none
 
-	empty bool   // the answer had no body
-	asked string // method and path; "" for the agent's own requests for tokens
+	empty   bool   // the answer had no body
+	request string // method and path; "" for the agent's own requests for tokens
 }
 
 func (e *Error) Error() string {
 	if e.Source == sourceIMDS && e.byProxy() {
 		return fmt.Sprintf("a proxy before IMDS answered %d (%s); if this node has the Metadata Security Protocol (GuestProxyAgent), "+
-			"allow this agent's process %s in the InVMAccessControlProfile for IMDS", e.Status, http.StatusText(e.Status), cmp.Or(e.asked, "GET "+tokenPath))
+			"allow this agent's process %s in the InVMAccessControlProfile for IMDS", e.Status, http.StatusText(e.Status), cmp.Or(e.request, "GET "+tokenPath))
 	}
 	if e.Code == "" {
 		return fmt.Sprintf("%s answered %d %s", e.Source, e.Status, http.StatusText(e.Status))
@@ -46,28 +46,27 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("%s answered %d %s: %s", e.Source, e.Status, e.Code, e.Description)
 }
 
-// Class says what the answer means for those who ask again; tokencache looks for
-// it.
+// Class says whether a retry may help. tokencache reads it.
 func (e *Error) Class() tokencache.Class {
 	switch {
 	case e.Status == http.StatusTooManyRequests:
 		return tokencache.Throttled
-	case e.Status < 400, passes(e.Status), e.byProxy(),
+	case e.Status < 400, retriable(e.Status), e.byProxy(),
 		e.Code == "temporarily_unavailable", e.Code == "server_error": // RFC 6749, 4.1.2.1
 		return tokencache.Unavailable
 	case e.Code == "" && e.Source != sourceIMDS:
-		// Not Entra's own words: somebody's on the way to it.
+		// Not from Entra, but from a proxy on the way.
 		return tokencache.Unavailable
 	default:
 		return tokencache.Refused
 	}
 }
 
-// byProxy reports whether the answer is that of a metadata security proxy on the way, and
-// says nothing of the identity. Azure's GuestProxyAgent, which takes over connections to
-// IMDS on nodes with the Metadata Security Protocol, answers 403 without a body to what
-// its rules do not allow, and 421 where it has lost whose the connection is. IMDS itself
-// gives reasons in JSON, and never answers 421.
+// byProxy reports whether a metadata security proxy answered instead of IMDS; then the
+// answer says nothing about the identity. Azure's GuestProxyAgent, which intercepts
+// connections to IMDS on nodes with the Metadata Security Protocol, answers 403 without a
+// body to requests that its rules do not allow, and 421 if it no longer knows which process
+// a connection belongs to. IMDS itself gives reasons in JSON, and never answers 421.
 func (e *Error) byProxy() bool {
 	return e.Status == http.StatusMisdirectedRequest || e.Status == http.StatusForbidden && e.empty
 }
@@ -77,8 +76,8 @@ func (e *Error) UnknownIdentity() bool {
 	return e.Source == sourceIMDS && e.Status == http.StatusBadRequest && strings.EqualFold(e.Description, "Identity not found")
 }
 
-// Wait is how long the upstream wants to be left alone, 0 if that is up to the
-// caller; tokencache looks for it.
+// Wait returns how long to wait before a retry; 0 leaves it to the caller. tokencache reads
+// it.
 func (e *Error) Wait() time.Duration {
 	switch {
 	case e.RetryAfter > 0:
@@ -92,11 +91,11 @@ func (e *Error) Wait() time.Duration {
 	}
 }
 
-// passes reports whether a status is one of those that Microsoft asks clients to try
-// again after (same page, Error handling), or the one that HTTP does (RFC 9110,
-// section 15.5.9). 429 is among Microsoft's, but not here: the callers are told to
-// wait instead, so that a throttled service is left alone.
-func passes(status int) bool {
+// retriable reports whether a fetch retries after a status: those that Microsoft asks
+// clients to retry (same page, Error handling), and 408 (RFC 9110, section 15.5.9). 429 is
+// one of Microsoft's, but not retried here: callers are told to wait, and a throttled
+// service gets no more requests meanwhile.
+func retriable(status int) bool {
 	switch status {
 	case http.StatusNotFound, http.StatusRequestTimeout, http.StatusGone:
 		return true
@@ -107,9 +106,8 @@ func passes(status int) bool {
 
 const maxDescription = 2 << 10 // AADSTS messages with trace IDs stay under 1 KB
 
-// newError reads an answer other than a token; its Source is the caller's to set. A
-// body that is not the service's JSON (a web server's HTML, say) is dropped rather
-// than quoted.
+// newError parses an answer other than a token. The caller sets Source. A body that is not
+// the service's JSON, such as a web server's HTML, is dropped.
 func newError(status int, retryAfter string, body []byte, now time.Time) *Error {
 	e := &Error{Status: status, RetryAfter: parseRetryAfter(retryAfter, now), empty: len(bytes.TrimSpace(body)) == 0}
 	var in struct {
@@ -122,8 +120,8 @@ func newError(status int, retryAfter string, body []byte, now time.Time) *Error 
 	return e
 }
 
-// parseRetryAfter reads both forms of RFC 9110, section 10.2.3, and believes at
-// most an hour.
+// parseRetryAfter parses both forms of Retry-After (RFC 9110, section 10.2.3). The result is
+// an hour at most.
 func parseRetryAfter(value string, now time.Time) time.Duration {
 	var d time.Duration
 	if n, err := strconv.Atoi(value); err == nil {

@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-func TestWhatAnAnswerMeans(t *testing.T) {
+func TestErrorClassAndWait(t *testing.T) {
 	for _, tc := range []struct {
 		status int
 		class  tokencache.Class
@@ -38,13 +38,13 @@ func TestWhatAnAnswerMeans(t *testing.T) {
 		assert.Equal(t, tc.wait, e.Wait(), tc.status)
 		assert.Contains(t, e.Error(), "IMDS answered")
 		e.RetryAfter = time.Minute
-		assert.Equal(t, time.Minute, e.Wait(), "what it asks for")
+		assert.Equal(t, time.Minute, e.Wait(), "Retry-After takes precedence")
 	}
 	for _, source := range []string{sourceIMDS, sourceEntra} {
-		assert.Equal(t, tokencache.Unavailable, (&Error{Source: source, Status: 421}).Class(), "of a proxy on the way to it")
-		assert.Equal(t, tokencache.Unavailable, (&Error{Source: source, Status: 403, empty: true}).Class(), "likewise")
+		assert.Equal(t, tokencache.Unavailable, (&Error{Source: source, Status: 421}).Class(), "from a proxy on the way")
+		assert.Equal(t, tokencache.Unavailable, (&Error{Source: source, Status: 403, empty: true}).Class(), "from a proxy on the way")
 	}
-	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 403}).Class(), "of a proxy on the way to it")
+	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 403}).Class(), "from a proxy on the way")
 	assert.Equal(t, tokencache.Refused, (&Error{Source: sourceEntra, Status: 401, Code: "invalid_client"}).Class())
 	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 400, Code: "temporarily_unavailable"}).Class())
 	assert.Equal(t, tokencache.Unavailable, (&Error{Source: sourceEntra, Status: 400, Code: "server_error"}).Class())
@@ -74,7 +74,7 @@ func FuzzNewError(f *testing.F) {
 			e.RetryAfter < 0, e.RetryAfter > time.Hour, e.Wait() < e.RetryAfter, e.Wait() > time.Hour,
 			len(e.Code) > 100, len(e.Description) > maxDescription, !utf8.ValidString(e.Error()),
 			(e.Class() == tokencache.Throttled) != (status == http.StatusTooManyRequests),
-			e.Class() == tokencache.Refused && (status < 400 || status > 499 || passes(status)):
+			e.Class() == tokencache.Refused && (status < 400 || status > 499 || retriable(status)):
 			t.Fatalf("%d, %q, %q: %#v", status, retryAfter, body, e)
 		}
 	})

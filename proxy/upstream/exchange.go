@@ -73,7 +73,7 @@ func (perTry) Do(req *policy.Request) (*http.Response, error) {
 func pace(resp *http.Response, answer *Error) {
 	pause := time.Second
 	switch {
-	case answer.RetryAfter > 0, !passes(answer.Status):
+	case answer.RetryAfter > 0, !retriable(answer.Status):
 		return
 	case answer.Status == http.StatusGone:
 		pause = maxRetryDelay

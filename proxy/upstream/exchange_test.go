@@ -75,7 +75,7 @@ func TestNoSlotForARetry(t *testing.T) {
 			slots.err, slots.after = refused, 1
 			_, err := u.Token(t.Context(), asking(key))
 			require.ErrorIs(t, err, refused)
-			assert.ErrorContains(t, err, "404", "what came before it is told too")
+			assert.ErrorContains(t, err, "404", "and the error of the try before")
 			assert.NotErrorIs(t, err, tokencache.ErrBusy, "IMDS was asked")
 			slots.check(t, 1)
 		})
@@ -168,7 +168,7 @@ func TestRetriesTakeASlotEach(t *testing.T) {
 }
 
 func TestConnectionRefused(t *testing.T) {
-	u := New(Config{IMDS: &url.URL{Scheme: "http", Host: nobody}})
+	u := New(Config{IMDS: &url.URL{Scheme: "http", Host: closedAddr}})
 	defer u.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()

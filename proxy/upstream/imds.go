@@ -36,7 +36,7 @@ func newPipeline(transport *http.Transport) runtime.Pipeline {
 			RetryDelay:    200 * time.Millisecond,
 			MaxRetryDelay: maxRetryDelay,
 			ShouldRetry: func(resp *http.Response, err error) bool {
-				return err != nil || passes(resp.StatusCode)
+				return err != nil || retriable(resp.StatusCode)
 			},
 		},
 	})
@@ -91,9 +91,9 @@ func (u *Upstream) imdsToken(ctx context.Context, f *fetch, ask tokencache.Reque
 	req.SetOperationValue(f)
 
 	resp, err := u.pipeline.Do(req)
-	// A fetch that Close ended says something of IMDS only if a try of it had failed.
+	// If Close ended the fetch, only a failed try before says anything about IMDS.
 	if closed := errors.Is(context.Cause(ctx), context.Canceled); f.tries > 0 && (f.last != nil || !closed) {
-		u.outage.fetched(f.began, unanswered(resp, err, f))
+		u.outage.record(f.began, outageCause(resp, err, f))
 	}
 	switch {
 	case err != nil && f.last != nil && !errors.Is(err, f.last):

@@ -41,11 +41,11 @@ func (l *lines) with(text string) (found []string) {
 func logged(u *Upstream) *lines {
 	l := &lines{}
 	log := slog.New(slog.NewTextHandler(l, nil))
-	u.outage.log, u.spellings.to = log, log
+	u.outage.log, u.spellings.logger = log, log
 	return l
 }
 
-func TestAnotherSpellingOfTheResourceIsLoggedOnce(t *testing.T) {
+func TestResourceSpellingIsLoggedOnce(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 	u := upstreamOf(t, imds.Start())
 	log := logged(u)
@@ -63,14 +63,14 @@ func TestAnotherSpellingOfTheResourceIsLoggedOnce(t *testing.T) {
 	assert.Len(t, log.with("IMDS spells a resource differently"), maxSpellings)
 }
 
-// A proxy before IMDS loses whose the kept connections are: the answer 421 on one of them
-// is nobody's refusal, and another of them would have the same.
-func TestAForgottenConnectionIsReplaced(t *testing.T) {
+// A proxy before IMDS no longer knows whose the idle connections are, and answers 421 on
+// any of them. That is no refusal.
+func TestRetryOnNewConnection(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}, Latency: 20 * time.Millisecond})
 	u := upstreamOf(t, imds.Start())
 	_ = counted(u)
 	var all sync.WaitGroup
-	for range 5 { // each has a connection, and they are kept
+	for range 5 { // each on a connection of its own, which stays open
 		all.Go(func() { _, err := u.Token(t.Context(), asking(key)); assert.NoError(t, err) })
 	}
 	all.Wait()
@@ -83,13 +83,13 @@ func TestAForgottenConnectionIsReplaced(t *testing.T) {
 		calls := imds.Calls()
 		require.Len(t, calls, 2)
 		assert.Equal(t, []int{421, 200}, []int{calls[0].Status, calls[1].Status})
-		slots.check(t, 1) // the other was not for IMDS
+		slots.check(t, 1) // IMDS has not seen the first try
 		_, err = u.Token(t.Context(), asking(key))
 		require.NoError(t, err)
 	}
 }
 
-func TestAProxyThatForgetsEveryConnectionIsAskedTwice(t *testing.T) {
+func TestMisdirectedRequestIsRetriedOnce(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 	imds.Inject(imdstest.Fault{Status: 421}, imdstest.Fault{Status: 421})
 	u := upstreamOf(t, imds.Start())
@@ -99,9 +99,9 @@ func TestAProxyThatForgetsEveryConnectionIsAskedTwice(t *testing.T) {
 	assert.Equal(t, 2, imds.Requests())
 }
 
-// What a proxy says is not remembered as a refusal: once it is told to let the agent
-// through, the pod is served as soon as after any outage.
-func TestAProxysAnswersAreNotRememberedAsRefusals(t *testing.T) {
+// A proxy's answer is no refusal in the negative cache: once the proxy allows the agent, the
+// pod is served as soon as after any outage.
+func TestProxyAnswersAreNotCachedAsRefusals(t *testing.T) {
 	for _, status := range []int{403, 421} {
 		synctest.Test(t, func(t *testing.T) {
 			imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
@@ -123,7 +123,7 @@ func TestAProxysAnswersAreNotRememberedAsRefusals(t *testing.T) {
 	}
 }
 
-// refusing makes u's connections to IMDS fail while it is true.
+// refusing returns a switch that makes connections to IMDS fail.
 func refusing(u *Upstream) *atomic.Bool {
 	var down atomic.Bool
 	dial := u.transport.DialContext
@@ -136,7 +136,7 @@ func refusing(u *Upstream) *atomic.Bool {
 	return &down
 }
 
-// ask has pods ask for tokens of their own, every second, as long as lasts.
+// ask requests a token of its own for each pod, every second.
 func ask(t *testing.T, cache *tokencache.Cache, name string, pods int, lasts time.Duration) {
 	t.Helper()
 	var all sync.WaitGroup
@@ -150,7 +150,7 @@ func ask(t *testing.T, cache *tokencache.Cache, name string, pods int, lasts tim
 	all.Wait()
 }
 
-func TestAnOutageIsTwoLinesInTheLog(t *testing.T) {
+func TestOutageLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 		u, stop := inMemory(t, imds)
@@ -174,13 +174,13 @@ func TestAnOutageIsTwoLinesInTheLog(t *testing.T) {
 		down.Store(false)
 		ask(t, cache, "after", 20, time.Minute)
 		require.NoError(t, u.Unavailable())
-		require.Len(t, log.with(""), 2, "and one line when it is over")
+		require.Len(t, log.with(""), 2, "and one line at its end")
 		assert.Regexp(t, `level=INFO msg="IMDS gives tokens again" outage=5m\d*s failed_fetches=\d\d+`, log.with("")[1])
-		assert.Empty(t, log.with("client_id"), "no pod's request is quoted")
+		assert.Empty(t, log.with("client_id"), "quotes no request of a pod")
 	})
 }
 
-func TestWhatIsAnOutage(t *testing.T) {
+func TestOutage(t *testing.T) {
 	type fault = imdstest.Fault
 	for name, tc := range map[string]struct {
 		faults []fault
@@ -192,8 +192,8 @@ func TestWhatIsAnOutage(t *testing.T) {
 		"a token that cannot be used": {once(field("client_id", nil)), ""},
 		"an answer that is too long":  {once(fault{Status: 200, Body: strings.Repeat(" ", maxAnswer+1)}), ""},
 		"one failure, then a token":   {once(fault{Status: 500}), ""},
-		"500 for ever":                {always(fault{Status: 500}), "IMDS answered 500"},
-		"404 for ever":                {always(fault{Status: 404}), "IMDS answered 404"},
+		"500 always":                  {always(fault{Status: 500}), "IMDS answered 500"},
+		"404 always":                  {always(fault{Status: 404}), "IMDS answered 404"},
 		"no answer":                   {always(fault{Hang: true}), "no answer within 5s"},
 		"cut answers":                 {always(fault{Reset: true}), "EOF"},
 		"a proxy that refuses":        {once(fault{Status: 403}), "a proxy before IMDS answered 403"},
@@ -226,7 +226,7 @@ func TestWhatIsAnOutage(t *testing.T) {
 }
 
 // A key that IMDS cannot serve, while it serves others, is no outage.
-func TestOneFailingKeyIsNoOutage(t *testing.T) {
+func TestOneFailingKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 		u, stop := inMemory(t, imds)
@@ -244,8 +244,8 @@ func TestOneFailingKeyIsNoOutage(t *testing.T) {
 	})
 }
 
-// The fetch goes on when its callers have left, and so tells of an IMDS that hangs.
-func TestAnOutageIsNoticedWithoutCallers(t *testing.T) {
+// A fetch continues after its callers have left, and so notices that IMDS hangs.
+func TestOutageWithoutCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		imds := imdstest.NewServer(imdstest.Config{Identities: []imdstest.Identity{known}})
 		imds.Inject(always(imdstest.Fault{Hang: true})...)
@@ -263,8 +263,8 @@ func TestAnOutageIsNoticedWithoutCallers(t *testing.T) {
 	})
 }
 
-// A fetch that Close ends says nothing of IMDS; a try of it that failed before does.
-func TestCloseIsNoOutage(t *testing.T) {
+// A fetch that Close ends says nothing about IMDS, unless a try had failed before.
+func TestCloseDuringFetch(t *testing.T) {
 	for name, tc := range map[string]struct {
 		after time.Duration
 		want  bool
@@ -286,16 +286,16 @@ func TestCloseIsNoOutage(t *testing.T) {
 }
 
 // An IMDS that fails now and then must not fill the log.
-func TestOutagesAreLoggedOnceAMinute(t *testing.T) {
+func TestOutageLogIsRateLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &lines{}
 		o := outage{log: slog.New(slog.NewTextHandler(log, nil))}
 		down := errors.New("down")
 		for range 120 {
-			o.fetched(time.Now(), down)
+			o.record(time.Now(), down)
 			require.Error(t, o.err())
 			time.Sleep(time.Second)
-			o.fetched(time.Now(), nil)
+			o.record(time.Now(), nil)
 			require.NoError(t, o.err())
 			time.Sleep(time.Second)
 		}
@@ -304,7 +304,7 @@ func TestOutagesAreLoggedOnceAMinute(t *testing.T) {
 	})
 }
 
-func TestOnlyIMDSKnowsItsIdentities(t *testing.T) {
+func TestUnknownIdentity(t *testing.T) {
 	words := `{"error":"invalid_request","error_description":"Identity not found"}`
 	for want, e := range map[bool]*Error{
 		true:  newError(http.StatusBadRequest, "", []byte(words), time.Now()),

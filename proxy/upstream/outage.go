@@ -12,45 +12,45 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// warningPause is the least time between two warnings of an outage: an IMDS that fails
-// now and then must not fill the log.
-const warningPause = time.Minute
+// warningInterval is the least time between two warnings of outages: an IMDS that fails now
+// and then must not fill the log.
+const warningInterval = time.Minute
 
-// outage knows whether IMDS answers, and tells the log when that changes. It learns it
-// from the fetches of tokens alone, so that it is as late as they are.
+// outage tracks whether IMDS answers, and logs when that changes. It knows only of fetches
+// of tokens, and notices a change with the next of them.
 type outage struct {
 	log *slog.Logger
 
-	mu       sync.Mutex // guards all below
-	answered time.Time  // when IMDS last answered
-	began    time.Time  // of the outage; zero if there is none
-	failed   int        // fetches since then
-	cause    error      // of the last of them
-	warned   time.Time  // when an outage was last told to the log
-	silent   bool       // this one was not
+	mu           sync.Mutex // guards all below
+	lastAnswer   time.Time
+	began        time.Time // the outage; zero for none
+	failed       int       // fetches since it began
+	cause        error     // of the last failure
+	lastWarning  time.Time // in the log
+	warningMuted bool      // this outage is not logged
 }
 
-// fetched notes how a fetch ended that began at some time: with an answer of IMDS, be it
-// a refusal, or without one.
-func (o *outage) fetched(began time.Time, cause error) {
+// record records the result of a fetch that began at some time: cause is nil if IMDS
+// answered, with a token or a refusal.
+func (o *outage) record(began time.Time, cause error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	now := time.Now()
 	if cause == nil {
-		o.answered = now
-		if !o.began.IsZero() && !o.silent {
+		o.lastAnswer = now
+		if !o.began.IsZero() && !o.warningMuted {
 			o.log.Info("IMDS gives tokens again", "outage", now.Sub(o.began).Round(time.Second), "failed_fetches", o.failed)
 		}
 		o.began, o.failed, o.cause = time.Time{}, 0, nil
 		return
 	}
 	if o.began.IsZero() {
-		if o.answered.After(began) { // it answers others
+		if o.lastAnswer.After(began) { // IMDS answers other fetches
 			return
 		}
 		o.began = began
-		if o.silent = !o.warned.IsZero() && now.Sub(o.warned) < warningPause; !o.silent {
-			o.warned = now
+		if o.warningMuted = !o.lastWarning.IsZero() && now.Sub(o.lastWarning) < warningInterval; !o.warningMuted {
+			o.lastWarning = now
 			o.log.Warn("IMDS gives no tokens; those in memory are served meanwhile", "cause", cause, "since", began)
 		}
 	}
@@ -58,7 +58,7 @@ func (o *outage) fetched(began time.Time, cause error) {
 	o.cause = cause
 }
 
-// err says what is known of an outage; nil if there is none.
+// err describes the present outage; nil for none.
 func (o *outage) err() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -69,8 +69,9 @@ func (o *outage) err() error {
 		o.began.UTC().Format(time.RFC3339), o.failed, o.cause)
 }
 
-// unanswered is why a fetch got no answer from IMDS; nil if it got one, be it a refusal.
-func unanswered(resp *http.Response, err error, f *fetch) error {
+// outageCause returns why a fetch got no answer from IMDS; nil if it got a token or a
+// refusal.
+func outageCause(resp *http.Response, err error, f *fetch) error {
 	var answer *Error
 	var unusable *finalError
 	switch {
@@ -78,15 +79,15 @@ func unanswered(resp *http.Response, err error, f *fetch) error {
 		return nil
 	case errors.As(f.last, &answer) && answer.Class() != tokencache.Unavailable, errors.As(f.last, &unusable):
 		return nil
-	case f.last == nil: // the only try was still waiting when the fetch ended
+	case f.last == nil: // the fetch ended during its only try
 		return causeOf(err)
 	default:
 		return causeOf(f.last)
 	}
 }
 
-// causeOf is what an operator wants to know of a try that failed; not the URL, which is
-// one pod's.
+// causeOf returns the part of a failed try's error that concerns operators: not the URL,
+// which is one pod's.
 func causeOf(err error) error {
 	var request *url.Error
 	switch {

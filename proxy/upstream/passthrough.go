@@ -15,29 +15,29 @@ import (
 )
 
 const (
-	// passThroughSlots is how many requests are passed on at once, each on a connection of
-	// its own, and passThroughTokenSlots how many more of those are for the token path,
-	// which only excepted pods' are. Together with the agent's own for tokens, which have
-	// their limiter, they are all that IMDS gets. It asks for 5 requests a second at most,
-	// and answers in milliseconds.
+	// passThroughSlots is how many requests are passed through at once, each on a
+	// connection of its own. passThroughTokenSlots is how many more may be for the token
+	// path, which only excepted pods may send. IMDS gets no other requests, except for the
+	// agent's own for tokens, which have their limiter. It asks for at most 5 requests a
+	// second, and answers in milliseconds.
 	passThroughSlots      = 32
 	passThroughTokenSlots = 8
 	// slotTimeout is how long a request waits for its slot.
 	slotTimeout = 5 * time.Second
-	// passTimeout is for one request and its whole answer. The first one for
+	// passThroughTimeout is for one request and its whole answer. The first request for
 	// scheduled events takes up to two minutes (Microsoft, "Scheduled Events for
 	// Linux VMs", Enabling and disabling).
-	passTimeout = 150 * time.Second
+	passThroughTimeout = 150 * time.Second
 	// maxHeader bounds an answer's header. IMDS sends some 300 bytes.
 	maxHeader = 16 << 10
-	// maxPassed bounds an answer's body. The largest is that of /metadata/instance: 87 KB
-	// of user data (64 KB in base64), some 80 KB of tags, which come twice, and
-	// as much again for disks, keys and addresses where there are many.
-	maxPassed = 1 << 20
+	// maxPassThroughBody bounds an answer's body. The largest is that of
+	// /metadata/instance: 87 KB of user data (64 KB in base64), some 80 KB of tags, which
+	// come twice, and as much again for disks, keys and addresses where there are many.
+	maxPassThroughBody = 1 << 20
 )
 
-// ErrLongAnswer means that IMDS's answer is longer than may be passed on.
-var ErrLongAnswer = fmt.Errorf("IMDS's answer is longer than %d bytes", maxPassed)
+// ErrLongAnswer means that IMDS's answer is too long to be passed through.
+var ErrLongAnswer = fmt.Errorf("IMDS's answer is longer than %d bytes", maxPassThroughBody)
 
 var errSwitched = errors.New("IMDS switched to another protocol, which it never does")
 
@@ -45,15 +45,15 @@ var errSwitched = errors.New("IMDS switched to another protocol, which it never 
 // header that it does not have. It makes Upstream an http.RoundTripper for a reverse
 // proxy. The answer's body must be closed.
 //
-// What IMDS does is on this side of it, and what the client does on the other, so that
-// nobody else waits for a client:
+// Bodies are buffered in both directions, so that a slow client holds up no one else:
 //
 //  1. the request's body is read to its end;
-//  2. it waits for a slot; waiting clients, by RemoteAddr, take turns;
-//  3. IMDS is asked, and its answer read to its end, for 150 s and 1 MiB at most;
+//  2. the request waits for a slot; waiting clients, by RemoteAddr, take turns;
+//  3. the request is sent to IMDS, and the answer is read to its end, for 150 s and 1 MiB
+//     at most;
 //  4. the slot is released.
 //
-// What is in memory for one address is bounded by what is free, see held.
+// The memory for the bodies of one address is bounded, see bodyBudget.
 func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 	out := r.WithContext(r.Context()) // a RoundTripper must not change its request
 	out.URL = &url.URL{}
@@ -66,15 +66,15 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	from := sourceOf(r)
 	if r.Body != nil {
-		body, err := u.held.read(from, r.Body, r.ContentLength, maxHeld, ErrHeld)
-		_ = r.Body.Close() // a RoundTripper's duty, whatever comes of it
+		body, err := u.bodies.read(from, r.Body, r.ContentLength, maxBodies, ErrHeld)
+		_ = r.Body.Close() // a RoundTripper must, on errors too
 		if err != nil {
 			return nil, err
 		}
 		out.Body = body
 	}
 	slots, size := u.passThrough, passThroughSlots
-	if strings.TrimSuffix(r.URL.Path, "/") == tokenPath { // other spellings get no slot of these, and lose nothing else
+	if strings.TrimSuffix(r.URL.Path, "/") == tokenPath { // other spellings only lose these slots
 		slots, size = u.passThroughTokens, passThroughTokenSlots
 	}
 	now := time.Now()
@@ -82,7 +82,7 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 		return []netip.Addr{from}, now.Add(slotTimeout)
 	})
 	if errors.Is(err, limiter.ErrTimeout) {
-		err = fmt.Errorf("%d requests are being passed on already", size)
+		err = fmt.Errorf("%d requests are being passed through already", size)
 	}
 	if err != nil {
 		if out.Body != nil {
@@ -91,13 +91,13 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	defer release(0)
-	ctx, cancel := context.WithTimeout(r.Context(), passTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), passThroughTimeout)
 	defer cancel()
 	return u.exchange(out.WithContext(ctx), from)
 }
 
-// exchange is what takes a slot. An answer of a metadata security proxy on the way is an
-// *Error, see (*Error).byProxy.
+// exchange sends a request and reads the answer while the slot is held. The answer of a
+// metadata security proxy on the way is an *Error, see (*Error).byProxy.
 func (u *Upstream) exchange(r *http.Request, from netip.Addr) (*http.Response, error) {
 	resp, err := u.transport.RoundTrip(r) // which closes the request's body
 	if err == nil && resp.StatusCode == http.StatusMisdirectedRequest && r.Body == nil {
@@ -108,19 +108,19 @@ func (u *Upstream) exchange(r *http.Request, from netip.Addr) (*http.Response, e
 		return nil, err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode == http.StatusSwitchingProtocols { // a tunnel, on which nothing has a bound
+	if resp.StatusCode == http.StatusSwitchingProtocols { // a tunnel, which nothing bounds
 		return nil, errSwitched
 	}
 	length := resp.ContentLength
-	if r.Method == http.MethodHead { // then it is not that of a body
+	if r.Method == http.MethodHead { // the length of the body that GET would have
 		length = 0
 	}
-	body, err := u.held.read(from, resp.Body, length, maxPassed, ErrLongAnswer)
+	body, err := u.bodies.read(from, resp.Body, length, maxPassThroughBody, ErrLongAnswer)
 	if err != nil {
 		return nil, err
 	}
-	// Every answer to HEAD has no body.
-	answer := &Error{Source: sourceIMDS, Status: resp.StatusCode, empty: body.empty() && r.Method != http.MethodHead, asked: r.Method + " " + r.URL.Path}
+	// No answer to HEAD has a body.
+	answer := &Error{Source: sourceIMDS, Status: resp.StatusCode, empty: body.empty() && r.Method != http.MethodHead, request: r.Method + " " + r.URL.Path}
 	if answer.byProxy() {
 		return nil, errors.Join(answer, body.Close())
 	}
@@ -128,7 +128,7 @@ func (u *Upstream) exchange(r *http.Request, from netip.Addr) (*http.Response, e
 	return resp, nil
 }
 
-// sourceOf is the address of the client; the zero one counts, too.
+// sourceOf returns the address of the client; the zero address is one like others.
 func sourceOf(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	return from.Addr().Unmap()

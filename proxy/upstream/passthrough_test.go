@@ -23,8 +23,8 @@ import (
 	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
-// passed is a request that is passed on; imdstest's faults are for this path.
-func passed(ctx context.Context, t *testing.T) *http.Request {
+// passThroughRequest is for the token path, to which imdstest's faults apply.
+func passThroughRequest(ctx context.Context, t *testing.T) *http.Request {
 	t.Helper()
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://169.254.169.254"+tokenPath+"?api-version=2018-02-01&resource=r", nil)
 	require.NoError(t, err)
@@ -32,8 +32,8 @@ func passed(ctx context.Context, t *testing.T) *http.Request {
 	return r
 }
 
-// sent is what comes of passing r on: the body, and the first error.
-func sent(u *Upstream, r *http.Request) (body string, err error) {
+// roundTrip passes r through, and returns the body of the answer.
+func roundTrip(u *Upstream, r *http.Request) (body string, err error) {
 	resp, err := u.RoundTrip(r)
 	if err != nil {
 		return "", err
@@ -43,11 +43,11 @@ func sent(u *Upstream, r *http.Request) (body string, err error) {
 	return string(b), err
 }
 
-func TestRoundTripLeavesTheRequestAsItIs(t *testing.T) {
+func TestRoundTripDoesNotChangeTheRequest(t *testing.T) {
 	var got *http.Request
 	u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r })))
-	r := passed(t.Context(), t)
-	_, err := sent(u, r)
+	r := passThroughRequest(t.Context(), t)
+	_, err := roundTrip(u, r)
 	require.NoError(t, err)
 	assert.Equal(t, tokenPath+"?api-version=2018-02-01&resource=r", got.RequestURI)
 	assert.Equal(t, http.Header{"Metadata": {"true"}}, got.Header, "and nothing else")
@@ -55,7 +55,7 @@ func TestRoundTripLeavesTheRequestAsItIs(t *testing.T) {
 	assert.Equal(t, http.Header{"Metadata": {"true"}}, r.Header)
 }
 
-// otherPath is not the token path here, and is it for imdstest and its faults.
+// otherPath is not the token path for an Upstream, but for imdstest and its faults.
 const otherPath = "/METADATA/identity/oauth2/token"
 
 func TestPassThroughLimits(t *testing.T) {
@@ -73,7 +73,7 @@ func TestPassThroughLimits(t *testing.T) {
 				u, stop := inMemory(t, imds)
 				defer stop()
 				request := func(ctx context.Context, path string) *http.Request {
-					r := passed(ctx, t)
+					r := passThroughRequest(ctx, t)
 					r.URL.Path = path
 					return r
 				}
@@ -84,7 +84,7 @@ func TestPassThroughLimits(t *testing.T) {
 				var hanging sync.WaitGroup
 				for range tc.most {
 					hanging.Go(func() {
-						_, err := sent(u, request(ctx, tc.path))
+						_, err := roundTrip(u, request(ctx, tc.path))
 						assert.ErrorIs(t, err, context.Canceled)
 					})
 				}
@@ -93,27 +93,27 @@ func TestPassThroughLimits(t *testing.T) {
 				assert.Equal(t, tc.most, atOnce)
 
 				begin := time.Now()
-				_, err := sent(u, request(t.Context(), tc.path))
-				require.ErrorContains(t, err, "are being passed on already")
+				_, err := roundTrip(u, request(t.Context(), tc.path))
+				require.ErrorContains(t, err, "are being passed through already")
 				assert.Equal(t, slotTimeout, time.Since(begin))
 				gone, leave := context.WithTimeout(t.Context(), time.Second)
 				defer leave()
-				_, err = sent(u, request(gone, tc.path))
+				_, err = roundTrip(u, request(gone, tc.path))
 				require.ErrorIs(t, err, context.DeadlineExceeded)
 				_, err = u.Token(t.Context(), asking(key))
-				require.NoError(t, err, "the agent's own tokens do not wait behind what is passed on")
+				require.NoError(t, err, "the agent's own requests do not wait for those that are passed through")
 				for _, path := range []string{tokenPath, otherPath} {
 					if path != strings.TrimSuffix(tc.path, "/") {
 						begin = time.Now()
-						_, err = sent(u, request(t.Context(), path))
+						_, err = roundTrip(u, request(t.Context(), path))
 						require.NoError(t, err)
 						assert.Less(t, time.Since(begin), time.Second, "nor does %s", path)
 					}
 				}
 
 				time.AfterFunc(time.Second, cancel)
-				body, err := sent(u, request(t.Context(), tc.path))
-				require.NoError(t, err, "there is room in time")
+				body, err := roundTrip(u, request(t.Context(), tc.path))
+				require.NoError(t, err, "a slot is free in time")
 				assert.NotEmpty(t, body)
 				hanging.Wait()
 				assertIdle(t, u)
@@ -122,7 +122,7 @@ func TestPassThroughLimits(t *testing.T) {
 	}
 }
 
-// assertIdle checks that all that was taken has been given back.
+// assertIdle checks that all slots and all memory have been released.
 func assertIdle(t *testing.T, u *Upstream) {
 	t.Helper()
 	for l, size := range map[*limiter.Limiter]int{u.passThrough: passThroughSlots, u.passThroughTokens: passThroughTokenSlots} {
@@ -134,19 +134,19 @@ func assertIdle(t *testing.T, u *Upstream) {
 			}
 		}
 	}
-	u.held.mu.Lock()
-	defer u.held.mu.Unlock()
-	assert.EqualValues(t, maxHeld, u.held.free)
-	assert.Empty(t, u.held.byAddr)
+	u.bodies.mu.Lock()
+	defer u.bodies.mu.Unlock()
+	assert.EqualValues(t, maxBodies, u.bodies.free)
+	assert.Empty(t, u.bodies.byAddr)
 }
 
-// An answer that its client does not read takes memory of its address, and no slot.
+// An unread answer takes its address's memory, and no slot.
 func TestSlowReadersHoldNoSlot(t *testing.T) {
 	answer := strings.Repeat("x", 200<<10)
 	u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) })))
 	var unread []*http.Response
 	for i := range 2 * passThroughSlots {
-		r := passed(t.Context(), t)
+		r := passThroughRequest(t.Context(), t)
 		r.URL.Path, r.RemoteAddr = "/metadata/instance", fmt.Sprintf("10.0.0.%d:1", i/8)
 		resp, err := u.RoundTrip(r)
 		if errors.Is(err, ErrHeld) {
@@ -166,36 +166,36 @@ func TestSlowReadersHoldNoSlot(t *testing.T) {
 	assertIdle(t, u)
 }
 
-// An address may hold as much as is free, so that there is something left for the next.
-func TestWhatIsInMemoryForOneAddressLeavesRoomForOthers(t *testing.T) {
+// An address may take as much as is free, so that some is left for the next.
+func TestBodyBudget(t *testing.T) {
 	const size, one = 1 << 20, 1 << 10
-	h := newHeld(size)
+	b := newBodyBudget(size)
 	for i := range byte(50) {
 		from := netip.AddrFrom4([4]byte{10, 0, 0, i})
 		got := 0
-		for h.take(from, one) {
+		for b.reserve(from, one) {
 			got += one
 		}
-		left := size - 0
-		for _, n := range h.byAddr {
-			left -= int(n)
+		left := int64(size)
+		for _, n := range b.byAddr {
+			left -= n
 		}
-		assert.EqualValues(t, left, h.free)
+		assert.Equal(t, left, b.free)
 		if i < 8 {
 			assert.Equal(t, size>>(i+1), got, "half of what the one before left")
 		}
-		assert.GreaterOrEqual(t, h.free, int64(got))
+		assert.GreaterOrEqual(t, b.free, int64(got))
 	}
 }
 
-func TestHowLongIMDSMayTakeForWhatIsPassedOn(t *testing.T) {
+func TestPassThroughTimeout(t *testing.T) {
 	for name, tc := range map[string]struct {
 		fault imdstest.Fault
 		want  error
 	}{
 		"the first request for scheduled events": {imdstest.Fault{Delay: 2 * time.Minute}, nil},
 		"no answer":                              {imdstest.Fault{Hang: true}, context.DeadlineExceeded},
-		"no end of it":                           {imdstest.Fault{Slow: time.Hour}, context.DeadlineExceeded},
+		"an endless answer":                      {imdstest.Fault{Slow: time.Hour}, context.DeadlineExceeded},
 		"cut":                                    {imdstest.Fault{Cut: true}, io.ErrUnexpectedEOF},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -204,7 +204,7 @@ func TestHowLongIMDSMayTakeForWhatIsPassedOn(t *testing.T) {
 				u, stop := inMemory(t, imds)
 				defer stop()
 				imds.Inject(tc.fault)
-				_, err := sent(u, passed(t.Context(), t))
+				_, err := roundTrip(u, passThroughRequest(t.Context(), t))
 				require.ErrorIs(t, err, tc.want)
 				assert.Equal(t, 1, imds.Requests())
 				assertIdle(t, u)
@@ -213,7 +213,7 @@ func TestHowLongIMDSMayTakeForWhatIsPassedOn(t *testing.T) {
 	}
 }
 
-func TestTokensAndWhatIsPassedOnShareConnections(t *testing.T) {
+func TestPassThroughSharesConnections(t *testing.T) {
 	// In a bubble: net/http gives up a connection if it has not noticed within 50 ms of
 	// the answer that the request was written.
 	synctest.Test(t, func(t *testing.T) {
@@ -229,20 +229,20 @@ func TestTokensAndWhatIsPassedOnShareConnections(t *testing.T) {
 		for range 3 {
 			_, err := u.Token(t.Context(), asking(key))
 			require.NoError(t, err)
-			_, err = sent(u, passed(t.Context(), t))
+			_, err = roundTrip(u, passThroughRequest(t.Context(), t))
 			require.NoError(t, err)
 		}
 		assert.EqualValues(t, 1, dials.Load())
 	})
 }
 
-func TestWhatIMDSNeverAnswersIsNotPassedOn(t *testing.T) {
+func TestMalformedAnswersAreNotPassedThrough(t *testing.T) {
 	for name, tc := range map[string]struct {
 		answer string
 		want   string
 	}{
 		"a header without end": {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 2*maxHeader) + "\r\nContent-Length: 0\r\n\r\n", "exceeded"},
-		"a long body":          {fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", maxPassed+1), ErrLongAnswer.Error()},
+		"a long body":          {fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", maxPassThroughBody+1), ErrLongAnswer.Error()},
 		"another protocol":     {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", errSwitched.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -253,35 +253,35 @@ func TestWhatIMDSNeverAnswersIsNotPassedOn(t *testing.T) {
 					_, _ = io.WriteString(conn, tc.answer) // it hangs up on a long one
 				}
 			})))
-			_, err := sent(u, passed(t.Context(), t))
+			_, err := roundTrip(u, passThroughRequest(t.Context(), t))
 			require.ErrorContains(t, err, tc.want)
 			assertIdle(t, u)
 		})
 	}
 }
 
-func TestABodyThatTurnsOutLongIsCut(t *testing.T) {
-	for length, want := range map[int]error{maxPassed: nil, maxPassed + 1: ErrLongAnswer} {
+func TestPassThroughBodyOfUnknownLength(t *testing.T) {
+	for length, want := range map[int]error{maxPassThroughBody: nil, maxPassThroughBody + 1: ErrLongAnswer} {
 		u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			_ = http.NewResponseController(w).Flush() // so that its length is not known
 			_, _ = io.WriteString(w, strings.Repeat("x", length))
 		})))
-		_, err := sent(u, passed(t.Context(), t))
+		_, err := roundTrip(u, passThroughRequest(t.Context(), t))
 		require.ErrorIs(t, err, want)
 		assertIdle(t, u)
 	}
 }
 
-// Where a metadata security proxy has lost whose the kept connections are (421), a request
-// is sent once more on a new one.
+// If a metadata security proxy no longer knows whose an idle connection is (421), the
+// request is sent again on a new one.
 func TestPassThroughOnANewConnection(t *testing.T) {
 	imds := imdstest.NewServer(imdstest.Config{})
 	u := upstreamOf(t, imds.Start())
 	for _, path := range []string{tokenPath, "/metadata/versions"} {
 		for range 2 {
-			r := passed(t.Context(), t)
+			r := passThroughRequest(t.Context(), t)
 			r.URL.Path = path
-			body, err := sent(u, r)
+			body, err := roundTrip(u, r)
 			require.NoError(t, err)
 			assert.NotEmpty(t, body)
 			imds.ForgetConnections()
@@ -295,20 +295,20 @@ func TestPassThroughOnANewConnection(t *testing.T) {
 	assertIdle(t, u)
 }
 
-// What the proxy answers instead of IMDS is an error, with what to allow.
+// An answer of the proxy is an error that says what to allow.
 func TestPassThroughRefusedByAProxy(t *testing.T) {
 	for name, tc := range map[string]struct {
 		method   string
 		answer   imdstest.Fault
 		requests int
-		want     string // in the error; "" if the answer is passed on
+		want     string // in the error; "" if the answer is passed through
 	}{
-		"421 twice":         {"GET", imdstest.Fault{Status: 421}, 2, "a proxy before IMDS answered 421 (Misdirected Request); if this node has the Metadata Security Protocol (GuestProxyAgent), allow this agent's process GET " + tokenPath},
-		"421 with a body":   {"POST", imdstest.Fault{Status: 421}, 1, "allow this agent's process POST " + tokenPath},
-		"403 without words": {"GET", imdstest.Fault{Status: 403}, 1, "a proxy before IMDS answered 403 (Forbidden)"},
-		"403 of IMDS's":     {"GET", imdstest.Fault{Status: 403, Body: `{"error":"forbidden"}`}, 1, ""},
-		"403 to HEAD":       {"HEAD", imdstest.Fault{Status: 403}, 1, ""},
-		"404 without words": {"GET", imdstest.Fault{Status: 404}, 1, ""},
+		"421 twice":          {"GET", imdstest.Fault{Status: 421}, 2, "a proxy before IMDS answered 421 (Misdirected Request); if this node has the Metadata Security Protocol (GuestProxyAgent), allow this agent's process GET " + tokenPath},
+		"421 with a body":    {"POST", imdstest.Fault{Status: 421}, 1, "allow this agent's process POST " + tokenPath},
+		"403 without a body": {"GET", imdstest.Fault{Status: 403}, 1, "a proxy before IMDS answered 403 (Forbidden)"},
+		"403 of IMDS's":      {"GET", imdstest.Fault{Status: 403, Body: `{"error":"forbidden"}`}, 1, ""},
+		"403 to HEAD":        {"HEAD", imdstest.Fault{Status: 403}, 1, ""},
+		"404 without a body": {"GET", imdstest.Fault{Status: 404}, 1, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var requests atomic.Int32
@@ -317,11 +317,11 @@ func TestPassThroughRefusedByAProxy(t *testing.T) {
 				w.WriteHeader(tc.answer.Status)
 				_, _ = io.WriteString(w, tc.answer.Body)
 			})))
-			r := passed(t.Context(), t)
+			r := passThroughRequest(t.Context(), t)
 			if r.Method = tc.method; tc.method == "POST" {
 				r.Body, r.ContentLength = io.NopCloser(strings.NewReader("{}")), 2
 			}
-			_, err := sent(u, r)
+			_, err := roundTrip(u, r)
 			if tc.want == "" {
 				require.NoError(t, err)
 			} else {

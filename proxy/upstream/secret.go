@@ -10,13 +10,13 @@ import (
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// ErrNoSecret is wrapped by the errors of Config.Secret where asking again changes
-// nothing: there is no such Secret, or the agent may not read it.
+// ErrNoSecret is wrapped by errors of Config.Secret that a retry does not change: the Secret
+// does not exist, or the agent may not read it.
 var ErrNoSecret = errors.New("it cannot be read")
 
-// CredentialError means that the agent cannot prove to be a service principal, so
-// that Entra was not asked. It is for operators: what it says is not for pods. It
-// quotes nothing that is in the Secret but the names of keys.
+// CredentialError means that the agent has no usable credential for a service principal, and
+// sent nothing to Entra. Its text is for operators, not for pods, and quotes nothing from
+// the Secret but the names of its keys.
 type CredentialError struct {
 	Namespace, Name string // of the Secret
 	Err             error  // what is wrong with it
@@ -31,15 +31,15 @@ func (e *CredentialError) Error() string {
 // Unwrap returns Err.
 func (e *CredentialError) Unwrap() error { return e.Err }
 
-// Class is Refused where somebody has to change something, and Unavailable where
-// the API server could not be asked.
+// Class is Unavailable if the API server did not answer, and Refused if the configuration is
+// wrong.
 func (e *CredentialError) Class() tokencache.Class { return e.class }
 
 func refusedCredential(p tokencache.Principal, err error) error {
 	return &CredentialError{Namespace: p.SecretNamespace, Name: p.SecretName, Err: err, class: tokencache.Refused}
 }
 
-// secretError is what Config.Secret's error means.
+// secretError classifies an error of Config.Secret.
 func secretError(p tokencache.Principal, err error) error {
 	e := &CredentialError{Namespace: p.SecretNamespace, Name: p.SecretName, Err: err, class: tokencache.Unavailable}
 	if errors.Is(err, ErrNoSecret) {
@@ -55,33 +55,33 @@ const (
 	passwordKey     = "password"
 )
 
-// clientSecretIn finds a client secret: under its name, or under the only name
-// there is, as the old NMI did (it took any of several).
+// clientSecretIn returns the client secret: the value of its key, or of the only key, as in
+// the old NMI (which took any of several).
 func clientSecretIn(data map[string][]byte) (string, error) {
 	value, ok := data[clientSecretKey]
 	name := clientSecretKey
 	if !ok {
-		switch names := namesOf(data); len(names) {
+		switch names := keyNames(data); len(names) {
 		case 0:
-			return "", errors.New("it has no keys; the client secret belongs under " + clientSecretKey)
+			return "", errors.New("has no keys; want " + clientSecretKey)
 		case 1:
 			name = names[0]
 			value = data[name]
 		default:
-			return "", fmt.Errorf("of its keys %s none is %s, under which the client secret belongs", strings.Join(names, ", "), clientSecretKey)
+			return "", fmt.Errorf("has keys %s; want %s", strings.Join(names, ", "), clientSecretKey)
 		}
 	}
-	// Files end with a newline, and kubectl --from-file takes it along. Entra
-	// makes client secrets itself, and none ends so.
+	// Text files end with a newline, and kubectl --from-file keeps it. Entra generates
+	// client secrets, and none ends with one.
 	secret := strings.TrimRight(string(value), "\r\n")
 	if secret == "" {
-		return "", fmt.Errorf("its key %s is empty", name)
+		return "", fmt.Errorf("key %s is empty", name)
 	}
 	return secret, nil
 }
 
-// namesOf are a Secret's keys, sorted, and no more of them than a line can take.
-func namesOf(data map[string][]byte) []string {
+// keyNames returns the names of a Secret's keys, sorted, and only the first few of many.
+func keyNames(data map[string][]byte) []string {
 	const most = 10
 	names := slices.Sorted(maps.Keys(data))
 	if len(names) > most {

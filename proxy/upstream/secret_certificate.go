@@ -17,28 +17,28 @@ import (
 	"software.sslmate.com/src/go-pkcs12"
 )
 
-// certificate is what a PKCS12 file comes to: the private key, and the certificates, of
-// which the first is the key's.
+// certificate is the content of a PKCS12 file: a private key, and certificates, the first of
+// which is the key's.
 type certificate struct {
 	key   *rsa.PrivateKey
 	chain []*x509.Certificate
 }
 
 const (
-	// maxCertificates is how many Secrets' certificates are remembered; 64 files of
-	// maxPKCS12 come to some 12 MB.
+	// maxCertificates is how many Secrets' certificates are cached; those of 64 files of
+	// maxPKCS12 take some 12 MB.
 	maxCertificates = 64
-	// keepCertificate is for how long one is remembered that nobody asks for. A token of
-	// a service principal is refreshed within the hour.
-	keepCertificate = 2 * time.Hour
-	// maxRSABits is the longest RSA key that is used: nothing can stop a signature that
-	// takes minutes. Entra's have 2,048 or 4,096.
+	// certificateIdleTimeout is how long an unused certificate stays cached. Tokens of
+	// service principals are refreshed within the hour.
+	certificateIdleTimeout = 2 * time.Hour
+	// maxRSABits bounds RSA keys: a signature can take minutes, and cannot be
+	// interrupted. Entra's certificates have 2,048 or 4,096 bits.
 	maxRSABits = 8192
 )
 
-// certificates decodes PKCS12 files, one at a time, and remembers what the last version
-// of each Secret came to, be it an error: to derive the keys takes up to seconds of a
-// core. The Secret itself is read anew for each token.
+// certificates decodes PKCS12 files, one at a time, and caches the result for the last
+// version of each Secret, errors included: deriving the keys takes up to seconds of CPU time.
+// The Secret itself is read for each token.
 type certificates struct {
 	decoding chan struct{} // holds one element while a file is decoded
 	decode   func(map[string][]byte) (certificate, error)
@@ -47,28 +47,28 @@ type certificates struct {
 	bySecret *lru.Cache[string, *decoded]
 }
 
-// decoded is what a version of a Secret came to.
+// decoded is the result for one version of a Secret.
 type decoded struct {
 	version     [sha256.Size]byte
 	certificate certificate
 	err         error
-	unused      *time.Timer // forgets it
+	idle        *time.Timer // removes it from the cache
 }
 
 func newCertificates() *certificates {
-	bySecret, err := lru.NewWithEvict(maxCertificates, func(_ string, d *decoded) { d.unused.Stop() })
+	bySecret, err := lru.NewWithEvict(maxCertificates, func(_ string, d *decoded) { d.idle.Stop() })
 	if err != nil { // only for a size below 1
 		panic(err)
 	}
 	return &certificates{decoding: make(chan struct{}, 1), decode: certificateIn, bySecret: bySecret}
 }
 
-// of returns the certificate in a Secret. It returns when ctx ends, although nothing can
-// stop the decoder: that goes on, for the seconds that maxIterations allows, and its
-// result is for the next who asks.
-func (c *certificates) of(ctx context.Context, secret string, data map[string][]byte) (certificate, error) {
-	version := versionOf(data)
-	if d := c.known(secret, version); d != nil {
+// get returns the certificate in a Secret. It returns when ctx ends, although the decoder
+// cannot be interrupted: it continues, for the seconds that maxIterations allows, and its
+// result is cached for the next call.
+func (c *certificates) get(ctx context.Context, secret string, data map[string][]byte) (certificate, error) {
+	version := secretVersion(data)
+	if d := c.lookup(secret, version); d != nil {
 		return d.certificate, d.err
 	}
 	select {
@@ -76,7 +76,7 @@ func (c *certificates) of(ctx context.Context, secret string, data map[string][]
 	case <-ctx.Done():
 		return certificate{}, ctx.Err()
 	}
-	if d := c.known(secret, version); d != nil { // another was waited for
+	if d := c.lookup(secret, version); d != nil { // decoded while this call waited
 		<-c.decoding
 		return d.certificate, d.err
 	}
@@ -85,7 +85,7 @@ func (c *certificates) of(ctx context.Context, secret string, data map[string][]
 		defer func() { <-c.decoding }()
 		d := &decoded{version: version}
 		d.certificate, d.err = c.decodeSafely(data)
-		c.remember(secret, d)
+		c.store(secret, d)
 		done <- d
 	}()
 	select {
@@ -96,7 +96,7 @@ func (c *certificates) of(ctx context.Context, secret string, data map[string][]
 	}
 }
 
-// decodeSafely makes a panic of the decoder an error of the file.
+// decodeSafely turns a panic of the decoder into an error.
 func (c *certificates) decodeSafely(data map[string][]byte) (got certificate, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -106,22 +106,22 @@ func (c *certificates) decodeSafely(data map[string][]byte) (got certificate, er
 	return c.decode(data)
 }
 
-func (c *certificates) known(secret string, version [sha256.Size]byte) *decoded {
+func (c *certificates) lookup(secret string, version [sha256.Size]byte) *decoded {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	d, ok := c.bySecret.Get(secret)
 	if !ok || d.version != version {
 		return nil
 	}
-	d.unused.Reset(keepCertificate)
+	d.idle.Reset(certificateIdleTimeout)
 	return d
 }
 
-func (c *certificates) remember(secret string, d *decoded) {
+func (c *certificates) store(secret string, d *decoded) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.bySecret.Remove(secret)
-	d.unused = time.AfterFunc(keepCertificate, func() { c.forget(secret) })
+	d.idle = time.AfterFunc(certificateIdleTimeout, func() { c.forget(secret) })
 	c.bySecret.Add(secret, d)
 }
 
@@ -137,54 +137,53 @@ func (c *certificates) close() {
 	c.bySecret.Purge()
 }
 
-// versionOf tells the versions of what a certificate is made of apart.
-func versionOf(data map[string][]byte) [sha256.Size]byte {
+// secretVersion returns a hash of the keys that a certificate is read from.
+func secretVersion(data map[string][]byte) [sha256.Size]byte {
 	file, password := sha256.Sum256(data[certificateKey]), sha256.Sum256(data[passwordKey])
 	return sha256.Sum256(append(file[:], password[:]...))
 }
 
-// certificateIn reads a certificate with its private key out of the PKCS12 file in
-// a Secret.
+// certificateIn decodes the certificate and private key in a Secret's PKCS12 file.
 func certificateIn(data map[string][]byte) (certificate, error) {
 	file, ok := data[certificateKey]
 	switch {
 	case !ok && len(data) == 0:
-		return certificate{}, errors.New("it has no keys; the PKCS12 file belongs under " + certificateKey)
+		return certificate{}, errors.New("has no keys; want " + certificateKey + " with a PKCS12 file")
 	case !ok:
-		return certificate{}, fmt.Errorf("of its keys %s none is %s, under which the PKCS12 file belongs", strings.Join(namesOf(data), ", "), certificateKey)
+		return certificate{}, fmt.Errorf("has keys %s; want %s with a PKCS12 file", strings.Join(keyNames(data), ", "), certificateKey)
 	case len(file) == 0:
-		return certificate{}, fmt.Errorf("its key %s is empty", certificateKey)
+		return certificate{}, fmt.Errorf("key %s is empty", certificateKey)
 	case bytes.HasPrefix(bytes.TrimSpace(file), []byte("-----BEGIN ")):
-		return certificate{}, fmt.Errorf("its key %s is PEM, and must be a PKCS12 file (openssl pkcs12 -export makes one)", certificateKey)
+		return certificate{}, fmt.Errorf("key %s is PEM; want a PKCS12 file (openssl pkcs12 -export makes one)", certificateKey)
 	}
 	password := string(data[passwordKey])
 	key, chain, err := decodePKCS12(file, password)
 	switch {
 	case errors.Is(err, pkcs12.ErrIncorrectPassword) && password == "":
-		return certificate{}, fmt.Errorf("the PKCS12 file in %s has a password, and there is none under %s", certificateKey, passwordKey)
+		return certificate{}, fmt.Errorf("the PKCS12 file in key %s has a password; want it in key %s", certificateKey, passwordKey)
 	case errors.Is(err, pkcs12.ErrIncorrectPassword):
-		return certificate{}, fmt.Errorf("the password under %s is not that of the PKCS12 file in %s", passwordKey, certificateKey)
+		return certificate{}, fmt.Errorf("wrong password in key %s for the PKCS12 file in key %s", passwordKey, certificateKey)
 	case err != nil: // "private key missing" and the like
-		return certificate{}, fmt.Errorf("%s is not a PKCS12 file with one certificate and its private key: %w", certificateKey, err)
+		return certificate{}, fmt.Errorf("key %s is not a PKCS12 file with one certificate and its private key: %w", certificateKey, err)
 	}
 	signer, ok := key.(*rsa.PrivateKey)
 	if !ok {
-		return certificate{}, fmt.Errorf("the private key in %s is not an RSA key, and Entra takes no other", certificateKey)
+		return certificate{}, fmt.Errorf("the private key in %s is not an RSA key, the only kind that Entra accepts", certificateKey)
 	}
 	if err := checkKey(signer); err != nil {
 		return certificate{}, err
 	}
-	own := slices.IndexFunc(chain, func(c *x509.Certificate) bool { return signer.PublicKey.Equal(c.PublicKey) })
-	if own < 0 {
+	leaf := slices.IndexFunc(chain, func(c *x509.Certificate) bool { return signer.PublicKey.Equal(c.PublicKey) })
+	if leaf < 0 {
 		return certificate{}, fmt.Errorf("no certificate in %s belongs to the private key in it", certificateKey)
 	}
-	chain[0], chain[own] = chain[own], chain[0]
+	chain[0], chain[leaf] = chain[leaf], chain[0]
 	return certificate{key: signer, chain: chain}, nil
 }
 
 func checkKey(key *rsa.PrivateKey) error {
 	if bits := key.N.BitLen(); bits > maxRSABits {
-		return fmt.Errorf("the RSA key in %s has %d bits, and may have %d", certificateKey, bits, maxRSABits)
+		return fmt.Errorf("the RSA key in %s has %d bits; the limit is %d", certificateKey, bits, maxRSABits)
 	}
 	return nil
 }

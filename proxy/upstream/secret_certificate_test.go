@@ -23,7 +23,7 @@ import (
 	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
-// counting makes c count its decodings.
+// counting returns a count of the files that c decodes.
 func counting(c *certificates) *atomic.Int32 {
 	var n atomic.Int32
 	decode := c.decode
@@ -34,7 +34,7 @@ func counting(c *certificates) *atomic.Int32 {
 	return &n
 }
 
-func TestACertificateIsDecodedOnceWhileItsSecretIsUnchanged(t *testing.T) {
+func TestCertificateIsDecodedOncePerSecretVersion(t *testing.T) {
 	cert, key := pair()
 	file := func(word string) map[string][]byte {
 		b, err := pkcs12.Modern.Encode(key, cert, nil, word)
@@ -58,16 +58,16 @@ func TestACertificateIsDecodedOnceWhileItsSecretIsUnchanged(t *testing.T) {
 	assert.EqualValues(t, 2, n.Load(), "a changed Secret counts at once")
 	p.secrets["sp"]["password"] = []byte("wrong")
 	for range 3 {
-		require.ErrorContains(t, fetch(), "is not that of the PKCS12 file")
+		require.ErrorContains(t, fetch(), "wrong password in key password")
 	}
-	assert.EqualValues(t, 3, n.Load(), "errors are remembered too")
+	assert.EqualValues(t, 3, n.Load(), "errors are cached too")
 
 	p.err = fmt.Errorf("%w: there is no such secret", ErrNoSecret)
 	require.Error(t, fetch())
-	assert.Zero(t, p.Upstream.entra.certificates.bySecret.Len(), "nothing is kept of a Secret that is gone")
+	assert.Zero(t, p.Upstream.entra.certificates.bySecret.Len(), "nothing is cached of a Secret that is gone")
 }
 
-func TestACertificateThatExpiresIsNotUsedFromMemory(t *testing.T) {
+func TestCachedCertificateExpires(t *testing.T) {
 	cert, key := entratest.NewCertificate(time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
 	got := certificate{key: key, chain: []*x509.Certificate{cert}}
 	require.NoError(t, got.validAt(time.Now()))
@@ -75,31 +75,31 @@ func TestACertificateThatExpiresIsNotUsedFromMemory(t *testing.T) {
 	require.ErrorContains(t, got.validAt(time.Now().Add(-2*time.Hour)), "not valid before")
 }
 
-func TestRememberedCertificatesAreBounded(t *testing.T) {
+func TestCachedCertificatesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCertificates()
 		c.decode = func(map[string][]byte) (certificate, error) { return certificate{}, errors.New("no") }
 		n := counting(c)
 		for i := range 2 * maxCertificates {
-			_, err := c.of(t.Context(), fmt.Sprint(i), nil)
+			_, err := c.get(t.Context(), fmt.Sprint(i), nil)
 			require.Error(t, err)
 		}
 		assert.Equal(t, maxCertificates, c.bySecret.Len())
 		last := fmt.Sprint(2*maxCertificates - 1)
 		for range 3 {
-			time.Sleep(keepCertificate - time.Second)
-			_, err := c.of(t.Context(), last, nil)
+			time.Sleep(certificateIdleTimeout - time.Second)
+			_, err := c.get(t.Context(), last, nil)
 			require.Error(t, err)
 		}
 		assert.EqualValues(t, 2*maxCertificates, n.Load(), "what is in use is kept")
 		assert.Equal(t, 1, c.bySecret.Len(), "and nothing else")
-		time.Sleep(keepCertificate)
+		time.Sleep(certificateIdleTimeout)
 		synctest.Wait()
 		assert.Zero(t, c.bySecret.Len())
 	})
 }
 
-func TestManyFetchesDecodeACertificateOnce(t *testing.T) {
+func TestConcurrentFetchesDecodeOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCertificates()
 		defer c.close()
@@ -109,7 +109,7 @@ func TestManyFetchesDecodeACertificateOnce(t *testing.T) {
 		begin := time.Now()
 		for i := range 100 {
 			all.Go(func() {
-				_, err := c.of(t.Context(), fmt.Sprint(i%2), nil)
+				_, err := c.get(t.Context(), fmt.Sprint(i%2), nil)
 				assert.NoError(t, err)
 			})
 		}
@@ -119,20 +119,19 @@ func TestManyFetchesDecodeACertificateOnce(t *testing.T) {
 	})
 }
 
-func TestADecoderThatPanicsEndsNothing(t *testing.T) {
+func TestDecoderPanics(t *testing.T) {
 	c := newCertificates()
 	defer c.close()
 	c.decode = func(map[string][]byte) (certificate, error) { panic("boom") }
-	_, err := c.of(t.Context(), "s", nil)
+	_, err := c.get(t.Context(), "s", nil)
 	require.ErrorContains(t, err, "boom")
 	c.decode = func(map[string][]byte) (certificate, error) { return certificate{}, nil }
-	_, err = c.of(t.Context(), "t", nil)
+	_, err = c.get(t.Context(), "t", nil)
 	require.NoError(t, err)
 }
 
-// While a certificate is decoded no slot is taken, and neither its callers nor Close wait
-// for longer than they would.
-func TestDecodingACertificateTakesNoSlot(t *testing.T) {
+// Decoding takes no slot, and delays neither callers that leave nor Close.
+func TestDecodingTakesNoSlot(t *testing.T) {
 	p := newPrincipals(t, nil)
 	p.secrets["slow"] = map[string][]byte{"certificate": []byte("x")}
 	began, release := make(chan struct{}), make(chan struct{})
@@ -163,8 +162,8 @@ func TestDecodingACertificateTakesNoSlot(t *testing.T) {
 	waiting.Wait()
 }
 
-// What before went on past every deadline, and past SIGTERM.
-func TestAnEndlessCertificateIsRefusedAtOnce(t *testing.T) {
+// It cannot be interrupted, neither by a deadline nor by SIGTERM.
+func TestEndlessCertificateIsRefused(t *testing.T) {
 	cert, key := pair()
 	file, err := pkcs12.Modern.Encode(key, cert, nil, password)
 	require.NoError(t, err)
@@ -175,11 +174,11 @@ func TestAnEndlessCertificateIsRefusedAtOnce(t *testing.T) {
 	var failure *tokencache.Failure
 	require.ErrorAs(t, err, &failure)
 	assert.Equal(t, tokencache.Refused, failure.Class)
-	assert.ErrorContains(t, err, "secret shop/sp: certificate is not a PKCS12 file with one certificate and its private key: it asks for 2147483648 iterations")
+	assert.ErrorContains(t, err, "secret shop/sp: key certificate is not a PKCS12 file with one certificate and its private key: it asks for 2147483648 iterations")
 	cache.Close()
 }
 
-func TestAnRSAKeyHasALongestLength(t *testing.T) {
+func TestRSAKeyLength(t *testing.T) {
 	n := new(big.Int).Lsh(big.NewInt(1), maxRSABits)
 	require.ErrorContains(t, checkKey(&rsa.PrivateKey{PublicKey: rsa.PublicKey{N: n}}), "has 8193 bits")
 	require.NoError(t, checkKey(&rsa.PrivateKey{PublicKey: rsa.PublicKey{N: n.Rsh(n, 1)}}))

@@ -16,16 +16,16 @@ import (
 )
 
 const (
-	// maxIterations is how often a PKCS12 file may have a hash repeated to derive one of
-	// its keys. OpenSSL writes 2,048, Windows 2,000, Java 10,000; a million take about a
-	// second. The file says how many, and nothing can stop them once they run.
+	// maxIterations bounds the iterations of each key derivation that a PKCS12 file asks
+	// for. OpenSSL uses 2,048, Windows 2,000, Java 10,000; a million take about a second,
+	// and cannot be interrupted.
 	maxIterations = 1_000_000
-	// maxPKCS12 bounds a file, in bytes. One with a long chain has 20 KB.
+	// maxPKCS12 bounds the size of a file, in bytes. A long chain takes 20 KB.
 	maxPKCS12 = 64 << 10
 )
 
-// The parts of a PKCS12 file (RFC 7292, section 4) that say how its keys are derived.
-// They are read as go-pkcs12 reads them.
+// The parts of a PKCS12 file (RFC 7292, section 4) that say how its keys are derived, parsed
+// as go-pkcs12 parses them.
 type (
 	pfx struct {
 		Version  int
@@ -89,28 +89,27 @@ var (
 	oidSHA256        = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 2, 1}
 )
 
-// decodePKCS12 decodes a file of which nothing is believed: who may write a Secret could
-// otherwise keep the agent busy for hours.
+// decodePKCS12 decodes an untrusted file: anyone who may write a Secret could otherwise keep
+// the agent busy for hours.
 //
 //  1. All iteration counts that can be read without the password are checked.
-//  2. The password is checked, as it is, and without the newline that it may have from a
-//     file.
-//  3. The file is decoded with its unencrypted contents first. What is in the encrypted
-//     ones, and so how often a key there wants to be hashed, cannot be known before they
-//     are decrypted. But the decoder refuses a second private key before it decrypts it,
-//     and the first is one whose count has been checked.
+//  2. The password is checked, as it is, and without a trailing newline from a text file.
+//  3. The file is decoded with its unencrypted contents first. The iteration count of a key
+//     in the encrypted contents is unknown until they are decrypted. But the decoder refuses
+//     a second private key before it decrypts it, and the first is one whose count has been
+//     checked.
 func decodePKCS12(file []byte, password string) (key any, chain []*x509.Certificate, err error) {
 	contents, err := checkPKCS12(file)
 	if err != nil {
 		return nil, nil, err
 	}
 	for _, word := range []string{password, strings.TrimRight(password, "\r\n")} {
-		// Only the MAC is of interest. This decrypts no private key.
+		// For the MAC alone: this decrypts no private key.
 		if _, err = pkcs12.DecodeTrustStore(file, word); errors.Is(err, pkcs12.ErrIncorrectPassword) {
 			continue
 		}
 		encodings := [][]byte{bmpString(word)}
-		if word == "" { // some programs encode it as nothing at all
+		if word == "" { // some programs encode it as zero bytes
 			encodings = append(encodings, nil)
 		}
 		for _, encoded := range encodings {
@@ -125,11 +124,11 @@ func decodePKCS12(file []byte, password string) (key any, chain []*x509.Certific
 	return nil, nil, err
 }
 
-// checkPKCS12 checks how often a file wants hashes repeated, as far as that can be seen
-// from outside, and returns its contents, those that are not encrypted first.
+// checkPKCS12 checks the iteration counts that can be read without the password, and returns
+// the file's contents, unencrypted ones first.
 func checkPKCS12(file []byte) ([]contentInfo, error) {
 	if len(file) > maxPKCS12 {
-		return nil, fmt.Errorf("it has %d bytes, and may have %d", len(file), maxPKCS12)
+		return nil, fmt.Errorf("it has %d bytes; the limit is %d", len(file), maxPKCS12)
 	}
 	var outer pfx
 	var inner []byte
@@ -165,19 +164,19 @@ func checkPKCS12(file []byte) ([]contentInfo, error) {
 			keys += n
 			plain = append(plain, content)
 		default:
-			return nil, fmt.Errorf("its contents of type %s are not supported", content.ContentType)
+			return nil, fmt.Errorf("contents of type %s are not supported", content.ContentType)
 		}
 	}
 	switch {
 	case keys == 0:
-		return nil, errors.New("private key missing, or it is in the part that is encrypted as a whole; openssl pkcs12 -export puts it beside that")
+		return nil, errors.New("private key missing, or inside of the encrypted contents; openssl pkcs12 -export puts it beside them")
 	case keys > 1:
-		return nil, fmt.Errorf("it has %d private keys, and must have one", keys)
+		return nil, fmt.Errorf("it has %d private keys; want one", keys)
 	}
 	return append(plain, encrypted...), nil
 }
 
-// checkBags checks the private keys in contents that are not encrypted, and counts them.
+// checkBags checks and counts the private keys in unencrypted contents.
 func checkBags(content contentInfo) (keys int, err error) {
 	var data []byte
 	var bags []safeBag
@@ -205,14 +204,14 @@ func checkBags(content contentInfo) (keys int, err error) {
 // checkKDF checks the parameters of a password-based algorithm.
 func checkKDF(algorithm pkix.AlgorithmIdentifier) error {
 	if !algorithm.Algorithm.Equal(oidPBES2) && !algorithm.Algorithm.Equal(oidPBMAC1) {
-		var params pbeParams // of RFC 7292, appendix C; the decoder knows no others
+		var params pbeParams // RFC 7292, appendix C; the decoder supports no others
 		if err := unmarshal(algorithm.Parameters.FullBytes, &params); err != nil {
 			return err
 		}
 		return checkIterations(params.Iterations)
 	}
 	var params kdfParams
-	var pbkdf2 pbkdf2Params // the decoder knows no other
+	var pbkdf2 pbkdf2Params // the decoder supports no other
 	if err := errors.Join(unmarshal(algorithm.Parameters.FullBytes, &params), unmarshal(params.KDF.Parameters.FullBytes, &pbkdf2)); err != nil {
 		return err
 	}
@@ -221,12 +220,12 @@ func checkKDF(algorithm pkix.AlgorithmIdentifier) error {
 
 func checkIterations(n int) error {
 	if n > maxIterations {
-		return fmt.Errorf("it asks for %d iterations to derive a key, and may ask for %d; export it again with fewer", n, maxIterations)
+		return fmt.Errorf("it asks for %d iterations to derive a key; the limit is %d: export it again with fewer", n, maxIterations)
 	}
 	return nil
 }
 
-// unmarshal is asn1.Unmarshal for all of b.
+// unmarshal is asn1.Unmarshal, and refuses trailing data.
 func unmarshal(b []byte, into any) error {
 	rest, err := asn1.Unmarshal(b, into)
 	if err == nil && len(rest) > 0 {
@@ -235,12 +234,12 @@ func unmarshal(b []byte, into any) error {
 	return err
 }
 
-// encodePFX makes a PKCS12 file of contents, with a MAC for the encoded password that
-// has no salt and needs one iteration.
+// encodePFX encodes contents as a PKCS12 file, with a MAC for the encoded password, without
+// salt and with one iteration.
 func encodePFX(contents []contentInfo, password []byte) []byte {
 	inner := marshal(contents)
-	// RFC 7292, appendix B.2: the diversifier for MACs, no salt, the password repeated to
-	// fill blocks. The output of one SHA-256 is as long as the key.
+	// RFC 7292, appendix B.2: the diversifier for MACs, no salt, and the password repeated to
+	// fill blocks. The key is as long as the output of SHA-256.
 	const block = sha256.BlockSize
 	input := bytes.Repeat([]byte{3}, block)
 	for blocks := (len(password) + block - 1) / block; len(input) < (1+blocks)*block; {
@@ -259,13 +258,13 @@ func encodePFX(contents []contentInfo, password []byte) []byte {
 func marshal(v any) []byte {
 	b, err := asn1.Marshal(v)
 	if err != nil {
-		panic(err) // of what was unmarshalled before, or is made above
+		panic(err) // its values were unmarshalled, or made above
 	}
 	return b
 }
 
-// bmpString is how RFC 7292 (appendix B.1) encodes a password: UTF-16, big-endian, with a
-// zero at its end.
+// bmpString encodes a password by RFC 7292, appendix B.1: UTF-16, big-endian, with a zero at
+// the end.
 func bmpString(password string) []byte {
 	var b []byte
 	for _, unit := range append(utf16.Encode([]rune(password)), 0) {

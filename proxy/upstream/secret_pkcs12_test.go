@@ -46,7 +46,7 @@ func pbes2(n int, salt, iv []byte) pkix.AlgorithmIdentifier {
 	})
 }
 
-// sealed encrypts as PBES2 does, in one iteration, and says that it took n.
+// sealed encrypts by PBES2 with one iteration, and claims n.
 func sealed(t *testing.T, plain []byte, n int) (pkix.AlgorithmIdentifier, []byte) {
 	t.Helper()
 	salt, iv := make([]byte, 16), make([]byte, aes.BlockSize)
@@ -72,7 +72,7 @@ func certificateBag(c *x509.Certificate) safeBag {
 	}
 }
 
-// keyBag holds a private key that says it takes n iterations to decrypt; none at all
+// keyBag returns a private key whose decryption claims to take n iterations; unencrypted
 // for 0.
 func keyBag(t *testing.T, key any, n int) safeBag {
 	t.Helper()
@@ -99,7 +99,7 @@ func sealedContents(t *testing.T, n int, bags ...safeBag) contentInfo {
 	return contentInfo{ContentType: oidEncryptedData, Content: context0(marshal(data))}
 }
 
-// withMAC says of a file's MAC that its key takes n iterations to derive.
+// withMAC sets the number of iterations for the key of a file's MAC.
 func withMAC(t *testing.T, file []byte, n int) []byte {
 	t.Helper()
 	var outer pfx
@@ -111,9 +111,8 @@ func withMAC(t *testing.T, file []byte, n int) []byte {
 	return marshal(outer)
 }
 
-// Whoever may write a Secret must not be able to keep the agent busy for long: neither by
-// a count that can be seen, nor by one that can be seen only once its contents are
-// decrypted.
+// Anyone who may write a Secret must not keep the agent busy for long, neither by an
+// iteration count in the clear, nor by one in encrypted contents.
 func TestEndlessPKCS12FilesAreRefused(t *testing.T) {
 	certificate, key := pair()
 	encode := func(encoder *pkcs12.Encoder) []byte {
@@ -124,17 +123,17 @@ func TestEndlessPKCS12FilesAreRefused(t *testing.T) {
 	made := func(contents ...contentInfo) []byte { return encodePFX(contents, bmpString(password)) }
 	cert, open, slow := certificateBag(certificate), keyBag(t, key, 1), keyBag(t, key, endless)
 	beyond := marshal(pbeParams{Salt: []byte("salt"), Iterations: endless})
-	const iterations = "asks for 2147483648 iterations to derive a key, and may ask for 1000000"
+	const iterations = "asks for 2147483648 iterations to derive a key; the limit is 1000000"
 	for name, tc := range map[string]struct {
 		file []byte
 		err  string
 	}{
-		"nothing wrong":                         {made(sealedContents(t, 1, cert), plainContents(open)), ""},
+		"valid":                                 {made(sealedContents(t, 1, cert), plainContents(open)), ""},
 		"nothing encrypted":                     {made(plainContents(keyBag(t, key, 0), cert)), ""},
 		"the MAC":                               {withMAC(t, encode(pkcs12.Modern), endless), iterations},
-		"the MAC, one above the most":           {withMAC(t, encode(pkcs12.Modern), maxIterations+1), "asks for 1000001"},
+		"the MAC, one above the limit":          {withMAC(t, encode(pkcs12.Modern), maxIterations+1), "asks for 1000001"},
 		"the MAC, of RFC 9579":                  {withMAC(t, encode(pkcs12.Modern2026), endless), iterations},
-		"the MAC, more than any number":         {withMAC(t, encode(pkcs12.Modern), math.MaxInt64), "asks for 9223372036854775807"},
+		"the MAC, the largest number":           {withMAC(t, encode(pkcs12.Modern), math.MaxInt64), "asks for 9223372036854775807"},
 		"the encrypted certificates":            {made(sealedContents(t, endless, cert), plainContents(open)), iterations},
 		"the key":                               {made(sealedContents(t, 1, cert), plainContents(slow)), iterations},
 		"the key, by an older algorithm":        {made(sealedContents(t, 1, cert), plainContents(safeBag{ID: oidShroudedKey, Value: context0(marshal(encryptedKey{pkix.AlgorithmIdentifier{Algorithm: oid3DES, Parameters: asn1.RawValue{FullBytes: beyond}}, []byte("x")}))})), iterations},
@@ -143,10 +142,10 @@ func TestEndlessPKCS12FilesAreRefused(t *testing.T) {
 		"a key inside, after a good one":        {made(plainContents(open), sealedContents(t, 1, cert, slow)), "exactly one key bag"},
 		"a key inside, before a good one":       {made(sealedContents(t, 1, slow, cert), plainContents(open)), "exactly one key bag"},
 		"a key inside, before one in the clear": {made(sealedContents(t, 1, slow, cert), plainContents(keyBag(t, key, 0))), "exactly one key bag"},
-		"two keys":                              {made(sealedContents(t, 1, cert), plainContents(open, open)), "it has 2 private keys, and must have one"},
+		"two keys":                              {made(sealedContents(t, 1, cert), plainContents(open, open)), "it has 2 private keys; want one"},
 		"two keys, one of them endless":         {made(sealedContents(t, 1, cert), plainContents(open, slow)), iterations},
 		"contents of another type":              {made(contentInfo{ContentType: oidSHA256, Content: context0(marshal([]byte{1}))}), "are not supported"},
-		"a large file":                          {append(encode(pkcs12.Modern), make([]byte, maxPKCS12)...), "and may have 65536"},
+		"a large file":                          {append(encode(pkcs12.Modern), make([]byte, maxPKCS12)...), "the limit is 65536"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			begin := time.Now()
@@ -163,7 +162,7 @@ func TestEndlessPKCS12FilesAreRefused(t *testing.T) {
 	}
 }
 
-func TestPasswordsAreEncodedAsTheDecoderDoes(t *testing.T) {
+func TestPasswordEncoding(t *testing.T) {
 	certificate, key := pair()
 	for _, word := range []string{"", "a", "pässwörd €", strings.Repeat("x", 31), strings.Repeat("x", 32), strings.Repeat("long", 1000)} {
 		file, err := pkcs12.LegacyDES.Encode(key, certificate, nil, word)
@@ -171,7 +170,7 @@ func TestPasswordsAreEncodedAsTheDecoderDoes(t *testing.T) {
 		_, err = certificateIn(map[string][]byte{"certificate": file, "password": []byte(word)})
 		assert.NoError(t, err, "%.10q", word)
 	}
-	// Encoded as nothing at all, and without salt, all that is hashed is the diversifier.
+	// With a password of zero bytes and no salt only the diversifier is hashed.
 	derived := func(id byte) []byte {
 		sum := sha1.Sum(bytes.Repeat([]byte{id}, sha1.BlockSize))
 		return append(sum[:], sum[:]...)
@@ -187,7 +186,7 @@ func TestPasswordsAreEncodedAsTheDecoderDoes(t *testing.T) {
 	bag := safeBag{ID: oidShroudedKey, Value: context0(marshal(encryptedKey{algorithm, der}))}
 	file := encodePFX([]contentInfo{plainContents(bag, certificateBag(certificate))}, nil)
 	_, err = certificateIn(map[string][]byte{"certificate": file})
-	assert.NoError(t, err, "no password, encoded as nothing at all")
+	assert.NoError(t, err, "no password, encoded as zero bytes")
 }
 
 func FuzzCheckPKCS12(f *testing.F) {

@@ -34,12 +34,12 @@ func TestClientSecretIn(t *testing.T) {
 		"the only key":                 {map[string][]byte{"password": []byte(clientSecret)}, ""},
 		"with a file's newline":        {map[string][]byte{"clientsecret": []byte(clientSecret + "\n")}, ""},
 		"with a Windows file's":        {map[string][]byte{"clientsecret": []byte(clientSecret + "\r\n")}, ""},
-		"several, none of the name":    {map[string][]byte{"b": []byte(clientSecret), "a": []byte(clientSecret)}, "of its keys a, b none is clientsecret"},
-		"many, none of the name":       {many, "key-09, and 2 more none is clientsecret"},
-		"none":                         {nil, "it has no keys; the client secret belongs under clientsecret"},
-		"empty":                        {map[string][]byte{"clientsecret": nil}, "its key clientsecret is empty"},
-		"a newline alone":              {map[string][]byte{"x": []byte("\n")}, "its key x is empty"},
-		"an empty one is not replaced": {map[string][]byte{"clientsecret": nil, "other": []byte("x")}, "its key clientsecret is empty"},
+		"several, without its name":    {map[string][]byte{"b": []byte(clientSecret), "a": []byte(clientSecret)}, "has keys a, b; want clientsecret"},
+		"many, without its name":       {many, "key-09, and 2 more; want clientsecret"},
+		"no keys":                      {nil, "has no keys; want clientsecret"},
+		"empty":                        {map[string][]byte{"clientsecret": nil}, "key clientsecret is empty"},
+		"a newline alone":              {map[string][]byte{"x": []byte("\n")}, "key x is empty"},
+		"an empty one is not replaced": {map[string][]byte{"clientsecret": nil, "other": []byte("x")}, "key clientsecret is empty"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := clientSecretIn(tc.data)
@@ -86,15 +86,15 @@ func TestCertificateIn(t *testing.T) {
 		"as it should be":                  {with(good, password), ""},
 		"with a file's newline":            {with(good, password+"\n"), ""},
 		"its own certificate is not first": {with(encode(key, expired, certificate), password), ""},
-		"wrong password":                   {with(good, "wrong"), "the password under password is not that of the PKCS12 file in certificate"},
-		"no password":                      {map[string][]byte{"certificate": good}, "the PKCS12 file in certificate has a password, and there is none under password"},
-		"no such key":                      {map[string][]byte{"cert": good, "password": nil}, "of its keys cert, password none is certificate"},
-		"no keys":                          {nil, "it has no keys; the PKCS12 file belongs under certificate"},
-		"empty":                            {with(nil, password), "its key certificate is empty"},
+		"wrong password":                   {with(good, "wrong"), "wrong password in key password for the PKCS12 file in key certificate"},
+		"no password":                      {map[string][]byte{"certificate": good}, "the PKCS12 file in key certificate has a password; want it in key password"},
+		"no such key":                      {map[string][]byte{"cert": good, "password": nil}, "has keys cert, password; want certificate"},
+		"no keys":                          {nil, "has no keys; want certificate"},
+		"empty":                            {with(nil, password), "key certificate is empty"},
 		"no private key":                   {with(trust, password), "private key missing"},
-		"not PKCS12":                       {with([]byte(password), password), "certificate is not a PKCS12 file with one certificate and its private key"},
-		"cut off":                          {with(good[:len(good)-1], password), "certificate is not a PKCS12 file"},
-		"PEM":                              {with(plain, ""), "its key certificate is PEM, and must be a PKCS12 file"},
+		"not PKCS12":                       {with([]byte(password), password), "key certificate is not a PKCS12 file with one certificate and its private key"},
+		"cut off":                          {with(good[:len(good)-1], password), "key certificate is not a PKCS12 file"},
+		"PEM":                              {with(plain, ""), "key certificate is PEM; want a PKCS12 file"},
 		"expired":                          {with(encode(expiredKey, expired), password), "the certificate in certificate expired at " + expired.NotAfter.UTC().Format(time.RFC3339)},
 		"not valid yet":                    {with(encode(earlyKey, early), password), "is not valid before"},
 		"another's key":                    {with(encode(earlyKey, certificate), password), "no certificate in certificate belongs to the private key in it"},
@@ -117,7 +117,7 @@ func TestCertificateIn(t *testing.T) {
 	}
 }
 
-func TestWhatCannotBeReadSaysOfWhatClassItIs(t *testing.T) {
+func TestCredentialErrorClass(t *testing.T) {
 	p := newPrincipals(t, nil)
 	err := p.fails(t, p.key(func(k *tokencache.Principal) { k.SecretName = "gone" }))
 	assert.EqualError(t, err, "secret shop/gone: it cannot be read: there is no such secret")

@@ -112,7 +112,7 @@ func TestMadeUpResourcesLeaveTheNodeItsShare(t *testing.T) {
 					client := &http.Client{Transport: u.transport.Clone()}
 					defer client.CloseIdleConnections()
 					for ctx.Err() == nil {
-						req := passed(t.Context(), t)
+						req := passThroughRequest(t.Context(), t)
 						req.URL.Host, req.URL.RawQuery = "imds.test", "api-version=2018-02-01&resource="+realResources[0]
 						resp, err := client.Do(req)
 						if assert.NoError(t, err) {

@@ -1,17 +1,15 @@
 // Package upstream is where tokens come from.
 //
-// The way of a managed identity's token through here: the key becomes a request to
-// the instance metadata service (IMDS), an azcore pipeline sends it and tries again
-// where the service asks for that, each time with a slot of the limiter, and the
-// answer is checked field by field before anyone may keep it. What the service
-// refuses comes back as an *Error with the service's own words.
+// The life of a managed identity's token here: the key becomes a request to the instance
+// metadata service (IMDS); an azcore pipeline sends it, and retries where the service
+// asks for that, each try with a slot of the limiter; the answer is checked field by field
+// before it is returned. A refusal is returned as an *Error with the service's own words.
 //
-// A service principal's token comes from Entra: the authority must be one that
-// secrets may be sent to, the Secret is read, a credential is made of it and asks.
-// What the Secret lacks comes back as a *CredentialError.
+// A service principal's token comes from Entra: the authority must be one that secrets may
+// be sent to; the Secret is read; a credential made from it requests the token. An unusable
+// Secret is returned as a *CredentialError.
 //
-// The same connections carry the requests that are passed on unprocessed, see
-// RoundTrip.
+// The same connections carry the requests that are passed through, see RoundTrip.
 package upstream
 
 import (
@@ -75,9 +73,9 @@ type Upstream struct {
 	outage    outage
 	spellings spellings
 
-	// For what is passed on; see RoundTrip.
+	// For requests that are passed through; see RoundTrip.
 	passThrough, passThroughTokens *limiter.Limiter
-	held                           *held
+	bodies                         *bodyBudget
 }
 
 // New returns an Upstream. It opens no connection yet.
@@ -90,7 +88,7 @@ func New(cfg Config) *Upstream {
 		// No Proxy: IMDS must be reached directly, whatever the environment
 		// says (learn.microsoft.com, "Azure Instance Metadata Service", Proxies).
 		DialContext:            (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		DisableCompression:     true, // what is passed on is passed on as it is
+		DisableCompression:     true, // answers are passed through as they are
 		MaxIdleConnsPerHost:    16,
 		IdleConnTimeout:        90 * time.Second,
 		MaxResponseHeaderBytes: maxHeader,
@@ -103,11 +101,11 @@ func New(cfg Config) *Upstream {
 		imdsLimiter: limiter.New(perSecond, atOnce), entraLimiter: limiter.New(perSecond, atOnce),
 		pipeline:  newPipeline(transport),
 		outage:    outage{log: cfg.Logger},
-		spellings: spellings{to: cfg.Logger, told: make(map[string]bool)},
+		spellings: spellings{logger: cfg.Logger, logged: make(map[string]bool)},
 
 		passThrough:       limiter.New(0, passThroughSlots),
 		passThroughTokens: limiter.New(0, passThroughTokenSlots),
-		held:              newHeld(maxHeld),
+		bodies:            newBodyBudget(maxBodies),
 	}
 }
 

@@ -23,9 +23,9 @@ var (
 	key   = tokencache.Key{ClientID: known.ClientID, Resource: "https://vault.azure.net/"}
 )
 
-// nobody is an address that nobody listens at, where a port that was let go of may be
-// somebody else's soon.
-const nobody = "127.0.0.1:1"
+// closedAddr is an address without a listener. A port that was just closed may soon have
+// another one.
+const closedAddr = "127.0.0.1:1"
 
 // asking is a request of one pod, which waits for a minute.
 func asking(k tokencache.Key) tokencache.Request {
