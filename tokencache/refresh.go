@@ -50,13 +50,21 @@ func (c *Cache) refreshDue(now time.Time) (next time.Time) {
 			next = at
 		}
 	}
+	var full [2]bool // IMDS and Entra, until the next refresh to end wakes the refresher
 	for _, e := range c.surveyEntries(now, later) {
+		upstream := 0
+		if _, principal := e.key.ServicePrincipal(); principal {
+			upstream = 1
+		}
+		if full[upstream] { // even if a slot is free by now: it is for the first to expire
+			continue
+		}
 		if !c.wanted(e) {
 			later(now.Add(e.left(now))) // to remove it
 			continue
 		}
 		c.mu.Lock()
-		if c.refreshesLocked(e.key) < maxRefreshes { // else the next to end wakes the refresher
+		if full[upstream] = c.refreshesLocked(e.key) >= maxRefreshes; !full[upstream] {
 			c.refreshLocked(e, refresher, now)
 		}
 		c.mu.Unlock()
