@@ -76,9 +76,9 @@ func asHTTP(err error) *httpError {
 		return httpErr
 	case errors.As(err, &tooLong):
 		return errTooLarge
-	case errors.Is(err, upstream.ErrHeld):
+	case errors.Is(err, upstream.ErrBodyBudget):
 		return errHeld
-	case errors.Is(err, upstream.ErrLongAnswer):
+	case errors.Is(err, upstream.ErrBodyTooLong):
 		return errLong
 	case errors.Is(err, podresolver.ErrNoIdentity):
 		return errNoIdentity

@@ -11,8 +11,8 @@ import (
 // passed through, in bytes.
 const maxBodies = 8 << 20
 
-// ErrHeld means that the bodies of an address already take as much memory as they may.
-var ErrHeld = errors.New("too many requests and answers are in memory for this address")
+// ErrBodyBudget means that the bodies of an address already take as much memory as they may.
+var ErrBodyBudget = errors.New("too many requests and answers are in memory for this address")
 
 // bodyBudget accounts for the memory of bodies by address, until they are closed. An address
 // may have as much as is free: a single one gets half of the total, and n addresses that
@@ -61,7 +61,7 @@ type bufferedBody struct {
 const partSize = 16 << 10
 
 // read reads a body to its end. length is the Content-Length, -1 for unknown. The error is
-// tooLong for a body of more than limit bytes, ErrHeld if the address has no memory left, or
+// tooLong for a body of more than limit bytes, ErrBodyBudget if the address has no memory left, or
 // the body's own.
 func (b *bodyBudget) read(addr netip.Addr, body io.Reader, length, limit int64, tooLong error) (*bufferedBody, error) {
 	if length > limit {
@@ -75,7 +75,7 @@ func (b *bodyBudget) read(addr netip.Addr, body io.Reader, length, limit int64, 
 	for left := limit; ; {
 		next = min(next, left+1)
 		if !b.reserve(addr, next) {
-			return nil, errors.Join(ErrHeld, buffered.Close())
+			return nil, errors.Join(ErrBodyBudget, buffered.Close())
 		}
 		buffered.reserved += next
 		part, n := make([]byte, next), 0

@@ -36,8 +36,8 @@ const (
 	maxPassThroughBody = 1 << 20
 )
 
-// ErrLongAnswer means that IMDS's answer is too long to be passed through.
-var ErrLongAnswer = fmt.Errorf("IMDS's answer is longer than %d bytes", maxPassThroughBody)
+// ErrBodyTooLong means that IMDS's answer is too long to be passed through.
+var ErrBodyTooLong = fmt.Errorf("IMDS's answer is longer than %d bytes", maxPassThroughBody)
 
 var errSwitched = errors.New("IMDS switched to another protocol, which it never does")
 
@@ -66,7 +66,7 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	from := sourceOf(r)
 	if r.Body != nil {
-		body, err := u.bodies.read(from, r.Body, r.ContentLength, maxBodies, ErrHeld)
+		body, err := u.bodies.read(from, r.Body, r.ContentLength, maxBodies, ErrBodyBudget)
 		_ = r.Body.Close() // a RoundTripper must, on errors too
 		if err != nil {
 			return nil, err
@@ -115,7 +115,7 @@ func (u *Upstream) exchange(r *http.Request, from netip.Addr) (*http.Response, e
 	if r.Method == http.MethodHead { // the length of the body that GET would have
 		length = 0
 	}
-	body, err := u.bodies.read(from, resp.Body, length, maxPassThroughBody, ErrLongAnswer)
+	body, err := u.bodies.read(from, resp.Body, length, maxPassThroughBody, ErrBodyTooLong)
 	if err != nil {
 		return nil, err
 	}

@@ -149,7 +149,7 @@ func TestSlowReadersHoldNoSlot(t *testing.T) {
 		r := passThroughRequest(t.Context(), t)
 		r.URL.Path, r.RemoteAddr = "/metadata/instance", fmt.Sprintf("10.0.0.%d:1", i/8)
 		resp, err := u.RoundTrip(r)
-		if errors.Is(err, ErrHeld) {
+		if errors.Is(err, ErrBodyBudget) {
 			continue
 		}
 		require.NoError(t, err)
@@ -242,7 +242,7 @@ func TestMalformedAnswersAreNotPassedThrough(t *testing.T) {
 		want   string
 	}{
 		"a header without end": {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 2*maxHeader) + "\r\nContent-Length: 0\r\n\r\n", "exceeded"},
-		"a long body":          {fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", maxPassThroughBody+1), ErrLongAnswer.Error()},
+		"a long body":          {fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", maxPassThroughBody+1), ErrBodyTooLong.Error()},
 		"another protocol":     {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", errSwitched.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -261,7 +261,7 @@ func TestMalformedAnswersAreNotPassedThrough(t *testing.T) {
 }
 
 func TestPassThroughBodyOfUnknownLength(t *testing.T) {
-	for length, want := range map[int]error{maxPassThroughBody: nil, maxPassThroughBody + 1: ErrLongAnswer} {
+	for length, want := range map[int]error{maxPassThroughBody: nil, maxPassThroughBody + 1: ErrBodyTooLong} {
 		u := upstreamOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			_ = http.NewResponseController(w).Flush() // so that its length is not known
 			_, _ = io.WriteString(w, strings.Repeat("x", length))
