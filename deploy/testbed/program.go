@@ -70,8 +70,11 @@ func (p *Program) PID() int { return p.cmd.Process.Pid }
 
 // CPUTime is what the program has used of the processors so far, in user and in system
 // mode, to 10 ms (proc_pid_stat(5), utime and stime).
-func (p *Program) CPUTime() (time.Duration, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
+func (p *Program) CPUTime() (time.Duration, error) { return CPUTime(strconv.Itoa(p.PID())) }
+
+// CPUTime is Program.CPUTime of any process.
+func CPUTime(pid string) (time.Duration, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%s/stat", pid))
 	if err != nil {
 		return 0, err
 	}
@@ -79,7 +82,7 @@ func (p *Program) CPUTime() (time.Duration, error) {
 	fields := strings.Fields(rest)
 	const utime, stime, tick = 11, 12, 10 * time.Millisecond // USER_HZ is 100 on Linux
 	if len(fields) <= stime {
-		return 0, fmt.Errorf("/proc/%d/stat cannot be read", p.PID())
+		return 0, fmt.Errorf("/proc/%s/stat cannot be read", pid)
 	}
 	var sum int64
 	for _, field := range fields[utime : stime+1] {
