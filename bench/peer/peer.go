@@ -24,6 +24,9 @@ type Server struct {
 	Version string // of what the machine has; "" for what this repository builds
 	// Agent is set for the agent of this repository, whose metrics can be read.
 	Agent bool
+	// Optional is set for a server that not every run has, and that may be much slower
+	// than the others.
+	Optional bool
 
 	start func(ctx context.Context) (*testbed.Program, error)
 }

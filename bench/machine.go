@@ -1,0 +1,97 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/bench/report"
+)
+
+// newReport returns a report without measurements.
+func (s *suite) newReport() (report.Report, error) {
+	machine, err := describeMachine()
+	if err != nil {
+		return report.Report{}, err
+	}
+	machine.Nginx = s.nginx
+	r := report.Report{
+		Date: time.Now().Format(time.DateOnly), Command: command(os.Args[1:]), Commit: commit(),
+		Machine: machine, Rounds: s.rounds, Seconds: s.seconds, TokenBytes: s.tokenBytes,
+	}
+	for _, server := range s.servers {
+		r.Servers = append(r.Servers, server.Name)
+	}
+	r.Goals = goals(s.servers[0].Name, "nginx proxy_cache", "net/http")
+	return r, nil
+}
+
+func describeMachine() (report.Machine, error) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return report.Machine{}, err
+	}
+	kernel, _, _ := strings.Cut(unix.ByteSliceToString(u.Release[:]), "-")
+	cpu, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return report.Machine{}, err
+	}
+	// wrk prints its version and then fails for want of a URL.
+	version, _ := exec.Command("wrk", "-v").CombinedOutput()
+	return report.Machine{
+		CPU: cpuModel(string(cpu)), Cores: runtime.NumCPU(), Kernel: kernel,
+		Go: runtime.Version(), Wrk: wrkVersion(string(version)),
+	}, nil
+}
+
+func cpuModel(cpuinfo string) string {
+	for line := range strings.Lines(cpuinfo) {
+		if name, value, _ := strings.Cut(line, ":"); strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return "unknown CPU"
+}
+
+// wrkVersion reads "wrk debian/4.1.0-3+b2 [epoll] Copyright ...".
+func wrkVersion(text string) string {
+	fields := strings.Fields(text)
+	if len(fields) < 2 {
+		return "unknown"
+	}
+	return fields[1]
+}
+
+// commit is of the sources, with "-dirty" if they were changed.
+func commit() string {
+	out, err := exec.Command("git", "describe", "--always", "--dirty").Output()
+	if err != nil {
+		return "an unknown commit"
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// command is what to type for the same measurements.
+func command(args []string) string {
+	text := "sudo make bench"
+	if path := os.Getenv("BENCH_PEER"); path != "" {
+		text = "sudo BENCH_PEER=<its binary> make bench"
+	}
+	var flags []string
+	for i := 0; i < len(args); i++ {
+		if strings.TrimLeft(args[i], "-") == "out" {
+			i++
+			continue
+		}
+		flags = append(flags, args[i])
+	}
+	if len(flags) > 0 {
+		text += fmt.Sprintf(" BENCHFLAGS=%q", strings.Join(flags, " "))
+	}
+	return text
+}

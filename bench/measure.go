@@ -1,0 +1,259 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/podidentity/nmi/bench/openloop"
+	"github.com/podidentity/nmi/bench/peer"
+	"github.com/podidentity/nmi/bench/report"
+	"github.com/podidentity/nmi/bench/sdk"
+	"github.com/podidentity/nmi/bench/wrk"
+	"github.com/podidentity/nmi/deploy/testbed"
+)
+
+const (
+	tokenURL = "http://" + testbed.MetadataAddress + "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fvault.azure.net"
+	warmup   = time.Second
+)
+
+func (s *suite) length() time.Duration { return time.Duration(s.seconds) * time.Second }
+
+// closedLoop measures a server under a load, from its start to its end.
+func (s *suite) closedLoop(ctx context.Context, server peer.Server, l load, round int) error {
+	tokens := wrk.Load{Core: clientCore, Connections: l.connections, URL: tokenURL, Close: l.close}
+	if l.head != "" {
+		head, err := sdk.Find(l.head)
+		if err != nil {
+			return err
+		}
+		tokens.Head = head.Text
+	}
+	return s.measure(ctx, server, func(program *testbed.Program) error {
+		pods := s.pods[:l.pods]
+		if !s.short {
+			if _, err := tokens.RunAll(ctx, pods, warmup); err != nil {
+				return err
+			}
+		}
+		var result wrk.Result
+		sample, err := observe(ctx, server, program, func() (requests int, err error) {
+			result, err = tokens.RunAll(ctx, pods, s.length())
+			return result.Requests, err
+		})
+		if err != nil {
+			return err
+		}
+		sample.Load, sample.Server, sample.Round = l.name, server.Name, round
+		sample.PerSecond, sample.P50, sample.P99, sample.P999 = result.PerSecond, us(result.P50), us(result.P99), us(result.P999)
+		s.add(sample)
+		return nil
+	})
+}
+
+// openLoop is closedLoop at a fixed rate.
+func (s *suite) openLoop(ctx context.Context, server peer.Server, name string, rate float64, round int) error {
+	head, err := sdk.Find(openHead)
+	if err != nil {
+		return err
+	}
+	c := openloop.Config{
+		Address: testbed.MetadataAddress, Head: head.Text, Connections: 32,
+		Rate: rate, Warmup: warmup, Length: s.length(),
+	}
+	return s.measure(ctx, server, func(program *testbed.Program) error {
+		var result openloop.Result
+		sample, err := observe(ctx, server, program, func() (requests int, err error) {
+			result, err = c.Run(ctx, s.pods[0], clientCore, generate)
+			return result.Requests, err
+		})
+		if err != nil {
+			return err
+		}
+		sample.Load, sample.Server, sample.Round, sample.Rate = name, server.Name, round, rate
+		sample.PerSecond, sample.P50, sample.P99, sample.P999 = result.PerSecond, us(result.P50), us(result.P99), us(result.P999)
+		sample.Max, sample.LagP99 = us(result.Max), us(result.LagP99)
+		sample.Saturated, sample.Invalid = result.Saturated(rate), !result.Trustworthy()
+		s.add(sample)
+		return nil
+	})
+}
+
+func (s *suite) add(sample report.Sample) {
+	s.report.Samples = append(s.report.Samples, sample)
+	fmt.Fprintf(os.Stderr, "%d: %-34s %-20s %7.0f/s  CPU %5.1f µs  p50 %6.0f µs  p99 %6.0f µs\n",
+		sample.Round, sample.Load, sample.Server, sample.PerSecond, sample.CPU, sample.P50, sample.P99)
+}
+
+func us(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1000 }
+
+// measure starts a server for fn, and sees to it that it answered from memory.
+func (s *suite) measure(ctx context.Context, server peer.Server, fn func(*testbed.Program) error) error {
+	program, err := s.start(ctx, server)
+	if err != nil {
+		return err
+	}
+	err = fn(program)
+	if err != nil && !server.Agent {
+		err = fmt.Errorf("%w; its log:\n%s", err, program.Log())
+	}
+	err = errors.Join(err, server.Stop(program))
+	if n := s.world.IMDS.Requests(); err == nil && server.Agent && n != 1 {
+		return fmt.Errorf("IMDS was asked %d times instead of once: these were not cached answers", n)
+	}
+	return err
+}
+
+// start starts a server and waits until it has answered every pod.
+func (s *suite) start(ctx context.Context, server peer.Server) (*testbed.Program, error) {
+	s.world.IMDS.Reset()
+	program, err := server.Start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, pod := range s.pods {
+		if err := awaitToken(ctx, pod, program); err != nil {
+			return nil, errors.Join(fmt.Errorf("%w; its log:\n%s", err, program.Log()), server.Stop(program))
+		}
+	}
+	return program, nil
+}
+
+func awaitToken(ctx context.Context, pod *testbed.Pod, program *testbed.Program) (err error) {
+	const attempts, interval = 300, 20 * time.Millisecond
+	for range attempts {
+		if _, err = fetch(ctx, pod); err == nil {
+			return nil
+		}
+		select {
+		case <-program.Done():
+			return errors.Join(errors.New("the server has ended"), err)
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(interval):
+		}
+	}
+	return err
+}
+
+// body is what a server answers.
+func (s *suite) body(ctx context.Context, server peer.Server) (body []byte, err error) {
+	program, err := s.start(ctx, server)
+	if err != nil {
+		return nil, err
+	}
+	body, err = fetch(ctx, s.pods[0])
+	return body, errors.Join(err, server.Stop(program))
+}
+
+// fetch asks for the token once.
+func fetch(ctx context.Context, pod *testbed.Pod) ([]byte, error) {
+	client := pod.Client(5 * time.Second)
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, tokenURL, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Metadata", "true")
+	return get(client, req)
+}
+
+func get(client *http.Client, req *http.Request) ([]byte, error) {
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("status %d: %s", resp.StatusCode, body)
+	}
+	return body, err
+}
+
+// observe runs a load and returns what it cost the server, and what took the fast lane.
+func observe(ctx context.Context, server peer.Server, program *testbed.Program, run func() (requests int, err error)) (report.Sample, error) {
+	var lane map[string]float64
+	var err error
+	if server.Agent {
+		if lane, err = laneCounters(ctx); err != nil {
+			return report.Sample{}, err
+		}
+	}
+	before, err := peer.CPUTime(program)
+	if err != nil {
+		return report.Sample{}, err
+	}
+	requests, err := run()
+	if err != nil {
+		return report.Sample{}, err
+	}
+	after, err := peer.CPUTime(program)
+	if err != nil {
+		return report.Sample{}, err
+	}
+	sample := report.Sample{CPU: us(after-before) / float64(requests)}
+	if server.Agent {
+		now, err := laneCounters(ctx)
+		if err != nil {
+			return report.Sample{}, err
+		}
+		sample.Lane = growth(lane, now)
+	}
+	return sample, nil
+}
+
+// laneCounters reads the agent's counters of its fast lane.
+func laneCounters(ctx context.Context) (map[string]float64, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:9090/metrics", nil)
+	if err != nil {
+		return nil, err
+	}
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	text, err := get(client, req)
+	if err != nil {
+		return nil, fmt.Errorf("the agent's metrics: %w", err)
+	}
+	return parseLane(string(text))
+}
+
+// parseLane returns the series of Prometheus's text format whose names tell of a lane.
+func parseLane(text string) (map[string]float64, error) {
+	series := make(map[string]float64)
+	for scanner := bufio.NewScanner(strings.NewReader(text)); scanner.Scan(); {
+		line := scanner.Text()
+		i := strings.LastIndexByte(line, ' ')
+		if strings.HasPrefix(line, "#") || i < 0 {
+			continue
+		}
+		name, _, _ := strings.Cut(line[:i], "{")
+		if !strings.Contains(name, "_lane") || !strings.HasSuffix(name, "_total") {
+			continue
+		}
+		value, err := strconv.ParseFloat(line[i+1:], 64)
+		if err != nil {
+			return nil, fmt.Errorf("malformed metric %q: %w", line, err)
+		}
+		series[line[:i]] = value
+	}
+	return series, nil
+}
+
+// growth is what counters have counted from before to after.
+func growth(before, after map[string]float64) map[string]float64 {
+	grown := make(map[string]float64)
+	for name, value := range after {
+		if value > before[name] {
+			grown[name] = value - before[name]
+		}
+	}
+	return grown
+}

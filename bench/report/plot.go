@@ -1,0 +1,215 @@
+package report
+
+import (
+	"fmt"
+	"html"
+	"math"
+	"slices"
+	"strings"
+)
+
+// theme has the colours of GitHub's pages, which docs/images uses, too.
+type theme struct {
+	name, background, text, soft, grid string
+	series                             []string
+}
+
+var (
+	light = theme{"light", "#ffffff", "#1f2328", "#59636e", "#d1d9e0", []string{"#0969da", "#bc4c00", "#6e7781", "#8250df"}}
+	dark  = theme{"dark", "#0d1117", "#e6edf3", "#9198a1", "#3d444d", []string{"#4493f8", "#f0883e", "#8b949e", "#a371f7"}}
+)
+
+const plotWidth = 860
+
+// svg is a drawing under construction.
+type svg struct {
+	strings.Builder
+	theme
+}
+
+func newSVG(t theme, height float64, title, description string) *svg {
+	s := &svg{theme: t}
+	fmt.Fprintf(s, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %.0f" width="%[1]d" height="%[2]g" role="img" aria-labelledby="title desc">
+<title id="title">%s</title>
+<desc id="desc">%s</desc>
+<style>
+  text { font-family: -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; font-size: 13px; fill: %s; }
+  .title { font-size: 16px; font-weight: 600; }
+  .soft { fill: %s; font-size: 12px; }
+</style>
+<rect width="100%%" height="100%%" fill="%s"/>
+`, plotWidth, height, html.EscapeString(title), html.EscapeString(description), t.text, t.soft, t.background)
+	return s
+}
+
+func (s *svg) text(x, y float64, anchor, class, text string) {
+	fmt.Fprintf(s, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\" class=\"%s\">%s</text>\n", x, y, anchor, class, html.EscapeString(text))
+}
+
+func (s *svg) line(x1, y1, x2, y2 float64, colour string) {
+	fmt.Fprintf(s, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\"/>\n", x1, y1, x2, y2, colour)
+}
+
+func (s *svg) rect(x, y, width, height float64, colour string) {
+	fmt.Fprintf(s, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n", x, y, width, height, colour)
+}
+
+// colour of server i of a plot.
+func (s *svg) colour(i int) string { return s.series[i%len(s.series)] }
+
+// legend writes the servers' names in one row.
+func (s *svg) legend(x, y float64, servers []string) (end float64) {
+	for i, server := range servers {
+		s.rect(x, y-10, 12, 12, s.colour(i))
+		s.text(x+18, y, "start", "", server)
+		x += 40 + 7.2*float64(len(server))
+	}
+	return x
+}
+
+func (s *svg) end() string {
+	s.WriteString("</svg>\n")
+	return s.String()
+}
+
+// throughput draws the highest rates: a group of bars for each load. It returns "" if
+// there are none.
+func (r *Report) throughput(servers []string, t theme) string {
+	loads := r.loads(false)
+	if len(loads) == 0 {
+		return ""
+	}
+	const (
+		left, right, top  = 250.0, 70.0, 78.0
+		bar, gap, between = 15.0, 3.0, 20.0
+	)
+	group := float64(len(servers))*(bar+gap) + between
+	height := top + float64(len(loads))*group + 40
+	top1 := 0.0
+	for _, load := range loads {
+		for _, server := range servers {
+			if m := r.Median(load, server); m > top1 {
+				top1 = m
+			}
+		}
+	}
+	step := tick(top1, 6)
+	scale := (plotWidth - left - right) / top1
+	s := newSVG(t, height, "Cached tokens a second, on one core", "Bars of requests per second of each server under each load, as in the table of highest rates.")
+	s.text(20, 30, "start", "title", fmt.Sprintf("Cached tokens a second, server on one core (median of %d, range)", r.Rounds))
+	s.legend(20, 56, servers)
+	bottom := height - 34
+	for v := 0.0; v <= top1; v += step {
+		s.line(left+v*scale, top-4, left+v*scale, bottom, t.grid)
+		s.text(left+v*scale, bottom+18, "middle", "soft", thousands(v))
+	}
+	for i, load := range loads {
+		y := top + float64(i)*group + between/2
+		s.text(left-12, y+float64(len(servers))*(bar+gap)/2+4, "end", "", load)
+		for j, server := range servers {
+			o := r.over(load, server, perSecond)
+			if !math.IsNaN(o.median) {
+				s.rect(left, y, o.median*scale, bar, s.colour(j))
+				s.line(left+o.low*scale, y+bar/2, left+min(o.high, top1*1.02)*scale, y+bar/2, t.text)
+				s.text(left+max(o.median, min(o.high, top1*1.02))*scale+6, y+bar-3, "start", "soft", thousands(o.median))
+			}
+			y += bar + gap
+		}
+	}
+	return s.end()
+}
+
+// latency draws the 50th and 99th percentile by rate. It returns "" if there are none.
+func (r *Report) latency(servers []string, t theme) string {
+	type point struct{ rate, p50, p99 float64 }
+	lines := make([][]point, len(servers))
+	low, high, fastest := math.Inf(1), 0.0, 0.0
+	for i, server := range servers {
+		for _, load := range r.loads(true) {
+			samples := r.rounds(load, server)
+			if remark(samples) != "" || len(samples) == 0 {
+				continue // its numbers are no latencies of the server
+			}
+			p := point{samples[0].Rate, r.over(load, server, p50).median, r.over(load, server, p99).median}
+			lines[i] = append(lines[i], p)
+			low, high, fastest = min(low, p.p50), max(high, p.p99), max(fastest, p.rate)
+		}
+		slices.SortFunc(lines[i], func(a, b point) int { return int(a.rate - b.rate) })
+	}
+	if fastest == 0 {
+		return ""
+	}
+	const left, right, top, height = 90.0, 40.0, 78.0, 440.0
+	bottom := height - 56
+	lowest, highest := math.Floor(math.Log10(low)), math.Ceil(math.Log10(high))
+	x := func(rate float64) float64 { return left + rate/(fastest*1.02)*(plotWidth-left-right) }
+	y := func(us float64) float64 {
+		return bottom - (math.Log10(us)-lowest)/(highest-lowest)*(bottom-top)
+	}
+	s := newSVG(t, height, "Latency of cached tokens by rate", "Lines of the 50th and 99th percentile of each server at fixed rates, as in the table of latencies.")
+	s.text(20, 30, "start", "title", "Latency of cached tokens at fixed rates, server on one core (log scale)")
+	end := s.legend(20, 56, servers)
+	fmt.Fprintf(s, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\"/>", end, t.text)
+	s.text(end+32, 56, "start", "", "p99")
+	fmt.Fprintf(s, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>", end+76, t.text)
+	s.text(end+108, 56, "start", "", "p50")
+	for decade := lowest; decade < highest; decade++ {
+		for _, m := range []float64{1, 2, 5} {
+			v := m * math.Pow(10, decade)
+			s.line(left, y(v), plotWidth-right, y(v), t.grid)
+			s.text(left-8, y(v)+4, "end", "soft", tickText(v))
+		}
+	}
+	v := math.Pow(10, highest)
+	s.line(left, y(v), plotWidth-right, y(v), t.grid)
+	s.text(left-8, y(v)+4, "end", "soft", tickText(v))
+	for v, step := 0.0, tick(fastest, 7); v <= fastest; v += step {
+		s.text(x(v), bottom+18, "middle", "soft", thousands(v))
+	}
+	s.text(left+(plotWidth-left-right)/2, bottom+40, "middle", "soft", "requests a second")
+	for i, points := range lines {
+		if len(points) == 0 {
+			continue
+		}
+		var p50s, p99s strings.Builder
+		for j, p := range points {
+			verb := "L"
+			if j == 0 {
+				verb = "M"
+			}
+			fmt.Fprintf(&p50s, "%s%.1f %.1f", verb, x(p.rate), y(p.p50))
+			fmt.Fprintf(&p99s, "%s%.1f %.1f", verb, x(p.rate), y(p.p99))
+			fmt.Fprintf(s, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\" fill=\"%s\"/>\n", x(p.rate), y(p.p99), s.colour(i))
+		}
+		fmt.Fprintf(s, "<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>\n", p50s.String(), s.colour(i))
+		fmt.Fprintf(s, "<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\"/>\n", p99s.String(), s.colour(i))
+	}
+	return s.end()
+}
+
+// tick is 1, 2 or 5 times a power of ten, of which at most n fit into highest.
+func tick(highest float64, n int) float64 {
+	step := math.Pow(10, math.Floor(math.Log10(highest/float64(n))))
+	for _, m := range []float64{1, 2, 5} {
+		if highest/(m*step) <= float64(n) {
+			return m * step
+		}
+	}
+	return 10 * step
+}
+
+// tickText formats microseconds on an axis.
+func tickText(us float64) string {
+	if us < 1000 {
+		return fmt.Sprintf("%g µs", us)
+	}
+	return fmt.Sprintf("%g ms", us/1000)
+}
+
+func thousands(v float64) string {
+	text := fmt.Sprintf("%.0f", v)
+	for i := len(text) - 3; i > 0; i -= 3 {
+		text = text[:i] + "," + text[i:]
+	}
+	return text
+}
