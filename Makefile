@@ -5,7 +5,7 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test lint unit e2e conformance sdks clients kube bench bench-scale bench-misuse bench-micro packages root clean
+.PHONY: build demo test lint unit e2e conformance sdks clients kube bench bench-heads bench-scale bench-misuse bench-micro packages root clean
 
 build: ## bin/nmi, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi
@@ -61,10 +61,16 @@ $(KUBE)/etcd: deploy/testbed/kube/go.mod
 	cd deploy/testbed/kube && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../../$@ go.etcd.io/etcd/server/v3
 	@touch $@
 
-bench: root packages build kube ## requests/s through the redirect, beside a bare server
-	@deploy/packages.sh wrk
+# BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
+# BENCH_PEER=<binary> measures another agent, too.
+bench: root packages build kube sdks ## cached tokens/s and latency through the redirect, beside nginx and net/http; 20 minutes
+	@deploy/packages.sh wrk nginx=nginx-light
 	@go build -o .cache/bench ./bench
-	@exec .cache/bench
+	@exec .cache/bench $(if $(RESULTS),-out $(RESULTS)) $(BENCHFLAGS)
+
+bench-heads: root sdks ## record the request heads of Azure's SDKs for bench
+	@go build -o .cache/bench ./bench
+	@exec .cache/bench -record-heads bench/sdk/heads
 
 bench-scale: root packages build kube ## memory, start and requests/s in a cluster of 10,000 identities; 8 minutes
 	@deploy/packages.sh wrk
@@ -76,7 +82,7 @@ bench-misuse: root packages build kube ## what pods that misbehave cost the othe
 	@exec taskset -c 1 .cache/bench-misuse
 
 bench-micro: ## the steps of a request, one by one
-	go test -run '^$$' -bench . -benchmem ./tokencache ./podresolver ./proxy
+	go test -run '^$$' -bench . -benchmem -benchtime $(or $(BENCHTIME),1s) ./tokencache/... ./podresolver ./proxy ./iptables/...
 
 packages:
 	@deploy/packages.sh iptables ipset nft=nftables

@@ -48,7 +48,7 @@ type Result struct {
 // Run puts the load on from a pod's namespace. Any answer that was not 200, and any
 // socket error, spoils the measurement.
 func (l Load) Run(ctx context.Context, pod *testbed.Pod, length time.Duration) (Result, error) {
-	ctx, cancel := context.WithTimeout(ctx, length+30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, length+time.Minute)
 	defer cancel()
 	file, err := os.CreateTemp("", "nmi-wrk-*.lua")
 	if err != nil {
@@ -75,7 +75,7 @@ func (l Load) Run(ctx context.Context, pod *testbed.Pod, length time.Duration) (
 
 func (l Load) arguments(script string, length time.Duration) []string {
 	args := []string{"-c", strconv.Itoa(l.Core), "wrk", "-t1", fmt.Sprintf("-c%d", l.Connections),
-		fmt.Sprintf("-d%ds", int(length.Seconds())), "-s", script, "-H", "Metadata: true"}
+		fmt.Sprintf("-d%ds", int(length.Seconds())), "--timeout", "30s", "-s", script, "-H", "Metadata: true"}
 	if l.Close {
 		args = append(args, "-H", "Connection: close")
 	}

@@ -32,8 +32,8 @@ func TestParseRefuses(t *testing.T) {
 
 func TestArguments(t *testing.T) {
 	l := Load{Core: 1, Connections: 32, URL: "http://x/", Close: true}
-	assert.Equal(t, []string{"-c", "1", "wrk", "-t1", "-c32", "-d5s", "-s", "file", "-H", "Metadata: true", "-H", "Connection: close", "http://x/"},
+	assert.Equal(t, []string{"-c", "1", "wrk", "-t1", "-c32", "-d5s", "--timeout", "30s", "-s", "file", "-H", "Metadata: true", "-H", "Connection: close", "http://x/"},
 		l.arguments("file", 5*time.Second))
 	l = Load{Core: 1, Connections: 32, URL: "http://x/", Head: "GET / HTTP/1.1\r\n\r\n"}
-	assert.Equal(t, []string{"--", l.Head}, l.arguments("file", 5*time.Second)[11:])
+	assert.Equal(t, []string{"--", l.Head}, l.arguments("file", 5*time.Second)[13:])
 }

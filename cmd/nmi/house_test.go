@@ -48,6 +48,10 @@ var rooms = map[string][]string{
 	"bench/scale":                {"*"},
 	"bench/misuse":               {"*"},
 	"bench/wrk":                  {"*"},
+	"bench/openloop":             {"*"},
+	"bench/peer":                 {"*"},
+	"bench/report":               {},
+	"bench/sdk":                  {"*"},
 }
 
 // goPackage is what go list says of a package.

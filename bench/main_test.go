@@ -1,0 +1,64 @@
+package main
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/bench/sdk"
+)
+
+func TestParseLane(t *testing.T) {
+	got, err := parseLane(`# HELP nmi_lane_requests_total Requests.
+# TYPE nmi_lane_requests_total counter
+nmi_lane_requests_total{lane="fast"} 12
+nmi_lane_requests_total{lane="full"} 3
+nmi_lane_connections 7
+nmi_token_hits_total 15
+`)
+	require.NoError(t, err)
+	before := map[string]float64{`nmi_lane_requests_total{lane="fast"}`: 10, `nmi_lane_requests_total{lane="full"}`: 3}
+	assert.Equal(t, map[string]float64{`nmi_lane_requests_total{lane="fast"}`: 12, `nmi_lane_requests_total{lane="full"}`: 3}, got)
+	assert.Equal(t, map[string]float64{`nmi_lane_requests_total{lane="fast"}`: 2}, growth(before, got))
+	_, err = parseLane("nmi_lane_total x\n")
+	require.Error(t, err)
+}
+
+func TestCommand(t *testing.T) {
+	t.Setenv("BENCH_PEER", "")
+	assert.Equal(t, "sudo make bench", command([]string{"-out", "bench/results"}))
+	assert.Equal(t, `sudo make bench BENCHFLAGS="-rounds 1"`, command([]string{"-rounds", "1", "-out", "x"}))
+	t.Setenv("BENCH_PEER", "/usr/bin/other")
+	assert.Equal(t, "sudo BENCH_PEER=<its binary> make bench", command(nil))
+}
+
+func TestCPUModel(t *testing.T) {
+	assert.Equal(t, "AMD EPYC", cpuModel("processor\t: 0\nmodel name\t: AMD EPYC\nprocessor\t: 1\nmodel name\t: other\n"))
+	assert.Equal(t, "unknown CPU", cpuModel("processor\t: 0\n"))
+}
+
+func TestWrkVersion(t *testing.T) {
+	assert.Equal(t, "debian/4.1.0-3+b2", wrkVersion("wrk debian/4.1.0-3+b2 [epoll] Copyright (C) 2012 Will Glozer\n"))
+	assert.Equal(t, "unknown", wrkVersion(""))
+}
+
+func TestLoads(t *testing.T) {
+	names := make(map[string]bool)
+	for _, l := range loads {
+		assert.False(t, names[l.name], l.name)
+		names[l.name] = true
+		assert.LessOrEqual(t, l.pods, pods)
+		assert.LessOrEqual(t, l.connections, 64, "the agent keeps no more of a pod")
+		if l.head != "" {
+			_, err := sdk.Find(l.head)
+			require.NoError(t, err)
+		}
+	}
+	for name := range shortLoads {
+		assert.True(t, names[name], name)
+	}
+	for _, g := range goals("agent", "nginx", "net/http") {
+		assert.True(t, names[g.Load] || g.Load == halfRate, g.Load)
+	}
+}
