@@ -23,6 +23,9 @@ import (
 const (
 	tokenURL = "http://" + testbed.MetadataAddress + "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fvault.azure.net"
 	warmup   = time.Second
+	// settle is for agents that change their rules, and reset connections, once they know
+	// the pods.
+	settle = 2 * time.Second
 )
 
 func (s *suite) length() time.Duration { return time.Duration(s.seconds) * time.Second }
@@ -37,7 +40,7 @@ func (s *suite) closedLoop(ctx context.Context, server peer.Server, l load, roun
 		}
 		tokens.Head = head.Text
 	}
-	return s.measure(ctx, server, func(program *testbed.Program) error {
+	return s.measure(ctx, server, l.name, func(program *testbed.Program) error {
 		pods := s.pods[:l.pods]
 		if !s.short {
 			if _, err := tokens.RunAll(ctx, pods, warmup); err != nil {
@@ -69,7 +72,7 @@ func (s *suite) openLoop(ctx context.Context, server peer.Server, name string, r
 		Address: testbed.MetadataAddress, Head: head.Text, Connections: 32,
 		Rate: rate, Warmup: warmup, Length: s.length(),
 	}
-	return s.measure(ctx, server, func(program *testbed.Program) error {
+	return s.measure(ctx, server, name, func(program *testbed.Program) error {
 		var result openloop.Result
 		sample, err := observe(ctx, server, program, func() (requests int, err error) {
 			result, err = c.Run(ctx, s.pods[0], clientCore, generate)
@@ -95,19 +98,27 @@ func (s *suite) add(sample report.Sample) {
 
 func us(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1000 }
 
-// measure starts a server for fn, and sees to it that it answered from memory.
-func (s *suite) measure(ctx context.Context, server peer.Server, fn func(*testbed.Program) error) error {
+// measure starts a server for fn, which puts a load on it, and sees to it that the agent
+// answered from memory. A server that the suite can do without may fail.
+func (s *suite) measure(ctx context.Context, server peer.Server, load string, fn func(*testbed.Program) error) error {
 	program, err := s.start(ctx, server)
-	if err != nil {
-		return err
+	if err == nil {
+		if err = fn(program); err != nil {
+			err = fmt.Errorf("%w; its log:\n%s", err, program.Log())
+		}
+		err = errors.Join(err, server.Stop(program))
 	}
-	err = fn(program)
-	if err != nil && !server.Agent {
-		err = fmt.Errorf("%w; its log:\n%s", err, program.Log())
-	}
-	err = errors.Join(err, server.Stop(program))
 	if n := s.world.IMDS.Requests(); err == nil && server.Agent && n != 1 {
-		return fmt.Errorf("IMDS was asked %d times instead of once: these were not cached answers", n)
+		err = fmt.Errorf("IMDS was asked %d times instead of once: these were not cached answers", n)
+	}
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("%s, %s: %w", load, server.Name, err)
+	if server.Optional && ctx.Err() == nil {
+		fmt.Fprintln(os.Stderr, "not measured:", err)
+		s.report.NotMeasured = append(s.report.NotMeasured, load+", "+server.Name)
+		return nil
 	}
 	return err
 }
@@ -123,6 +134,9 @@ func (s *suite) start(ctx context.Context, server peer.Server) (*testbed.Program
 		if err := awaitToken(ctx, pod, program); err != nil {
 			return nil, errors.Join(fmt.Errorf("%w; its log:\n%s", err, program.Log()), server.Stop(program))
 		}
+	}
+	if server.Optional {
+		time.Sleep(settle)
 	}
 	return program, nil
 }

@@ -85,13 +85,13 @@ func measureAll(ctx context.Context, o options) (err error) {
 		return err
 	}
 	for _, part := range []func(context.Context) error{s.closedLoops, s.openLoops, s.clients} {
-		if err := part(ctx); err != nil {
-			return err
+		if err = part(ctx); err != nil {
+			break
 		}
 	}
-	fmt.Print(s.report.Markdown())
-	if o.out == "" {
-		return nil
+	fmt.Print(s.report.Markdown()) // also if it is not complete
+	if err != nil || o.out == "" {
+		return err
 	}
 	plotted := []string{s.servers[0].Name} // the agent in one mode; the other is as fast
 	for _, server := range s.servers {
@@ -114,7 +114,7 @@ func (s *suite) closedLoops(ctx context.Context) error {
 			}
 			for _, server := range s.servers {
 				if err := s.closedLoop(ctx, server, l, round+1); err != nil {
-					return fmt.Errorf("%s, %s: %w", l.name, server.Name, err)
+					return err
 				}
 			}
 		}
@@ -145,16 +145,15 @@ func (s *suite) openLoops(ctx context.Context) error {
 					continue
 				}
 				if err := s.openLoop(ctx, server, shareName(share), rate, round+1); err != nil {
-					return fmt.Errorf("%s, %s: %w", shareName(share), server.Name, err)
+					return err
 				}
 			}
 		}
 		for _, server := range s.servers {
-			if !s.wanted(halfRate) {
-				break
-			}
-			if err := s.openLoop(ctx, server, halfRate, highest[server.Name]/2, round+1); err != nil {
-				return fmt.Errorf("%s, %s: %w", halfRate, server.Name, err)
+			if rate := highest[server.Name] / 2; s.wanted(halfRate) && rate > 0 {
+				if err := s.openLoop(ctx, server, halfRate, rate, round+1); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -186,11 +185,13 @@ func (s *suite) highestRates(ctx context.Context, shares []float64) (map[string]
 					continue
 				}
 				if err := s.closedLoop(ctx, server, l, 1); err != nil {
-					return nil, fmt.Errorf("%s, %s: %w", l.name, server.Name, err)
+					return nil, err
 				}
 			}
 		}
-		rates[server.Name] = s.report.Median(identityGo, server.Name)
+		if median := s.report.Median(identityGo, server.Name); !math.IsNaN(median) {
+			rates[server.Name] = median
+		}
 	}
 	return rates, nil
 }

@@ -25,6 +25,10 @@ func (r *Report) Markdown(plots ...string) string {
 	r.closed(&b)
 	r.open(&b)
 	r.clients(&b)
+	if len(r.NotMeasured) > 0 {
+		slices.Sort(r.NotMeasured)
+		fmt.Fprintf(&b, "\nFailed, and so not in every round: %s.\n", strings.Join(slices.Compact(r.NotMeasured), "; "))
+	}
 	return b.String()
 }
 

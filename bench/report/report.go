@@ -23,6 +23,8 @@ type Report struct {
 	Samples    []Sample
 	Goals      []Goal   `json:"-"`
 	Clients    []Client `json:",omitempty"`
+	// NotMeasured are loads under which a server failed, each with the server's name.
+	NotMeasured []string `json:",omitempty"`
 }
 
 // Machine is what the numbers depend on.

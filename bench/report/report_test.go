@@ -85,6 +85,12 @@ func TestTablesAreWellFormed(t *testing.T) {
 	}
 }
 
+func TestNotMeasured(t *testing.T) {
+	r := example()
+	r.NotMeasured = []string{"x, c", "closed, c", "x, c"}
+	assert.Contains(t, r.Markdown(), "\nFailed, and so not in every round: closed, c; x, c.\n")
+}
+
 func TestRemarks(t *testing.T) {
 	r := example()
 	r.Samples[2].Saturated = true
