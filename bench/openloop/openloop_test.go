@@ -60,13 +60,13 @@ func TestResponseLength(t *testing.T) {
 	}
 }
 
-// serve answers on a loopback port, and returns its address and the IDs that it saw.
+// serve answers on a loopback port, and returns its address.
 func serve(t *testing.T, handler http.HandlerFunc) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	srv := &http.Server{Handler: handler}
-	go srv.Serve(ln) //nolint:errcheck // closed below
+	go srv.Serve(ln)
 	t.Cleanup(func() { require.NoError(t, srv.Close()) })
 	return ln.Addr().String()
 }

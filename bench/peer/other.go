@@ -34,7 +34,7 @@ func (c Config) OtherAgent(ctx context.Context, path string) (Server, error) {
 	if err != nil {
 		return Server{}, err
 	}
-	return Server{Name: "peer " + filepath.Base(path), Optional: true, start: func(ctx context.Context) (*testbed.Program, error) {
+	return Server{Name: "peer " + filepath.Base(path), Optional: true, start: func(context.Context) (*testbed.Program, error) {
 		// Its own rules, and not those of the agent that ran before it.
 		if code, output, err := testbed.RunAgent(nil, "cleanup"); err != nil || code != 0 {
 			return nil, errors.Join(errors.New("nmi cleanup failed: "+output), err)

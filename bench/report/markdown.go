@@ -67,9 +67,10 @@ func (r *Report) closed(b *strings.Builder) {
 	if len(loads) == 0 {
 		return
 	}
-	b.WriteString("\n## Highest rates\n\nA closed loop (wrk): each connection sends its next request when it has read the last response.\n")
+	b.WriteString("\n## Highest rates\n\nA closed loop (wrk): each connection sends its next request when it has read the last response.\n" +
+		"CPU is the server's for a request, and core how much of its core that makes: far below 100, the load was the limit.\n")
 	base := r.bases(loads[0])
-	fmt.Fprintf(b, "\n| load | server | requests/s |%s CPU, µs | p50 | p99 | p99.9 |\n|---|---|---:|%s---:|---:|---:|---:|\n",
+	fmt.Fprintf(b, "\n| load | server | requests/s |%s CPU, µs | core, %% | p50 | p99 | p99.9 |\n|---|---|---:|%s---:|---:|---:|---:|---:|\n",
 		prefixed(base, " to %s |"), strings.Repeat("---:|", len(base)))
 	for _, load := range loads {
 		for _, server := range r.Servers {
@@ -80,7 +81,7 @@ func (r *Report) closed(b *strings.Builder) {
 			for _, than := range base {
 				fmt.Fprintf(b, " %.2f |", r.ratio(load, server, than, perSecond).median)
 			}
-			fmt.Fprintf(b, " %.1f | %s | %s | %s |\n", r.over(load, server, cpu).median,
+			fmt.Fprintf(b, " %.1f | %.0f | %s | %s | %s |\n", r.over(load, server, cpu).median, r.over(load, server, busy).median,
 				timeText(r.over(load, server, p50).median), timeText(r.over(load, server, p99).median), timeText(r.over(load, server, p999).median))
 		}
 	}

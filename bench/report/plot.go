@@ -16,20 +16,20 @@ type theme struct {
 
 var (
 	light = theme{"light", "#ffffff", "#1f2328", "#59636e", "#d1d9e0", []string{"#0969da", "#bc4c00", "#6e7781", "#8250df"}}
-	dark  = theme{"dark", "#0d1117", "#e6edf3", "#9198a1", "#3d444d", []string{"#4493f8", "#f0883e", "#8b949e", "#a371f7"}}
+	dark  = theme{"dark", "#0d1117", "#e6edf3", "#9198a1", "#2f353d", []string{"#4493f8", "#f0883e", "#8b949e", "#a371f7"}}
 )
 
 const plotWidth = 860
 
 // svg is a drawing under construction.
 type svg struct {
-	strings.Builder
+	*strings.Builder
 	theme
 }
 
 func newSVG(t theme, height float64, title, description string) *svg {
-	s := &svg{theme: t}
-	fmt.Fprintf(s, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %.0f" width="%[1]d" height="%[2]g" role="img" aria-labelledby="title desc">
+	s := &svg{&strings.Builder{}, t}
+	fmt.Fprintf(s.Builder, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %.0f" width="%[1]d" height="%[2]g" role="img" aria-labelledby="title desc">
 <title id="title">%s</title>
 <desc id="desc">%s</desc>
 <style>
@@ -43,15 +43,15 @@ func newSVG(t theme, height float64, title, description string) *svg {
 }
 
 func (s *svg) text(x, y float64, anchor, class, text string) {
-	fmt.Fprintf(s, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\" class=\"%s\">%s</text>\n", x, y, anchor, class, html.EscapeString(text))
+	fmt.Fprintf(s.Builder, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\" class=\"%s\">%s</text>\n", x, y, anchor, class, html.EscapeString(text))
 }
 
 func (s *svg) line(x1, y1, x2, y2 float64, colour string) {
-	fmt.Fprintf(s, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\"/>\n", x1, y1, x2, y2, colour)
+	fmt.Fprintf(s.Builder, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\"/>\n", x1, y1, x2, y2, colour)
 }
 
 func (s *svg) rect(x, y, width, height float64, colour string) {
-	fmt.Fprintf(s, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n", x, y, width, height, colour)
+	fmt.Fprintf(s.Builder, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n", x, y, width, height, colour)
 }
 
 // colour of server i of a plot.
@@ -80,29 +80,30 @@ func (r *Report) throughput(servers []string, t theme) string {
 		return ""
 	}
 	const (
-		left, right, top  = 250.0, 70.0, 78.0
+		left, right, top  = 285.0, 70.0, 78.0
 		bar, gap, between = 15.0, 3.0, 20.0
 	)
 	group := float64(len(servers))*(bar+gap) + between
-	height := top + float64(len(loads))*group + 40
-	top1 := 0.0
+	height := top + float64(len(loads))*group + 60
+	highest := 0.0
 	for _, load := range loads {
 		for _, server := range servers {
-			if m := r.Median(load, server); m > top1 {
-				top1 = m
+			if m := r.Median(load, server); m > highest {
+				highest = m
 			}
 		}
 	}
-	step := tick(top1, 6)
-	scale := (plotWidth - left - right) / top1
+	step := tick(highest, 6)
+	scale := (plotWidth - left - right) / highest
 	s := newSVG(t, height, "Cached tokens a second, on one core", "Bars of requests per second of each server under each load, as in the table of highest rates.")
-	s.text(20, 30, "start", "title", fmt.Sprintf("Cached tokens a second, server on one core (median of %d, range)", r.Rounds))
+	s.text(20, 30, "start", "title", "Cached tokens a second, server on one core")
 	s.legend(20, 56, servers)
-	bottom := height - 34
-	for v := 0.0; v <= top1; v += step {
+	bottom := height - 54
+	for v := 0.0; v <= highest; v += step {
 		s.line(left+v*scale, top-4, left+v*scale, bottom, t.grid)
 		s.text(left+v*scale, bottom+18, "middle", "soft", thousands(v))
 	}
+	s.text(left+(plotWidth-left-right)/2, bottom+40, "middle", "soft", "requests a second; bars: median, lines: lowest to highest round")
 	for i, load := range loads {
 		y := top + float64(i)*group + between/2
 		s.text(left-12, y+float64(len(servers))*(bar+gap)/2+4, "end", "", load)
@@ -110,8 +111,9 @@ func (r *Report) throughput(servers []string, t theme) string {
 			o := r.over(load, server, perSecond)
 			if !math.IsNaN(o.median) {
 				s.rect(left, y, o.median*scale, bar, s.colour(j))
-				s.line(left+o.low*scale, y+bar/2, left+min(o.high, top1*1.02)*scale, y+bar/2, t.text)
-				s.text(left+max(o.median, min(o.high, top1*1.02))*scale+6, y+bar-3, "start", "soft", thousands(o.median))
+				high := min(o.high, highest*1.02) // the scale ends with the highest median
+				s.line(left+o.low*scale, y+bar/2, left+high*scale, y+bar/2, t.text)
+				s.text(left+high*scale+6, y+bar-3, "start", "soft", thousands(o.median))
 			}
 			y += bar + gap
 		}
@@ -141,7 +143,8 @@ func (r *Report) latency(servers []string, t theme) string {
 	}
 	const left, right, top, height = 90.0, 40.0, 78.0, 440.0
 	bottom := height - 56
-	lowest, highest := math.Floor(math.Log10(low)), math.Ceil(math.Log10(high))
+	ticks := ladder(low, high)
+	lowest, highest := math.Log10(ticks[0]), math.Log10(ticks[len(ticks)-1])
 	x := func(rate float64) float64 { return left + rate/(fastest*1.02)*(plotWidth-left-right) }
 	y := func(us float64) float64 {
 		return bottom - (math.Log10(us)-lowest)/(highest-lowest)*(bottom-top)
@@ -149,20 +152,14 @@ func (r *Report) latency(servers []string, t theme) string {
 	s := newSVG(t, height, "Latency of cached tokens by rate", "Lines of the 50th and 99th percentile of each server at fixed rates, as in the table of latencies.")
 	s.text(20, 30, "start", "title", "Latency of cached tokens at fixed rates, server on one core (log scale)")
 	end := s.legend(20, 56, servers)
-	fmt.Fprintf(s, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\"/>", end, t.text)
+	fmt.Fprintf(s.Builder, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\"/>", end, t.text)
 	s.text(end+32, 56, "start", "", "p99")
-	fmt.Fprintf(s, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>", end+76, t.text)
+	fmt.Fprintf(s.Builder, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>", end+76, t.text)
 	s.text(end+108, 56, "start", "", "p50")
-	for decade := lowest; decade < highest; decade++ {
-		for _, m := range []float64{1, 2, 5} {
-			v := m * math.Pow(10, decade)
-			s.line(left, y(v), plotWidth-right, y(v), t.grid)
-			s.text(left-8, y(v)+4, "end", "soft", tickText(v))
-		}
+	for _, v := range ticks {
+		s.line(left, y(v), plotWidth-right, y(v), t.grid)
+		s.text(left-8, y(v)+4, "end", "soft", tickText(v))
 	}
-	v := math.Pow(10, highest)
-	s.line(left, y(v), plotWidth-right, y(v), t.grid)
-	s.text(left-8, y(v)+4, "end", "soft", tickText(v))
 	for v, step := 0.0, tick(fastest, 7); v <= fastest; v += step {
 		s.text(x(v), bottom+18, "middle", "soft", thousands(v))
 	}
@@ -179,10 +176,10 @@ func (r *Report) latency(servers []string, t theme) string {
 			}
 			fmt.Fprintf(&p50s, "%s%.1f %.1f", verb, x(p.rate), y(p.p50))
 			fmt.Fprintf(&p99s, "%s%.1f %.1f", verb, x(p.rate), y(p.p99))
-			fmt.Fprintf(s, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\" fill=\"%s\"/>\n", x(p.rate), y(p.p99), s.colour(i))
+			fmt.Fprintf(s.Builder, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\" fill=\"%s\"/>\n", x(p.rate), y(p.p99), s.colour(i))
 		}
-		fmt.Fprintf(s, "<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>\n", p50s.String(), s.colour(i))
-		fmt.Fprintf(s, "<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\"/>\n", p99s.String(), s.colour(i))
+		fmt.Fprintf(s.Builder, "<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>\n", p50s.String(), s.colour(i))
+		fmt.Fprintf(s.Builder, "<path d=\"%s\" fill=\"none\" stroke=\"%s\" stroke-width=\"2\"/>\n", p99s.String(), s.colour(i))
 	}
 	return s.end()
 }
@@ -196,6 +193,24 @@ func tick(highest float64, n int) float64 {
 		}
 	}
 	return 10 * step
+}
+
+// ladder is what an axis from low to high shows in a log scale: 1, 2 and 5 times powers of
+// ten, the first at most low and the last at least high.
+func ladder(low, high float64) []float64 {
+	var steps []float64
+	for decade := math.Pow(10, math.Floor(math.Log10(low))); ; decade *= 10 {
+		for _, m := range []float64{1, 2, 5} {
+			v := m * decade
+			if v <= low {
+				steps = nil
+			}
+			steps = append(steps, v)
+			if v >= high && v > low {
+				return steps
+			}
+		}
+	}
 }
 
 // tickText formats microseconds on an axis.

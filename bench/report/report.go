@@ -72,6 +72,9 @@ func p50(s Sample) float64       { return s.P50 }
 func p99(s Sample) float64       { return s.P99 }
 func p999(s Sample) float64      { return s.P999 }
 
+// busy is how much of a core the server used, in percent.
+func busy(s Sample) float64 { return s.CPU * s.PerSecond / 1e4 }
+
 // spread is what several rounds gave.
 type spread struct{ median, low, high float64 }
 

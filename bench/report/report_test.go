@@ -23,8 +23,10 @@ func example() *Report {
 		Machine: Machine{CPU: "CPU", Cores: 2, Kernel: "6.18", Go: "go1.26", Nginx: "1.22", Wrk: "4.1"},
 		Servers: []string{"a", "b"},
 		Goals: []Goal{
-			{Load: "closed", Server: "a", Than: "b", Least: 1.9}, {Load: "closed", Server: "a", Than: "b", Least: 2.1},
-			{Load: "half", Server: "a", Than: "b", Most: 0.6}, {Load: "half", Server: "a", Than: "b", Most: 0.4},
+			{Load: "closed", Server: "a", Than: "b", Least: 1.9},
+			{Load: "closed", Server: "a", Than: "b", Least: 2.1},
+			{Load: "half", Server: "a", Than: "b", Most: 0.6},
+			{Load: "half", Server: "a", Than: "b", Most: 0.4},
 			{Load: "not measured", Server: "a", Than: "b", Least: 1},
 		},
 		Clients: []Client{{Name: "sdk", Requests: 5, Lane: map[string]float64{"lane_total": 4}}, {Name: "other", Requests: 5}},
@@ -58,9 +60,9 @@ func TestMarkdown(t *testing.T) {
 		"Command: `sudo make bench`, at abc. Machine: CPU, 2 cores, Linux 6.18, go1.26, nginx 1.22, wrk 4.1.",
 		"| closed, requests/s to b | 2.00 | ≥ 1.90 | met |", "| closed, requests/s to b | 2.00 | ≥ 2.10 | MISSED |",
 		"| half, p99 to b | 0.50 | ≤ 0.60 | met |", "| half, p99 to b | 0.50 | ≤ 0.40 | MISSED |",
-		"| load | server | requests/s | to b | CPU, µs | p50 | p99 | p99.9 |", "|---|---|---:|---:|---:|---:|---:|---:|",
-		"| closed | a | 40000 (20000 to 80000) | 2.00 | 10.0 | 500 µs | 2.00 ms | 12 ms |",
-		"| closed | b | 20000 (10000 to 40000) | 1.00 | 20.0 | 900 µs | 4.00 ms | 2.0 s |",
+		"| load | server | requests/s | to b | CPU, µs | core, % | p50 | p99 | p99.9 |", "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+		"| closed | a | 40000 (20000 to 80000) | 2.00 | 10.0 | 40 | 500 µs | 2.00 ms | 12 ms |",
+		"| closed | b | 20000 (10000 to 40000) | 1.00 | 20.0 | 40 | 900 µs | 4.00 ms | 2.0 s |",
 		"| half | a | 1000 | 0.0 | 100 µs | 500 µs | 900 µs | 1.00 ms | 2 µs |  |",
 		"| sdk | 5 | `lane_total` 4 |", "| other | 5 | - |",
 	} {
@@ -145,6 +147,12 @@ func TestTick(t *testing.T) {
 	for highest, want := range map[float64]float64{70_000: 20_000, 50_000: 10_000, 100_000: 20_000, 900: 200, 7: 2} {
 		assert.InDelta(t, want, tick(highest, 6), 1e-9, "%v", highest)
 	}
+}
+
+func TestLadder(t *testing.T) {
+	assert.Equal(t, []float64{50, 100, 200, 500, 1000}, ladder(60, 900))
+	assert.Equal(t, []float64{100, 200}, ladder(100, 100))
+	assert.Equal(t, []float64{1, 2}, ladder(1, 2))
 }
 
 func TestThousands(t *testing.T) {

@@ -74,8 +74,10 @@ func (l Load) Run(ctx context.Context, pod *testbed.Pod, length time.Duration) (
 }
 
 func (l Load) arguments(script string, length time.Duration) []string {
-	args := []string{"-c", strconv.Itoa(l.Core), "wrk", "-t1", fmt.Sprintf("-c%d", l.Connections),
-		fmt.Sprintf("-d%ds", int(length.Seconds())), "--timeout", "30s", "-s", script, "-H", "Metadata: true"}
+	args := []string{
+		"-c", strconv.Itoa(l.Core), "wrk", "-t1", fmt.Sprintf("-c%d", l.Connections),
+		fmt.Sprintf("-d%ds", int(length.Seconds())), "--timeout", "30s", "-s", script, "-H", "Metadata: true",
+	}
 	if l.Close {
 		args = append(args, "-H", "Connection: close")
 	}
