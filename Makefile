@@ -63,7 +63,7 @@ $(KUBE)/etcd: deploy/testbed/kube/go.mod
 
 # BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
 # BENCH_PEER=<binary> measures another agent, too.
-bench: root packages build kube sdks ## cached tokens/s and latency through the redirect, beside nginx and net/http; 20 minutes
+bench: root packages build kube sdks ## cached tokens/s and latency through the redirect, beside nginx and net/http; half an hour
 	@deploy/packages.sh wrk nginx=nginx-light
 	@go build -o .cache/bench ./bench
 	@exec .cache/bench $(if $(RESULTS),-out $(RESULTS)) $(BENCHFLAGS)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
@@ -88,10 +87,14 @@ func command(args []string) string {
 			i++
 			continue
 		}
-		flags = append(flags, args[i])
+		flag := args[i]
+		if strings.ContainsAny(flag, " |()[]*?$\\") {
+			flag = "'" + flag + "'"
+		}
+		flags = append(flags, flag)
 	}
 	if len(flags) > 0 {
-		text += fmt.Sprintf(" BENCHFLAGS=%q", strings.Join(flags, " "))
+		text += ` BENCHFLAGS="` + strings.Join(flags, " ") + `"`
 	}
 	return text
 }

@@ -29,6 +29,7 @@ func TestCommand(t *testing.T) {
 	t.Setenv("BENCH_PEER", "")
 	assert.Equal(t, "sudo make bench", command([]string{"-out", "bench/results"}))
 	assert.Equal(t, `sudo make bench BENCHFLAGS="-rounds 1"`, command([]string{"-rounds", "1", "-out", "x"}))
+	assert.Equal(t, `sudo make bench BENCHFLAGS="-only 'half|keep'"`, command([]string{"-only", "half|keep"}))
 	t.Setenv("BENCH_PEER", "/usr/bin/other")
 	assert.Equal(t, "sudo BENCH_PEER=<its binary> make bench", command(nil))
 }

@@ -142,7 +142,7 @@ func (s *suite) start(ctx context.Context, server peer.Server) (*testbed.Program
 }
 
 func awaitToken(ctx context.Context, pod *testbed.Pod, program *testbed.Program) (err error) {
-	const attempts, interval = 300, 20 * time.Millisecond
+	const attempts, interval = 1500, 20 * time.Millisecond
 	for range attempts {
 		if _, err = fetch(ctx, pod); err == nil {
 			return nil

@@ -38,11 +38,15 @@ func (c Config) Nginx() (Server, error) {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
-		config := strings.NewReplacer("{dir}", dir, "{origin}", ln.Addr().String()).Replace(nginxConfig)
+		config := fillNginxConfig(dir, ln.Addr().String())
 		file := filepath.Join(dir, "nginx.conf")
 		if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 			return nil, err
 		}
 		return c.behindRedirect(ctx, "nginx", "-c", file)
 	}}, nil
+}
+
+func fillNginxConfig(dir, origin string) string {
+	return strings.NewReplacer("{dir}", dir, "{origin}", origin).Replace(nginxConfig)
 }

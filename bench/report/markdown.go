@@ -8,18 +8,19 @@ import (
 	"strings"
 )
 
-// Markdown is the report as people read it. plots are file names of light and dark SVG
-// files to show, in pairs; none for a terminal.
-func (r *Report) Markdown(plots ...string) string {
+// Plot is a drawing in two SVG files.
+type Plot struct{ Light, Dark, Alt string }
+
+// Markdown is the report as people read it.
+func (r *Report) Markdown(plots ...Plot) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Cached tokens through the redirect, %s\n\n", r.Date)
 	fmt.Fprintf(&b, "Command: `%s`, at %s. Machine: %s, %d cores, Linux %s, %s, nginx %s, wrk %s.\n\n",
 		r.Command, r.Commit, r.Machine.CPU, r.Machine.Cores, r.Machine.Kernel, r.Machine.Go, r.Machine.Nginx, r.Machine.Wrk)
 	fmt.Fprintf(&b, "Tokens of %d bytes, server and load on a core each, %d s a measurement, %s.\n", r.TokenBytes, r.Seconds, rounds(r.Rounds))
 	b.WriteString("What is compared, and how: [docs/performance.md](../../docs/performance.md).\n")
-	for i := 0; i+1 < len(plots); i += 2 {
-		fmt.Fprintf(&b, "\n<picture>\n  <source media=\"(prefers-color-scheme: dark)\" srcset=\"%s\">\n  <img alt=\"The tables below as a plot\" src=\"%s\">\n</picture>\n",
-			plots[i+1], plots[i])
+	for _, p := range plots {
+		fmt.Fprintf(&b, "\n<picture>\n  <source media=\"(prefers-color-scheme: dark)\" srcset=\"%s\">\n  <img alt=\"%s\" src=\"%s\">\n</picture>\n", p.Dark, p.Alt, p.Light)
 	}
 	r.goals(&b)
 	r.closed(&b)

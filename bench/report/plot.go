@@ -10,13 +10,13 @@ import (
 
 // theme has the colours of GitHub's pages, which docs/images uses, too.
 type theme struct {
-	name, background, text, soft, grid string
-	series                             []string
+	background, text, soft, grid string
+	series                       []string
 }
 
 var (
-	light = theme{"light", "#ffffff", "#1f2328", "#59636e", "#d1d9e0", []string{"#0969da", "#bc4c00", "#6e7781", "#8250df"}}
-	dark  = theme{"dark", "#0d1117", "#e6edf3", "#9198a1", "#2f353d", []string{"#4493f8", "#f0883e", "#8b949e", "#a371f7"}}
+	light = theme{"#ffffff", "#1f2328", "#59636e", "#d1d9e0", []string{"#0969da", "#bc4c00", "#6e7781", "#8250df"}}
+	dark  = theme{"#0d1117", "#e6edf3", "#9198a1", "#2f353d", []string{"#4493f8", "#f0883e", "#8b949e", "#a371f7"}}
 )
 
 const plotWidth = 860
