@@ -1,9 +1,12 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
@@ -46,6 +49,45 @@ func describeMachine() (report.Machine, error) {
 		CPU: cpuModel(string(cpu)), Cores: runtime.NumCPU(), Kernel: kernel,
 		Go: runtime.Version(), Wrk: wrkVersion(string(version)),
 	}, nil
+}
+
+// otherCPU is the CPU time that all programs of the machine have used since its start, less
+// that of this program and of the children that it has waited for. What they have not been
+// charged for, such as interrupts, does not count.
+func otherCPU() (time.Duration, error) {
+	text, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, err
+	}
+	sum, err := parseProgramTime(string(text))
+	if err != nil {
+		return 0, err
+	}
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var usage unix.Rusage
+		if err := unix.Getrusage(who, &usage); err != nil {
+			return 0, err
+		}
+		sum -= time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+	}
+	return sum, nil
+}
+
+// parseProgramTime reads user, nice and system time of all cores (proc_stat(5)).
+func parseProgramTime(stat string) (sum time.Duration, err error) {
+	const tick = 10 * time.Millisecond // USER_HZ is 100 on Linux
+	fields := strings.Fields(stat)
+	if len(fields) < 4 || fields[0] != "cpu" {
+		return 0, errors.New("/proc/stat cannot be read")
+	}
+	for _, field := range fields[1:4] {
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("/proc/stat: %w", err)
+		}
+		sum += time.Duration(n) * tick
+	}
+	return sum, nil
 }
 
 func cpuModel(cpuinfo string) string {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -37,6 +38,16 @@ func TestCommand(t *testing.T) {
 func TestCPUModel(t *testing.T) {
 	assert.Equal(t, "AMD EPYC", cpuModel("processor\t: 0\nmodel name\t: AMD EPYC\nprocessor\t: 1\nmodel name\t: other\n"))
 	assert.Equal(t, "unknown CPU", cpuModel("processor\t: 0\n"))
+}
+
+func TestParseProgramTime(t *testing.T) {
+	got, err := parseProgramTime("cpu  100 20 3 9999 88 77 66 55 0 0\ncpu0 50 10 1 4999 44 33 33 22 0 0\n")
+	require.NoError(t, err)
+	assert.Equal(t, 1230*time.Millisecond, got)
+	for _, text := range []string{"", "cpu 1 2", "cpu0 1 2 3", "cpu 1 x 3 4"} {
+		_, err := parseProgramTime(text)
+		assert.Error(t, err, text)
+	}
 }
 
 func TestWrkVersion(t *testing.T) {

@@ -193,16 +193,31 @@ func get(client *http.Client, req *http.Request) ([]byte, error) {
 	return body, err
 }
 
-// observe runs a load and returns what it cost the server, and what took the fast lane.
-func observe(ctx context.Context, server peer.Server, program *testbed.Program, run func() (requests int, err error)) (report.Sample, error) {
-	var lane map[string]float64
-	var err error
+// counters are what observe reads before a load and after it.
+type counters struct {
+	at            time.Time
+	server, other time.Duration // CPU time: of the server; of programs that are not the load
+	lane          map[string]float64
+}
+
+func readCounters(ctx context.Context, server peer.Server, program *testbed.Program) (c counters, err error) {
 	if server.Agent {
-		if lane, err = laneCounters(ctx); err != nil {
-			return report.Sample{}, err
+		if c.lane, err = laneCounters(ctx); err != nil {
+			return counters{}, err
 		}
 	}
-	before, err := peer.CPUTime(program)
+	if c.server, err = peer.CPUTime(program); err != nil {
+		return counters{}, err
+	}
+	c.at = time.Now()
+	c.other, err = otherCPU()
+	return c, err
+}
+
+// observe runs a load and returns what it cost the server, what took the fast lane, and how
+// much of the machine was not theirs.
+func observe(ctx context.Context, server peer.Server, program *testbed.Program, run func() (requests int, err error)) (report.Sample, error) {
+	before, err := readCounters(ctx, server, program)
 	if err != nil {
 		return report.Sample{}, err
 	}
@@ -210,19 +225,16 @@ func observe(ctx context.Context, server peer.Server, program *testbed.Program, 
 	if err != nil {
 		return report.Sample{}, err
 	}
-	after, err := peer.CPUTime(program)
+	after, err := readCounters(ctx, server, program)
 	if err != nil {
 		return report.Sample{}, err
 	}
-	sample := report.Sample{CPU: us(after-before) / float64(requests)}
-	if server.Agent {
-		now, err := laneCounters(ctx)
-		if err != nil {
-			return report.Sample{}, err
-		}
-		sample.Lane = growth(lane, now)
-	}
-	return sample, nil
+	used := after.server - before.server
+	return report.Sample{
+		CPU:   us(used) / float64(requests),
+		Other: 100 * (after.other - before.other - used).Seconds() / after.at.Sub(before.at).Seconds(),
+		Lane:  growth(before.lane, after.lane),
+	}, nil
 }
 
 // laneCounters reads the agent's counters of its fast lane.

@@ -18,6 +18,10 @@ func (r *Report) Markdown(plots ...Plot) string {
 	fmt.Fprintf(&b, "Command: `%s`, at %s. Machine: %s, %d cores, Linux %s, %s, nginx %s, wrk %s.\n\n",
 		r.Command, r.Commit, r.Machine.CPU, r.Machine.Cores, r.Machine.Kernel, r.Machine.Go, r.Machine.Nginx, r.Machine.Wrk)
 	fmt.Fprintf(&b, "Tokens of %d bytes, server and load on a core each, %d s a measurement, %s.\n", r.TokenBytes, r.Seconds, rounds(r.Rounds))
+	if len(r.Samples) > 0 {
+		o := spreadOf(values(r.Samples, other))
+		fmt.Fprintf(&b, "Meanwhile other programs used %.0f %% of a core (median of all measurements; %.0f %% at the highest).\n", o.median, o.high)
+	}
 	b.WriteString("What is compared, and how: [docs/performance.md](../../docs/performance.md).\n")
 	for _, p := range plots {
 		fmt.Fprintf(&b, "\n<picture>\n  <source media=\"(prefers-color-scheme: dark)\" srcset=\"%s\">\n  <img alt=\"%s\" src=\"%s\">\n</picture>\n", p.Dark, p.Alt, p.Light)
@@ -69,7 +73,7 @@ func (r *Report) closed(b *strings.Builder) {
 		return
 	}
 	b.WriteString("\n## Highest rates\n\nA closed loop (wrk): each connection sends its next request when it has read the last response.\n" +
-		"CPU is the server's for a request, and core how much of its core that makes: far below 100, the load was the limit.\n")
+		"CPU is the server's for a request, and core how much of its core that makes: far below 100, the load was the limit, or other programs were.\n")
 	base := r.bases(loads[0])
 	fmt.Fprintf(b, "\n| load | server | requests/s |%s CPU, µs | core, %% | p50 | p99 | p99.9 |\n|---|---|---:|%s---:|---:|---:|---:|---:|\n",
 		prefixed(base, " to %s |"), strings.Repeat("---:|", len(base)))

@@ -43,6 +43,7 @@ type Sample struct {
 	Rate           float64 `json:",omitempty"`
 	PerSecond      float64 // responses
 	CPU            float64 // of the server, for a request
+	Other          float64 // programs' share of the machine meanwhile, in percent of a core
 	P50, P99, P999 float64
 	Max            float64 `json:",omitempty"` // with Rate, as all below
 	LagP99         float64 `json:",omitempty"` // the generator's own
@@ -74,6 +75,8 @@ func p999(s Sample) float64      { return s.P999 }
 
 // busy is how much of a core the server used, in percent.
 func busy(s Sample) float64 { return s.CPU * s.PerSecond / 1e4 }
+
+func other(s Sample) float64 { return s.Other }
 
 // spread is what several rounds gave.
 type spread struct{ median, low, high float64 }

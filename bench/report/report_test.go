@@ -34,7 +34,7 @@ func example() *Report {
 	for i, speed := range []float64{40_000, 20_000, 10_000} {
 		r.Samples = append(r.Samples,
 			Sample{Load: "closed", Server: "a", Round: i + 1, PerSecond: 2 * speed, CPU: 10, P50: 500, P99: 2000, P999: 12_000},
-			Sample{Load: "closed", Server: "b", Round: i + 1, PerSecond: speed, CPU: 20, P50: 900, P99: 4000, P999: 2_000_000},
+			Sample{Load: "closed", Server: "b", Round: i + 1, PerSecond: speed, CPU: 20, Other: 4, P50: 900, P99: 4000, P999: 2_000_000},
 			Sample{Load: "half", Server: "a", Round: i + 1, Rate: 1000, PerSecond: 1000, P50: 100, P99: 1e7 / speed, P999: 900, Max: 1000, LagP99: 2},
 			Sample{Load: "half", Server: "b", Round: i + 1, Rate: 2000, PerSecond: 2000, P50: 100, P99: 2e7 / speed, P999: 900, Max: 1000, LagP99: 2})
 	}
@@ -58,6 +58,7 @@ func TestMarkdown(t *testing.T) {
 	text := example().Markdown()
 	for _, line := range []string{
 		"Command: `sudo make bench`, at abc. Machine: CPU, 2 cores, Linux 6.18, go1.26, nginx 1.22, wrk 4.1.",
+		"Meanwhile other programs used 0 % of a core (median of all measurements; 4 % at the highest).",
 		"| closed, requests/s to b | 2.00 | ≥ 1.90 | met |", "| closed, requests/s to b | 2.00 | ≥ 2.10 | MISSED |",
 		"| half, p99 to b | 0.50 | ≤ 0.60 | met |", "| half, p99 to b | 0.50 | ≤ 0.40 | MISSED |",
 		"| load | server | requests/s | to b | CPU, µs | core, % | p50 | p99 | p99.9 |", "|---|---|---:|---:|---:|---:|---:|---:|---:|",
