@@ -134,9 +134,8 @@ func (r *Report) open(b *strings.Builder) {
 	}
 }
 
-// remark says in how many rounds the numbers mean less than they seem to.
-func remark(samples []Sample) string {
-	var saturated, invalid int
+// doubtful counts the rounds in which the numbers are not latencies of the server.
+func doubtful(samples []Sample) (saturated, invalid int) {
 	for _, s := range samples {
 		if s.Saturated {
 			saturated++
@@ -144,6 +143,11 @@ func remark(samples []Sample) string {
 			invalid++
 		}
 	}
+	return saturated, invalid
+}
+
+func remark(samples []Sample) string {
+	saturated, invalid := doubtful(samples)
 	var remarks []string
 	if saturated > 0 {
 		remarks = append(remarks, fmt.Sprintf("saturated in %d of %d", saturated, len(samples)))

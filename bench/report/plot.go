@@ -129,8 +129,8 @@ func (r *Report) latency(servers []string, t theme) string {
 	for i, server := range servers {
 		for _, load := range r.loads(true) {
 			samples := r.rounds(load, server)
-			if remark(samples) != "" || len(samples) == 0 {
-				continue // its numbers are no latencies of the server
+			if saturated, invalid := doubtful(samples); 2*(saturated+invalid) >= len(samples) {
+				continue // also without any
 			}
 			p := point{samples[0].Rate, r.over(load, server, p50).median, r.over(load, server, p99).median}
 			lines[i] = append(lines[i], p)

@@ -144,6 +144,17 @@ func TestPlotsOfNothing(t *testing.T) {
 	assert.Empty(t, r.latency([]string{"a"}, light))
 }
 
+// A point is plotted unless half of its rounds are doubtful.
+func TestDoubtfulLatencies(t *testing.T) {
+	r := example()
+	points := func() int { return strings.Count(r.latency([]string{"a", "b"}, light), "<circle") }
+	assert.Equal(t, 2, points())
+	r.Samples[2].Invalid = true
+	assert.Equal(t, 2, points())
+	r.Samples[6].Saturated = true
+	assert.Equal(t, 1, points())
+}
+
 func TestTick(t *testing.T) {
 	for highest, want := range map[float64]float64{70_000: 20_000, 50_000: 10_000, 100_000: 20_000, 900: 200, 7: 2} {
 		assert.InDelta(t, want, tick(highest, 6), 1e-9, "%v", highest)
