@@ -26,6 +26,11 @@ func TestScheduleKeepsTheRate(t *testing.T) {
 	assert.Equal(t, []time.Duration{0, 333 * ms, 667 * ms, 1000 * ms, 1333 * ms, 1667 * ms}, dues, "without drift")
 }
 
+func TestScheduleDoesNotDrift(t *testing.T) {
+	s := newSchedule(30_000, time.Hour) // a third of a nanosecond is lost in each interval otherwise
+	assert.Equal(t, time.Hour, s.due(s.total))
+}
+
 func TestScheduleRemembersWhatIsOverdue(t *testing.T) {
 	s := newSchedule(1000, time.Second)
 	for want := range 501 {
