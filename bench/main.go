@@ -8,7 +8,7 @@
 //     request, with the recorded heads of SDKs, with a new connection for each request.
 //  2. Open loops, for the latency at fixed rates: shares of the slowest server's highest
 //     rate, and half of each server's own.
-//  3. Azure's SDKs themselves, for how much of what they send takes the fast lane.
+//  3. Azure's SDKs themselves, for how much of what they send takes the fast path.
 //
 // main.go reads the flags and builds the world, suite.go has the loads and the rounds,
 // measure.go takes one measurement, machine.go says what it was taken on.

@@ -11,18 +11,18 @@ import (
 )
 
 func TestParseLane(t *testing.T) {
-	got, err := parseLane(`# HELP nmi_lane_requests_total Requests.
-# TYPE nmi_lane_requests_total counter
-nmi_lane_requests_total{lane="fast"} 12
-nmi_lane_requests_total{lane="full"} 3
-nmi_lane_connections 7
+	got, err := parseFastPath(`# HELP nmi_fast_path_requests_total Requests.
+# TYPE nmi_fast_path_requests_total counter
+nmi_fast_path_requests_total{from="keep-alive"} 12
+nmi_fast_path_requests_total{from="new"} 3
+nmi_fast_path_connections 7
 nmi_token_hits_total 15
 `)
 	require.NoError(t, err)
-	before := map[string]float64{`nmi_lane_requests_total{lane="fast"}`: 10, `nmi_lane_requests_total{lane="full"}`: 3}
-	assert.Equal(t, map[string]float64{`nmi_lane_requests_total{lane="fast"}`: 12, `nmi_lane_requests_total{lane="full"}`: 3}, got)
-	assert.Equal(t, map[string]float64{`nmi_lane_requests_total{lane="fast"}`: 2}, growth(before, got))
-	_, err = parseLane("nmi_lane_total x\n")
+	before := map[string]float64{`nmi_fast_path_requests_total{from="keep-alive"}`: 10, `nmi_fast_path_requests_total{from="new"}`: 3}
+	assert.Equal(t, map[string]float64{`nmi_fast_path_requests_total{from="keep-alive"}`: 12, `nmi_fast_path_requests_total{from="new"}`: 3}, got)
+	assert.Equal(t, map[string]float64{`nmi_fast_path_requests_total{from="keep-alive"}`: 2}, growth(before, got))
+	_, err = parseFastPath("nmi_fast_path_total x\n")
 	require.Error(t, err)
 }
 

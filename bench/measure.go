@@ -197,12 +197,12 @@ func get(client *http.Client, req *http.Request) ([]byte, error) {
 type counters struct {
 	at            time.Time
 	server, other time.Duration // CPU time: of the server; of programs that are not the load
-	lane          map[string]float64
+	fastPath      map[string]float64
 }
 
 func readCounters(ctx context.Context, server peer.Server, program *testbed.Program) (c counters, err error) {
 	if server.Agent {
-		if c.lane, err = laneCounters(ctx); err != nil {
+		if c.fastPath, err = fastPathCounters(ctx); err != nil {
 			return counters{}, err
 		}
 	}
@@ -214,7 +214,7 @@ func readCounters(ctx context.Context, server peer.Server, program *testbed.Prog
 	return c, err
 }
 
-// observe runs a load and returns what it cost the server, what took the fast lane, and how
+// observe runs a load and returns what it cost the server, what took the fast path, and how
 // much of the machine was not theirs.
 func observe(ctx context.Context, server peer.Server, program *testbed.Program, run func() (requests int, err error)) (report.Sample, error) {
 	before, err := readCounters(ctx, server, program)
@@ -231,14 +231,14 @@ func observe(ctx context.Context, server peer.Server, program *testbed.Program, 
 	}
 	used := after.server - before.server
 	return report.Sample{
-		CPU:   us(used) / float64(requests),
-		Other: 100 * (after.other - before.other - used).Seconds() / after.at.Sub(before.at).Seconds(),
-		Lane:  growth(before.lane, after.lane),
+		CPU:      us(used) / float64(requests),
+		Other:    100 * (after.other - before.other - used).Seconds() / after.at.Sub(before.at).Seconds(),
+		FastPath: growth(before.fastPath, after.lane),
 	}, nil
 }
 
-// laneCounters reads the agent's counters of its fast lane.
-func laneCounters(ctx context.Context) (map[string]float64, error) {
+// fastPathCounters reads the agent's counters of its fast path.
+func fastPathCounters(ctx context.Context) (map[string]float64, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:9090/metrics", nil)
 	if err != nil {
 		return nil, err
@@ -248,11 +248,11 @@ func laneCounters(ctx context.Context) (map[string]float64, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the agent's metrics: %w", err)
 	}
-	return parseLane(string(text))
+	return parseFastPath(string(text))
 }
 
-// parseLane returns the series of Prometheus's text format whose names tell of a lane.
-func parseLane(text string) (map[string]float64, error) {
+// parseFastPath returns the series of Prometheus's text format whose names tell of the fast path.
+func parseFastPath(text string) (map[string]float64, error) {
 	series := make(map[string]float64)
 	for scanner := bufio.NewScanner(strings.NewReader(text)); scanner.Scan(); {
 		line := scanner.Text()
@@ -261,7 +261,7 @@ func parseLane(text string) (map[string]float64, error) {
 			continue
 		}
 		name, _, _ := strings.Cut(line[:i], "{")
-		if !strings.Contains(name, "_lane") || !strings.HasSuffix(name, "_total") {
+		if !strings.Contains(name, "_fast_path") || !strings.HasSuffix(name, "_total") {
 			continue
 		}
 		value, err := strconv.ParseFloat(line[i+1:], 64)

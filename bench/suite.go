@@ -57,7 +57,7 @@ var openShares = []float64{0.25, 0.50, 0.75, 0.90}
 // shortLoads are measured with -short.
 var shortLoads = map[string]bool{keepAlive: true, identityGo: true, newConnection: true}
 
-// goals are those of the fast lane, as ratios in one run.
+// goals are those of the fast path, as ratios in one run.
 func goals(agent, nginx, netHTTP string) []report.Goal {
 	var all []report.Goal
 	for _, name := range []string{keepAlive, identityJS, identityGo} {
@@ -197,7 +197,7 @@ func (s *suite) highestRates(ctx context.Context, shares []float64) (map[string]
 }
 
 // clients lets each SDK get tokens in new processes, and notes what the agent's counters
-// of its fast lane say of it.
+// of its fast path say of it.
 func (s *suite) clients(ctx context.Context) error {
 	const name, processes = "Azure's SDKs", 5
 	if !s.wanted(name) || s.short {
@@ -210,7 +210,7 @@ func (s *suite) clients(ctx context.Context) error {
 	}
 	defer func() { err = errors.Join(err, agent.Stop(program)) }()
 	for _, c := range sdk.Clients {
-		before, err := laneCounters(ctx)
+		before, err := fastPathCounters(ctx)
 		if err != nil {
 			return err
 		}
@@ -222,11 +222,11 @@ func (s *suite) clients(ctx context.Context) error {
 				return fmt.Errorf("%s: %w", c.Name, err)
 			}
 		}
-		after, err := laneCounters(ctx)
+		after, err := fastPathCounters(ctx)
 		if err != nil {
 			return err
 		}
-		s.report.Clients = append(s.report.Clients, report.Client{Name: c.Name, Requests: processes, Lane: growth(before, after)})
+		s.report.Clients = append(s.report.Clients, report.Client{Name: c.Name, Requests: processes, FastPath: growth(before, after)})
 	}
 	return nil
 }

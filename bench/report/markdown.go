@@ -162,12 +162,12 @@ func (r *Report) clients(b *strings.Builder) {
 	if len(r.Clients) == 0 {
 		return
 	}
-	b.WriteString("\n## Azure's SDKs\n\nEach in new processes, as pods start them; tokens from the agent's memory. Counters of its fast lane:\n")
+	b.WriteString("\n## Azure's SDKs\n\nEach in new processes, as pods start them; tokens from the agent's memory. Counters of its fast path:\n")
 	b.WriteString("\n| client | requests | counters |\n|---|---:|---|\n")
 	for _, c := range r.Clients {
 		var counters []string
-		for _, name := range slices.Sorted(maps.Keys(c.Lane)) {
-			counters = append(counters, fmt.Sprintf("`%s` %.0f", name, c.Lane[name]))
+		for _, name := range slices.Sorted(maps.Keys(c.FastPath)) {
+			counters = append(counters, fmt.Sprintf("`%s` %.0f", name, c.FastPath[name]))
 		}
 		if counters == nil {
 			counters = []string{"-"}

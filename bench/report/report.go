@@ -49,15 +49,15 @@ type Sample struct {
 	LagP99         float64 `json:",omitempty"` // the generator's own
 	Saturated      bool    `json:",omitempty"` // the server could not keep up
 	Invalid        bool    `json:",omitempty"` // the generator could not keep up
-	// Lane has the growth of the agent's counters of its fast lane.
-	Lane map[string]float64 `json:",omitempty"`
+	// FastPath has the growth of the agent's counters of its fast path.
+	FastPath map[string]float64 `json:",omitempty"`
 }
 
 // Client is an SDK that got tokens from the agent.
 type Client struct {
 	Name     string
 	Requests int
-	Lane     map[string]float64 // as in Sample
+	FastPath map[string]float64 // as in Sample
 }
 
 // Goal is what a ratio of the two servers under a load should be: Least for requests a

@@ -29,7 +29,7 @@ func example() *Report {
 			{Load: "half", Server: "a", Than: "b", Most: 0.4},
 			{Load: "not measured", Server: "a", Than: "b", Least: 1},
 		},
-		Clients: []Client{{Name: "sdk", Requests: 5, Lane: map[string]float64{"lane_total": 4}}, {Name: "other", Requests: 5}},
+		Clients: []Client{{Name: "sdk", Requests: 5, FastPath: map[string]float64{"fast_path_total": 4}}, {Name: "other", Requests: 5}},
 	}
 	for i, speed := range []float64{40_000, 20_000, 10_000} {
 		r.Samples = append(r.Samples,
@@ -65,7 +65,7 @@ func TestMarkdown(t *testing.T) {
 		"| closed | a | 40000 (20000 to 80000) | 2.00 | 10.0 | 40 | 500 µs | 2.00 ms | 12 ms |",
 		"| closed | b | 20000 (10000 to 40000) | 1.00 | 20.0 | 40 | 900 µs | 4.00 ms | 2.0 s |",
 		"| half | a | 1000 | 0.0 | 100 µs | 500 µs | 900 µs | 1.00 ms | 2 µs |  |",
-		"| sdk | 5 | `lane_total` 4 |", "| other | 5 | - |",
+		"| sdk | 5 | `fast_path_total` 4 |", "| other | 5 | - |",
 	} {
 		assert.Contains(t, text, line+"\n")
 	}
