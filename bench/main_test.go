@@ -10,7 +10,7 @@ import (
 	"github.com/podidentity/nmi/bench/sdk"
 )
 
-func TestParseLane(t *testing.T) {
+func TestParseFastPath(t *testing.T) {
 	got, err := parseFastPath(`# HELP nmi_fast_path_requests_total Requests.
 # TYPE nmi_fast_path_requests_total counter
 nmi_fast_path_requests_total{from="keep-alive"} 12

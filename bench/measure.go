@@ -233,7 +233,7 @@ func observe(ctx context.Context, server peer.Server, program *testbed.Program, 
 	return report.Sample{
 		CPU:      us(used) / float64(requests),
 		Other:    100 * (after.other - before.other - used).Seconds() / after.at.Sub(before.at).Seconds(),
-		FastPath: growth(before.fastPath, after.lane),
+		FastPath: growth(before.fastPath, after.fastPath),
 	}, nil
 }
 
