@@ -29,11 +29,11 @@ type tally struct {
 	counts [verdicts]atomic.Int64
 	cold   atomic.Int64 // resources that nobody has asked for before
 
-	mu        sync.Mutex // guards all below
-	complaint string     // about the first answer that was wrong or lost
-	complain  func(string)
-	firsts    []time.Duration // from a pod's address in the API server to its first token
-	unserved  []string        // pods that were there for longer than patience, and never got a token
+	mu       sync.Mutex       // guards all below
+	first    [verdicts]string // of those that are wrong or lost
+	complain func(string)
+	firsts   []time.Duration // from a pod's address in the API server to its first token
+	unserved []string        // pods that were there for longer than patience, and never got a token
 }
 
 func (t *tally) add(v verdict, text string) {
@@ -43,8 +43,8 @@ func (t *tally) add(v verdict, text string) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.complaint == "" {
-		t.complaint = text
+	if t.first[v] == "" {
+		t.first[v] = text
 	}
 	if t.counts[wrong].Load()+t.counts[lost].Load() <= 20 {
 		t.complain(text)

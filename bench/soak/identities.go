@@ -64,9 +64,10 @@ func (s *selector) write(ctx context.Context, w *testbed.World) error {
 // changeIdentities changes one selector after another until ctx ends: an AzureIdentity gets
 // another client ID, a binding names another AzureIdentity, or a binding is away for a while.
 func (s *soak) changeIdentities(ctx context.Context) error {
+	lasting := context.WithoutCancel(ctx) // what has begun is finished
 	for n := 0; pause(ctx, 2*time.Second); n++ {
 		sel := s.selectors[rand.N(len(s.selectors))]
-		write := func() error { return sel.write(ctx, s.world) }
+		write := func() error { return sel.write(lasting, s.world) }
 		switch n % 3 {
 		case 0:
 			sel.has[sel.bound] = 1 - sel.has[sel.bound]
@@ -74,15 +75,15 @@ func (s *soak) changeIdentities(ctx context.Context) error {
 			sel.bound = 1 - sel.bound
 		case 2:
 			err := sel.change(none, func() error {
-				return s.world.Custom.Resource(aadpodidentity.AzureIdentityBindings).Namespace(namespace).Delete(ctx, sel.name, metav1.DeleteOptions{})
+				return s.world.Custom.Resource(aadpodidentity.AzureIdentityBindings).Namespace(namespace).Delete(lasting, sel.name, metav1.DeleteOptions{})
 			})
 			if err != nil {
-				return ignoreEnd(ctx, err)
+				return err
 			}
-			pause(ctx, 2*time.Second)
+			pause(ctx, propagation+2*time.Second) // or nobody would notice that it is still in force
 		}
 		if err := sel.change(sel.clientID(), write); err != nil {
-			return ignoreEnd(ctx, err)
+			return err
 		}
 		s.identityChanges.Add(1)
 	}

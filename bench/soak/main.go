@@ -162,11 +162,8 @@ func (s *soak) report(length time.Duration, jsonFile string) error {
 	for v := range verdicts {
 		row := r.Add("answers", v.String(), float64(t.counts[v].Load()), "")
 		if v == wrong || v == lost {
-			row.Exactly(0)
+			row.Exactly(0).Notef("%s", t.first[v])
 		}
-	}
-	if t.complaint != "" {
-		r.Rows[len(r.Rows)-1].Notef("the first: %s", t.complaint)
 	}
 	r.Add("pods", "pods that came", float64(s.pods.Load()), "").Notef("on %d addresses", slots)
 	r.Add("pods", fmt.Sprintf("never served, in more than %s", patience), float64(len(t.unserved)), "").Exactly(0)

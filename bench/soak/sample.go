@@ -69,12 +69,15 @@ func column(samples []sample, value func(sample) float64) (values []float64) {
 	return values
 }
 
+// shortest is the shortest life of an agent that has a slope.
+const shortest = 2 * time.Minute
+
 // trend is how a column changes: the medians of the first and of the last third, and the
 // growth an hour within the life of one agent, the median of all agents. Upgrades would hide
 // what grows with an agent's age from the first two.
 func trend(samples []sample, value func(sample) float64) (first, last, perHour float64) {
 	values := column(samples, value)
-	third := len(values) / 3
+	third := (len(values) + 2) / 3
 	first, last = measure.Median(values[:third]), measure.Median(values[len(values)-third:])
 	var slopes []float64
 	for len(samples) > 0 {
@@ -85,7 +88,7 @@ func trend(samples []sample, value func(sample) float64) (first, last, perHour f
 		life := samples[:n]
 		samples = samples[n:]
 		life = life[n/4:] // it warms up
-		if len(life) < 2 {
+		if life[len(life)-1].at-life[0].at < shortest {
 			continue
 		}
 		hours := column(life, func(s sample) float64 { return s.at.Hours() })
