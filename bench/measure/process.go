@@ -27,6 +27,28 @@ func CPUTime(pid int) (time.Duration, error) {
 	return time.Duration(t.Nano()), nil
 }
 
+// ChildrenCPUTime is what the programs have used that a process has run and waited for, to 10 ms
+// (proc_pid_stat(5), cutime and cstime).
+func ChildrenCPUTime(pid int) (time.Duration, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	_, rest, _ := strings.Cut(string(text), ") ") // the name may have blanks
+	var ticks int64
+	const cutime, cstime, tick = 13, 14, 10 * time.Millisecond // USER_HZ is 100 on Linux
+	for i, field := range strings.Fields(rest) {
+		if i == cutime || i == cstime {
+			n, err := strconv.ParseInt(field, 10, 64)
+			if err != nil {
+				return 0, err
+			}
+			ticks += n
+		}
+	}
+	return time.Duration(ticks) * tick, nil
+}
+
 // Memory is the resident memory of a process in bytes.
 type Memory struct {
 	Resident int64

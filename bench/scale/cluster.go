@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"time"
 
@@ -17,72 +18,97 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Creating that many objects is a matter of how many are under way.
-const (
-	workers     = 64
-	fillTimeout = 8 * time.Minute
-)
+// workers is how many objects are being created at once.
+const workers = 64
 
-// fill makes the objects in a cluster: the first identities with their bindings,
-// the pods of the node, and pods of other nodes.
-func (o *objects) fill(ctx context.Context, w *testbed.World, identities, others int) error {
-	ctx, cancel := context.WithTimeout(ctx, fillTimeout)
-	defer cancel()
+// filler creates objects in a cluster.
+type filler struct {
+	*objects
+	world  *testbed.World
+	kube   kubernetes.Interface
+	custom *rest.RESTClient
+}
+
+func newFiller(o *objects, w *testbed.World) (*filler, error) {
 	admin := w.Admin()
 	admin.QPS = -1 // no limit
 	admin.UserAgent = "helm"
 	admin.WarningHandler = rest.NoWarnings{}
-	custom, err := customClient(admin)
+	c := rest.CopyConfig(admin)
+	c.GroupVersion = &aadpodidentity.GroupVersion
+	c.APIPath = "/apis"
+	c.NegotiatedSerializer = scheme.Codecs.WithoutConversion()
+	custom, err := rest.RESTClientFor(c)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	admin = rest.CopyConfig(admin)
 	admin.ContentType = runtime.ContentTypeProtobuf
 	kube, err := kubernetes.NewForConfig(admin)
-	if err != nil {
-		return err
-	}
+	return &filler{o, w, kube, custom}, err
+}
 
-	err = many(ctx, namespaces, func(ctx context.Context, i int) error { return w.CreateNamespace(ctx, namespace(i)) })
-	if err != nil {
-		return err
-	}
-	create := func(resource schema.GroupVersionResource, body func(int) ([]byte, error)) func(context.Context, int) error {
-		return func(ctx context.Context, i int) error {
-			b, err := body(i)
-			if err != nil {
-				return err
-			}
-			return custom.Post().Namespace(namespace(i)).Resource(resource.Resource).Body(b).
-				SetHeader("Content-Type", runtime.ContentTypeJSON).Do(ctx).Error()
+// addNamespaces creates the namespaces.
+func (f *filler) addNamespaces(ctx context.Context) error {
+	return many(ctx, namespaces, func(ctx context.Context, i int) error { return f.world.CreateNamespace(ctx, namespace(i)) })
+}
+
+// addIdentities creates the identities from one number to below another, and their bindings.
+func (f *filler) addIdentities(ctx context.Context, from, to int) error {
+	return many(ctx, to-from, func(ctx context.Context, n int) error {
+		i := from + n
+		if err := f.post(ctx, i, aadpodidentity.AzureIdentities, "AzureIdentity", meta(i, "AzureIdentity", f.identity(i)), f.identity(i)); err != nil {
+			return err
 		}
-	}
-	if err := many(ctx, identities, create(aadpodidentity.AzureIdentities, o.identity)); err != nil {
-		return err
-	}
-	if err := many(ctx, identities, create(aadpodidentity.AzureIdentityBindings, o.binding)); err != nil {
-		return err
-	}
-	err = many(ctx, o.pods, func(ctx context.Context, i int) error {
-		pods := kube.CoreV1().Pods(namespace(i))
-		pod, err := pods.Create(ctx, o.nodePod(i), metav1.CreateOptions{FieldManager: "kube-controller-manager"})
+		return f.post(ctx, i, aadpodidentity.AzureIdentityBindings, "AzureIdentityBinding", meta(i, "AzureIdentityBinding", binding(i)), binding(i))
+	})
+}
+
+// addCommon binds one more identity to the pods of the first ones, which they get by name.
+func (f *filler) addCommon(ctx context.Context) error {
+	return many(ctx, few, func(ctx context.Context, i int) error {
+		name := map[string]any{"name": "zz-common", "namespace": namespace(i)} // after the others of the same age
+		err := f.post(ctx, i, aadpodidentity.AzureIdentities, "AzureIdentity", name, map[string]any{"type": 0, "clientID": common.ClientID})
 		if err != nil {
 			return err
 		}
-		_, err = pods.UpdateStatus(ctx, running(pod, podAddress(i)), metav1.UpdateOptions{FieldManager: "kubelet"})
-		return err
+		return f.post(ctx, i, aadpodidentity.AzureIdentityBindings, "AzureIdentityBinding", name, map[string]any{"azureIdentity": "zz-common", "selector": service(i)})
 	})
+}
+
+func (f *filler) post(ctx context.Context, i int, resource schema.GroupVersionResource, kind string, meta, spec map[string]any) error {
+	body, err := json.Marshal(map[string]any{"apiVersion": aadpodidentity.GroupVersion.String(), "kind": kind, "metadata": meta, "spec": spec})
 	if err != nil {
 		return err
 	}
-	return many(ctx, others, func(ctx context.Context, i int) error {
-		_, err := kube.CoreV1().Pods(namespace(i)).Create(ctx, otherPod(i), metav1.CreateOptions{FieldManager: "kube-controller-manager"})
+	return f.custom.Post().Namespace(namespace(i)).Resource(resource.Resource).Body(body).
+		SetHeader("Content-Type", runtime.ContentTypeJSON).Do(ctx).Error()
+}
+
+// addNodePods creates the pods of the node; of so many identities, each pod is bound to one.
+func (f *filler) addNodePods(ctx context.Context, identities int) error {
+	return many(ctx, f.pods, func(ctx context.Context, i int) error {
+		pods := f.kube.CoreV1().Pods(namespace(i % identities))
+		pod, err := pods.Create(ctx, nodePod(i, i%identities), metav1.CreateOptions{FieldManager: "kube-controller-manager"})
+		if err != nil {
+			return err
+		}
+		_, err = pods.UpdateStatus(ctx, withStatus(pod, podAddress(i)), metav1.UpdateOptions{FieldManager: "kubelet"})
+		return err
+	})
+}
+
+// addOtherPods creates pods of other nodes.
+func (f *filler) addOtherPods(ctx context.Context, n int) error {
+	return many(ctx, n, func(ctx context.Context, i int) error {
+		_, err := f.kube.CoreV1().Pods(namespace(i)).Create(ctx, otherPod(i), metav1.CreateOptions{FieldManager: "kube-controller-manager"})
 		return err
 	})
 }
 
 // many calls fn for every number below n, many at a time.
 func many(ctx context.Context, n int, fn func(context.Context, int) error) error {
+	ctx, cancel := context.WithTimeout(ctx, 8*time.Minute)
+	defer cancel()
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(workers)
 	for i := range n {
@@ -97,12 +123,4 @@ func many(ctx context.Context, n int, fn func(context.Context, int) error) error
 		})
 	}
 	return group.Wait()
-}
-
-func customClient(admin *rest.Config) (*rest.RESTClient, error) {
-	c := rest.CopyConfig(admin)
-	c.GroupVersion = &aadpodidentity.GroupVersion
-	c.APIPath = "/apis"
-	c.NegotiatedSerializer = scheme.Codecs.WithoutConversion()
-	return rest.RESTClientFor(c)
 }

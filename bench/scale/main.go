@@ -1,64 +1,85 @@
-// Command scale measures the agent in a large cluster: 10,000 AzureIdentities and
-// as many bindings, 250 pods on the node and 20,000 elsewhere, on a real API
-// server. Beside it stands a cluster with ten identities and the same pods of the
-// node; the load is taken from the two in turn.
+// Command scale measures what grows with the cluster and the node: a cluster of 10,000
+// AzureIdentities and as many bindings, 250 pods on the node and 20,000 elsewhere, on a real
+// API server; thousands of tokens and connections; many callers at once. Beside it stands a
+// cluster with ten identities and the same pods of the node.
 //
-// main.go says what is measured and prints it, cluster.go fills the API servers
-// with the objects of objects.go, start.go starts the agent and reads what the
-// kernel knows of it, load.go lets pods ask.
+// main.go says what is measured, cluster.go fills the API servers with the objects of
+// objects.go, generator.go is the load generator and load.go puts it to work. growth.go,
+// start.go, latency.go, upkeep.go and fleet.go measure.
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
-	"slices"
+	"path/filepath"
 	"syscall"
 	"time"
 
-	"github.com/podidentity/nmi/bench/wrk"
+	"github.com/podidentity/nmi/bench/measure"
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
-// What the agent must keep to.
-const (
-	targetReady   = 1500 * time.Millisecond
-	targetSettled = 40 << 20
-	targetPeak    = 80 << 20
-	targetRatio   = 0.95
-)
-
-const (
-	starts = 3
-	rounds = 3 // of the load, in each cluster
-)
-
-// plan is what can be chosen.
+// plan is how much is measured, and for how long.
 type plan struct {
-	identities, pods, others int
-	quiet, load, round       time.Duration
-	hold                     bool
+	identities, pods, others int // in the large cluster
+	keys                     []int
+	connections, callers     int
+	agents                   int // that restart at once
+	samples, rounds          int
+	length                   time.Duration // of one load
+	quiet                    time.Duration // until memory has settled
+	watch                    time.Duration // of an idle agent, and of upgrades
+}
+
+var (
+	full = plan{
+		identities: 10_000, pods: 250, others: 20_000, keys: []int{10, 100, 1000, 2000, 4000},
+		connections: 2000, callers: 10_000, agents: 5, samples: 300, rounds: 3,
+		length: 2 * time.Second, quiet: 10 * time.Second, watch: 15 * time.Second,
+	}
+	// short shows that everything still works.
+	short = plan{
+		identities: 50, pods: 20, others: 50, keys: []int{10, 20},
+		connections: 100, callers: 200, agents: 2, samples: 10, rounds: 1,
+		length: 200 * time.Millisecond, quiet: 100 * time.Millisecond, watch: 1 * time.Second,
+	}
+)
+
+// bench is a run.
+type bench struct {
+	plan
+	*objects
+	small, large *testbed.World // clusters of one node
+	pods         []*testbed.Pod
+	report       *measure.Report
 }
 
 func main() {
-	var p plan
-	flag.IntVar(&p.identities, "identities", 10_000, "AzureIdentities, and as many bindings")
-	flag.IntVar(&p.pods, "pods", 250, "pods on the node")
-	flag.IntVar(&p.others, "others", 20_000, "pods on other nodes")
-	flag.DurationVar(&p.quiet, "quiet", 30*time.Second, "from ready to settled")
-	flag.DurationVar(&p.load, "load", 30*time.Second, "length of the load under which memory is measured")
-	flag.DurationVar(&p.round, "round", 10*time.Second, "length of each load that is compared")
-	flag.BoolVar(&p.hold, "hold", false, "build the large cluster, say how to reach it, and wait for Ctrl-C")
+	isShort := flag.Bool("short", false, "little of everything, to see that it works; the figures mean nothing")
+	hold := flag.Bool("hold", false, "build the large cluster, say how to reach it, and wait for Ctrl-C")
+	jsonFile := flag.String("json", "", "file to write the results to")
+	generator := flag.Bool("generate", false, "be the load generator; for this program's own use")
+	fleet := flag.String("fleet", "", "be many agents; for this program's own use")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := testbed.EnterNode()
-	if err == nil {
-		err = run(ctx, p)
+	switch {
+	case err != nil:
+	case *generator:
+		err = generate(ctx)
+	case *fleet != "":
+		err = playFleet(ctx, *fleet)
+	default:
+		b := &bench{plan: full}
+		if *isShort {
+			b.plan = short
+		}
+		err = b.run(ctx, *hold, *jsonFile)
 	}
 	stop()
 	if err != nil {
@@ -67,147 +88,119 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, p plan) (err error) {
-	objects := newObjects(p)
-	w, err := testbed.NewWorld(ctx, imdstest.Config{Identities: objects.asked()})
+func (b *bench) run(ctx context.Context, hold bool, jsonFile string) (err error) {
+	root, err := testbed.Root()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, w.Close()) }()
-	var pods []*testbed.Pod
-	for i := range askers {
-		pod, err := w.AddPod(podAddress(i), testbed.Ptp)
+	b.report = measure.NewReport("make bench-scale", filepath.Join(root, "bin", "nmi"), filepath.Join(root, ".cache", "bin", "kube-apiserver"))
+	b.objects = newObjects(b.plan)
+	b.large, err = testbed.NewWorld(ctx, imdstest.Config{Identities: append(b.ids[:min(b.plan.pods, len(b.ids))], common)})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.large.Close()) }()
+	if b.small, err = b.large.AddCluster(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.small.Close()) }()
+	for i := range b.plan.pods {
+		pod, err := b.large.AddPod(podAddress(i), testbed.Ptp)
 		if err != nil {
 			return err
 		}
-		pods = append(pods, pod)
+		b.pods = append(b.pods, pod)
 	}
-	began := time.Now()
-	if err := objects.fill(ctx, w, p.identities, p.others); err != nil {
-		return fmt.Errorf("filling the large cluster: %w", err)
-	}
-	progress("the large cluster took %.0f s to fill", time.Since(began).Seconds())
-	if p.hold {
-		fmt.Printf("KUBECONFIG=%s nsenter --net=/proc/%d/ns/net bin/nmi --node=%s ...\n", w.Kubeconfig, os.Getpid(), testbed.NodeName)
-		<-ctx.Done()
-		return nil
-	}
-	small, err := w.AddCluster(ctx)
+	large, err := b.fill(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, small.Close()) }()
-	if err := objects.fill(ctx, small, fewIdentities, 0); err != nil {
-		return fmt.Errorf("filling the small cluster: %w", err)
+	if hold {
+		if err := large.addIdentities(ctx, min(50, b.identities), b.identities); err != nil {
+			return err
+		}
+		fmt.Printf("KUBECONFIG=%s nsenter --net=/proc/%d/ns/net bin/nmi --node=%s ...\n", b.large.Kubeconfig, os.Getpid(), testbed.NodeName)
+		<-ctx.Done()
+		return nil
 	}
+	if err := b.measure(ctx, large); err != nil {
+		return err
+	}
+	return errors.Join(b.report.Markdown(os.Stdout), b.report.WriteJSON(jsonFile))
+}
 
-	var r report
-	if r.bytes, err = startBytes(ctx, w); err != nil {
-		return fmt.Errorf("counting bytes: %w", err)
+// fill makes the objects of the clusters, but most identities.
+func (b *bench) fill(ctx context.Context) (large *filler, err error) {
+	small, err := newFiller(b.objects, b.small)
+	if err != nil {
+		return nil, err
 	}
-	for i := range starts {
-		last := i == starts-1
-		s, err := measureStart(ctx, w, pods, p, last)
-		if err != nil {
-			return fmt.Errorf("start %d: %w", i+1, err)
-		}
-		progress("start %d: %s", i+1, s)
-		r.starts = append(r.starts, s)
+	if large, err = newFiller(b.objects, b.large); err != nil {
+		return nil, err
 	}
-	for i := range rounds {
-		for _, in := range []struct {
-			world   *testbed.World
-			results *[]wrk.Result
-		}{{small, &r.small}, {w, &r.large}} {
-			got, err := measureLoad(ctx, in.world, pods, p.round)
-			if err != nil {
-				return fmt.Errorf("load, round %d: %w", i+1, err)
-			}
-			progress("load: %+v", got)
-			*in.results = append(*in.results, got)
+	progress("filling the clusters")
+	for _, step := range []func() error{
+		func() error { return small.addNamespaces(ctx) },
+		func() error { return small.addIdentities(ctx, 0, few) },
+		func() error { return small.addCommon(ctx) },
+		func() error { return small.addNodePods(ctx, few) },
+		func() error { return large.addNamespaces(ctx) },
+		func() error { return large.addNodePods(ctx, b.identities) },
+		func() error { return large.addOtherPods(ctx, b.others) },
+		func() error { return large.addIdentities(ctx, 0, min(50, b.identities)) },
+	} {
+		if err := step(); err != nil {
+			return nil, fmt.Errorf("filling a cluster: %w", err)
 		}
 	}
-	r.print(p)
+	return large, nil
+}
+
+// measure measures, and fills the large cluster meanwhile.
+func (b *bench) measure(ctx context.Context, large *filler) error {
+	had := min(50, b.identities)
+	grow := func(to int) func(context.Context) error {
+		return func(ctx context.Context) error {
+			from := had
+			had = max(had, min(to, b.identities))
+			return large.addIdentities(ctx, from, had)
+		}
+	}
+	growth := func(ctx context.Context) error { return b.growIdentities(ctx, had) }
+	for _, step := range []struct {
+		name string
+		run  func(context.Context) error
+	}{
+		{"misses", b.misses},
+		{"herd", b.herd},
+		{"a key for each pod", b.ownKeys},
+		{"pod events", b.podEvents},
+		{"reconciliation", b.reconcile},
+		{"upgrades", b.upgrade},
+		{"idle connections", b.idleConnections},
+		{"starts", func(ctx context.Context) error { return b.starts(ctx, had, 0.3, 30) }},
+		{"filling", grow(1000)},
+		{"identities", growth},
+		{"filling", grow(b.identities)},
+		{"starts", func(ctx context.Context) error { return b.starts(ctx, had, 1, 40) }},
+		{"identities", growth},
+		{"restarts", b.restarts},
+		{"loaded memory", b.loadedMemory},
+		{"pods", b.growPods},
+		{"keys", b.growKeys},
+		{"connections", b.growConnections},
+	} {
+		progress("%s", step.name)
+		if err := step.run(ctx); err != nil {
+			return fmt.Errorf("%s: %w", step.name, err)
+		}
+	}
 	return nil
 }
 
-// report is all that was measured.
-type report struct {
-	bytes        int64
-	starts       []start
-	small, large []wrk.Result
-}
-
-func (r report) print(p plan) {
-	ready := median(r.starts, func(s start) time.Duration { return s.ready })
-	cpu := median(r.starts, func(s start) time.Duration { return s.cpu })
-	settled := median(r.starts, func(s start) int64 { return s.settled.resident })
-	file := median(r.starts, func(s start) int64 { return s.settled.file })
-	peak := highest(r.starts, func(s start) int64 { return s.peak })
-	loaded := r.starts[len(r.starts)-1].loaded
-	rate := func(r wrk.Result) float64 { return r.PerSecond }
-	ratios := make([]float64, len(r.large))
-	for i := range ratios {
-		ratios[i] = r.large[i].PerSecond / r.small[i].PerSecond
-	}
-	ratio := median(ratios, func(f float64) float64 { return f })
-
-	fmt.Printf("\n%d identities and bindings, %d pods on the node and %d elsewhere; %d starts, %d loads of %s in each cluster, in turn.\n\n",
-		p.identities, p.pods, p.others, starts, rounds, p.round)
-	fmt.Println("| what | measured | target | |")
-	fmt.Println("|---|---:|---:|---|")
-	line := func(what, measured, target string, met bool) {
-		verdict := "met"
-		if !met {
-			verdict = "MISSED"
-		}
-		fmt.Printf("| %s | %s | %s | %s |\n", what, measured, target, verdict)
-	}
-	line("start to ready, median", seconds(ready), seconds(targetReady), ready <= targetReady)
-	line(fmt.Sprintf("resident, %s after ready, median", p.quiet), mib(settled), mib(targetSettled), settled <= targetSettled)
-	line("highest resident, start to settled", mib(peak), mib(targetPeak), peak <= targetPeak)
-	line(fmt.Sprintf("highest resident, %s of load", p.load), mib(loaded), mib(targetPeak), loaded <= targetPeak)
-	line("requests/s, large cluster to small, median", fmt.Sprintf("%.3f", ratio), fmt.Sprintf("%.2f", targetRatio), ratio >= targetRatio)
-	plain := func(what, measured string) { fmt.Printf("| %s | %s | | |\n", what, measured) }
-	plain("settled: pages of the program's file among it", mib(file))
-	plain("CPU time of the start, median", seconds(cpu))
-	plain("read from the API server until ready, TLS included", mib(r.bytes))
-
-	fmt.Println("\n| start | ready | CPU | peak until ready | peak until settled | settled |")
-	fmt.Println("|---|---:|---:|---:|---:|---:|")
-	for i, s := range r.starts {
-		fmt.Printf("| %d | %s | %s | %s | %s | %s |\n", i+1, seconds(s.ready), seconds(s.cpu), mib(s.readyPeak), mib(s.peak), mib(s.settled.resident))
-	}
-	fmt.Printf("\nLoad: cached tokens, %d pods with %d connections each, server and clients on a core each. Percentiles are those of the slowest pod.\n\n", askers, connections)
-	fmt.Println("| round | small, requests/s | p50 | p99 | large, requests/s | p50 | p99 | ratio |")
-	fmt.Println("|---|---:|---:|---:|---:|---:|---:|---:|")
-	for i := range r.large {
-		s, l := r.small[i], r.large[i]
-		fmt.Printf("| %d | %.0f | %s | %s | %.0f | %s | %s | %.3f |\n", i+1, s.PerSecond, s.P50, s.P99, l.PerSecond, l.P50, l.P99, ratios[i])
-	}
-	fmt.Printf("\nSpread of the small cluster's rounds, highest to lowest: %.3f\n", highest(r.small, rate)/-highest(r.small, func(r wrk.Result) float64 { return -r.PerSecond }))
-}
-
-func median[T any, V cmp.Ordered](all []T, value func(T) V) V {
-	values := make([]V, 0, len(all))
-	for _, one := range all {
-		values = append(values, value(one))
-	}
-	slices.Sort(values)
-	return values[len(values)/2]
-}
-
-func highest[T any, V cmp.Ordered](all []T, value func(T) V) V {
-	top := value(all[0])
-	for _, one := range all[1:] {
-		top = max(top, value(one))
-	}
-	return top
-}
-
-func mib(bytes int64) string { return fmt.Sprintf("%.1f MiB", float64(bytes)/(1<<20)) }
-
-func seconds(d time.Duration) string { return fmt.Sprintf("%.2f s", d.Seconds()) }
+var began = time.Now()
 
 // progress goes to stderr, so that what is printed can be kept as it is.
-func progress(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+func progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%4.0f s  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
+}

@@ -18,10 +18,12 @@ import (
 )
 
 const (
-	namespaces    = 100
-	fewIdentities = 10 // of the small cluster; at least askers
-	askers        = 4  // pods that ask for tokens; each is bound to an identity of its own
+	namespaces = 100
+	few        = 10 // identities of the small cluster
 )
+
+// common is an identity that all pods of the small cluster have beside their own.
+var common = imdstest.Identity{ClientID: "c0e1e000-0000-4000-8000-000000000001"}
 
 // objects are what the clusters hold, the same in every run.
 type objects struct {
@@ -50,9 +52,6 @@ func newObjects(p plan) *objects {
 	return o
 }
 
-// asked are the identities of the pods that ask.
-func (o *objects) asked() []imdstest.Identity { return o.ids[:askers] }
-
 func namespace(i int) string { return fmt.Sprintf("team-%03d", i%namespaces) }
 
 // service names the i-th identity, its binding, and the pods it is for.
@@ -67,7 +66,7 @@ func podAddress(i int) string { return fmt.Sprintf("10.244.%d.%d", i/200, i%200+
 
 // meta is what Helm leaves on an object; every fourth has been applied by kubectl
 // instead, with the whole object once more in an annotation.
-func meta(i int, kind string, spec any) map[string]any {
+func meta(i int, kind string, spec map[string]any) map[string]any {
 	m := map[string]any{
 		"name": service(i), "namespace": namespace(i),
 		"labels": map[string]any{
@@ -92,25 +91,19 @@ func meta(i int, kind string, spec any) map[string]any {
 	return m
 }
 
-func custom(i int, kind string, spec map[string]any) ([]byte, error) {
-	return json.Marshal(map[string]any{
-		"apiVersion": aadpodidentity.GroupVersion.String(), "kind": kind, "metadata": meta(i, kind, spec), "spec": spec,
-	})
+func (o *objects) identity(i int) map[string]any {
+	return map[string]any{"type": 0, "resourceID": o.ids[i].ResourceID, "clientID": o.ids[i].ClientID}
 }
 
-func (o *objects) identity(i int) ([]byte, error) {
-	return custom(i, "AzureIdentity", map[string]any{"type": 0, "resourceID": o.ids[i].ResourceID, "clientID": o.ids[i].ClientID})
+func binding(i int) map[string]any {
+	return map[string]any{"azureIdentity": service(i), "selector": service(i)}
 }
 
-func (o *objects) binding(i int) ([]byte, error) {
-	return custom(i, "AzureIdentityBinding", map[string]any{"azureIdentity": service(i), "selector": service(i)})
-}
-
-// nodePod is the i-th pod of the node, bound to the i-th identity.
-func (o *objects) nodePod(i int) *corev1.Pod {
-	pod := fullPod(i, testbed.NodeName)
-	pod.Name = fmt.Sprintf("%s-7d9c6b5f4-n%04d", service(i), i)
-	pod.Labels[aadpodidentity.BindingLabel] = service(i)
+// nodePod is the i-th pod of the node, bound to an identity.
+func nodePod(i, identity int) *corev1.Pod {
+	pod := fullPod(identity, testbed.NodeName)
+	pod.Name = fmt.Sprintf("%s-7d9c6b5f4-n%04d", service(identity), i)
+	pod.Labels[aadpodidentity.BindingLabel] = service(identity)
 	return pod
 }
 
@@ -186,8 +179,8 @@ func fullPod(i int, node string) *corev1.Pod {
 	}
 }
 
-// running is what a kubelet writes of a pod with this address.
-func running(pod *corev1.Pod, addr string) *corev1.Pod {
+// withStatus adds what a kubelet writes of a pod with this address.
+func withStatus(pod *corev1.Pod, addr string) *corev1.Pod {
 	now := metav1.NewTime(time.Now())
 	yes := true
 	pod.Status = corev1.PodStatus{

@@ -4,201 +4,112 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/url"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
-	"sync/atomic"
 	"time"
 
-	"k8s.io/client-go/tools/clientcmd"
-
+	"github.com/podidentity/nmi/bench/measure"
 	"github.com/podidentity/nmi/deploy/testbed"
 )
 
-// start is one start of the agent.
-type start struct {
-	ready     time.Duration // from exec
-	cpu       time.Duration // until then, without the programs that it runs
-	readyPeak int64
-	peak      int64 // until settled
-	settled   memory
-	loaded    int64 // highest under load; of the last start alone
-}
-
-func (s start) String() string {
-	return fmt.Sprintf("ready %s, cpu %s, peak until ready %s, until settled %s, settled %s (file %s), highest under load %s",
-		seconds(s.ready), seconds(s.cpu), mib(s.readyPeak), mib(s.peak), mib(s.settled.resident), mib(s.settled.file), mib(s.loaded))
-}
-
-// measureStart starts the agent, and leaves it alone until it has settled; then it
-// may be put under load.
-func measureStart(ctx context.Context, w *testbed.World, pods []*testbed.Pod, p plan, loaded bool) (s start, err error) {
-	w.IMDS.Reset()
-	began := time.Now()
-	agent, err := testbed.StartAgent(w.Kubeconfig)
-	if err != nil {
-		return start{}, err
-	}
-	defer func() {
-		_, stopErr := agent.Stop()
-		err = errors.Join(err, stopErr)
-	}()
-	if err := agent.AwaitReady(ctx); err != nil {
-		return start{}, err
-	}
-	s.ready = time.Since(began)
-	if s.cpu, err = cpuTime(agent.PID()); err != nil {
-		return start{}, err
-	}
-	m, err := memoryOf(agent.PID())
-	if err != nil {
-		return start{}, err
-	}
-	s.readyPeak = m.peak
-	select {
-	case <-time.After(p.quiet):
-	case <-ctx.Done():
-		return start{}, ctx.Err()
-	}
-	if s.settled, err = memoryOf(agent.PID()); err != nil {
-		return start{}, err
-	}
-	s.peak = s.settled.peak
-	if !loaded {
-		return s, nil
-	}
-	if err := forgetPeak(agent.PID()); err != nil {
-		return start{}, err
-	}
-	if _, err := load(ctx, w, pods, p.load); err != nil {
-		return start{}, err
-	}
-	m, err = memoryOf(agent.PID())
-	s.loaded = m.peak
-	return s, err
-}
-
-// startBytes is what the agent reads of the API server until it is ready: it
-// starts with a forwarder between the two.
-func startBytes(ctx context.Context, w *testbed.World) (n int64, err error) {
-	target, err := url.Parse(w.Admin().Host)
-	if err != nil {
-		return 0, err
-	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer ln.Close()
-	var read atomic.Int64
-	go forward(ln, target.Host, &read)
-
-	config, err := clientcmd.LoadFromFile(w.Kubeconfig)
-	if err != nil {
-		return 0, err
-	}
-	for _, cluster := range config.Clusters {
-		cluster.Server = "https://" + ln.Addr().String()
-	}
-	kubeconfig := filepath.Join(filepath.Dir(w.Kubeconfig), "forwarded.kubeconfig")
-	if err := clientcmd.WriteToFile(*config, kubeconfig); err != nil {
-		return 0, err
-	}
-	agent, err := testbed.StartAgent(kubeconfig)
-	if err != nil {
-		return 0, err
-	}
-	defer func() {
-		_, stopErr := agent.Stop()
-		err = errors.Join(err, stopErr)
-	}()
-	err = agent.AwaitReady(ctx)
-	return read.Load(), err
-}
-
-// forward passes connections on to an address until the listener is closed, and
-// counts what comes back.
-func forward(ln net.Listener, address string, read *atomic.Int64) {
-	for {
-		near, err := ln.Accept()
-		if err != nil {
-			return
-		}
-		go func() {
-			defer near.Close()
-			far, err := net.Dial("tcp", address)
+// starts starts the agent on both cores, and leaves it alone until its memory has settled.
+func (b *bench) starts(ctx context.Context, identities int, maxReady, maxResident float64) error {
+	var ready, cpu []time.Duration
+	var settled, peak, file []int64
+	for range b.rounds {
+		err := func() (err error) {
+			began := time.Now()
+			agent, err := testbed.StartAgent(b.large.Kubeconfig)
 			if err != nil {
-				return
+				return err
 			}
-			defer far.Close()
-			go func() {
-				defer far.Close()
-				_, _ = io.Copy(far, near)
+			defer func() {
+				_, stopErr := agent.Stop()
+				err = errors.Join(err, stopErr)
 			}()
-			_, _ = io.Copy(near, io.TeeReader(far, count{read})) // until either end closes
+			if err := agent.AwaitReady(ctx); err != nil {
+				return err
+			}
+			ready = append(ready, time.Since(began))
+			used, err := measure.CPUTime(agent.PID())
+			if err != nil {
+				return err
+			}
+			cpu = append(cpu, used)
+			select {
+			case <-time.After(b.quiet):
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			m, err := measure.MemoryOf(agent.PID())
+			settled, peak, file = append(settled, m.Resident), append(peak, m.Peak), append(file, m.File)
+			return err
 		}()
-	}
-}
-
-type count struct{ n *atomic.Int64 }
-
-func (c count) Write(b []byte) (int, error) { c.n.Add(int64(len(b))); return len(b), nil }
-
-// memory is what the kernel says of a process, in bytes.
-type memory struct{ resident, peak, file int64 }
-
-func memoryOf(pid int) (m memory, err error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return memory{}, err
-	}
-	for line := range strings.Lines(string(text)) {
-		name, value, _ := strings.Cut(line, ":")
-		kb, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
-		switch name {
-		case "VmRSS":
-			m.resident = kb << 10
-		case "VmHWM":
-			m.peak = kb << 10
-		case "RssFile":
-			m.file = kb << 10
-		}
-	}
-	if m.resident == 0 {
-		return memory{}, errors.New("the agent has ended")
-	}
-	return m, nil
-}
-
-// forgetPeak makes the highest resident memory count from now on (proc(5),
-// clear_refs).
-func forgetPeak(pid int) error {
-	return os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0)
-}
-
-// cpuTime is what a process has used so far, to 10 ms.
-func cpuTime(pid int) (time.Duration, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	const user, system, hertz = 11, 12, 100 // after the command's name; USER_HZ is 100 on every Linux
-	_, rest, _ := strings.Cut(string(text), ") ")
-	fields := strings.Fields(rest)
-	if len(fields) <= system {
-		return 0, fmt.Errorf("/proc/%d/stat cannot be read: %s", pid, text)
-	}
-	var ticks int64
-	for _, i := range []int{user, system} {
-		n, err := strconv.ParseInt(fields[i], 10, 64)
 		if err != nil {
-			return 0, err
+			return fmt.Errorf("starting with %d identities: %w", identities, err)
 		}
-		ticks += n
 	}
-	return time.Duration(ticks) * time.Second / hertz, nil
+	topic := fmt.Sprintf("start, %d identities", identities)
+	b.report.Add(topic, "to ready", measure.Median(ready).Seconds(), "s").AtMost(maxReady).
+		Notef("%d starts, the slowest %.2f s; the API server works on the same cores", len(ready), measure.Quantile(ready, 1).Seconds())
+	b.report.Add(topic, "CPU time until ready", measure.Median(cpu).Seconds(), "s")
+	b.report.Add(topic, "resident when idle", mib(measure.Median(settled)), "MiB").AtMost(maxResident).
+		Notef("%s after ready; %.1f MiB of it are pages of the program's file", b.quiet, mib(measure.Median(file)))
+	b.report.Add(topic, "highest resident until then", mib(measure.Quantile(peak, 1)), "MiB")
+	return nil
 }
+
+// loadedMemory is that of the large cluster's agent while all pods ask.
+func (b *bench) loadedMemory(ctx context.Context) error {
+	return withAgent(ctx, b.large, func(agent *testbed.Agent) error {
+		if _, err := measureLoad(ctx, agent, b.pods, some(len(b.pods), 1).at(0, 5*b.length)); err != nil {
+			return err
+		}
+		m, err := measure.MemoryOf(agent.PID())
+		b.report.Add("memory", fmt.Sprintf("highest resident, %d pods ask, %d identities", len(b.pods), b.identities), mib(m.Peak), "MiB")
+		return err
+	}, noLimit...)
+}
+
+// idleConnections measures what a connection costs that has asked once.
+func (b *bench) idleConnections(ctx context.Context) error {
+	each := b.connections / min(40, len(b.pods))
+	var l load
+	for range min(40, len(b.pods)) {
+		l.Pods = append(l.Pods, podLoad{Idle: each, Warm: url("vault")})
+	}
+	n := each * len(l.Pods)
+	return withAgent(ctx, b.small, func(agent *testbed.Agent) error {
+		look := func() (resident, heap, stacks float64, err error) {
+			m, err := measure.Scrape(ctx, metricsURL)
+			if err != nil {
+				return 0, 0, 0, err
+			}
+			memory, err := measure.MemoryOf(agent.PID())
+			return float64(memory.Resident), m["go_memstats_heap_inuse_bytes"], m["go_memstats_stack_inuse_bytes"], err
+		}
+		if _, err := measureLoad(ctx, agent, b.pods, some(few, 1).at(rate, b.length)); err != nil { // what any load needs
+			return err
+		}
+		resident, heap, stacks, err := look()
+		if err != nil {
+			return err
+		}
+		r, err := startLoad(ctx, b.pods, l)
+		if err != nil {
+			return err
+		}
+		select {
+		case <-time.After(b.quiet):
+		case <-ctx.Done():
+		}
+		residentAfter, heapAfter, stacksAfter, err := look()
+		_ = r.end(nil)
+		kib := func(after, before float64) float64 { return (after - before) / float64(n) / (1 << 10) }
+		b.report.Add("memory", "resident, for each idle connection", kib(residentAfter, resident), "KiB").AtMost(10).
+			Notef("%d connections, each has asked once; the kernel's buffers are not part of it", n)
+		b.report.Add("memory", "Go's heap and stacks, for each idle connection", kib(heapAfter+stacksAfter, heap+stacks), "KiB").
+			Notef("%.1f of it stacks", kib(stacksAfter, stacks))
+		return err
+	}, fmt.Sprintf("--max-connections=%d", n+100))
+}
+
+const metricsURL = "http://" + testbed.NodeAddress + ":9090/metrics"

@@ -156,3 +156,6 @@ func (c *ControlPlane) Kubeconfig(ctx context.Context, namespace, account string
 	config.CurrentContext = "testbed"
 	return path, clientcmd.WriteToFile(*config, path)
 }
+
+// APIServer is the kube-apiserver that runs.
+func (c *ControlPlane) APIServer() *Program { return c.api }
