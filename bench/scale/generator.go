@@ -97,8 +97,12 @@ func connect(ctx context.Context, l load) (active []*conn, err error) {
 			atOnce <- struct{}{}
 			connecting.Go(func() {
 				defer func() { <-atOnce }()
-				if status, err := c.get(ctx, p.Warm); err != nil || status != 200 {
-					once.Do(func() { failed = fmt.Errorf("warming up: status %d, %v", status, err) })
+				status, err := c.get(ctx, p.Warm)
+				if err == nil && status != 200 {
+					err = fmt.Errorf("status %d", status)
+				}
+				if err != nil {
+					once.Do(func() { failed = fmt.Errorf("warming up: %w", err) })
 				}
 			})
 		}

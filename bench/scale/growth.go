@@ -59,10 +59,10 @@ func (b *bench) grow(ctx context.Context, topic string, steps []step) error {
 		}
 	}
 	for i, s := range steps {
-		ratio := median(cpu[i], cpu[0])
+		ratio := medianRatio(cpu[i], cpu[0])
 		r := b.report.Add(topic, s.name+": CPU for a request", measure.Median(cpu[i]), "µs")
 		r.Notef("%.2f of the first; %.0f requests/s without a rate, %.2f of the first; p99 at %d/s %s",
-			ratio, measure.Median(perSecond[i]), median(perSecond[i], perSecond[0]), rate, fixed[i].P99.Round(10*time.Microsecond))
+			ratio, measure.Median(perSecond[i]), medianRatio(perSecond[i], perSecond[0]), rate, fixed[i].P99.Round(10*time.Microsecond))
 		if t := fixed[i].Throttled; t > 0 {
 			r.Note += fmt.Sprintf("; %.0f %% throttled", math.Round(100*float64(t)/float64(fixed[i].Requests)))
 		}
@@ -73,8 +73,8 @@ func (b *bench) grow(ctx context.Context, topic string, steps []step) error {
 	return nil
 }
 
-// median is the median ratio of two rows of rounds.
-func median(values, to []float64) float64 {
+// medianRatio is that of the rounds of two steps.
+func medianRatio(values, to []float64) float64 {
 	var ratios []float64
 	for i := range values {
 		ratios = append(ratios, values[i]/to[i])

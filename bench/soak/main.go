@@ -184,7 +184,7 @@ func (s *soak) report(length time.Duration, jsonFile string) error {
 	if err := r.Markdown(os.Stdout); err != nil {
 		return err
 	}
-	printSamples(os.Stdout, s.samples)
+	printSamples(s.samples)
 	if err := r.WriteJSON(jsonFile); err != nil {
 		return err
 	}

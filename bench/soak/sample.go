@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/podidentity/nmi/bench/measure"
@@ -98,11 +97,11 @@ func trend(samples []sample, value func(sample) float64) (first, last, perHour f
 }
 
 // printSamples prints at most 20 of them.
-func printSamples(w io.Writer, samples []sample) {
-	fmt.Fprintln(w, "\n| after | resident, MiB | goroutines | descriptors | answers |")
-	fmt.Fprintln(w, "|---:|---:|---:|---:|---:|")
+func printSamples(samples []sample) {
+	fmt.Println("\n| after | resident, MiB | goroutines | descriptors | answers |")
+	fmt.Println("|---:|---:|---:|---:|---:|")
 	for i := 0; i < len(samples); i += 1 + len(samples)/20 {
 		s := samples[i]
-		fmt.Fprintf(w, "| %s | %.1f | %.0f | %.0f | %d |\n", s.at.Round(time.Second), s.resident, s.goroutines, s.descriptors, s.answers)
+		fmt.Printf("| %s | %.1f | %.0f | %.0f | %d |\n", s.at.Round(time.Second), s.resident, s.goroutines, s.descriptors, s.answers)
 	}
 }
