@@ -97,11 +97,7 @@ func connect(ctx context.Context, l load) (active []*conn, err error) {
 			atOnce <- struct{}{}
 			connecting.Go(func() {
 				defer func() { <-atOnce }()
-				status, err := c.get(ctx, p.Warm)
-				if err == nil && status != 200 {
-					err = fmt.Errorf("status %d", status)
-				}
-				if err != nil {
+				if err := c.warm(ctx, p.Warm); err != nil {
 					once.Do(func() { failed = fmt.Errorf("warming up: %w", err) })
 				}
 			})
@@ -109,6 +105,20 @@ func connect(ctx context.Context, l load) (active []*conn, err error) {
 	}
 	connecting.Wait()
 	return active, failed
+}
+
+// warm asks once; this is not measured yet, so that it may be tried again.
+func (c *conn) warm(ctx context.Context, url string) (err error) {
+	for range 5 {
+		var status int
+		if status, err = c.get(ctx, url); err == nil && status == 200 {
+			return nil
+		}
+		if err == nil {
+			err = fmt.Errorf("status %d", status)
+		}
+	}
+	return err
 }
 
 // ask runs the load.
@@ -197,7 +207,10 @@ func (c *conn) get(ctx context.Context, url string) (status int, err error) {
 		line = bytes.TrimSpace(line)
 		value, isLength := bytes.CutPrefix(line, []byte("Content-Length: "))
 		switch {
-		case n == 0 && len(line) > 12:
+		case n == 0:
+			if len(line) < len("HTTP/1.1 200") {
+				return 0, errors.New("malformed response")
+			}
 			status, err = strconv.Atoi(string(line[9:12]))
 		case isLength:
 			length, err = strconv.Atoi(string(value))

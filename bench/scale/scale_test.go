@@ -49,10 +49,10 @@ func TestGetReadsOneAnswerAtATime(t *testing.T) {
 
 func TestGetNoticesALostAnswer(t *testing.T) {
 	for name, answer := range map[string]string{
-		"none":          "",
-		"half a head":   "HTTP/1.1 200 OK\r\nContent-Le",
-		"half a body":   "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel",
-		"not HTTP":      "HTTP/1.1 abc\r\n\r\n",
+		"none":        "",
+		"half a head": "HTTP/1.1 200 OK\r\nContent-Le",
+		"half a body": "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel",
+		"not HTTP":    "HTTP/1.1 abc\r\n\r\n", "no status": "HTTP\r\n\r\n",
 		"length absurd": "HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
