@@ -24,10 +24,6 @@ func (s *soak) replace(ctx context.Context, at *slot) error {
 	last := at.pod
 	last.end(&s.tally)
 	news := rand.N(3)
-	if news != 0 {
-		s.outdated.RLock()
-		defer s.outdated.RUnlock()
-	}
 	var err error
 	switch news {
 	case 0: // before the network is gone
@@ -35,6 +31,8 @@ func (s *soak) replace(ctx context.Context, at *slot) error {
 	case 1: // that its containers have ended; the object stays
 		err = s.world.EndPod(ctx, namespace, last.name)
 	case 2: // when the next pod has been asking for a while
+		s.outdated.RLock()
+		defer s.outdated.RUnlock()
 	}
 	if err != nil {
 		return err
@@ -113,6 +111,10 @@ func (s *soak) upgrade(ctx context.Context, every time.Duration) error {
 	return nil
 }
 
+// takeOver is an upgrade. It waits until the API server names no pod that has ended: an agent
+// does not know when an interface appeared that is older than itself, and accepts the pod that
+// is named first (docs/security.md, Reused addresses). Without the lock, next pods get tokens of
+// the last ones during upgrades, and the run fails.
 func (s *soak) takeOver(ctx context.Context) error {
 	s.outdated.Lock()
 	defer s.outdated.Unlock()
