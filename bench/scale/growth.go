@@ -148,13 +148,10 @@ func (b *bench) prime(ctx context.Context, resources int) error {
 	})
 }
 
-// growConnections opens more and more connections.
+// growConnections opens thousands of connections.
 func (b *bench) growConnections(ctx context.Context) error {
 	const most = 64 // of one pod
-	all := func(n int) load {
-		pods := min((n+most-1)/most, len(b.pods))
-		return some(pods, n/pods)
-	}
+	pods := min((b.connections+most-1)/most, len(b.pods))
 	idle := some(1, 32)
 	others := min(40, len(b.pods)-1)
 	for range others {
@@ -164,9 +161,7 @@ func (b *bench) growConnections(ctx context.Context) error {
 		{name: "32 connections", world: b.small, load: some(1, 32)},
 		{name: fmt.Sprintf("%d connections, 32 of them active", 32+b.connections/others*others), world: b.small, load: idle, goal: 1.15},
 		{name: "1 connection", world: b.small, load: some(1, 1)},
-	}
-	for _, n := range []int{256, b.connections} {
-		steps = append(steps, step{name: fmt.Sprintf("%d connections, all active", n), world: b.small, load: all(n)})
+		{name: fmt.Sprintf("%d connections, all active", b.connections), world: b.small, load: some(pods, b.connections/pods)},
 	}
 	return b.grow(ctx, "connections", steps)
 }

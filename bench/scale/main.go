@@ -38,7 +38,7 @@ type plan struct {
 
 var (
 	full = plan{
-		identities: 10_000, pods: 250, others: 20_000, keys: []int{10, 100, 1000, 2000, 4000},
+		identities: 10_000, pods: 250, others: 20_000, keys: []int{10, 1000, 2000, 4000},
 		connections: 2000, callers: 10_000, agents: 5, samples: 300, rounds: 3,
 		length: 2 * time.Second, quiet: 10 * time.Second, watch: 15 * time.Second,
 	}
