@@ -77,7 +77,7 @@ bench-scale: root packages build kube ## what grows with a cluster of 10,000 ide
 	@go build -o .cache/bench-scale ./bench/scale
 	@exec .cache/bench-scale $(FLAGS)
 
-# FLAGS="-length 20s" in CI.
+# FLAGS="-length 15s" in CI.
 bench-soak: root packages build kube ## half an hour of everything that changes on a node; each answer is checked
 	@go build -o .cache/bench-soak ./bench/soak
 	@exec .cache/bench-soak $(FLAGS)

@@ -44,9 +44,9 @@ var (
 	}
 	// short shows that everything still works.
 	short = plan{
-		identities: 50, pods: 20, others: 50, keys: []int{10, 20},
-		connections: 100, callers: 200, agents: 2, samples: 10, rounds: 1,
-		length: 200 * time.Millisecond, quiet: 100 * time.Millisecond, watch: 1 * time.Second,
+		identities: 50, pods: 10, others: 10, keys: []int{10},
+		connections: 50, callers: 100, agents: 2, samples: 5, rounds: 1,
+		length: 100 * time.Millisecond, quiet: 100 * time.Millisecond, watch: 1 * time.Second,
 	}
 )
 
