@@ -30,9 +30,7 @@ func (s *soak) replace(ctx context.Context, at *slot) error {
 		err = s.world.DeletePod(ctx, namespace, last.name)
 	case 1: // that its containers have ended; the object stays
 		err = s.world.EndPod(ctx, namespace, last.name)
-	case 2: // when the next pod has been asking for a while
-		s.outdated.RLock()
-		defer s.outdated.RUnlock()
+	default: // when the next pod has been asking for a while
 	}
 	if err != nil {
 		return err
@@ -111,13 +109,8 @@ func (s *soak) upgrade(ctx context.Context, every time.Duration) error {
 	return nil
 }
 
-// takeOver is an upgrade. It waits until the API server names no pod that has ended: an agent
-// does not know when an interface appeared that is older than itself, and accepts the pod that
-// is named first (docs/security.md, Reused addresses). Without the lock, next pods get tokens of
-// the last ones during upgrades, and the run fails.
+// takeOver is an upgrade.
 func (s *soak) takeOver(ctx context.Context) error {
-	s.outdated.Lock()
-	defer s.outdated.Unlock()
 	last := s.agent.Load()
 	next, err := testbed.StartAgent(s.world.Kubeconfig)
 	if err != nil {

@@ -50,8 +50,7 @@ var errBroken = errors.New("answers were wrong or lost, or pods were not served:
 // soak is a run.
 type soak struct {
 	world     *testbed.World
-	network   sync.Mutex   // guards the world's Network
-	outdated  sync.RWMutex // read-locked while the API server names a pod that has ended
+	network   sync.Mutex // guards the world's Network
 	selectors []*selector
 	slots     []*slot
 	agent     atomic.Pointer[testbed.Agent] // that serves

@@ -1,26 +1,46 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"time"
 
+	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/tokencache"
 )
 
-// What an agent hands over beside its listeners, so that the next one does not fetch every
-// token of the node again: the cached tokens, and how long the upstream wants no requests.
-// A packet begins with its kind; a kind that is not known is skipped.
+// What an agent hands over beside its listeners. With the cached tokens, and how long the
+// upstream wants no requests, the next one need not fetch every token of the node again. With
+// what is known of the node's interfaces, it does not take an address's next pod for the last
+// one. A packet begins with its kind; a kind that is not known is skipped.
 const (
+	packetLink  = 'L' // and a links.Snapshot in JSON
 	packetPause = 'P' // and a time.Duration as text
 	packetToken = 'T' // and a tokencache.Snapshot
 )
 
-// sendTokens sends what receivedTokens collects; see handover.Duties.
+// minPause is for the fetches that are under way, which count against Azure's limits, too.
+const minPause = time.Second
+
+// sendTokens sends what receivedTokens collects; see handover.Duties. What the promise needs
+// comes first: there is a deadline.
 func (a *agent) sendTokens(send func(packet []byte) error) error {
-	if pause := time.Until(a.upstream.PausedUntil()); pause > 0 {
-		if err := send(append([]byte{packetPause}, pause.String()...)); err != nil {
+	interfaces, err := a.links.Export()
+	if err != nil {
+		return err
+	}
+	for _, link := range interfaces {
+		b, err := json.Marshal(link)
+		if err != nil {
 			return err
 		}
+		if err := send(append([]byte{packetLink}, b...)); err != nil {
+			return err
+		}
+	}
+	pause := max(time.Until(a.upstream.PausedUntil()), minPause)
+	if err := send(append([]byte{packetPause}, pause.String()...)); err != nil {
+		return err
 	}
 	for _, token := range a.tokens.Export() {
 		b, err := token.MarshalBinary()
@@ -36,6 +56,7 @@ func (a *agent) sendTokens(send func(packet []byte) error) error {
 
 // receivedTokens is what another agent has sent.
 type receivedTokens struct {
+	links       []links.Snapshot
 	pausedUntil time.Time
 	tokens      []tokencache.Snapshot
 }
@@ -43,6 +64,12 @@ type receivedTokens struct {
 // add keeps a packet; see handover.Handover.Acquire.
 func (r *receivedTokens) add(packet []byte) error {
 	switch kind, content := packet[0], packet[1:]; kind {
+	case packetLink:
+		var link links.Snapshot
+		if err := json.Unmarshal(content, &link); err != nil {
+			return fmt.Errorf("malformed interface: %w", err)
+		}
+		r.links = append(r.links, link)
 	case packetPause:
 		pause, err := time.ParseDuration(string(content))
 		if err != nil {
@@ -61,6 +88,9 @@ func (r *receivedTokens) add(packet []byte) error {
 
 // restore puts what was received to use.
 func (a *agent) restore(received receivedTokens) {
+	if err := a.links.Import(received.links); err != nil {
+		a.log.Warn("what the agent that ran before knew of the node's interfaces is lost", "error", err)
+	}
 	a.upstream.PauseUntil(received.pausedUntil)
 	if n := a.tokens.Import(received.tokens); n > 0 {
 		a.log.Info("restored tokens of the agent that ran before", "tokens", n)

@@ -10,7 +10,7 @@
 //	3. syncs, then asks  ──▶  stops what only one agent may do, accepts no more, and
 //	   for the duties         closes each connection with its next response
 //	4. acquires them     ◀──  confirms
-//	5. restores tokens   ◀──  its cached tokens
+//	5. restores          ◀──  what it knows: interfaces, and cached tokens
 //	6. serves                 exits when Kubernetes stops it
 //
 // Both have the same listeners: a connection that one does not accept waits for the
