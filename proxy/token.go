@@ -44,7 +44,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	case head == nil || len(auxiliary) > 0:
 	case !known:
 		s.heads.add(addr, head)
-	case !head.last && s.takeBack(w, conn, token): // not for one that may never come again
+	case !head.last && !conn.Pipelined() && s.takeBack(w, conn, token): // not for one that may never come again
 		return nil
 	}
 	writeToken(w, token, auxiliary, time.Now())

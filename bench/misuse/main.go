@@ -196,6 +196,8 @@ func bounds(agent *testbed.Agent, limit *testbed.MemoryLimit, got result) (verdi
 	}
 	select {
 	case <-agent.Done():
+		log := agent.Log()
+		fmt.Fprintf(os.Stderr, "misuse: the end of the log of the agent that has ended:\n%s\n", log[max(0, len(log)-8<<10):])
 		return "**the agent has ended**", peak, nil
 	default:
 	}

@@ -49,10 +49,11 @@ type Conn struct {
 
 	// The request under way. These are written by the goroutine that serves the connection;
 	// the atomic ones are read by the one that looks out for the client's end, too.
-	inBody   atomic.Bool // its head has been read
-	wantBody atomic.Bool // see WantBody
-	head     headReader
-	writeBy  time.Time // see SetResponseDeadline
+	inBody    atomic.Bool // its head has been read
+	wantBody  atomic.Bool // see WantBody
+	head      headReader
+	pipelined bool
+	writeBy   time.Time // see SetResponseDeadline
 
 	failed atomic.Bool // a write has
 
@@ -101,6 +102,9 @@ func (c *Conn) Head() []byte {
 	}
 	return c.head.kept
 }
+
+// Pipelined reports whether the client has ever sent a request before it had the last response.
+func (c *Conn) Pipelined() bool { return c != nil && (c.pipelined || len(c.head.ahead) > 0) }
 
 // WantBody says that the body of the request will be read. Otherwise only http.Server reads
 // it, to find its end, and it may have no more lines than a head.
@@ -162,6 +166,7 @@ func (c *Conn) endRequest() {
 	c.head.begin()
 	c.writeBy = time.Time{}
 	if len(c.head.ahead) > 0 {
+		c.pipelined = true
 		c.pause(pipelinedPause)
 	}
 }

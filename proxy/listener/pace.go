@@ -38,11 +38,12 @@ const (
 	paceWindow = 100 * time.Millisecond
 )
 
-// The CPU time of a request is measured in each window that has enough of them. At first it is
-// taken to be initialCost. The bounds are far from what any machine needs.
+// The CPU time of a request is measured over as many windows as have enough of them. At first it is
+// taken to be initialCost, which is more than most machines need: a flood that comes first must not
+// fill the CPU until its cost is known. The bounds are far from what any machine needs.
 const (
-	minMeasured            = 500
-	initialCost            = 20 * time.Microsecond
+	minMeasured            = 200
+	initialCost            = 50 * time.Microsecond
 	leastCost, largestCost = 4 * time.Microsecond, 100 * time.Microsecond
 )
 
@@ -56,9 +57,9 @@ type pace struct {
 	active int       // callers with a request in it
 	before int       // callers with one in the window before
 
-	requests int           // in the window
-	used     time.Duration // CPU time before the window
-	cost     time.Duration // CPU time of a request, a moving average
+	requests int           // since the last measurement
+	used     time.Duration // CPU time before that
+	cost     time.Duration // CPU time of a request
 	rate     float64       // of requests a second that active callers may make together
 }
 
@@ -79,16 +80,20 @@ func (p *pace) turn(now time.Time) bool {
 		return false
 	}
 	used := p.cpuTime()
-	if p.requests >= minMeasured {
-		measured := (used - p.used) / time.Duration(p.requests)
-		p.cost = min(max(p.cost+(measured-p.cost)/4, leastCost), largestCost)
+	switch {
+	case p.requests >= minMeasured:
+		measured := min(max((used-p.used)/time.Duration(p.requests), leastCost), largestCost)
+		p.cost = max(measured, p.cost+(measured-p.cost)/4) // it rises at once
+		fallthrough
+	case p.before+p.active == 0:
+		p.requests, p.used = 0, used
 	}
 	p.rate = busyShare * float64(p.cpus()) * float64(time.Second) / float64(p.cost)
 	p.before = p.active
 	if elapsed >= 2*paceWindow {
 		p.before = 0
 	}
-	p.began, p.active, p.requests, p.used = now, 0, 0, used
+	p.began, p.active = now, 0
 	p.window++
 	return true
 }

@@ -101,9 +101,9 @@ func TestFloodsCostOthersLittle(t *testing.T) {
 		least        int           // requests a second of the flood
 		wait         time.Duration // of the other
 	}{
-		"a slow machine, beside a caller that asks often": {10 * time.Microsecond, 40 * time.Microsecond, 64, 2 * time.Millisecond, 4900, 500 * time.Microsecond},
-		"a fast machine, beside a caller that asks often": {2 * time.Microsecond, 10 * time.Microsecond, 64, 2 * time.Millisecond, 22_000, 200 * time.Microsecond},
-		"beside a caller that asks now and then":          {2 * time.Microsecond, 10 * time.Microsecond, 64, 300 * time.Millisecond, 50_000, time.Millisecond},
+		"a slow machine, beside a caller that asks often": {10 * time.Microsecond, 40 * time.Microsecond, 64, 2 * time.Millisecond, 3900, 500 * time.Microsecond},
+		"a fast machine, beside a caller that asks often": {2 * time.Microsecond, 10 * time.Microsecond, 64, 2 * time.Millisecond, 11_000, 200 * time.Microsecond},
+		"beside a caller that asks now and then":          {2 * time.Microsecond, 10 * time.Microsecond, 64, 300 * time.Millisecond, 45_000, time.Millisecond},
 		"a caller that keeps few connections busy":        {2 * time.Microsecond, 10 * time.Microsecond, 4, 300 * time.Millisecond, 50_000, 100 * time.Microsecond},
 	} {
 		t.Run(name, func(t *testing.T) {
