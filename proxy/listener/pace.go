@@ -56,6 +56,7 @@ type pace struct {
 	window int       // its number; from 1
 	active int       // callers with a request in it
 	before int       // callers with one in the window before
+	added  int       // callers with one in it, and none in the window before
 
 	requests int           // since the last measurement
 	used     time.Duration // CPU time before that
@@ -93,7 +94,7 @@ func (p *pace) turn(now time.Time) bool {
 	if elapsed >= 2*paceWindow {
 		p.before = 0
 	}
-	p.began, p.active = now, 0
+	p.began, p.active, p.added = now, 0, 0
 	p.window++
 	return true
 }
@@ -103,12 +104,14 @@ func (p *pace) turn(now time.Time) bool {
 func (p *pace) delay(s *share, cost int, now time.Time) time.Duration {
 	p.requests += cost
 	if s.window != p.window {
-		s.window = p.window
 		p.active++
+		if s.window != p.window-1 || p.before == 0 {
+			p.added++
+		}
+		s.window = p.window
 	}
-	active := max(p.active, p.before)
+	active := p.before + p.added
 	if active == 1 {
-		s.next = now
 		return 0
 	}
 	interval := time.Duration(float64(time.Second) / max(p.rate/float64(active), minShare))

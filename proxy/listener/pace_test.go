@@ -154,6 +154,26 @@ func TestShares(t *testing.T) {
 	assert.InEpsilon(t, pause(connectionCost, 10), longest(among(10), new(share), paceBurst/connectionCost+1, connectionCost), 1e-3)
 }
 
+// A caller that was held back, or has not come for a while, is not alone because it is the first
+// in a window.
+func TestFirstInAWindowIsNotAlone(t *testing.T) {
+	p, flood := among(1), new(share)
+	now := start
+	good := new(share)
+	for range 5 {
+		p.delay(good, 1, now)
+		now = now.Add(paceWindow)
+		p.turn(now)
+		longest := time.Duration(0)
+		for range paceBurst + 10 {
+			longest = max(longest, p.delay(flood, 1, now))
+		}
+		assert.Positive(t, longest)
+		now = now.Add(paceWindow)
+		p.turn(now)
+	}
+}
+
 // The cost of a request is measured.
 func TestRate(t *testing.T) {
 	for cost, want := range map[time.Duration]time.Duration{
