@@ -27,7 +27,7 @@ type socket struct {
 }
 
 func subscribe() (*socket, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
@@ -44,18 +44,27 @@ func subscribe() (*socket, error) {
 
 func (s *socket) close() error { return s.file.Close() }
 
-// wait returns when there is something to read, or after the timeout. It keeps a thread,
-// and the socket is not Go's poller's: that would be woken by each announcement, whether
-// anything waits for it or not.
+// wait returns when there is something to read, or after the timeout. It must not block in the
+// system call: the runtime would take 10 ms to notice, and hold all other goroutines up where
+// the agent has one core (runtime/proc.go, retake).
 func (s *socket) wait(timeout time.Duration) error {
-	var err error
-	ctlErr := s.raw.Control(func(fd uintptr) {
-		_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(timeout.Milliseconds())) //nolint:gosec // a file descriptor is an int32
-	})
-	if errors.Is(err, unix.EINTR) {
-		err = nil
+	if err := s.file.SetReadDeadline(time.Now().Add(timeout)); err != nil {
+		return err
 	}
-	return errors.Join(ctlErr, err)
+	woken := false
+	err := s.raw.Read(func(fd uintptr) bool {
+		if woken {
+			return true
+		}
+		woken = true
+		now := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // a file descriptor is an int32
+		n, _ := unix.Poll(now, 0)
+		return n > 0
+	})
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil
+	}
+	return err
 }
 
 // receive reads one datagram without waiting; EAGAIN if there is none. It is valid until
