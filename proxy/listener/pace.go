@@ -22,7 +22,7 @@ const (
 	connectionCost = 8
 	// busyShare is how much of the CPU active callers may use together. The rest is for
 	// their unevenness, and for what the agent does besides.
-	busyShare = 0.4
+	busyShare = 0.7
 	// minShare is the least share of a caller, in requests a second. With many callers the
 	// sum exceeds what the CPU serves, which does no harm: most pods send a request an hour.
 	minShare = 500
