@@ -24,6 +24,7 @@ package handover
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -34,9 +35,10 @@ import (
 // Handover is one agent's part in takeovers: first as the new agent, then as the one
 // that runs. Its methods are for one goroutine at a time, except Status.
 type Handover struct {
-	dir  string
-	log  *slog.Logger
-	lock *os.File // nil without a directory, and until it can be made
+	dir     string
+	private bool // no other pod sees the directory
+	log     *slog.Logger
+	lock    *os.File // nil without a directory, and until it can be made
 
 	// The agent that ran before, from Receive. Without one conn is nil, and exited closed.
 	conn      *net.UnixConn
@@ -55,6 +57,9 @@ var aLongTimeAgo = time.Unix(1, 0)
 func New(dir string, log *slog.Logger) *Handover {
 	h := &Handover{dir: dir, log: log, inherited: make(map[string]*net.TCPListener), released: make(chan struct{}), exited: make(chan struct{})}
 	close(h.exited)
+	if h.private = dir != "" && inContainerFS(dir); h.private {
+		log.Warn(h.Status())
+	}
 	return h
 }
 
@@ -65,6 +70,9 @@ func (h *Handover) Status() string {
 		return "another agent has taken over; this one resumes if that agent exits"
 	case lastError != nil:
 		return "no agent can take over from this one without refusing connections: " + *lastError
+	case h.private:
+		return fmt.Sprintf("no agent can take over from this one: --handover-dir %s is in the file system of this container, which no other pod sees; "+
+			"mount a hostPath of the node there, as deploy/manifests/daemonset.yaml does. Until then pods are refused during an upgrade, and two agents on a node would not know of each other", h.dir)
 	default:
 		return ""
 	}
