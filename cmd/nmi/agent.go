@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 
 	"github.com/podidentity/nmi/cmd/nmi/handover"
+	"github.com/podidentity/nmi/cmd/nmi/startuptaint"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
@@ -29,8 +30,10 @@ type agent struct {
 	tokens   *tokencache.Cache
 	server   *proxy.Server
 	handover *handover.Handover
-	front    *handover.Listener // pods' connections arrive here; nil before start
+	taint    *startuptaint.Manager // nil without --startup-taint
+	front    *handover.Listener    // pods' connections arrive here; nil before start
 
+	health                       *health
 	probeSocket, probes, metrics *page
 
 	probeServer *component   // on the probe socket, from first to last
@@ -90,9 +93,21 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	cfg.proxy.Pods, cfg.proxy.Tokens, cfg.proxy.Upstream = a.resolver, a.tokens, a.upstream
 	cfg.proxy.CheckSource = checkSource(a.links)
 	a.server = proxy.New(cfg.proxy)
-	a.buildPages(ctx)
+	a.health = newHealth(ctx, a)
+	a.buildPages()
 	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}}
 	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}}
+	if cfg.startupTaint.Key == "" {
+		return a, nil
+	}
+	a.taint, err = startuptaint.New(cluster.config, startuptaint.Config{
+		Node: cfg.resolver.Node, Taint: cfg.startupTaint, Logger: log,
+		Ready: a.health.err, Rules: func() error { return a.rules.Status().Err },
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.duties = append(a.duties, &component{run: a.taint.Run})
 	return a, nil
 }
 

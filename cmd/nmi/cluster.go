@@ -13,6 +13,7 @@ import (
 
 // cluster is what the agent reads from the API server.
 type cluster struct {
+	config   *rest.Config
 	resolver *podresolver.Resolver
 	secrets  *secrets
 }
@@ -24,6 +25,7 @@ func connect(cfg config, log *slog.Logger) (c cluster, err error) {
 	if err != nil {
 		return c, err
 	}
+	c.config = restConfig
 	sources, err := podresolver.FromAPIServer(restConfig, cfg.resolver.Node)
 	if err != nil {
 		return c, err

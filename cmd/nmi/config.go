@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"strings"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
 	"github.com/podidentity/nmi/cmd/nmi/handover"
@@ -29,9 +30,10 @@ type config struct {
 	upstream upstream.Config
 	proxy    proxy.Config
 
-	front, probes, metrics endpoint // front is for redirected connections
-	probeSocket            string   // "" for none
-	handoverDir            string   // "" for no takeovers
+	front, probes, metrics endpoint     // front is for redirected connections
+	probeSocket            string       // "" for none
+	handoverDir            string       // "" for no takeovers
+	startupTaint           corev1.Taint // without a key for none
 
 	version        bool   // print it and exit
 	headerRequired bool   // see proxy.Config.MetadataHeaderOptional

@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
 
+	"github.com/podidentity/nmi/cmd/nmi/startuptaint"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/upstream"
@@ -166,6 +168,13 @@ func parseAbsolutePath(text string) (string, error) {
 		return "", errors.New(`want an absolute path, or "" to turn it off`)
 	}
 	return text, nil
+}
+
+func parseStartupTaint(text string) (corev1.Taint, error) {
+	if text == "" {
+		return corev1.Taint{}, nil
+	}
+	return startuptaint.Parse(text)
 }
 
 // oneOf parses a word.

@@ -67,6 +67,9 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 	c.addProbeSocket(fs)
 	parsedVar(fs, &c.handoverDir, "handover-dir", "/run/nmi", parseAbsolutePath, `directory on the node over which a new agent takes over from the one that runs; "" for none`)
 
+	// New: the node.
+	parsedVar(fs, &c.startupTaint, "startup-taint", "", parseStartupTaint, "taint, <key>[=<value>]:<effect>, to remove from the node when the agent is ready, and to set while it cannot write its rules; the effect is NoSchedule or NoExecute. It needs the rights of deploy/admission/startup-taint.yaml. \"\" for none")
+
 	// The old NMI's, for which there is nothing left to do.
 	const accepted = "accepted for compatibility: "
 	fs.String("nmi-listen-address", "127.0.0.1", accepted+"the agent listens on all addresses, and takes redirected connections only")

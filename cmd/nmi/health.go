@@ -43,6 +43,9 @@ func newHealth(ctx context.Context, a *agent) *health {
 			if err := a.upstream.Unavailable(); err != nil {
 				notes = append(notes, err.Error())
 			}
+			if a.taint != nil {
+				notes = append(notes, a.taint.Status())
+			}
 			notes = append(notes, a.handover.Status(), a.probes.status(), a.metrics.status(), a.probeSocket.status())
 			return strings.Join(slices.DeleteFunc(notes, func(note string) bool { return note == "" }), "\n")
 		},

@@ -50,12 +50,12 @@ func newPortPage(at endpoint, log *slog.Logger) *page {
 
 // buildPages makes the agent's pages: on two ports of the node, and on a socket of its
 // own pod.
-func (a *agent) buildPages(ctx context.Context) {
+func (a *agent) buildPages() {
 	a.probes, a.metrics = newPortPage(a.cfg.probes, a.log), newPortPage(a.cfg.metrics, a.log)
 	a.probeSocket = newPage(flagProbeSocket, a.log, func(ctx context.Context) (pageListener, error) {
 		return listenUnix(ctx, a.cfg.probeSocket)
 	})
-	health := newHealth(ctx, a).handler()
+	health := a.health.handler()
 	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, confirm: expectSource(a.links)}
 	a.probes.handler = health
 	a.probeSocket.handler = explainer.handler(health)

@@ -140,15 +140,26 @@ func (c *ControlPlane) Admin() *rest.Config {
 // Kubeconfig writes a kubeconfig for a service account, with a token that the
 // API server issued to it, and returns its path.
 func (c *ControlPlane) Kubeconfig(ctx context.Context, namespace, account string) (string, error) {
+	return c.kubeconfig(ctx, namespace, account, account, nil)
+}
+
+// PodKubeconfig is Kubeconfig with the token that a pod of that account has: it names the
+// pod and its node.
+func (c *ControlPlane) PodKubeconfig(ctx context.Context, namespace, account, pod string) (string, error) {
+	return c.kubeconfig(ctx, namespace, account, pod, &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod})
+}
+
+func (c *ControlPlane) kubeconfig(ctx context.Context, namespace, account, file string, bound *authenticationv1.BoundObjectReference) (string, error) {
 	client, err := kubernetes.NewForConfig(c.Admin())
 	if err != nil {
 		return "", err
 	}
-	request, err := client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
+	request, err := client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account,
+		&authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{BoundObjectRef: bound}}, metav1.CreateOptions{})
 	if err != nil {
 		return "", fmt.Errorf("token for service account %s/%s: %w", namespace, account, err)
 	}
-	path := c.path(account + ".kubeconfig")
+	path := c.path(file + ".kubeconfig")
 	config := clientcmdapi.NewConfig()
 	config.Clusters["testbed"] = &clientcmdapi.Cluster{Server: c.apiServerURL(), InsecureSkipTLSVerify: true}
 	config.AuthInfos[account] = &clientcmdapi.AuthInfo{Token: request.Status.Token}
