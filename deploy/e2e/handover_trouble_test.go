@@ -16,6 +16,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/nmi/deploy/testbed"
 )
@@ -170,6 +171,35 @@ func TestNoHandoverDirectory(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, 1, code)
 	assert.Contains(t, lastLine(output), "port 2579 is taken: another program, or an agent that does not hand over runs there")
+}
+
+// With a manifest that mounts no directory of the node, as the old NMI's.
+func TestHandoverDirectoryOfTheContainer(t *testing.T) {
+	s := begin(t)
+	dir := t.TempDir()
+	if !sameMount(t, dir, "/") {
+		t.Skip("the directory for temporary files is not on the root's mount")
+	}
+	t.Setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1") // as in a pod
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent("--handover-dir=" + dir)
+	assert.Equal(t, 200, p.asks(vault).status, "no reason not to serve")
+	const says = "no agent can take over from this one: --handover-dir "
+	status, text := a.Ready(t.Context())
+	assert.Equal(t, 200, status)
+	assert.Contains(t, text, says+dir+" is in the file system of this container")
+	assert.Equal(t, 1, strings.Count(a.Log(), says), "once")
+}
+
+func sameMount(t *testing.T, a, b string) bool {
+	t.Helper()
+	var ids []uint64
+	for _, path := range []string{a, b} {
+		var s unix.Statx_t
+		require.NoError(t, unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_MNT_ID, &s))
+		ids = append(ids, s.Mnt_id)
+	}
+	return ids[0] == ids[1]
 }
 
 func TestForeignHandoverSocket(t *testing.T) {

@@ -56,10 +56,10 @@ func TestMigration(t *testing.T) {
 	})
 	t.Run("standard mode", func(t *testing.T) {
 		migrate(t, "default", "s/--operation-mode=managed/--operation-mode=standard\\n        - --MICNamespace=default/", func(s *scenario, own imdstest.Identity) *pod {
-			s.identity("shop", "moving", own)
-			s.binding("shop", "moving", "moving", "moving")
-			s.assignment("moving", "moving-0", "Assigned", own)
-			return s.pod("moving-0", "10.244.0.11", testbed.Routed, "moving")
+			s.identity("shop", "standard", own)
+			s.binding("shop", "standard", "standard", "standard")
+			s.assignment("standard", "moving-0", "Assigned", own)
+			return s.pod("moving-0", "10.244.0.11", testbed.Routed, "standard")
 		})
 	})
 }
