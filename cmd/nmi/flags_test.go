@@ -107,6 +107,8 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--http-probe-address=localhost":      "want an IP address of the node, 127.0.0.1 for the node alone",
 		"--metrics-address=224.0.0.1":         "want an IP address of the node",
 		"--metrics-address=fe80::1%eth0":      "want an IP address of the node",
+		"--startup-taint=a:PreferNoSchedule":  "want <key>[=<value>]:NoSchedule or <key>[=<value>]:NoExecute",
+		"--startup-taint=a b:NoSchedule":      `"a b" is not the key and value of a taint`,
 		"--handover-dir=run/nmi":              "want an absolute path",
 		"--imds-token-rate=0":                 "want a number from 1 to 1000",
 		"--max-connections=-1":                "want a number from 1 to 1000000",
