@@ -41,7 +41,7 @@ func TestReplacingTheOldNMILeaks(t *testing.T) {
 	asking.end()
 	t.Logf("tokens of the node in pods: %d in %s; requests past the agents: %d", asking.node.Load(), took.Round(100*time.Millisecond), len(world.Leaks()))
 	assert.Positive(t, asking.node.Load())
-	assert.Positive(t, len(world.Leaks()))
+	assert.NotEmpty(t, world.Leaks())
 	world.IMDS.Reset() // these were leaks, and meant to be
 }
 
@@ -49,26 +49,27 @@ func TestReplacingTheOldNMILeaks(t *testing.T) {
 // tokens all the time. Not one may be the node's.
 func TestMigration(t *testing.T) {
 	t.Run("managed mode", func(t *testing.T) {
-		migrate(t, "kube-system", "", func(s *scenario, own imdstest.Identity) *pod {
+		migrate(t, "kube-system", "", func(s *scenario) *pod {
 			s.binding("shop", "moving", "cart", "moving")
 			return s.pod("moving-0", "10.244.0.11", testbed.Ptp, "moving")
 		})
 	})
 	t.Run("standard mode", func(t *testing.T) {
-		migrate(t, "default", "s/--operation-mode=managed/--operation-mode=standard\\n        - --MICNamespace=default/", func(s *scenario, own imdstest.Identity) *pod {
-			s.identity("shop", "standard", own)
+		migrate(t, "default", "s/--operation-mode=managed/--operation-mode=standard\\n        - --MICNamespace=default/", func(s *scenario) *pod {
+			s.identity("shop", "standard", cart)
 			s.binding("shop", "standard", "standard", "standard")
-			s.assignment("standard", "moving-0", "Assigned", own)
+			s.assignment("standard", "moving-0", "Assigned", cart)
 			return s.pod("moving-0", "10.244.0.11", testbed.Routed, "standard")
 		})
 	})
 }
 
 // migrate moves a node whose old NMI is in a namespace; edit is what sed does to nmi.yaml.
-func migrate(t *testing.T, namespace, edit string, newPod func(*scenario, imdstest.Identity) *pod) {
+func migrate(t *testing.T, namespace, edit string, newPod func(*scenario) *pod) {
+	t.Helper()
 	s := begin(t)
 	k := newKubectl(t)
-	p := newPod(s, cart)
+	p := newPod(s)
 	standard := namespace != "kube-system"
 	var mic *pod
 	if standard {

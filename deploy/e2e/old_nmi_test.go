@@ -160,6 +160,7 @@ type askers struct {
 // startAskers begins with three programs that open a connection for each request, and one
 // that keeps its own.
 func startAskers(t *testing.T, p *pod, own imdstest.Identity) *askers {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	a := &askers{cancel: cancel}
 	for i := range 4 {

@@ -24,7 +24,7 @@ package handover
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -53,12 +53,15 @@ type Handover struct {
 // aLongTimeAgo is a deadline that has passed.
 var aLongTimeAgo = time.Unix(1, 0)
 
+var errPrivate = errors.New("--handover-dir is in the file system of this container, which no other pod sees: " +
+	"mount a hostPath of the node there, as deploy/manifests/daemonset.yaml does; until then pods are refused during an upgrade")
+
 // New returns a Handover over a directory; with dir "" there are no takeovers.
 func New(dir string, log *slog.Logger) *Handover {
 	h := &Handover{dir: dir, log: log, inherited: make(map[string]*net.TCPListener), released: make(chan struct{}), exited: make(chan struct{})}
 	close(h.exited)
 	if h.private = dir != "" && inContainerFS(dir); h.private {
-		log.Warn(h.Status())
+		log.Warn("no agent can take over from this one", "error", errPrivate)
 	}
 	return h
 }
@@ -71,8 +74,7 @@ func (h *Handover) Status() string {
 	case lastError != nil:
 		return "no agent can take over from this one without refusing connections: " + *lastError
 	case h.private:
-		return fmt.Sprintf("no agent can take over from this one: --handover-dir %s is in the file system of this container, which no other pod sees; "+
-			"mount a hostPath of the node there, as deploy/manifests/daemonset.yaml does. Until then pods are refused during an upgrade, and two agents on a node would not know of each other", h.dir)
+		return "no agent can take over from this one: " + errPrivate.Error()
 	default:
 		return ""
 	}

@@ -59,7 +59,7 @@ func TestDirectoryOfTheContainer(t *testing.T) {
 		}
 		var log testlog.Buffer
 		h := New("/run/nmi", log.Logger())
-		assert.Contains(t, h.Status(), "/run/nmi is in the file system of this container")
+		assert.Contains(t, h.Status(), "no agent can take over from this one: --handover-dir is in the file system of this container")
 		assert.Contains(t, log.String(), "hostPath")
 		log = testlog.Buffer{}
 		h = New("/mounted/nmi", log.Logger())
