@@ -5,7 +5,10 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test lint unit e2e conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint unit e2e conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: ## bin/nmi, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi

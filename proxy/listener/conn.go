@@ -104,7 +104,7 @@ func (c *Conn) Head() []byte {
 }
 
 // Pipelined reports whether the client has ever sent a request before it had the last response.
-func (c *Conn) Pipelined() bool { return c != nil && (c.pipelined || len(c.head.ahead) > 0) }
+func (c *Conn) Pipelined() bool { return c != nil && c.pipelined }
 
 // WantBody says that the body of the request will be read. Otherwise only http.Server reads
 // it, to find its end, and it may have no more lines than a head.
@@ -156,6 +156,7 @@ func (c *Conn) SocketUID() (uint32, error) {
 
 // startRequest notes that http.Server has parsed a head: what follows is the body.
 func (c *Conn) startRequest() {
+	c.pipelined = c.pipelined || len(c.head.ahead) > 0 // before net/http reads on, in another goroutine
 	c.wantBody.Store(false)
 	c.inBody.Store(true)
 }
@@ -166,7 +167,6 @@ func (c *Conn) endRequest() {
 	c.head.begin()
 	c.writeBy = time.Time{}
 	if len(c.head.ahead) > 0 {
-		c.pipelined = true
 		c.pause(pipelinedPause)
 	}
 }

@@ -212,6 +212,9 @@ func (l *Limiter) setReader(c *Conn, next bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c.next, c.busy = next, false
+	if c.place != nil {
+		c.caller.conns.MoveToBack(c.place)
+	}
 }
 
 // EndNext makes Next return an error on all connections that wait for a request.
