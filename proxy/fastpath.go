@@ -48,7 +48,8 @@ func (s *Server) fastPath(c *listener.Conn) (handOver bool) {
 			return true
 		}
 		s.fastPathRequests.Add(1)
-		if s.respond(c, token, head.last) != nil || head.last {
+		last := head.last || s.draining.Load() // which may have begun while the request was held back
+		if s.respond(c, token, last) != nil || last {
 			_ = c.Close()
 			return false
 		}
@@ -104,14 +105,14 @@ func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokenc
 	}
 	unread, _ := buffered.Peek(buffered.Reader.Buffered())
 	mine := c.TakeBack(unread)
-	if s.respond(c, token, false) != nil {
-		_ = c.Close()
-		return true
-	}
 	s.front.serving.Go(func() {
-		if mine {
+		last := s.draining.Load()
+		switch {
+		case s.respond(c, token, last) != nil || last:
+			_ = c.Close()
+		case mine:
 			s.front.serve(c)
-		} else {
+		default:
 			s.front.handOver(c)
 		}
 	})

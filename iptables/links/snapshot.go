@@ -6,9 +6,9 @@ import "time"
 // that takes over from another has it from that one. Without it, the new agent would accept
 // the first pod that the API server names on each interface, although that pod may have ended.
 type Snapshot struct {
-	Index        int // 0 for an interface that is gone, of which only the owner is known
-	Name         string
-	HardwareAddr string
+	Index        int    // 0 for an interface that is gone, of which only the owner is known
+	Name         []byte // bytes, as the next: encoders of text would change them
+	HardwareAddr []byte
 	Appeared     time.Time // zero if that is not known
 	Owner        Pod       // zero for none
 }
@@ -22,7 +22,7 @@ func (t *Tracker) Export() ([]Snapshot, error) {
 	}
 	var all []Snapshot
 	for _, i := range t.ifaces {
-		all = append(all, Snapshot{i.index, i.name, i.hardwareAddr, i.appeared.Round(0), i.owner})
+		all = append(all, Snapshot{i.index, []byte(i.name), []byte(i.hardwareAddr), i.appeared.Round(0), i.owner})
 	}
 	for _, uid := range t.departed.Keys() {
 		if started, ok := t.departed.Peek(uid); ok {
@@ -42,8 +42,8 @@ func (t *Tracker) Import(all []Snapshot) error {
 	}
 	for _, s := range all {
 		i := t.ifaces[s.Index]
-		if i == nil || i.name != s.Name || i.hardwareAddr != s.HardwareAddr { // it is gone
-			if s.Owner.UID != "" {
+		if i == nil || i.name != string(s.Name) || i.hardwareAddr != string(s.HardwareAddr) { // it is gone
+			if last, ok := t.departed.Peek(s.Owner.UID); s.Owner.UID != "" && (!ok || s.Owner.Started.After(last)) {
 				t.departed.Add(s.Owner.UID, s.Owner.Started)
 			}
 			continue

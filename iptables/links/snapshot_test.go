@@ -1,6 +1,7 @@
 package links_test
 
 import (
+	"encoding/json"
 	"testing"
 	"time"
 
@@ -29,7 +30,11 @@ func TestSnapshot(t *testing.T) {
 	require.NoError(t, after.Expect(next.Addr, ended), "it does not know better yet")
 	all, err := before.Export()
 	require.NoError(t, err)
-	require.NoError(t, after.Import(all))
+	encoded, err := json.Marshal(all) // as from agent to agent
+	require.NoError(t, err)
+	var received []links.Snapshot
+	require.NoError(t, json.Unmarshal(encoded, &received))
+	require.NoError(t, after.Import(received))
 	index := n.call(next, next.Addr)
 	require.ErrorIs(t, after.Check(next.Addr, index, ended), links.ErrReused)
 	require.NoError(t, after.Check(next.Addr, index, started("next", 0)))
@@ -41,7 +46,7 @@ func TestSnapshot(t *testing.T) {
 
 	third := n.track(links.Config{})
 	for i := range all { // as if all these interfaces had been replaced meanwhile
-		all[i].HardwareAddr = "other"
+		all[i].HardwareAddr = []byte("other")
 	}
 	require.NoError(t, third.Import(all))
 	assert.NoError(t, third.Check(next.Addr, n.call(next, next.Addr), ended), "what it knows is not of this interface")

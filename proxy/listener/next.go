@@ -148,6 +148,7 @@ func (c *Conn) TakeBack(unread []byte) bool {
 	c.reader.deadline = time.Time{}
 	if len(unread) > 0 || len(c.head.ahead) > 0 {
 		c.head.ahead = append(bytes.Clone(unread), c.head.ahead...)
+		c.pipelined = true
 		return false
 	}
 	c.limiter.setReader(c, true)

@@ -71,6 +71,7 @@ func TestNext(t *testing.T) {
 	assert.Equal(t, "four", next())
 	c.HandOver()
 	assert.False(t, c.TakeBack([]byte("early ")), "there is more than one request")
+	assert.True(t, c.Pipelined())
 	n, err = c.Read(read)
 	require.NoError(t, err)
 	assert.Equal(t, "early four", string(read[:n]))
