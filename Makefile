@@ -29,7 +29,7 @@ unit: root packages
 	go test -run '^TestModel$$' ./tokencache
 
 e2e: root packages build kube sdks ## the real binary against a real API server
-	go test -tags e2e -count=1 -timeout 20m ./deploy/e2e
+	go test -tags e2e -count=1 -timeout 40m ./deploy/e2e
 
 conformance: root packages build kube sdks ## the cases of docs/conformance.md, which it writes
 	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e
