@@ -52,12 +52,16 @@ $(CLIENTS)/js/clients.mjs: $(wildcard deploy/clients/js/*)
 	cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@cp deploy/clients/js/clients.mjs $@
 
-kube: $(KUBE)/kube-apiserver $(KUBE)/etcd
+kube: $(KUBE)/kube-apiserver $(KUBE)/kubectl $(KUBE)/etcd
 
 # Some minutes the first time, then never again until the version changes.
 $(KUBE)/kube-apiserver: deploy/testbed/kube/go.mod
 	@echo "building kube-apiserver from its module; this takes some minutes, once"
 	cd deploy/testbed/kube && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../../$@ k8s.io/kubernetes/cmd/kube-apiserver
+	@touch $@
+
+$(KUBE)/kubectl: deploy/testbed/kube/go.mod
+	cd deploy/testbed/kube && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../../$@ k8s.io/kubernetes/cmd/kubectl
 	@touch $@
 
 $(KUBE)/etcd: deploy/testbed/kube/go.mod

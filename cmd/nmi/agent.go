@@ -136,7 +136,7 @@ func (a *agent) start(ctx context.Context) error {
 	for _, c := range a.background {
 		c.Start(running)
 	}
-	var received receivedTokens
+	var received receivedState
 	if err := a.handover.Acquire(ctx, a.resolver.Synced(), received.add); err != nil {
 		return err
 	}
@@ -154,7 +154,7 @@ func (a *agent) serve(ctx context.Context) error {
 	handedOver := make(chan bool, 1)
 	go func() {
 		handedOver <- a.handover.Offer(ctx, handover.Duties{
-			Front: a.front, Listeners: a.pageListeners, Tokens: a.sendTokens,
+			Front: a.front, Listeners: a.pageListeners, Tokens: a.sendState,
 			Release: a.release, Resume: func() { a.resume(running) },
 		})
 	}()

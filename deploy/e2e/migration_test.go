@@ -166,18 +166,16 @@ spec:
 
 // kubectl runs commands of docs/migrating.md as the cluster's administrator, in a directory
 // that deploy is in.
-type kubectl struct{ dir, doc string }
+type kubectl struct{ dir, doc, path string }
 
 func newKubectl(t *testing.T) *kubectl {
 	t.Helper()
-	if _, err := exec.LookPath("kubectl"); err != nil {
-		t.Skip("kubectl is not installed")
-	}
 	root, err := testbed.Root()
 	require.NoError(t, err)
+	require.FileExists(t, filepath.Join(root, ".cache", "bin", "kubectl"), "run make kube")
 	doc, err := os.ReadFile(filepath.Join(root, "docs", "migrating.md"))
 	require.NoError(t, err)
-	k := &kubectl{dir: t.TempDir(), doc: string(doc)}
+	k := &kubectl{dir: t.TempDir(), doc: string(doc), path: filepath.Join(root, ".cache", "bin") + ":" + os.Getenv("PATH")}
 	require.NoError(t, os.Symlink(filepath.Join(root, "deploy"), filepath.Join(k.dir, "deploy")))
 	config, admin := clientcmdapi.NewConfig(), world.Admin()
 	config.Clusters["c"] = &clientcmdapi.Cluster{Server: admin.Host, InsecureSkipTLSVerify: true}
@@ -198,7 +196,7 @@ func (k *kubectl) sh(t *testing.T, script string) {
 	t.Helper()
 	cmd := exec.Command("bash", "-euo", "pipefail", "-c", script)
 	cmd.Dir = k.dir
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(k.dir, "kubeconfig"), "HOME="+k.dir)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(k.dir, "kubeconfig"), "HOME="+k.dir, "PATH="+k.path)
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s\n%s", script, out)
 }

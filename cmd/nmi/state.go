@@ -22,9 +22,9 @@ const (
 // minPause is for the fetches that are under way, which count against Azure's limits, too.
 const minPause = time.Second
 
-// sendTokens sends what receivedTokens collects; see handover.Duties. What the promise needs
+// sendState sends what receivedState collects; see handover.Duties. What the promise needs
 // comes first: there is a deadline.
-func (a *agent) sendTokens(send func(packet []byte) error) error {
+func (a *agent) sendState(send func(packet []byte) error) error {
 	interfaces, err := a.links.Export()
 	if err != nil {
 		return err
@@ -54,15 +54,15 @@ func (a *agent) sendTokens(send func(packet []byte) error) error {
 	return nil
 }
 
-// receivedTokens is what another agent has sent.
-type receivedTokens struct {
+// receivedState is what another agent has sent.
+type receivedState struct {
 	links       []links.Snapshot
 	pausedUntil time.Time
 	tokens      []tokencache.Snapshot
 }
 
 // add keeps a packet; see handover.Handover.Acquire.
-func (r *receivedTokens) add(packet []byte) error {
+func (r *receivedState) add(packet []byte) error {
 	switch kind, content := packet[0], packet[1:]; kind {
 	case packetLink:
 		var link links.Snapshot
@@ -87,7 +87,7 @@ func (r *receivedTokens) add(packet []byte) error {
 }
 
 // restore puts what was received to use.
-func (a *agent) restore(received receivedTokens) {
+func (a *agent) restore(received receivedState) {
 	if err := a.links.Import(received.links); err != nil {
 		a.log.Warn("what the agent that ran before knew of the node's interfaces is lost", "error", err)
 	}
