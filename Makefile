@@ -5,7 +5,7 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint unit e2e conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint unit e2e manifests conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,9 @@ unit: root packages
 
 e2e: root packages build kube sdks ## the real binary against a real API server
 	go test -tags e2e -count=1 -timeout 40m ./deploy/e2e
+
+manifests: ## deploy/manifests and what else is made from deploy/chart
+	go test -count=1 ./deploy/chart -update
 
 conformance: root packages build kube sdks ## the cases of docs/conformance.md, which it writes
 	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e

@@ -41,6 +41,7 @@ var rooms = map[string][]string{
 	"deploy/testbed":             {"*"},
 	"deploy/testbed/attack":      {},
 	"deploy/testlog":             {},
+	"deploy/chart":               {},
 	"deploy/e2e":                 {"*"},
 	"deploy/demo":                {"*"},
 	"deploy/conformance":         {"*"},

@@ -88,6 +88,12 @@ identity of the node.`,
 		Short: "Print the version",
 		Args:  noArguments,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return printVersion(cmd) },
+	}, &cobra.Command{
+		Use:    "wait",
+		Short:  "Do nothing until a signal: the container of deploy/cleanup.yaml that runs after cleanup",
+		Hidden: true,
+		Args:   noArguments,
+		RunE:   func(cmd *cobra.Command, _ []string) error { <-cmd.Context().Done(); return nil },
 	})
 	return root
 }

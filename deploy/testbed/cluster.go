@@ -6,8 +6,11 @@ import (
 	"os"
 	"path/filepath"
 
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 // secondShift moves the ports of a node's second control plane.
@@ -22,6 +25,22 @@ func (w *World) AddCluster(ctx context.Context) (*World, error) {
 		return nil, errors.Join(err, second.Close())
 	}
 	return second, nil
+}
+
+// allowStandardMode adds what the agent may do in standard mode besides (the chart's
+// operationMode) to its ClusterRole: tests run it in both modes.
+func allowStandardMode(manifests []*unstructured.Unstructured) {
+	for _, object := range manifests {
+		if object.GetKind() != "ClusterRole" {
+			continue
+		}
+		rules, _, _ := unstructured.NestedSlice(object.Object, "rules")
+		object.Object["rules"] = append(rules, map[string]any{
+			"apiGroups": []any{aadpodidentity.GroupVersion.Group},
+			"resources": []any{aadpodidentity.AzureAssignedIdentities.Resource},
+			"verbs":     []any{"list", "watch"},
+		})
+	}
 }
 
 // startCluster starts the control plane, connects to it, and applies the manifests.
@@ -45,10 +64,11 @@ func (w *World) startCluster(ctx context.Context, shift int) error {
 	if w.Custom, err = dynamic.NewForConfig(w.Admin()); err != nil {
 		return err
 	}
-	w.manifests, err = ReadManifests(os.DirFS(filepath.Join(root, "deploy", "manifests")), "crds.yaml", "rbac.yaml", "exception.yaml", "daemonset.yaml")
+	w.manifests, err = ReadManifests(os.DirFS(filepath.Join(root, "deploy", "manifests")), "crds.yaml", "account.yaml", "exception.yaml", "daemonset.yaml")
 	if err != nil {
 		return err
 	}
+	allowStandardMode(w.manifests)
 	if err = Apply(ctx, w.Custom, w.manifests); err != nil {
 		return err
 	}

@@ -1,0 +1,197 @@
+// Package chart tests the Helm chart in this directory, and keeps what is made of it current: the
+// manifests of deploy/manifests, the table of README.md, and the golden files in testdata.
+// "make manifests" writes them.
+package chart
+
+import (
+	"bytes"
+	"flag"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+var update = flag.Bool("update", false, "write the files that are made of the chart")
+
+// helmBinary builds Helm, once, and returns its path.
+var helmBinary = sync.OnceValues(func() (string, error) {
+	out, err := exec.Command("go", "tool", "-modfile=../../.ci/helm/go.mod", "-n", "helm").Output()
+	return string(bytes.TrimSpace(out)), err
+})
+
+// helm runs Helm and returns what it prints, which is an error's text if it fails.
+func helm(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	path, err := helmBinary()
+	require.NoError(t, err)
+	cmd := exec.CommandContext(t.Context(), path, args...)
+	var out, errors bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errors
+	if err := cmd.Run(); err != nil {
+		return errors.String(), err
+	}
+	return out.String(), nil
+}
+
+func render(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	return helm(t, append([]string{"template", "nmi", ".", "--namespace=kube-system", "--kube-version=1.35"}, args...)...)
+}
+
+// renderFiles returns what each template makes of the values, without Helm's own comments.
+func renderFiles(t *testing.T, args ...string) map[string]string {
+	t.Helper()
+	text, err := render(t, args...)
+	require.NoError(t, err, text)
+	files := make(map[string]string)
+	for document := range strings.SplitSeq("\n"+text, "\n---\n# Source: nmi/templates/") {
+		name, content, found := strings.Cut(document, "\n")
+		if !found || name == "" {
+			continue
+		}
+		if files[name] != "" {
+			files[name] += "---\n"
+		}
+		files[name] += strings.TrimSpace(content) + "\n"
+	}
+	return files
+}
+
+// current checks that a file has the content, or writes it.
+func current(t *testing.T, path, content string) {
+	t.Helper()
+	if *update {
+		require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+		require.NoError(t, os.WriteFile(path, []byte(content), 0o644))
+		return
+	}
+	stored, err := os.ReadFile(path)
+	require.NoError(t, err, "run make manifests")
+	assert.Equal(t, string(stored), content, "%s is not what the chart makes: run make manifests", path)
+}
+
+func TestGoldenFiles(t *testing.T) {
+	values, err := filepath.Glob("testdata/*.values.yaml")
+	require.NoError(t, err)
+	require.Len(t, values, 4)
+	for _, path := range values {
+		name := strings.TrimSuffix(path, ".values.yaml")
+		t.Run(filepath.Base(name), func(t *testing.T) {
+			t.Parallel()
+			text, err := render(t, "--values="+path)
+			require.NoError(t, err, text)
+			current(t, name+".yaml", text)
+		})
+	}
+}
+
+// TestManifests compares the files that kubectl applies with the chart's output.
+func TestManifests(t *testing.T) {
+	const generated = "# Made from deploy/chart by make manifests.\n"
+	crds, err := os.ReadFile("crds/crds.yaml")
+	require.NoError(t, err)
+	current(t, "../manifests/crds.yaml", string(crds))
+	for _, m := range []struct {
+		dir   string
+		files []string
+		args  []string
+	}{
+		{"../manifests", []string{"account.yaml", "daemonset.yaml", "exception.yaml"}, nil},
+		// As in aad-pod-identity's deploy/infra/deployment-rbac.yaml.
+		{"../manifests/standard", []string{"account.yaml", "daemonset.yaml", "exception.yaml"}, []string{"--namespace=default", "--set=operationMode=standard"}},
+		{"..", []string{"cleanup.yaml"}, []string{"--set=cleanup=true"}},
+		{"../cilium", []string{"local-redirect-policy.yaml"}, []string{"--set=nmi.redirectMode=none,cilium.localRedirectPolicy=true"}},
+	} {
+		files := renderFiles(t, m.args...)
+		for _, name := range m.files {
+			require.NotEmpty(t, files[name], name)
+			current(t, filepath.Join(m.dir, name), generated+files[name])
+		}
+	}
+}
+
+// TestRefusedValues is about mistakes, and values of the old chart that would do nothing.
+func TestRefusedValues(t *testing.T) {
+	for set, text := range map[string]string{
+		"nmi.redirectmode=dnat":               "additional properties 'redirectmode' not allowed",
+		"nmi.redirectMode=ebpf":               "at '/nmi/redirectMode': value must be one of 'auto', 'redirect', 'dnat', 'none'",
+		"operationMode=Managed":               "at '/operationMode': value must be one of 'managed', 'standard'",
+		"nmi.probePort=http":                  "at '/nmi/probePort': 'http' does not match pattern",
+		"nmi.probePort=70000":                 "at '/nmi/probePort': maximum: got 70,000, want 65,535",
+		"nmi.digest=sha256:1234":              "at '/nmi/digest': 'sha256:1234' does not match pattern",
+		"nmi.resources.memory=1Gi":            "at '/nmi/resources': additional properties 'memory' not allowed",
+		"nmi.podLabels.component=x":           "at '/nmi/podLabels/component': value must be 'nmi'",
+		"nmi.extraArgs={block-wireserver}":    "at '/nmi/extraArgs/0': 'block-wireserver' does not match pattern '^-'",
+		"nmi.hostTokenUIDs={root}":            "at '/nmi/hostTokenUIDs/0': got string, want integer",
+		"imagePullSecrets={registry}":         "at '/imagePullSecrets/0': got string, want object",
+		"forceNamespaced=yes":                 "at '/forceNamespaced': value must be one of true, false, 'true', 'false'",
+		"azureIdentities.a.clientID=a":        "at '/azureIdentities/a': missing property 'type'",
+		"rbac.secrets.shop=credentials":       "at '/rbac/secrets/shop': got string, want array",
+		"mic.image=mic":                       "mic: this chart does not install MIC",
+		"adminsecret.cloud=a":                 "adminsecret: it is MIC's",
+		"rbac.allowAccessToSecrets=true":      "Name those of service principals in rbac.secrets",
+		"rbac.pspEnabled=true":                "Kubernetes has no PodSecurityPolicies",
+		"cilium.localRedirectPolicy=true":     "cilium.localRedirectPolicy needs nmi.redirectMode=none",
+		"nmi.updateStrategy.type=Recreate":    "at '/nmi/updateStrategy/type': value must be one of 'RollingUpdate', 'OnDelete'",
+		"serviceMonitor.interval=30":          "at '/serviceMonitor/interval'",
+		"startupTaint=nmi:NoSchedule":         "at '/startupTaint': 'nmi:NoSchedule' does not match pattern",
+		"podIdentityExceptions.a.namespace=b": "at '/podIdentityExceptions/a': missing property 'podLabels'",
+	} {
+		t.Run(set, func(t *testing.T) {
+			t.Parallel()
+			out, err := render(t, "--set="+set)
+			require.Error(t, err)
+			assert.Contains(t, out, text)
+		})
+	}
+}
+
+// TestOldValues takes what the values file of aad-pod-identity's chart has for its NMI.
+func TestOldValues(t *testing.T) {
+	text, err := render(t, "--values=testdata/aad-pod-identity.yaml")
+	require.NoError(t, err, text)
+	for _, want := range []string{
+		"image: mcr.example/oss/nmi:v1.8.17", "imagePullPolicy: Always", "--operation-mode=standard", "--http-probe-port=8085",
+		"--ipt-update-interval-sec=30", "--block-instance-metadata=true", "selector: \"demo\"", "name: azure-identity-binding",
+		"  clientPassword:\n    name: credentials\n    namespace: shop\n",
+	} {
+		assert.Contains(t, text, want)
+	}
+	assert.NotContains(t, text, "retry-attempts")
+}
+
+func TestLint(t *testing.T) {
+	out, err := helm(t, "lint", ".", "--strict")
+	require.NoError(t, err, out)
+}
+
+func TestPackage(t *testing.T) {
+	dir := t.TempDir()
+	out, err := helm(t, "package", ".", "--destination="+dir)
+	require.NoError(t, err, out)
+	out, err = helm(t, "template", "nmi", filepath.Join(dir, "nmi-0.1.0.tgz"), "--set=admissionPolicies.exceptions=true")
+	require.NoError(t, err, out)
+	assert.Contains(t, out, "name: nmi-excepted-pods", "a file outside of the chart's directory")
+	listed, err := exec.CommandContext(t.Context(), "tar", "tzf", filepath.Join(dir, "nmi-0.1.0.tgz")).CombinedOutput()
+	require.NoError(t, err)
+	assert.NotContains(t, string(listed), "testdata")
+	assert.NotContains(t, string(listed), ".go")
+}
+
+func TestReadme(t *testing.T) {
+	const marker = "<!-- The table is made of values.yaml: make manifests -->\n"
+	stored, err := fs.ReadFile(os.DirFS("."), "README.md")
+	require.NoError(t, err)
+	text, _, found := strings.Cut(string(stored), marker)
+	require.True(t, found)
+	values, err := os.ReadFile("values.yaml")
+	require.NoError(t, err)
+	current(t, "README.md", text+marker+"\n"+valuesTable(t, string(values)))
+}
