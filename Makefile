@@ -5,7 +5,7 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint unit e2e manifests conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint unit e2e manifests image image-test conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,17 @@ e2e: root packages build kube sdks ## the real binary against a real API server
 
 manifests: ## deploy/manifests and what else is made from deploy/chart
 	go test -count=1 ./deploy/chart -update
+
+# IMAGE is its name, ARCH amd64 or arm64, GO_IMAGE and DEBIAN_IMAGE other base images,
+# IMAGE_TOOL=docker another tool. LOCAL=1 does without a registry, with a base from
+# Debian's mirror and this machine's Go: deploy/image/build.sh.
+IMAGE ?= podidentity/nmi:$(VERSION)
+export IMAGE VERSION
+image: ## the container image, with buildah
+	@deploy/image/build.sh
+
+image-test: root packages kube ## run the image with the DaemonSet's capabilities
+	@deploy/image/test.sh
 
 conformance: root packages build kube sdks ## the cases of docs/conformance.md, which it writes
 	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e
