@@ -40,6 +40,7 @@ var rooms = map[string][]string{
 	"iptables/links":             {},
 	"deploy/testbed":             {"*"},
 	"deploy/testbed/attack":      {},
+	"deploy/testbed/container":   {},
 	"deploy/testlog":             {},
 	"deploy/chart":               {},
 	"deploy/e2e":                 {"*"},

@@ -40,6 +40,12 @@ func StartAgentBinary(path, kubeconfig string, flags ...string) (*Agent, error) 
 	return startBinary(path, nil, nil, kubeconfig, flags)
 }
 
+// StartAgentIn is StartAgent of another binary, by a command that starts the one after it, with
+// the same process ID.
+func StartAgentIn(launcher []string, binary, kubeconfig string, flags ...string) (*Agent, error) {
+	return startBinary(binary, launcher, nil, kubeconfig, flags)
+}
+
 // StartPinnedAgent is StartAgent on one core.
 func StartPinnedAgent(core int, kubeconfig string, flags ...string) (*Agent, error) {
 	return startAgent(pinned(core), nil, kubeconfig, flags)

@@ -1,0 +1,131 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+)
+
+// image is the root file system of an image, and what starts programs in it.
+type image struct{ root, container string }
+
+// image skips the test if there is none: make image-test gives it.
+func (s *scenario) image() image {
+	s.t.Helper()
+	root := os.Getenv("NMI_IMAGE_ROOT")
+	if root == "" {
+		s.t.Skip("NMI_IMAGE_ROOT is not set: run make image-test")
+	}
+	container := filepath.Join(s.t.TempDir(), "container")
+	s.command("go", "build", "-o", container, "../testbed/container")
+	return image{root, container}
+}
+
+// launcher is the command that starts the one after it in the image.
+func (i image) launcher(capabilities []string) []string {
+	return []string{i.container, "-root=" + i.root, "-capabilities=" + strings.Join(capabilities, ","), "-mount=" + filepath.Dir(world.Kubeconfig)}
+}
+
+// start starts the agent in the image, and removes its rules when the test ends.
+func (i image) start(s *scenario, capabilities []string, flags ...string) *testbed.Agent {
+	s.t.Helper()
+	a, err := testbed.StartAgentIn(i.launcher(capabilities), "/usr/bin/nmi", world.Kubeconfig, flags...)
+	require.NoError(s.t, err)
+	s.endsWell(a)
+	return a
+}
+
+// nmi runs another command of the agent's in the image, which must succeed.
+func (i image) nmi(s *scenario, capabilities []string, args ...string) string {
+	s.t.Helper()
+	out, err := i.command(s, capabilities, "/usr/bin/nmi", args...)
+	require.NoError(s.t, err, out)
+	return out
+}
+
+// command runs a program in the image and returns what it prints.
+func (i image) command(s *scenario, capabilities []string, program string, args ...string) (string, error) {
+	s.t.Helper()
+	command := append(append(i.launcher(capabilities), program), args...)
+	cmd := exec.CommandContext(s.t.Context(), command[0], command[1:]...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+world.Kubeconfig)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// TestImage runs the agent from the image with the capabilities of the DaemonSet, and no others.
+func TestImage(t *testing.T) {
+	ds, err := world.Kube.AppsV1().DaemonSets("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
+	require.NoError(t, err)
+	capabilities := names(ds.Spec.Template.Spec.Containers[0].SecurityContext.Capabilities.Add)
+	for _, backend := range []string{"nft", "legacy"} {
+		for _, mode := range []string{"redirect", "dnat"} {
+			t.Run(backend+" "+mode, func(t *testing.T) {
+				s := begin(t)
+				i := s.image()
+				a := i.start(s, capabilities, "--iptables-backend="+backend, "--redirect-mode="+mode, "--block-wireserver")
+				require.NoError(t, a.AwaitReady(t.Context()))
+				p := s.pod("image-0", "10.244.0.90", testbed.Ptp, "cart")
+				assert.Equal(t, answer{status: http.StatusOK, subject: cart.ClientID}, withoutBody(p.asks(vault)))
+				assert.Contains(t, s.command("iptables-"+backend+"-save"), "-A aad-metadata ")
+				_, text := a.Ready(t.Context())
+				assert.NotContains(t, text, "permitted")
+				assert.Contains(t, i.nmi(s, nil, "probe", "ready", "--probe-socket="+a.ProbeSocket), "ready")
+
+				s.stops(a)
+				i.nmi(s, capabilities, "cleanup")
+				assert.NotContains(t, s.command("iptables-"+backend+"-save"), "aad-metadata")
+				assert.Equal(t, http.StatusOK, p.asks(vault).status, "the node's")
+				world.IMDS.Reset()
+			})
+		}
+	}
+}
+
+// TestCapabilities shows that each of the DaemonSet's capabilities is needed, by what fails
+// without it. The agent says so at its start.
+func TestCapabilities(t *testing.T) {
+	for without, test := range map[string]struct {
+		capabilities []string
+		fails, works []string
+	}{
+		"NET_ADMIN": {capabilities: []string{"NET_RAW"}, fails: []string{"iptables-nft", "iptables-legacy"}},
+		// iptables-legacy reads and writes tables by options of a raw socket, iptables-nft by netlink.
+		"NET_RAW": {capabilities: []string{"NET_ADMIN"}, fails: []string{"iptables-legacy"}, works: []string{"iptables-nft"}},
+	} {
+		t.Run("without "+without, func(t *testing.T) {
+			s := begin(t)
+			i := s.image()
+			rule := []string{"-t", "mangle", "-N", "nmi-capability"}
+			for _, name := range test.fails {
+				out, err := i.command(s, test.capabilities, "/usr/sbin/"+name, rule...)
+				assert.Error(t, err, name)
+				assert.Regexp(t, "ermission denied|Operation not permitted|must be root", out)
+			}
+			for _, name := range test.works {
+				out, err := i.command(s, test.capabilities, "/usr/sbin/"+name, rule...)
+				assert.NoError(t, err, out)
+				s.command(name, "-t", "mangle", "-X", "nmi-capability")
+			}
+			out, err := i.command(s, test.capabilities, "/usr/bin/nmi", "--node="+testbed.NodeName, "--operation-mode=managed")
+			assert.Error(t, err)
+			assert.Contains(t, out, "run as root with the capabilities NET_ADMIN and NET_RAW (missing: "+without+")")
+		})
+	}
+}
+
+func withoutBody(a answer) answer {
+	a.body = ""
+	return a
+}
