@@ -28,12 +28,11 @@ func main() {
 	keep := flag.String("capabilities", "", "capabilities to keep, separated by commas")
 	mount := flag.String("mount", "", "directory to mount at the same path")
 	flag.Parse()
-	if err := run(*root, *keep, *mount, flag.Args()); err != nil {
-		fmt.Fprintln(os.Stderr, "container:", err)
-		os.Exit(1)
-	}
+	fmt.Fprintln(os.Stderr, "container:", run(*root, *keep, *mount, flag.Args()))
+	os.Exit(1)
 }
 
+// run returns only if it fails.
 func run(root, keep, mount string, command []string) error {
 	// Of the thread: the namespace, the root and the capabilities.
 	runtime.LockOSThread()
