@@ -2,10 +2,11 @@ package podresolver
 
 import (
 	"context"
-	stdjson "encoding/json"
 	"fmt"
 	"io"
 
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 	metainternalversion "k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -13,7 +14,6 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"sigs.k8s.io/json"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
@@ -64,34 +64,25 @@ func newListStream[T, Info any](client *rest.RESTClient, resource schema.GroupVe
 // not be mistaken for a complete one.
 func decodeList[T, Info any](body io.Reader, wantKind string, targets func(*T) decodeTargets, trim func(*T) *Info) (*metainternalversion.List, error) {
 	list := &metainternalversion.List{}
-	in := stdjson.NewDecoder(body)
-	if err := expect(in, stdjson.Delim('{')); err != nil {
-		return nil, err
-	}
+	// What an author may write into an object must not make the list unreadable.
+	in := jsontext.NewDecoder(body, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	var kind string
 	var hasItems bool
-	var ignored stdjson.RawMessage
-	for in.More() {
-		key, err := in.Token()
-		if err != nil {
-			return nil, err
-		}
-		switch key {
+	err := decodeMembers(in, func(name string) (err error) {
+		switch name {
 		case "kind":
-			err = in.Decode(&kind)
+			return json.UnmarshalDecode(in, &kind)
 		case "metadata":
-			err = in.Decode(&list.ListMeta)
+			return json.UnmarshalDecode(in, &list.ListMeta)
 		case "items":
-			list.Items, err = decodeItems(in, targets, trim)
 			hasItems = true
+			list.Items, err = decodeItems(in, targets, trim)
+			return err
 		default:
-			err = in.Decode(&ignored)
+			return in.SkipValue()
 		}
-		if err != nil {
-			return nil, err
-		}
-	}
-	if err := expect(in, stdjson.Delim('}')); err != nil {
+	})
+	if err != nil {
 		return nil, err
 	}
 	if kind != wantKind || list.ResourceVersion == "" || !hasItems {
@@ -100,50 +91,75 @@ func decodeList[T, Info any](body io.Reader, wantKind string, targets func(*T) d
 	return list, nil
 }
 
-func decodeItems[T, Info any](in *stdjson.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (items []runtime.Object, err error) {
-	if err := expect(in, stdjson.Delim('[')); err != nil {
+func decodeItems[T, Info any](in *jsontext.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (items []runtime.Object, err error) {
+	if err := expect(in, jsontext.KindBeginArray); err != nil {
 		return nil, err
 	}
-	var raw stdjson.RawMessage
-	for in.More() {
-		if err := in.Decode(&raw); err != nil {
-			return nil, err
-		}
+	for in.PeekKind() != jsontext.KindEndArray {
 		var object T
 		to := targets(&object)
-		var item struct {
-			Metadata struct {
-				Name              string      `json:"name"`
-				Namespace         string      `json:"namespace"`
-				CreationTimestamp metav1.Time `json:"creationTimestamp"`
-				Annotations       struct {
-					Behavior string `json:"aadpodidentity.k8s.io/Behavior"` // BehaviorAnnotation
-				} `json:"annotations"`
-			} `json:"metadata"`
-			Spec   any `json:"spec"`
-			Status any `json:"status"`
-		}
-		item.Spec, item.Status = to.spec, to.status
-		if to.status == nil {
-			item.Status = &struct{}{}
-		}
-		// Field names are case-sensitive, as everywhere in Kubernetes.
-		if err := json.UnmarshalCaseSensitivePreserveInts(raw, &item); err != nil {
+		err := decodeMembers(in, func(name string) error {
+			switch {
+			case name == "metadata":
+				return decodeMeta(in, to.meta)
+			case name == "spec":
+				return json.UnmarshalDecode(in, to.spec)
+			case name == "status" && to.status != nil:
+				return json.UnmarshalDecode(in, to.status)
+			default:
+				return in.SkipValue()
+			}
+		})
+		if err != nil {
 			return nil, err
-		}
-		*to.meta = metav1.ObjectMeta{Name: item.Metadata.Name, Namespace: item.Metadata.Namespace, CreationTimestamp: item.Metadata.CreationTimestamp}
-		if b := item.Metadata.Annotations.Behavior; b != "" {
-			to.meta.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
 		}
 		items = append(items, &listItem{cache.MetaObjectToName(to.meta), trim(&object)})
 	}
-	return items, expect(in, stdjson.Delim(']'))
+	return items, expect(in, jsontext.KindEndArray)
 }
 
-func expect(in *stdjson.Decoder, want stdjson.Delim) error {
-	got, err := in.Token()
-	if err == nil && got != want {
-		err = fmt.Errorf("unexpected %v, want %v", got, want)
+// decodeMeta decodes the fields that are needed.
+func decodeMeta(in *jsontext.Decoder, to *metav1.ObjectMeta) error {
+	var meta struct {
+		Name              string      `json:"name"`
+		Namespace         string      `json:"namespace"`
+		CreationTimestamp metav1.Time `json:"creationTimestamp"`
+		Annotations       struct {
+			Behavior string `json:"aadpodidentity.k8s.io/Behavior"` // BehaviorAnnotation
+		} `json:"annotations"`
+	}
+	if err := json.UnmarshalDecode(in, &meta); err != nil {
+		return err
+	}
+	*to = metav1.ObjectMeta{Name: meta.Name, Namespace: meta.Namespace, CreationTimestamp: meta.CreationTimestamp}
+	if b := meta.Annotations.Behavior; b != "" {
+		to.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
+	}
+	return nil
+}
+
+// decodeMembers calls decode for each member of an object, to read its value. Names are
+// case-sensitive, as everywhere in Kubernetes.
+func decodeMembers(in *jsontext.Decoder, decode func(name string) error) error {
+	if err := expect(in, jsontext.KindBeginObject); err != nil {
+		return err
+	}
+	for in.PeekKind() == jsontext.KindString {
+		name, err := in.ReadToken()
+		if err != nil {
+			return err
+		}
+		if err := decode(name.String()); err != nil {
+			return err
+		}
+	}
+	return expect(in, jsontext.KindEndObject)
+}
+
+func expect(in *jsontext.Decoder, want jsontext.Kind) error {
+	got, err := in.ReadToken()
+	if err == nil && got.Kind() != want {
+		err = fmt.Errorf("unexpected %s, want %s", got.Kind(), want)
 	}
 	return err
 }

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"syscall"
 	"time"
 
@@ -57,12 +58,14 @@ type bench struct {
 	small, large *testbed.World // clusters of one node
 	pods         []*testbed.Pod
 	report       *measure.Report
+	only         *regexp.Regexp // names of steps
 }
 
 func main() {
 	isShort := flag.Bool("short", false, "little of everything, to see that it works; the figures mean nothing")
 	hold := flag.Bool("hold", false, "build the large cluster, say how to reach it, and wait for Ctrl-C")
 	jsonFile := flag.String("json", "", "file to write the results to")
+	only := flag.String("only", "", "regular expression: take only the steps whose names match")
 	generator := flag.Bool("generate", false, "be the load generator; for this program's own use")
 	fleet := flag.String("fleet", "", "be many agents; for this program's own use")
 	flag.Parse()
@@ -76,6 +79,10 @@ func main() {
 		err = playFleet(ctx, *fleet)
 	default:
 		b := &bench{plan: full}
+		b.only, err = regexp.Compile(*only)
+		if err != nil {
+			break
+		}
 		if *isShort {
 			b.plan = short
 		}
@@ -156,6 +163,8 @@ func (b *bench) fill(ctx context.Context) (large *filler, err error) {
 	return large, nil
 }
 
+const filling = "filling" // the step that others need
+
 // measure measures, and fills the large cluster meanwhile.
 func (b *bench) measure(ctx context.Context, large *filler) error {
 	had := min(50, b.identities)
@@ -179,9 +188,9 @@ func (b *bench) measure(ctx context.Context, large *filler) error {
 		{"upgrades", b.upgrade},
 		{"idle connections", b.idleConnections},
 		{"starts", func(ctx context.Context) error { return b.starts(ctx, had, 0.3, 30) }},
-		{"filling", grow(1000)},
+		{filling, grow(1000)},
 		{"identities", growth},
-		{"filling", grow(b.identities)},
+		{filling, grow(b.identities)},
 		{"starts", func(ctx context.Context) error { return b.starts(ctx, had, 1, 40) }},
 		{"identities", growth},
 		{"restarts", b.restarts},
@@ -190,6 +199,9 @@ func (b *bench) measure(ctx context.Context, large *filler) error {
 		{"keys", b.growKeys},
 		{"connections", b.growConnections},
 	} {
+		if step.name != filling && !b.only.MatchString(step.name) {
+			continue
+		}
 		progress("%s", step.name)
 		if err := step.run(ctx); err != nil {
 			return fmt.Errorf("%s: %w", step.name, err)
