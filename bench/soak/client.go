@@ -9,12 +9,14 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
 const (
@@ -102,6 +104,32 @@ type client struct {
 	keepAlive bool
 	conn      net.Conn
 	in        *bufio.Reader
+	given     map[string]given // by resource, the last of each
+}
+
+// given is a token that a client was given.
+type given struct {
+	subject        string
+	asked, expires time.Time
+}
+
+const (
+	// aMoment is for how long a token that was given must be there for the next request. The
+	// agent keeps the tokens that were used last, and nobody asks for a thousand in that time.
+	aMoment = 30 * time.Second
+	// nearEnd is before a token's end, when its answers may depend on IMDS.
+	nearEnd = 10 * time.Second
+)
+
+// lately returns whose token for a resource the client was given a moment ago, if that is
+// still good, and what the pod is entitled to has not changed since.
+func (c *client) lately(resource string, now time.Time) string {
+	last := c.given[resource]
+	if now.Sub(last.asked) > aMoment || last.expires.Sub(now) < nearEnd ||
+		!slices.Equal(c.pod.entitled.between(last.asked, now), []string{last.subject}) {
+		return ""
+	}
+	return last.subject
 }
 
 func (c *client) close() {
@@ -121,11 +149,16 @@ func (c *client) ask(t *tally) {
 		asked.foreign = c.pod.foreign[rand.N(len(c.pod.foreign))]
 	}
 	sent := time.Now()
+	asked.given = c.lately(asked.resource, sent)
 	got := c.exchange(asked)
 	now := time.Now()
 	v, text := judge(asked, got, c.pod.entitled.between(sent, now), now)
 	if v == right {
 		c.pod.served.CompareAndSwap(0, now.UnixNano())
+		if c.given == nil {
+			c.given = make(map[string]given)
+		}
+		c.given[asked.resource] = given{imdstest.Subject(got.body.Token), sent, time.Unix(got.body.ExpiresOn, 0)}
 	}
 	t.add(v, fmt.Sprintf("%s at %s, sent %s: %s", c.pod.name, c.pod.Addr, sent.Format("15:04:05.000"), text))
 }

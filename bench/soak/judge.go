@@ -15,8 +15,8 @@ type verdict int
 const (
 	right       verdict = iota // a token of an identity that the pod is entitled to
 	denied                     // 400, rightly
-	throttled                  // 429: IMDS throttles, and the pod is told
-	unavailable                // 503: IMDS fails, or the pod's object is not known yet
+	throttled                  // 429: IMDS throttles, the token is not in memory, and the pod is told
+	unavailable                // 503: IMDS fails likewise, or the pod's object is not known yet
 	wrong                      // anything else
 	lost                       // no answer, or a part of one
 	verdicts
@@ -30,6 +30,7 @@ func (v verdict) String() string {
 type request struct {
 	resource string
 	foreign  string // client ID of an identity that the pod is never entitled to; "" asks for the pod's own
+	given    string // whose token for the resource it was given a moment ago, one that is still good; "" for none
 }
 
 // answer is what it gets. err is that of the connection.
@@ -70,6 +71,8 @@ func judge(asked request, got answer, entitled []string, now time.Time) (verdict
 			return wrong, fmt.Sprintf("refused, and is entitled to %q", entitled)
 		}
 		return denied, ""
+	case asked.foreign == "" && asked.given != "" && len(entitled) == 1 && entitled[0] == asked.given:
+		return wrong, fmt.Sprintf("status %d, although it was given such a token a moment ago", got.status)
 	case got.retryAfter == "":
 		return wrong, fmt.Sprintf("status %d without Retry-After", got.status)
 	case got.status == http.StatusTooManyRequests:

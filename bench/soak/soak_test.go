@@ -19,7 +19,8 @@ func token(subject string) string {
 func TestJudge(t *testing.T) {
 	now := time.Now()
 	const mine, before, vault = "mine", "the last pod's", "https://vault"
-	own := request{resource: vault}
+	own, foreign := request{resource: vault}, request{resource: vault, foreign: before}
+	again := request{resource: vault, given: mine}
 	good := body{Token: token(mine), Resource: vault, ExpiresOn: now.Unix() + 1}
 	with := func(change func(*body)) answer {
 		b := good
@@ -39,13 +40,16 @@ func TestJudge(t *testing.T) {
 		"a token where it has no identity":   {own, answer{status: 200, body: good}, []string{none}, wrong},
 		"a token for another resource":       {own, with(func(b *body) { b.Resource = "https://storage" }), []string{mine}, wrong},
 		"an expired token":                   {own, with(func(b *body) { b.ExpiresOn = now.Unix() }), []string{mine}, wrong},
-		"a token of an identity not its own": {request{vault, before}, with(func(b *body) { b.Token = token(before) }), []string{mine}, wrong},
-		"its own where it named another":     {request{vault, before}, answer{status: 200, body: good}, []string{mine}, wrong},
-		"refused what is not its own":        {request{vault, before}, answer{status: 400}, []string{mine}, denied},
+		"a token of an identity not its own": {foreign, with(func(b *body) { b.Token = token(before) }), []string{mine}, wrong},
+		"its own where it named another":     {foreign, answer{status: 200, body: good}, []string{mine}, wrong},
+		"refused what is not its own":        {foreign, answer{status: 400}, []string{mine}, denied},
 		"refused while it has no identity":   {own, answer{status: 400}, []string{mine, none}, denied},
 		"refused what is its own":            {own, answer{status: 400}, []string{mine}, wrong},
 		"throttled":                          {own, answer{status: 429, retryAfter: "1"}, []string{mine}, throttled},
 		"to come back":                       {own, answer{status: 503, retryAfter: "1"}, []string{mine}, unavailable},
+		"to come back for what it has":       {again, answer{status: 503, retryAfter: "1"}, []string{mine}, wrong},
+		"throttled for what it has":          {again, answer{status: 429, retryAfter: "1"}, []string{mine}, wrong},
+		"to come back during a change":       {again, answer{status: 503, retryAfter: "1"}, []string{mine, before}, unavailable},
 		"to come back at no time":            {own, answer{status: 503}, []string{mine}, wrong},
 		"an error of another kind":           {own, answer{status: 404, retryAfter: "1"}, []string{mine}, wrong},
 		"no answer":                          {own, answer{err: errors.New("connection reset")}, []string{mine}, lost},
@@ -56,6 +60,26 @@ func TestJudge(t *testing.T) {
 			assert.Equal(t, got == wrong || got == lost, text != "")
 		})
 	}
+}
+
+func TestLately(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &pod{entitled: &entitlement{}}
+		change := func(to string) { require.NoError(t, p.entitled.change(to, func() error { return nil })) }
+		change("mine")
+		time.Sleep(time.Minute)
+		asked := time.Now()
+		c := client{pod: p, given: map[string]given{"vault": {"mine", asked, asked.Add(time.Hour)}, "short": {"mine", asked, asked.Add(nearEnd + time.Second)}}}
+		assert.Equal(t, "mine", c.lately("vault", asked.Add(time.Second)))
+		assert.Equal(t, "mine", c.lately("short", asked.Add(time.Second)))
+		assert.Empty(t, c.lately("short", asked.Add(2*time.Second)), "it is about to expire")
+		assert.Empty(t, c.lately("other", asked))
+		assert.Empty(t, c.lately("vault", asked.Add(aMoment+time.Second)))
+		time.Sleep(time.Second)
+		change("another")
+		change("mine")
+		assert.Empty(t, c.lately("vault", time.Now()), "it had another identity meanwhile")
+	})
 }
 
 func TestEntitlementDuringAChange(t *testing.T) {
