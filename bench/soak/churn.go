@@ -111,6 +111,8 @@ func (s *soak) upgrade(ctx context.Context, every time.Duration) error {
 
 // takeOver is an upgrade.
 func (s *soak) takeOver(ctx context.Context) error {
+	s.tally.takeovers.Add(1)
+	defer s.tally.takeovers.Add(1)
 	last := s.agent.Load()
 	next, err := testbed.StartAgent(s.world.Kubeconfig)
 	if err != nil {
