@@ -105,7 +105,7 @@ func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokenc
 	}
 	unread, _ := buffered.Peek(buffered.Reader.Buffered())
 	mine := c.TakeBack(unread)
-	s.front.serving.Go(func() {
+	serve := func() {
 		last := s.draining.Load()
 		switch {
 		case s.respond(c, token, last) != nil || last:
@@ -115,6 +115,9 @@ func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokenc
 		default:
 			s.front.handOver(c)
 		}
-	})
+	}
+	if !s.front.goServe(serve) { // draining has begun meanwhile
+		serve()
+	}
 	return true
 }

@@ -345,3 +345,18 @@ func BenchmarkFastPath(b *testing.B) {
 		answer()
 	}
 }
+
+// A connection that http.Server gives back while the server stops must not be waited for, or
+// sync.WaitGroup panics.
+func TestNoGoroutinesAfterStop(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	f := newFront(ln, nil)
+	served := make(chan struct{})
+	require.True(t, f.goServe(func() { close(served) }))
+	f.stop()
+	assert.False(t, f.goServe(func() { t.Error("served") }))
+	f.serving.Wait()
+	<-served
+	require.NoError(t, f.Close())
+}

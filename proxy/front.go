@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net"
 	"sync"
-	"sync/atomic"
 
 	"github.com/podidentity/nmi/proxy/listener"
 )
@@ -16,11 +15,13 @@ type front struct {
 	fastPath     func(*listener.Conn) (handOver bool)
 
 	handedOver chan net.Conn
-	failures   chan error  // of Accept
-	stopped    atomic.Bool // see stop
+	failures   chan error // of Accept
 	closed     chan struct{}
 	close      sync.Once
 	serving    sync.WaitGroup // of goroutines
+
+	mu      sync.Mutex // guards stopped, and that it stays false while goServe adds a goroutine
+	stopped bool       // see stop
 }
 
 // newFront returns a front that accepts already.
@@ -38,7 +39,7 @@ func (f *front) accept() {
 			f.serving.Go(func() { f.serve(accepted.(*listener.Conn)) }) //nolint:errcheck // see above
 			continue
 		}
-		if f.stopped.Load() {
+		if f.isStopped() {
 			return
 		}
 		select {
@@ -49,10 +50,29 @@ func (f *front) accept() {
 	}
 }
 
-// stop ends accept. http.Server still gets the connections that are open.
+// stop ends accept and goServe. http.Server still gets the connections that are open.
 func (f *front) stop() {
-	f.stopped.Store(true)
+	f.mu.Lock()
+	f.stopped = true
+	f.mu.Unlock()
 	_ = f.Listener.Close()
+}
+
+func (f *front) isStopped() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.stopped
+}
+
+// goServe runs serve in a goroutine of its own, unless front is stopped: nobody would wait for
+// that.
+func (f *front) goServe(serve func()) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.stopped {
+		f.serving.Go(serve)
+	}
+	return !f.stopped
 }
 
 // serve lets the fast path serve a connection for as long as it can.
