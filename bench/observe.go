@@ -232,7 +232,7 @@ func observe(ctx context.Context, server peer.Server, program *testbed.Program, 
 	used := after.server - before.server
 	return report.Sample{
 		CPU:      us(used) / float64(requests),
-		Other:    100 * (after.other - before.other - used).Seconds() / after.at.Sub(before.at).Seconds(),
+		Other:    max(0, 100*(after.other-before.other-used).Seconds()/after.at.Sub(before.at).Seconds()), // ticks of 10 ms are rounded
 		FastPath: growth(before.fastPath, after.fastPath),
 	}, nil
 }
