@@ -11,7 +11,7 @@
 //  3. Azure's SDKs themselves, for how much of what they send takes the fast path.
 //
 // main.go reads the flags and builds the world, suite.go has the loads and the rounds,
-// measure.go takes one measurement, machine.go says what it was taken on.
+// observe.go takes one measurement, machine.go says what it was taken on.
 package main
 
 import (

@@ -92,20 +92,11 @@ func (b *bench) herd(ctx context.Context) error {
 		l.Pods = append(l.Pods, podLoad{Active: each, Warm: url("vault"), URLs: []string{url("herd") + "&client_id=" + common.ClientID}})
 	}
 	return withAgent(ctx, b.small, func(agent *testbed.Agent) error {
-		r, err := startLoad(ctx, b.pods, l)
-		if err != nil {
-			return err
-		}
-		b.small.IMDS.Reset()
-		b.small.IMDS.SetLatency(latency)
-		defer b.small.IMDS.SetLatency(0)
-		got, err := r.run()
-		if err != nil {
-			return err
-		}
 		topic := fmt.Sprintf("herd of %d callers, one key", each*len(b.pods))
-		b.report.Add(topic, "requests to IMDS", float64(b.small.IMDS.Requests()), "").Exactly(1)
-		b.report.Add(topic, "not served", float64(got.Failed+got.Throttled), "").Exactly(0).Notef("%s", got.Error)
+		got, err := b.atOnce(ctx, topic, l, latency, 1)
+		if err != nil {
+			return err
+		}
 		b.report.Add(topic, "all are answered after", got.Seconds, "s").Notef("IMDS takes %s of it; p50 %s", latency, got.P50.Round(time.Millisecond))
 		memory, err := measure.MemoryOf(agent.PID())
 		b.report.Add(topic, "highest resident memory", mib(memory.Peak), "MiB").Notef("%d connections; the manifest allows 512", each*len(b.pods))
@@ -113,31 +104,40 @@ func (b *bench) herd(ctx context.Context) error {
 	}, fmt.Sprintf("--max-connections=%d", b.callers+100))
 }
 
-// keys has all pods ask for a token of their own at the same moment, within IMDS's limits.
+// ownKeys has all pods ask for a token of their own at the same moment, within IMDS's limits.
 func (b *bench) ownKeys(ctx context.Context) error {
-	const latency = 20 * time.Millisecond
 	var l load
 	for i := range b.pods {
 		l.Pods = append(l.Pods, podLoad{Active: 1, Warm: url("vault"), URLs: []string{url(fmt.Sprintf("own-%d", i))}})
 	}
 	return withAgent(ctx, b.small, func(*testbed.Agent) error {
-		r, err := startLoad(ctx, b.pods, l)
-		if err != nil {
-			return err
-		}
-		b.small.IMDS.Reset()
-		b.small.IMDS.SetLatency(latency)
-		defer b.small.IMDS.SetLatency(0)
-		got, err := r.run()
-		if err != nil {
-			return err
-		}
 		topic := fmt.Sprintf("%d pods with a key each", len(b.pods))
-		b.report.Add(topic, "requests to IMDS", float64(b.small.IMDS.Requests()), "").Exactly(float64(len(b.pods)))
-		b.report.Add(topic, "not served", float64(got.Failed+got.Throttled), "").Exactly(0).Notef("%s", got.Error)
+		got, err := b.atOnce(ctx, topic, l, 20*time.Millisecond, len(b.pods))
+		if err != nil {
+			return err
+		}
 		b.report.Add(topic, "all are answered after", got.Seconds, "s").Notef("18 requests a second is the limit: %.1f s", float64(len(b.pods))/18)
 		return nil
 	})
+}
+
+// atOnce applies a load for which IMDS, with this latency, is to be asked so many times, and
+// reports whether it was, and whether all were served.
+func (b *bench) atOnce(ctx context.Context, topic string, l load, latency time.Duration, fetches int) (result, error) {
+	r, err := startLoad(ctx, b.pods, l)
+	if err != nil {
+		return result{}, err
+	}
+	b.small.IMDS.Reset()
+	b.small.IMDS.SetLatency(latency)
+	defer b.small.IMDS.SetLatency(0)
+	got, err := r.run()
+	if err != nil {
+		return result{}, err
+	}
+	b.report.Add(topic, "requests to IMDS", float64(b.small.IMDS.Requests()), "").Exactly(float64(fetches))
+	b.report.Add(topic, "not served", float64(got.Failed+got.Throttled), "").Exactly(0).Notef("%s", got.Error)
+	return got, nil
 }
 
 // podEvents has pods ask before their objects exist.
