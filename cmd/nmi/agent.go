@@ -141,6 +141,7 @@ func (a *agent) start(ctx context.Context) error {
 		return err
 	}
 	a.restore(received)
+	a.upstream.SetShared(true) // with the agent that ran before, until serve hears of its end
 	a.resume(running)
 	return nil
 }
@@ -155,7 +156,7 @@ func (a *agent) serve(ctx context.Context) error {
 	go func() {
 		handedOver <- a.handover.Offer(ctx, handover.Duties{
 			Front: a.front, Listeners: a.pageListeners, Tokens: a.sendState,
-			Release: a.release, Resume: func() { a.resume(running) },
+			Release: a.release, Resume: func() { a.resumeAlone(running) },
 		})
 	}()
 	a.log.Info("listening", "address", a.front.Addr().String())
@@ -186,6 +187,13 @@ func (a *agent) release() {
 		c.Stop()
 	}
 	a.server.SetDraining(true)
+	a.upstream.SetShared(true) // it has requests that wait for tokens
+}
+
+// resumeAlone is resume when no other agent runs on the node.
+func (a *agent) resumeAlone(ctx context.Context) {
+	a.upstream.SetShared(false)
+	a.resume(ctx)
 }
 
 // resume does it again, and looks at once for ports that the other agent may have had.

@@ -23,6 +23,7 @@ type slotLimiter interface {
 	Backlog() time.Duration
 	PausedUntil() time.Time
 	PauseUntil(until time.Time)
+	SetLimits(perSecond, atOnce int)
 }
 
 // fetch is one fetch of a token: its slots and its deadline, and what its tries share.

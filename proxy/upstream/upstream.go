@@ -69,6 +69,7 @@ type Upstream struct {
 	entra     *entra
 	// Two, so that fetches which hang at Entra delay none from IMDS.
 	imdsLimiter, entraLimiter slotLimiter
+	perSecond, atOnce         int // of each, see SetShared
 
 	outage    outage
 	spellings spellings
@@ -99,6 +100,7 @@ func New(cfg Config) *Upstream {
 		transport:   transport,
 		entra:       newEntra(cfg),
 		imdsLimiter: limiter.New(perSecond, atOnce), entraLimiter: limiter.New(perSecond, atOnce),
+		perSecond: perSecond, atOnce: atOnce,
 		pipeline:  newPipeline(transport),
 		outage:    outage{log: cfg.Logger},
 		spellings: spellings{logger: cfg.Logger, logged: make(map[string]bool)},
@@ -120,6 +122,17 @@ func (u *Upstream) PausedUntil() time.Time { return u.imdsLimiter.PausedUntil() 
 // PauseUntil asks IMDS for no token until then, an hour from now at most. It shortens no
 // pause.
 func (u *Upstream) PauseUntil(until time.Time) { u.imdsLimiter.PauseUntil(until) }
+
+// SetShared halves the limits of Config, while another agent of the node has the other half, or
+// restores them. At least one request at a time stays.
+func (u *Upstream) SetShared(shared bool) {
+	perSecond, atOnce := u.perSecond, u.atOnce
+	if shared {
+		perSecond, atOnce = max(1, perSecond/2), max(1, atOnce/2)
+	}
+	u.imdsLimiter.SetLimits(perSecond, atOnce)
+	u.entraLimiter.SetLimits(perSecond, atOnce)
+}
 
 // Close drops the idle connections, and what is remembered of Secrets.
 func (u *Upstream) Close() {

@@ -47,9 +47,9 @@ func (e *PausedError) Error() string {
 
 // Limiter gives out the slots of one service. It is safe for concurrent use.
 type Limiter struct {
-	perSecond, atOnce int
-
 	mu          sync.Mutex // guards all following fields
+	perSecond   int        // 0 for any number
+	atOnce      int
 	inFlight    int
 	available   []time.Time // when each slot of the rate may be used again, the first first; without those in flight
 	pausedUntil time.Time
@@ -142,13 +142,32 @@ func (l *Limiter) release(retryAfter time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	if l.inFlight--; l.perSecond > 0 {
-		l.available = append(l.available, now.Add(window))
-	}
+	l.inFlight--
+	l.addSlotsLocked(now, 1)
 	if retryAfter > 0 {
 		l.pauseLocked(now.Add(retryAfter))
 	}
 	l.dispatchLocked()
+}
+
+// SetLimits changes the limits of New, for requests that have no slot yet. For a second none of
+// the slots that are new is used: another agent of the node may just have used them.
+func (l *Limiter) SetLimits(perSecond, atOnce int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.perSecond, l.atOnce = perSecond, atOnce
+	l.addSlotsLocked(time.Now(), max(0, perSecond-l.inFlight-len(l.available)))
+	l.dispatchLocked()
+}
+
+// addSlotsLocked adds slots of the rate that have been used until now. Where that makes too many,
+// those that would be available first go.
+func (l *Limiter) addSlotsLocked(now time.Time, n int) {
+	for range n {
+		l.available = append(l.available, now.Add(window))
+	}
+	excess := l.inFlight + len(l.available) - l.perSecond
+	l.available = l.available[min(max(0, excess), len(l.available)):]
 }
 
 // dispatchLocked gives out the slots that are free now, and sets the timer for the next.

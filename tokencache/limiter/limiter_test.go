@@ -101,6 +101,52 @@ func TestRateAndConcurrency(t *testing.T) {
 	}
 }
 
+// Two agents of a node share the limits while one takes over from the other, which has requests
+// in flight and many that wait.
+func TestSetLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		old, next := New(18, 4), New(18, 4)
+		next.SetLimits(9, 2)
+		var (
+			mu    sync.Mutex // guards all following fields
+			begun []time.Time
+			all   sync.WaitGroup
+		)
+		ask := func(l *Limiter, n int) {
+			for i := range n {
+				all.Go(func() {
+					release := acquire(t, l, of(pod(i)))
+					mu.Lock()
+					begun = append(begun, time.Now())
+					mu.Unlock()
+					time.Sleep(50 * time.Millisecond)
+					release(0)
+				})
+			}
+		}
+		ask(old, 150)
+		time.Sleep(2*time.Second + 20*time.Millisecond)
+		old.SetLimits(9, 2)
+		next.PauseUntil(time.Now().Add(time.Second))
+		ask(next, 100)
+		time.Sleep(5 * time.Second)
+		old.mu.Lock()
+		assert.Equal(t, 9, old.inFlight+len(old.available))
+		assert.LessOrEqual(t, old.inFlight, 2)
+		old.mu.Unlock()
+		all.Wait()
+		next.SetLimits(18, 4)
+		ask(next, 60)
+		all.Wait()
+		for i, first := range begun {
+			if i+18 < len(begun) {
+				assert.GreaterOrEqual(t, begun[i+18].Sub(first), time.Second, "19 requests within a second, request %d", i)
+			}
+		}
+		idle(t, next)
+	})
+}
+
 // Wherever on the way the service notices a request, that is before its answer is in.
 func TestSlotCountsForASecondAfterItsRelease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
