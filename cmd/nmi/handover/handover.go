@@ -46,6 +46,7 @@ type Handover struct {
 	released  chan struct{}               // closed when it has released its duties
 	exited    chan struct{}               // closed when it has exited
 
+	next       *net.UnixConn          // the agent that has them, once this one has been told to end
 	handedOver atomic.Bool            // a new agent has the duties
 	lastError  atomic.Pointer[string] // why no agent can take over; nil when one can
 }
@@ -81,9 +82,13 @@ func (h *Handover) Status() string {
 }
 
 // Close releases the node, and tells the agent that ran before, if it is still there,
-// to resume its duties: stop those of this agent first.
+// to resume its duties: stop those of this agent first. The agent that runs from now on hears
+// that it is alone.
 func (h *Handover) Close() {
 	_ = h.lock.Close()
+	if h.next != nil {
+		_ = h.next.Close()
+	}
 	if h.conn != nil {
 		_ = h.conn.Close()
 		<-h.exited

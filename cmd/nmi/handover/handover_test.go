@@ -203,6 +203,11 @@ func TestTakeover(t *testing.T) {
 	next.offers()
 	old.stop()
 	assert.Equal(t, []string{"release"}, drain(old.acts), "once more, as it exits")
+	select {
+	case act := <-next.acts:
+		require.Fail(t, act, "the old agent still has requests")
+	case <-time.After(50 * time.Millisecond):
+	}
 	old.Close()
 	next.does("resume")
 	last := newTestAgent(t, dir)

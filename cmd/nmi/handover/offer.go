@@ -103,9 +103,16 @@ func (h *Handover) await(ctx context.Context) (_ *net.UnixConn, err error) {
 }
 
 // serve hands over, step by step, and returns when the new agent has exited, with the
-// duties resumed. When ctx ends first, the new agent hears of it once they are released.
+// duties resumed. When ctx ends first, the new agent hears of it once they are released; one
+// that has the duties already, at Close.
 func (h *Handover) serve(ctx context.Context, conn *net.UnixConn, duties Duties) error {
-	defer conn.Close() //nolint:errcheck // the new agent may have closed it
+	defer func() {
+		if ctx.Err() != nil && h.handedOver.Load() {
+			h.next = conn // until Close: there are requests under way
+		} else {
+			_ = conn.Close() // the new agent may have done so
+		}
+	}()
 	defer func() {
 		if ctx.Err() != nil {
 			duties.Release()
