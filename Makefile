@@ -5,7 +5,7 @@ LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint unit e2e manifests image image-test conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint unit e2e docs manifests image image-test conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,9 @@ unit: root packages
 
 e2e: root packages build kube sdks ## the real binary against a real API server
 	go test -tags e2e -count=1 -timeout 40m ./deploy/e2e
+
+docs: ## the tables of docs/flags.md, from the program's flags
+	go test -count=1 -run '^TestFlagsDoc$$' ./cmd/nmi -update
 
 manifests: ## deploy/manifests and what else is made from deploy/chart
 	go test -count=1 ./deploy/chart -update

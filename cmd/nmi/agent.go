@@ -49,7 +49,7 @@ type agent struct {
 // owns the node. Anything else, such as the ports of pages, is a warning and is tried
 // again, see page.go.
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
-	log.Info("starting", "version", version, "node", cfg.resolver.Node, "redirect_mode", cfg.rules.Mode)
+	log.Info("starting", "version", version, "node", cfg.resolver.Node, "operation_mode", cfg.resolver.Mode, "redirect_mode", cfg.rules.Mode)
 	cfg.warn(log)
 	a, err := build(ctx, cfg, log)
 	if err != nil {

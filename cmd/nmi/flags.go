@@ -18,67 +18,111 @@ import (
 const (
 	maxTokenRate   = 1000
 	maxConnections = 1_000_000
+
+	// accepted begins the usage of a flag that does nothing.
+	accepted = "accepted for compatibility: "
 )
 
-// addFlags adds the flags of the agent. A new one is a line here, and a field of the
-// configuration of the part that it is for.
-func (c *config) addFlags(fs *pflag.FlagSet) {
-	fs.BoolVar(&c.version, "version", false, "print the version and exit")
-	fs.StringVar(&c.resolver.Node, "node", "", "name of the node that the agent runs on (required; in a DaemonSet $(NODE_NAME) from spec.nodeName)")
-	c.addResolverFlags(fs)
-	c.addLogFlags(fs)
+// flagGroup is flags with one purpose. docs/flags.md has a table of each group, which
+// make docs writes from the flags' defaults and usages.
+type flagGroup struct {
+	name string // of the table
+	add  func(*pflag.FlagSet)
+}
 
-	// The old NMI's.
+// flagGroups lists all flags of the agent, except klog's hidden ones, in the order of
+// docs/flags.md. A new flag is a line in one of the groups, and a field of the
+// configuration of the part that it is for.
+func (c *config) flagGroups() []flagGroup {
+	return []flagGroup{
+		{"agent", c.addAgentFlags},
+		{"identities", c.addIdentityFlags},
+		{"requests", c.addRequestFlags},
+		{"redirect", c.addRedirectFlags},
+		{"limits", c.addLimitFlags},
+		{"pages", c.addPageFlags},
+		{"node", c.addNodeFlags},
+		{"compatibility", addCompatibilityFlags},
+	}
+}
+
+// addFlags adds the flags of the agent.
+func (c *config) addFlags(fs *pflag.FlagSet) {
+	for _, group := range c.flagGroups() {
+		group.add(fs)
+	}
+}
+
+func (c *config) addAgentFlags(fs *pflag.FlagSet) {
+	fs.StringVar(&c.resolver.Node, "node", "", "name of the node that the agent runs on: required; in a DaemonSet $(NODE_NAME) from spec.nodeName")
+	fs.StringVar(&c.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
+	c.addLogFlags(fs)
+	fs.BoolVar(&c.version, "version", false, "print the version and exit")
+}
+
+// addIdentityFlags adds the flags that decide what a pod gets, and how long it waits.
+func (c *config) addIdentityFlags(fs *pflag.FlagSet) {
+	c.addResolverFlags(fs)
+	parsedVar(fs, &c.resolver.PodWait, "pod-wait", podresolver.DefaultPodWait.String(), parseWait, "how long a request from an unknown address waits for its pod, 1m at most")
+	parsedVar(fs, &c.resolver.IdentityWait, "identity-wait", podresolver.DefaultIdentityWait.String(), parseWait, "in standard mode, how long a request waits for MIC to assign an identity that a binding gives to the pod, 1m at most")
+	parsedVar(fs, &c.resolver.MaxStaleness, "max-staleness", "0s", parseStaleness, "how long tokens are served while the API server sends nothing about a resource, not even when asked; then 503. At least 3m; 0 is for ever")
+	listVar(fs, &c.upstream.Authorities, "entra-authority", "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be sent to (adEndpoint); repeat it or separate several by commas")
+}
+
+// addRequestFlags adds the flags that decide which requests are served.
+func (c *config) addRequestFlags(fs *pflag.FlagSet) {
+	fs.BoolVar(&c.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
+	fs.BoolVar(&c.proxy.BlockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods and those of --instance-metadata-namespaces")
+	listVar(fs, &c.proxy.InstanceMetadataNamespaces, flagInstanceNamespaces, "", parseNamespaces, "with --block-instance-metadata, namespaces whose pods may have /metadata/instance all the same; repeat it or separate several by commas")
+	listVar(fs, &c.proxy.Allow, "allow-path", "", parseAllowedPaths, "paths to pass through to IMDS that are 404 otherwise, separated by commas: "+strings.Join(proxy.AllowablePaths(), ", "))
+	listVar(fs, &c.proxy.HostTokenUIDs, "host-token-uids", "0", parseUIDs, `users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does: root's by default; "" turns it off`)
+}
+
+// addRedirectFlags adds the flags of the rules, and of where they lead.
+func (c *config) addRedirectFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.front.addr, flagPort, "2579", parsePortOf(&c.front.addr), "port that redirected connections come to")
 	parsedVar(fs, &c.rules.Metadata, "metadata-ip", "169.254.169.254", parseAddrOf(&c.rules.Metadata, parseIPv4), "address of the instance metadata service")
 	parsedVar(fs, &c.rules.Metadata, "metadata-port", "80", parsePortOf(&c.rules.Metadata), "port of the instance metadata service")
-	parsedVar(fs, &c.rules.Interval, "ipt-update-interval-sec", "60", parseSeconds, "seconds between checks of the iptables rules")
-	parsedVar(fs, &c.probes.addr, flagProbePort, "8080", parsePortOf(&c.probes.addr), "port of /healthz and /readyz")
-	parsedVar(fs, &c.metrics.addr, flagPrometheusPort, "9090", parsePortOf(&c.metrics.addr), "port of /metrics")
-	fs.BoolVar(&c.proxy.BlockInstanceMetadata, "block-instance-metadata", false, "answer 403 to /metadata/instance, except to excepted pods")
-	fs.BoolVar(&c.headerRequired, "metadata-header-required", true, `refuse requests without the header "Metadata: true"; turning it off exposes pods that fetch URLs for others`)
-	fs.BoolVar(&c.links.AllowUnguarded, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
-	fs.StringVar(&c.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
-
-	// New: the redirect.
 	parsedVar(fs, &c.rules.Mode, "redirect-mode", string(iptables.ModeAuto), iptables.ParseMode,
 		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": redirect if every interface that leads to a pod has an IPv4 address, else dnat; "none": another program redirects, such as Cilium`)
 	c.addRedirectAddress(fs)
 	parsedVar(fs, &c.rules.Backend, "iptables-backend", string(iptables.BackendAuto), iptables.ParseBackend, `"nft" or "legacy"; "auto" finds out which one the node uses`)
+	parsedVar(fs, &c.rules.Interval, "ipt-update-interval-sec", "60", parseSeconds, "seconds between checks of the rules when nothing seems to happen, 1 to 86400; a change that the kernel announces is checked at once")
+	fs.BoolVar(&c.links.AllowUnguarded, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
 	fs.BoolVar(&c.rules.BlockWireserver, "block-wireserver", false, "reject what pods send to Azure's wireserver, 168.63.129.16 ports 80 and 32526")
+}
 
-	// New: what pods get.
-	parsedVar(fs, &c.resolver.PodWait, "pod-wait", podresolver.DefaultPodWait.String(), parseWait, "how long a request from an unknown address waits for its pod")
-	parsedVar(fs, &c.resolver.IdentityWait, "identity-wait", podresolver.DefaultIdentityWait.String(), parseWait, "how long a request waits for MIC to assign the identity, in standard mode")
-	parsedVar(fs, &c.resolver.MaxStaleness, "max-staleness", "0s", parseStaleness, "how long tokens are served while the API server sends no news of a resource, not even when asked; 0 is for ever")
-	listVar(fs, &c.proxy.InstanceMetadataNamespaces, flagInstanceNamespaces, "", parseNamespaces, "with --block-instance-metadata, namespaces whose pods may have /metadata/instance all the same; repeat it or separate several by commas")
-	listVar(fs, &c.proxy.Allow, "allow-path", "", parseAllowedPaths, "paths to pass through to IMDS that are 404 otherwise, separated by commas: "+strings.Join(proxy.AllowablePaths(), ", "))
-	listVar(fs, &c.proxy.HostTokenUIDs, "host-token-uids", "0", parseUIDs, "users of the node, by number and separated by commas, whose processes may ask for a pod's token at /host/token over loopback, as the Secrets Store CSI driver's provider does: root's by default; \"\" turns it off")
-	listVar(fs, &c.upstream.Authorities, "entra-authority", "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be used with (adEndpoint); repeat it or separate several by commas")
-
-	// New: limits.
+func (c *config) addLimitFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.upstream.PerSecond, "imds-token-rate", strconv.Itoa(upstream.DefaultPerSecond), upTo(maxTokenRate), "most requests a second for tokens to IMDS, which allows 20 per virtual machine; the rest is for the node's own programs")
 	parsedVar(fs, &c.upstream.AtOnce, "imds-token-concurrency", strconv.Itoa(upstream.DefaultAtOnce), upTo(maxTokenRate), "most requests at once for tokens to IMDS, which allows 5 per virtual machine; the rest is for the node's own programs")
 	parsedVar(fs, &c.proxy.MaxConnections, "max-connections", strconv.Itoa(proxy.DefaultMaxConnections), upTo(maxConnections), "most connections that pods have open; one more takes the place of one of the pod that has the most")
+}
 
-	// New: the agent's own pages, and takeovers.
+// addPageFlags adds the flags of the pages for probes and metrics.
+func (c *config) addPageFlags(fs *pflag.FlagSet) {
+	parsedVar(fs, &c.probes.addr, flagProbePort, "8080", parsePortOf(&c.probes.addr), "port of /healthz and /readyz")
 	parsedVar(fs, &c.probes.addr, "http-probe-address", "0.0.0.0", parseAddrOf(&c.probes.addr, parseBindAddress), "address that --http-probe-port is on; 127.0.0.1 keeps it to the node, :: is all IPv4 and IPv6 addresses")
-	parsedVar(fs, &c.metrics.addr, "metrics-address", "0.0.0.0", parseAddrOf(&c.metrics.addr, parseBindAddress), "address that --prometheus-port is on, likewise")
 	c.addProbeSocket(fs)
+	parsedVar(fs, &c.metrics.addr, flagPrometheusPort, "9090", parsePortOf(&c.metrics.addr), "port of /metrics")
+	parsedVar(fs, &c.metrics.addr, "metrics-address", "0.0.0.0", parseAddrOf(&c.metrics.addr, parseBindAddress), "address that --prometheus-port is on, likewise")
+}
+
+// addNodeFlags adds the flags of what an agent leaves to the next one, and of its node.
+func (c *config) addNodeFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.handoverDir, "handover-dir", "/run/nmi", parseAbsolutePath, `directory on the node over which a new agent takes over from the one that runs; "" for none`)
-
-	// New: the node.
 	parsedVar(fs, &c.startupTaint, "startup-taint", "", parseStartupTaint, "taint, <key>[=<value>]:<effect>, to remove from the node when the agent is ready, and to set while it cannot write its rules; the effect is NoSchedule or NoExecute. It needs the rights of deploy/admission/startup-taint.yaml. \"\" for none")
+}
 
-	// The old NMI's, for which there is nothing left to do.
-	const accepted = "accepted for compatibility: "
+// addCompatibilityFlags adds the flags of the old NMI that have nothing left to do. Their
+// usages say why.
+func addCompatibilityFlags(fs *pflag.FlagSet) {
 	fs.String("nmi-listen-address", "127.0.0.1", accepted+"the agent listens on all addresses, and takes redirected connections only")
 	fs.Int("retry-attempts-for-created", 16, accepted+"waiting ends with the event waited for, not after attempts")
 	fs.Int("retry-attempts-for-assigned", 4, accepted+"see --retry-attempts-for-created")
 	fs.Int("find-identity-retry-interval", 5, accepted+"see --retry-attempts-for-created")
 	fs.Bool("enableScaleFeatures", true, accepted+"always on")
 	fs.Bool("enableProfile", false, accepted+"no profiling endpoint is served yet")
-	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read")
+	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read, the agent looks at the bridge itself")
 	fs.Bool("set-retry-after-header", false, accepted+"Retry-After is always set where asking again helps")
 	fs.Bool("enable-conntrack-deletion", false, accepted+"always on: connections from before the rules are cut")
 }

@@ -162,7 +162,7 @@ func observeTokens(meter metric.Meter, tokens *tokencache.Cache) error {
 		all = errors.Join(all, err)
 	}
 	labelled("token.hits", "Requests answered from memory, by how fresh the token was", "freshness", func(s tokencache.Stats) map[string]uint64 {
-		return map[string]uint64{"fresh": s.Fresh, "due": s.Due, "urgent": s.Expiring}
+		return map[string]uint64{"fresh": s.Fresh, "due": s.Due, "expiring": s.Expiring}
 	})
 	counter("token.misses", "Requests for which no valid token was in memory", func(s tokencache.Stats) uint64 { return s.Misses })
 	counter("token.joined", "Requests that joined a fetch started by another", func(s tokencache.Stats) uint64 { return s.Joined })
