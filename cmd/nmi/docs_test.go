@@ -1,0 +1,112 @@
+package main
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const repository = "../.."
+
+// markdownFiles lists the pages of the repository.
+func markdownFiles(t *testing.T) (paths []string) {
+	t.Helper()
+	require.NoError(t, filepath.WalkDir(repository, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == ".git" || d.Name() == ".cache" || d.Name() == "node_modules"):
+			return filepath.SkipDir
+		case filepath.Ext(path) == ".md":
+			paths = append(paths, path)
+		}
+		return nil
+	}))
+	return paths
+}
+
+var (
+	codeBlock  = regexp.MustCompile("(?ms)^ *```.*?^ *```")
+	codeSpan   = regexp.MustCompile("`[^`\n]*`")
+	linkTarget = regexp.MustCompile(`\]\(([^)\s]+)\)|(?:src|srcset|href)="([^"]+)"`)
+	heading    = regexp.MustCompile(`(?m)^#+ +(.*)$`)
+	anchorID   = regexp.MustCompile(`<a id="([^"]+)">`)
+	notInSlug  = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+	linkText   = regexp.MustCompile(`\[([^]]*)\]\([^)]*\)`)
+)
+
+// linksIn lists where a page's links lead.
+func linksIn(page string) (targets []string) {
+	page = codeSpan.ReplaceAllString(codeBlock.ReplaceAllString(page, ""), "")
+	for _, match := range linkTarget.FindAllStringSubmatch(page, -1) {
+		targets = append(targets, match[1]+match[2])
+	}
+	return targets
+}
+
+// anchorsIn returns the names that a page's headings have on GitHub, and its explicit ones.
+func anchorsIn(page string) map[string]bool {
+	page = codeBlock.ReplaceAllString(page, "")
+	all := make(map[string]bool)
+	for _, match := range heading.FindAllStringSubmatch(page, -1) {
+		text := strings.ToLower(linkText.ReplaceAllString(match[1], "$1"))
+		all[strings.ReplaceAll(notInSlug.ReplaceAllString(text, ""), " ", "-")] = true
+	}
+	for _, match := range anchorID.FindAllStringSubmatch(page, -1) {
+		all[match[1]] = true
+	}
+	return all
+}
+
+// TestLinks follows every link of every page that stays within the repository.
+func TestLinks(t *testing.T) {
+	for _, path := range markdownFiles(t) {
+		page, err := os.ReadFile(path)
+		require.NoError(t, err)
+		for _, target := range linksIn(string(page)) {
+			if strings.Contains(target, "://") || strings.HasPrefix(target, "mailto:") {
+				continue
+			}
+			file, anchor, _ := strings.Cut(target, "#")
+			to := path
+			if file != "" {
+				to = filepath.Join(filepath.Dir(path), file)
+			}
+			if _, err := os.Stat(to); !assert.NoError(t, err, "%s links to %s", path, target) || anchor == "" {
+				continue
+			}
+			text, err := os.ReadFile(to)
+			require.NoError(t, err, "%s links to %s", path, target)
+			assert.True(t, anchorsIn(string(text))[anchor], "%s links to %s: no such heading", path, target)
+		}
+	}
+}
+
+// TestDocsIndex requires docs/README.md to link each page of docs once.
+func TestDocsIndex(t *testing.T) {
+	index, err := os.ReadFile(repository + "/docs/README.md")
+	require.NoError(t, err)
+	count := make(map[string]int)
+	for _, target := range linksIn(string(index)) {
+		count[target]++
+	}
+	pages, err := filepath.Glob(repository + "/docs/*.md")
+	require.NoError(t, err)
+	require.NotEmpty(t, pages)
+	for _, page := range pages {
+		if name := filepath.Base(page); name != "README.md" {
+			assert.Equal(t, 1, count[name], "links to %s in docs/README.md", name)
+		}
+	}
+}
+
+func TestAnchors(t *testing.T) {
+	got := anchorsIn("# A `b`, c/d: [e](f)?\n```\n# not\n```\n## Redirect modes\n<a id=\"x-y\"></a>\n")
+	assert.Equal(t, map[string]bool{"a-b-cd-e": true, "redirect-modes": true, "x-y": true}, got)
+}
