@@ -13,7 +13,9 @@ help: ## this list
 build: ## bin/nmi, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi
 
-demo: root packages ## the main job on this machine alone
+demo: root ## the main job on this machine alone
+	@deploy/packages.sh iptables
+	@echo "compiling the agent and the demo; the first time this takes a minute or two"
 	@mkdir -p .cache && go build -o .cache/demo ./deploy/demo
 	@exec .cache/demo
 

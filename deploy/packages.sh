@@ -12,7 +12,7 @@ if ! command -v apt-get >/dev/null; then
 	echo "Install them with your package manager, then run this again." >&2
 	exit 1
 fi
-echo "installing:$missing"
+echo "installing with apt-get:$missing"
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 # shellcheck disable=SC2086 # one word a package

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -103,6 +104,25 @@ func TestDocsIndex(t *testing.T) {
 		if name := filepath.Base(page); name != "README.md" {
 			assert.Equal(t, 1, count[name], "links to %s in docs/README.md", name)
 		}
+	}
+}
+
+// TestSupportedKubernetes compares the versions that docs/support.md and the README name with
+// those of the tests and of the chart.
+func TestSupportedKubernetes(t *testing.T) {
+	for _, tc := range []struct{ source, pattern, page, says string }{
+		{"deploy/testbed/kube/go.mod", `k8s\.io/kubernetes v(\S+)`, "docs/support.md", "| %s | tested:"},
+		{"deploy/chart/Chart.yaml", `kubeVersion: ">=(\d+\.\d+)`, "docs/support.md", "| %s and later |"},
+		{"deploy/chart/Chart.yaml", `kubeVersion: ">=(\d+\.\d+)`, "README.md", "Kubernetes %s or later"},
+	} {
+		source, err := os.ReadFile(filepath.Join(repository, tc.source))
+		require.NoError(t, err)
+		version := regexp.MustCompile(tc.pattern).FindSubmatch(source)
+		require.NotNil(t, version, tc.source)
+		page, err := os.ReadFile(filepath.Join(repository, tc.page))
+		require.NoError(t, err)
+		want := fmt.Sprintf(tc.says, version[1])
+		assert.True(t, strings.Contains(string(page), want), "%s must say %q, by %s", tc.page, want, tc.source)
 	}
 }
 

@@ -60,6 +60,7 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, 1, code)
 		assert.Contains(t, lastLine(output), "run as root with the capabilities NET_ADMIN and NET_RAW")
+		assert.Regexp(t, "msg=starting .* operation_mode=managed redirect_mode=auto\n", output)
 	})
 }
 
