@@ -15,7 +15,7 @@ build: ## bin/nmi, static
 
 demo: root ## the main job on this machine alone
 	@deploy/packages.sh iptables
-	@echo "compiling the agent and the demo; the first time this takes a minute or two"
+	@echo "compiling the agent and the demo; the first time this takes some minutes"
 	@mkdir -p .cache && go build -o .cache/demo ./deploy/demo
 	@exec .cache/demo
 
