@@ -122,7 +122,8 @@ func TestSupportedKubernetes(t *testing.T) {
 		page, err := os.ReadFile(filepath.Join(repository, tc.page))
 		require.NoError(t, err)
 		want := fmt.Sprintf(tc.says, version[1])
-		assert.True(t, strings.Contains(string(page), want), "%s must say %q, by %s", tc.page, want, tc.source)
+		found := strings.Contains(string(page), want) // a failure need not show the page
+		assert.True(t, found, "%s must say %q, by %s", tc.page, want, tc.source)
 	}
 }
 
