@@ -15,8 +15,8 @@ import (
 
 const repository = "../.."
 
-// markdownFiles lists the pages of the repository.
-func markdownFiles(t *testing.T) (paths []string) {
+// filesNamed lists the repository's files whose names end so.
+func filesNamed(t *testing.T, suffix string) (paths []string) {
 	t.Helper()
 	require.NoError(t, filepath.WalkDir(repository, func(path string, d fs.DirEntry, err error) error {
 		switch {
@@ -24,7 +24,7 @@ func markdownFiles(t *testing.T) (paths []string) {
 			return err
 		case d.IsDir() && (d.Name() == ".git" || d.Name() == ".cache" || d.Name() == "node_modules"):
 			return filepath.SkipDir
-		case filepath.Ext(path) == ".md":
+		case strings.HasSuffix(path, suffix):
 			paths = append(paths, path)
 		}
 		return nil
@@ -67,7 +67,7 @@ func anchorsIn(page string) map[string]bool {
 
 // TestLinks follows every link of every page that stays within the repository.
 func TestLinks(t *testing.T) {
-	for _, path := range markdownFiles(t) {
+	for _, path := range filesNamed(t, ".md") {
 		page, err := os.ReadFile(path)
 		require.NoError(t, err)
 		for _, target := range linksIn(string(page)) {
@@ -124,6 +124,24 @@ func TestSupportedKubernetes(t *testing.T) {
 		want := fmt.Sprintf(tc.says, version[1])
 		found := strings.Contains(string(page), want) // a failure need not show the page
 		assert.True(t, found, "%s must say %q, by %s", tc.page, want, tc.source)
+	}
+}
+
+// TestNamedTests requires the tests that docs/support.md names to exist.
+func TestNamedTests(t *testing.T) {
+	page, err := os.ReadFile(repository + "/docs/support.md")
+	require.NoError(t, err)
+	var sources strings.Builder
+	for _, path := range filesNamed(t, "_test.go") {
+		source, err := os.ReadFile(path)
+		require.NoError(t, err)
+		sources.Write(source)
+	}
+	names := regexp.MustCompile("`(Test\\w+)`").FindAllStringSubmatch(string(page), -1)
+	require.NotEmpty(t, names)
+	for _, name := range names {
+		found := strings.Contains(sources.String(), "\nfunc "+name[1]+"(t *testing.T)")
+		assert.True(t, found, "docs/support.md names %s: no such test", name[1])
 	}
 }
 
