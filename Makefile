@@ -3,12 +3,14 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 CLIENTS := .cache/clients
 LINT    := go tool -modfile=.ci/tools/go.mod golangci-lint
 KUBE    := .cache/bin
+# Without the programs that it would run where they are installed: lint is the same everywhere.
+ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -pyflakes=
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint unit e2e docs manifests image image-test conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: ## bin/nmi, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/nmi ./cmd/nmi
@@ -21,12 +23,19 @@ demo: root ## the main job on this machine alone
 
 test: root packages lint unit e2e ## everything
 
-lint:
+lint: ## golangci-lint, and actionlint on .github/workflows
 	$(LINT) run ./...
+	$(ACTIONLINT)
+
+# Not part of test: its database is not in the module proxy. govulncheck exits with 3 when
+# it has found something.
+vuln: ## known vulnerabilities of what the agent is built from, by https://vuln.go.dev
+	@go tool -modfile=.ci/tools/go.mod govulncheck ./cmd/nmi || { status=$$?; \
+		[ $$status = 3 ] || echo "Nothing was checked: govulncheck needs https://vuln.go.dev." >&2; exit $$status; }
 
 # The tests of iptables run in namespaces of their own, hence root. The model test
 # tries fewer seeds with -race, hence again.
-unit: root packages
+unit: root packages ## unit tests, those on the real kernel included
 	go test -race ./...
 	go test -run '^TestModel$$' ./tokencache
 
@@ -59,7 +68,7 @@ clients: root packages build kube sdks ## Azure's SDKs in pods, and how long the
 	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestClients$$' -test.timeout 5m -write
 
 # Programs that get tokens through Azure's SDKs, with the SDKs.
-sdks: $(CLIENTS)/go $(CLIENTS)/js/clients.mjs
+sdks: $(CLIENTS)/go $(CLIENTS)/js/clients.mjs ## deploy/clients, with Azure's SDKs
 
 $(CLIENTS)/go: $(wildcard deploy/clients/go/*)
 	cd deploy/clients/go && CGO_ENABLED=0 go build -trimpath -o ../../../$@ .
@@ -68,10 +77,10 @@ $(CLIENTS)/go: $(wildcard deploy/clients/go/*)
 $(CLIENTS)/js/clients.mjs: $(wildcard deploy/clients/js/*)
 	@deploy/packages.sh node=nodejs npm
 	@mkdir -p $(@D) && cp deploy/clients/js/package*.json $(@D)
-	cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	cd $(@D) && npm ci --engine-strict --ignore-scripts --no-audit --no-fund --loglevel=error
 	@cp deploy/clients/js/clients.mjs $@
 
-kube: $(KUBE)/kube-apiserver $(KUBE)/kubectl $(KUBE)/etcd
+kube: $(KUBE)/kube-apiserver $(KUBE)/kubectl $(KUBE)/etcd ## what e2e runs of Kubernetes, from its modules
 
 # Some minutes the first time, then never again until the version changes.
 $(KUBE)/kube-apiserver: deploy/testbed/kube/go.mod
@@ -122,5 +131,5 @@ root:
 	@command -v go >/dev/null || { echo "go is not on the PATH; with sudo, keep yours: sudo env \"PATH=\$$PATH\" make ..." >&2; exit 1; }
 	@test "$$(id -u)" = 0 || { echo "This makes network namespaces, and needs root for that: run it with sudo." >&2; exit 1; }
 
-clean:
+clean: ## remove what was built, kube-apiserver included
 	rm -rf bin .cache
