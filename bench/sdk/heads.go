@@ -80,11 +80,11 @@ func (h Head) format() string {
 var requestID = regexp.MustCompile(`(?i)(\r\nx-ms-client-request-id: *)[0-9a-f-]{36}\r\n`)
 
 // kernelSuffix is what a builder of kernels appends to the version in a User-Agent.
-var kernelSuffix = regexp.MustCompile(`(-Linux-[0-9.]+)-[^)]*\)`)
+var kernelSuffix = regexp.MustCompile(`(\bLinux[- ][0-9.]+)-[^;)]*`)
 
 // generalize puts ID in the place of a head's request ID, and removes what is of the
 // machine that recorded it.
 func generalize(head string) string {
 	head = requestID.ReplaceAllString(head, "${1}"+ID+"\r\n")
-	return kernelSuffix.ReplaceAllString(head, "$1)")
+	return kernelSuffix.ReplaceAllString(head, "$1")
 }

@@ -51,6 +51,7 @@ func TestFormatIsReadAgain(t *testing.T) {
 }
 
 func TestGeneralize(t *testing.T) {
+	assert.Equal(t, "User-Agent: Node/20 (Linux 6.1.2; x64)\r\n\r\n", generalize("User-Agent: Node/20 (Linux 6.1.2-cloud-amd64; x64)\r\n\r\n"))
 	assert.Equal(t,
 		"GET / HTTP/1.1\r\nUser-Agent: Node/20 OS/(x64-Linux-6.1.2)\r\nx-ms-client-request-id: {uuid}\r\n\r\n",
 		generalize("GET / HTTP/1.1\r\nUser-Agent: Node/20 OS/(x64-Linux-6.1.2-cloud-amd64)\r\nx-ms-client-request-id: 0f8fad5b-d9cb-469f-a165-70867728950e\r\n\r\n"))
