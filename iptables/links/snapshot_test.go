@@ -18,7 +18,8 @@ func TestSnapshot(t *testing.T) {
 	before := n.track(links.Config{})
 	owner, ended := started("owner", time.Minute), started("ended", time.Minute)
 	departed, removeDeparted := n.addPod("10.244.0.6", testbed.Ptp)
-	require.NoError(t, before.Check(departed.Addr, n.call(departed, departed.Addr), started("departed", 0)))
+	gone := started("departed", 0)
+	require.NoError(t, before.Check(departed.Addr, n.call(departed, departed.Addr), gone))
 	removeDeparted()
 	owned, _ := n.addPod("10.244.0.7", testbed.Ptp)
 	restarted := started("owner", 0)
@@ -42,7 +43,7 @@ func TestSnapshot(t *testing.T) {
 	require.ErrorIs(t, after.Check(owned.Addr, index, started("another", time.Minute)), links.ErrReused)
 	require.NoError(t, after.Check(owned.Addr, index, owner))
 	elsewhere, _ := n.addPod("10.244.0.6", testbed.Ptp)
-	require.ErrorIs(t, after.Check(elsewhere.Addr, n.call(elsewhere, elsewhere.Addr), started("departed", 0)), links.ErrReused)
+	require.ErrorIs(t, after.Check(elsewhere.Addr, n.call(elsewhere, elsewhere.Addr), gone), links.ErrReused)
 
 	third := n.track(links.Config{})
 	for i := range all { // as if all these interfaces had been replaced meanwhile
