@@ -42,7 +42,7 @@ func helm(t *testing.T, args ...string) (string, error) {
 
 func render(t *testing.T, args ...string) (string, error) {
 	t.Helper()
-	return helm(t, append([]string{"template", "nmi", ".", "--namespace=kube-system", "--kube-version=1.35"}, args...)...)
+	return helm(t, append([]string{"template", "nmi", ".", "--namespace=kube-system", "--kube-version=1.37"}, args...)...)
 }
 
 // renderFiles returns what each template makes of the values, without Helm's own comments.
