@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -85,7 +87,11 @@ func TestGoldenFiles(t *testing.T) {
 		name := strings.TrimSuffix(path, ".values.yaml")
 		t.Run(filepath.Base(name), func(t *testing.T) {
 			t.Parallel()
-			text, err := render(t, "--values="+path)
+			args := []string{"--values=" + path}
+			if name == "testdata/everything" {
+				args = append(args, "--namespace=identity")
+			}
+			text, err := render(t, args...)
 			require.NoError(t, err, text)
 			current(t, name+".yaml", text)
 		})
@@ -117,6 +123,81 @@ func TestManifests(t *testing.T) {
 	}
 }
 
+var (
+	documentKind      = regexp.MustCompile(`(?m)^kind: (.*)$`)
+	documentName      = regexp.MustCompile(`(?m)^  name: (.*)$`)
+	documentNamespace = regexp.MustCompile(`(?m)^  namespace: (.*)$`)
+)
+
+// objects returns the kind, namespace and name of each object, in the order in which they are applied.
+func objects(t *testing.T, text string) []string {
+	t.Helper()
+	var all []string
+	for document := range strings.SplitSeq(text, "\n---\n") {
+		kind, name, namespace := documentKind.FindStringSubmatch(document), documentName.FindStringSubmatch(document), documentNamespace.FindStringSubmatch(document)
+		if kind == nil {
+			continue
+		}
+		require.NotNil(t, name, document)
+		object := kind[1] + " " + name[1]
+		if namespace != nil {
+			object = kind[1] + " " + namespace[1] + "/" + name[1]
+		}
+		all = append(all, object)
+	}
+	return all
+}
+
+// TestTwoReleases have no object in common, but for those that both are told to make.
+func TestTwoReleases(t *testing.T) {
+	all := "--set=admissionPolicies.warnings=true,admissionPolicies.exceptions=true,admissionPolicies.allowedIdentities.shop={a},startupTaint=example.com/a:NoSchedule," +
+		"operationMode=standard,rbac.createUserFacingClusterRoles=true,rbac.secrets.shop={a},serviceMonitor.enabled=true,openshift.securityContextConstraints=true"
+	one, err := render(t, all)
+	require.NoError(t, err, one)
+	other, err := render(t, all, "--set=fullnameOverride=agent")
+	require.NoError(t, err, other)
+	first, second := objects(t, one), objects(t, other)
+	assert.Len(t, second, len(first))
+	assert.Greater(t, len(first), 25)
+	for _, object := range second {
+		assert.NotContains(t, first, object)
+	}
+}
+
+// TestStartupTaintRights are given once, with the policy that limits them, and not by a chart that
+// is to give none.
+func TestStartupTaintRights(t *testing.T) {
+	const taint = "--set=startupTaint=example.com/a=b:NoExecute"
+	text, err := render(t, taint)
+	require.NoError(t, err, text)
+	assert.Equal(t, 1, strings.Count(text, "resources: [nodes]"))
+	assert.Contains(t, text, "- --startup-taint=example.com/a=b:NoExecute\n")
+	assert.Contains(t, text, `"'example.com/a'"`)
+	assert.Contains(t, text, `"'NoExecute'"`)
+	text, err = render(t, taint, "--set=rbac.enabled=false")
+	require.NoError(t, err, text)
+	assert.NotContains(t, text, "rbac.authorization.k8s.io")
+	assert.Contains(t, objects(t, text), "ValidatingAdmissionPolicyBinding nmi-startup-taint")
+	text, err = render(t, "--set=admissionPolicies.exceptions=true")
+	require.NoError(t, err, text)
+	assert.NotContains(t, text, "nodes]")
+}
+
+// TestOrder has the account before the pods that need it, whoever applies the files: without it the
+// DaemonSet controller reports "serviceaccount not found".
+func TestOrder(t *testing.T) {
+	text, err := render(t)
+	require.NoError(t, err, text)
+	applied := objects(t, text)
+	assert.Less(t, slices.Index(applied, "ServiceAccount kube-system/nmi"), slices.Index(applied, "DaemonSet kube-system/nmi"))
+	entries, err := os.ReadDir("../manifests")
+	require.NoError(t, err)
+	assert.Equal(t, "account.yaml", entries[0].Name(), "kubectl applies files by name")
+	account, err := os.ReadFile("../manifests/account.yaml")
+	require.NoError(t, err)
+	assert.Equal(t, "ServiceAccount kube-system/nmi", objects(t, string(account))[0])
+}
+
 // TestRefusedValues is about mistakes, and values of the old chart that would do nothing.
 func TestRefusedValues(t *testing.T) {
 	for set, text := range map[string]string{
@@ -141,7 +222,11 @@ func TestRefusedValues(t *testing.T) {
 		"cilium.localRedirectPolicy=true":     "cilium.localRedirectPolicy needs nmi.redirectMode=none",
 		"nmi.updateStrategy.type=Recreate":    "at '/nmi/updateStrategy/type': value must be one of 'RollingUpdate', 'OnDelete'",
 		"serviceMonitor.interval=30":          "at '/serviceMonitor/interval'",
-		"startupTaint=nmi:NoSchedule":         "at '/startupTaint': 'nmi:NoSchedule' does not match pattern",
+		"startupTaint=nmi":                    `startupTaint: "nmi" is not a taint that keeps pods off: want <key>[=<value>]:NoSchedule`,
+		"startupTaint=nmi:PreferNoSchedule":   `startupTaint: "nmi:PreferNoSchedule" is not a taint`,
+		"startupTaint=a/b/c:NoSchedule":       `startupTaint: "a/b/c:NoSchedule" is not a taint`,
+		"startupTaint=a='b':NoSchedule":       `is not a taint`,
+		"startupTaint=true":                   "at '/startupTaint': got boolean, want string",
 		"podIdentityExceptions.a.namespace=b": "at '/podIdentityExceptions/a': missing property 'podLabels'",
 	} {
 		t.Run(set, func(t *testing.T) {

@@ -44,5 +44,9 @@ seccompProfile:
 {{- if .Values.adminsecret }}{{ fail "adminsecret: it is MIC's, which this chart does not install. Remove the value" }}{{ end -}}
 {{- if .Values.rbac.allowAccessToSecrets }}{{ fail "rbac.allowAccessToSecrets: the agent is not given all secrets of the cluster. Name those of service principals in rbac.secrets, as {<namespace>: [<name>]}" }}{{ end -}}
 {{- if .Values.rbac.pspEnabled }}{{ fail "rbac.pspEnabled: Kubernetes has no PodSecurityPolicies since 1.25. Remove the value" }}{{ end -}}
+{{- /* That is Parse in cmd/nmi/startuptaint. */}}
+{{- $label := "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?" }}
+{{- $domain := "[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*" }}
+{{- if and .Values.startupTaint (not (regexMatch (printf "^(%s/)?%s(=(%s)?)?:(NoSchedule|NoExecute)$" $domain $label $label) .Values.startupTaint)) }}{{ fail (printf "startupTaint: %q is not a taint that keeps pods off: want <key>[=<value>]:NoSchedule or <key>[=<value>]:NoExecute, such as startup-taint.cluster-autoscaler.kubernetes.io/nmi-not-ready=true:NoSchedule" .Values.startupTaint) }}{{ end -}}
 {{- if and .Values.cilium.localRedirectPolicy (ne .Values.nmi.redirectMode "none") }}{{ fail "cilium.localRedirectPolicy needs nmi.redirectMode=none: Cilium redirects then, and not the agent" }}{{ end -}}
 {{- end -}}
