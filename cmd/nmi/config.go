@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net/netip"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -89,6 +91,9 @@ func (c *config) complete() error {
 	}
 	if c.rules.Address == c.rules.Metadata.Addr() {
 		return fmt.Errorf("--redirect-address=%s is the metadata service's own address: choose another", c.rules.Address)
+	}
+	if _, err := os.Stat(filepath.Dir(c.probeSocket)); err != nil && c.probeSocket == defaultProbeSocket {
+		c.probeSocket = "" // not in the image: nothing asks there
 	}
 	c.rules.Port = c.front.addr.Port()
 	c.upstream.IMDS = &url.URL{Scheme: "http", Host: c.rules.Metadata.String()}

@@ -21,17 +21,12 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 )
 
-const (
-	explainTimeout = 30 * time.Second
-	// defaultProbeSocket is that of deploy/manifests.
-	defaultProbeSocket = "/run/nmi-probe/probe.sock"
-)
+const explainTimeout = 30 * time.Second
 
 // explainCommand says what a pod gets, and why. In an agent's pod it asks the agent that
 // decides. For a pod of another node, or where no agent answers, it reads the cluster, and
 // decides with the agent's flags.
 func explainCommand(c *config) *cobra.Command {
-	var socket string
 	var resolving *pflag.FlagSet
 	cmd := &cobra.Command{
 		Use:   "explain <namespace>/<pod>",
@@ -59,7 +54,7 @@ the agent's flags: --operation-mode is required then.`,
 					given = append(given, f.Name)
 				}
 			})
-			text, err := explain(ctx, args[0], socket, c.resolver, given, func(note string) { cmd.PrintErrln("note:", note) })
+			text, err := explain(ctx, args[0], c.probeSocket, c.resolver, given, func(note string) { cmd.PrintErrln("note:", note) })
 			if err != nil {
 				return err
 			}
@@ -70,7 +65,7 @@ the agent's flags: --operation-mode is required then.`,
 	resolving = pflag.NewFlagSet("", pflag.ContinueOnError)
 	c.addResolverFlags(resolving)
 	cmd.Flags().AddFlagSet(resolving)
-	cmd.Flags().StringVar(&socket, flagProbeSocket, defaultProbeSocket, "Unix socket of the agent of this pod")
+	c.addProbeSocket(cmd.Flags())
 	c.addLogFlags(cmd.Flags())
 	return cmd
 }

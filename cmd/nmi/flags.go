@@ -109,7 +109,7 @@ func (c *config) addPageFlags(fs *pflag.FlagSet) {
 
 // addNodeFlags adds the flags of what an agent leaves to the next one, and of its node.
 func (c *config) addNodeFlags(fs *pflag.FlagSet) {
-	parsedVar(fs, &c.handoverDir, "handover-dir", "/run/nmi", parseAbsolutePath, `directory on the node over which a new agent takes over from the one that runs; "" for none`)
+	c.addHandoverDir(fs)
 	parsedVar(fs, &c.startupTaint, "startup-taint", "", parseStartupTaint, "taint, <key>[=<value>]:<effect>, to remove from the node when the agent is ready, and to set while it cannot write its rules; the effect is NoSchedule or NoExecute. It needs the rights of deploy/admission/startup-taint.yaml. \"\" for none")
 }
 
@@ -157,6 +157,15 @@ func (c *config) addRedirectAddress(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.rules.Address, "redirect-address", iptables.DefaultAddress.String(), parseIPv4, "address of the agent's own on lo, for --redirect-mode=dnat")
 }
 
+func (c *config) addHandoverDir(fs *pflag.FlagSet) {
+	parsedVar(fs, &c.handoverDir, "handover-dir", "/run/nmi", parseAbsolutePath, `directory on the node over which a new agent takes over from the one that runs; "" for none`)
+}
+
+// defaultProbeSocket is in a directory that the image has, and that deploy/manifests gives to
+// each pod for itself.
+const defaultProbeSocket = "/run/nmi-probe/probe.sock"
+
 func (c *config) addProbeSocket(fs *pflag.FlagSet) {
-	parsedVar(fs, &c.probeSocket, flagProbeSocket, "", parseAbsolutePath, `Unix socket of /healthz and /readyz, for "nmi probe", in a directory of this pod alone; "" for none`)
+	parsedVar(fs, &c.probeSocket, flagProbeSocket, defaultProbeSocket, parseAbsolutePath,
+		`Unix socket of /healthz and /readyz, for "nmi probe" and "nmi explain", in a directory of this pod alone; the agent makes that of the default only where the directory is there, as in its image; "" for none`)
 }

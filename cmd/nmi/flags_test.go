@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -135,6 +136,15 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		assert.ErrorContains(t, err, name)
 		assert.NotContains(t, err.Error(), "\n", arg)
 	}
+}
+
+// TestDefaultProbeSocket is not made outside of the image: there its directory is missing.
+func TestDefaultProbeSocket(t *testing.T) {
+	_, err := os.Stat(filepath.Dir(defaultProbeSocket))
+	c := mustParse(t, "--node=n")
+	assert.Equal(t, err == nil, c.probeSocket == defaultProbeSocket)
+	assert.Equal(t, "/nowhere/probe.sock", mustParse(t, "--node=n", "--probe-socket=/nowhere/probe.sock").probeSocket, "given, it is tried for ever")
+	assert.Equal(t, defaultProbeSocket, probeCommand(newConfig()).Flags().Lookup(flagProbeSocket).DefValue)
 }
 
 func TestFlagsOfSeveralParts(t *testing.T) {

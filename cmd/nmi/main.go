@@ -16,8 +16,6 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
-
-	"github.com/podidentity/nmi/iptables"
 )
 
 // version is stamped by the linker, see the Makefile.
@@ -64,26 +62,7 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 		return fmt.Errorf("%w (%s --help lists the flags and what they take)", err, cmd.CommandPath())
 	})
 
-	cleanup := &cobra.Command{
-		Use:   "cleanup",
-		Short: "Remove the agent's rules and address from this node",
-		Long: `cleanup removes, in this order, the redirect (the iptables chain aad-metadata), the
-rule of --block-wireserver (nmi-wireserver), the rules against floods (nmi-input and
-nmi-antispoof), the fences (the chain nmi-guard and the policy routing rules 10, 11
-and 12), and the agent's own address from lo; nothing else.
-Chains are removed from both iptables backends, with the jumps to them.
-
-Run it after the agent has been uninstalled. Pods are refused until the last fence is
-gone; from then on they reach the metadata service themselves, and with it the
-identity of the node.`,
-		Args: noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return iptables.Cleanup(cmd.Context(), iptables.Config{Address: cfg.rules.Address, Logger: cfg.logger(os.Stderr)})
-		},
-	}
-	cfg.addRedirectAddress(cleanup.Flags())
-	cfg.addLogFlags(cleanup.Flags())
-	root.AddCommand(cleanup, explainCommand(cfg), probeCommand(cfg), &cobra.Command{
+	root.AddCommand(cleanupCommand(cfg), explainCommand(cfg), probeCommand(cfg), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  noArguments,

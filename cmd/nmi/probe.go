@@ -38,9 +38,6 @@ if the agent is not alive (live) or not ready (ready, which is the default).`,
 			if len(args) == 1 {
 				page = pages[args[0]]
 			}
-			if cfg.probeSocket == "" {
-				return fmt.Errorf("--%s is required: the one that the agent was given", flagProbeSocket)
-			}
 			return probe(cmd.Context(), cfg.probeSocket, page, cmd.OutOrStdout())
 		},
 	}

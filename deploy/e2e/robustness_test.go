@@ -39,7 +39,7 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		"an empty kubeconfig":  {[]string{"KUBECONFIG=/dev/null"}, good, "KUBECONFIG=/dev/null has no current context"},
 		"a boolean apart":      {[]string{kubeconfig}, append(good, "--block-instance-metadata", "true"), "the values of boolean flags are written --flag=true"},
 		"no cluster":           {[]string{"KUBECONFIG="}, good, "set KUBECONFIG, or run in a pod"},
-		"a probe of nobody":    {nil, []string{"probe", "ready"}, "--probe-socket is required"},
+		"a probe of nobody":    {nil, []string{"probe", "ready"}, "no agent answers: "},
 		"a probe of nothing":   {nil, []string{"probe", "live", "--probe-socket=/nowhere"}, "no agent answers: "},
 		"an unknown probe":     {nil, []string{"probe", "up"}, "probe takes live or ready"},
 		"cleanup of a nothing": {nil, []string{"cleanup", "--redirect-address=x"}, `invalid argument "x" for "--redirect-address" flag: want an IPv4 address`},

@@ -19,7 +19,8 @@
 // part: the lock keeps a third out, and an agent offers nothing before the one that it
 // took over from has exited.
 //
-// Receive, Inherit, Acquire, Offer and Close are the whole of it, called in that order.
+// Receive, Inherit, Acquire, Offer and Close are the whole of it, called in that order. Lock
+// is for programs that must not run beside an agent.
 package handover
 
 import (

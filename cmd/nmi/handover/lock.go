@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -15,6 +16,7 @@ const (
 	lockFile = "owner.lock"
 	// lockPatience is for an agent that is just exiting.
 	lockPatience = time.Second
+	lockPoll     = lockPatience / 20
 )
 
 var errLocked = errors.New("another agent runs on this node")
@@ -31,22 +33,43 @@ func lockNode(ctx context.Context, dir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	if err := flock(ctx, f, lockPatience); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// Lock keeps agents from starting until unlock is called, for a program that must not run beside
+// one. It waits as long as patience for an agent that is exiting. Where no agent has run, there is
+// nothing to lock.
+func Lock(ctx context.Context, dir string, patience time.Duration) (unlock func(), err error) {
+	f, err := os.Open(filepath.Join(dir, lockFile))
+	if dir == "" || errors.Is(err, fs.ErrNotExist) {
+		return func() {}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := flock(ctx, f, patience); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return func() { _ = f.Close() }, nil
+}
+
+func flock(ctx context.Context, f *os.File, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return err
 		}
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fmt.Errorf("%w, holds %s and does not hand over now: stop it, or wait until its own upgrade is over", errLocked, f.Name())
-			select {
-			case <-time.After(lockPatience / 20):
-				continue
-			case <-ctx.Done():
-			}
+		select {
+		case <-time.After(lockPoll):
+		case <-ctx.Done():
+			return fmt.Errorf("%w, holds %s and does not hand over now: stop it, or wait until its own upgrade is over", errLocked, f.Name())
 		}
-		_ = f.Close()
-		return nil, err
 	}
 }

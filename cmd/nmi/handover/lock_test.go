@@ -3,6 +3,7 @@ package handover
 import (
 	"os"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -25,4 +26,35 @@ func TestLockLastsUntilAllCopiesAreClosed(t *testing.T) {
 	third, err := lockNode(t.Context(), dir)
 	require.NoError(t, err)
 	require.NoError(t, third.Close())
+}
+
+// TestLockWaitsForAnAgent and no longer than it is told to.
+func TestLockWaitsForAnAgent(t *testing.T) {
+	dir := t.TempDir()
+	unlock, err := Lock(t.Context(), dir, 0)
+	require.NoError(t, err, "no agent has run")
+	unlock()
+	agent, err := lockNode(t.Context(), dir)
+	require.NoError(t, err)
+	_, err = Lock(t.Context(), dir, 3*lockPoll)
+	require.ErrorIs(t, err, errLocked)
+	locked := make(chan error, 1)
+	go func() {
+		var err error
+		unlock, err = Lock(t.Context(), dir, 30*time.Second)
+		locked <- err
+	}()
+	select {
+	case <-locked:
+		require.Fail(t, "beside an agent")
+	case <-time.After(3 * lockPoll):
+	}
+	require.NoError(t, agent.Close())
+	require.NoError(t, <-locked)
+	_, err = lockNode(t.Context(), dir)
+	require.ErrorIs(t, err, errLocked, "an agent beside it")
+	unlock()
+	agent, err = lockNode(t.Context(), dir)
+	require.NoError(t, err)
+	require.NoError(t, agent.Close())
 }

@@ -1,0 +1,48 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/podidentity/nmi/cmd/nmi/handover"
+	"github.com/podidentity/nmi/iptables"
+)
+
+// agentExit is how long cleanup waits for an agent that is exiting: longer than the kubelet
+// lets it take, see terminationGracePeriodSeconds in deploy/manifests/daemonset.yaml.
+const agentExit = 40 * time.Second
+
+// cleanupCommand gives the node back after the agent has been uninstalled.
+func cleanupCommand(cfg *config) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove the agent's rules and address from this node",
+		Long: `cleanup removes, in this order, the redirect (the iptables chain aad-metadata), the
+rule of --block-wireserver (nmi-wireserver), the rules against floods (nmi-input and
+nmi-antispoof), the fences (the chain nmi-guard and the policy routing rules 10, 11
+and 12), and the agent's own address from lo; nothing else.
+Chains are removed from both iptables backends, with the jumps to them.
+
+Run it after the agent has been uninstalled. An agent that runs would write its rules
+again: cleanup waits for its end, and fails after ` + agentExit.String() + `. Pods are refused until the last
+fence is gone; from then on they reach the metadata service themselves, and with it
+the identity of the node.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log := cfg.logger(os.Stderr)
+			unlock, err := handover.Lock(cmd.Context(), cfg.handoverDir, agentExit)
+			if err != nil {
+				return fmt.Errorf("an agent that runs would write the rules again, uninstall it first: %w", err)
+			}
+			defer unlock()
+			return iptables.Cleanup(cmd.Context(), iptables.Config{Address: cfg.rules.Address, Logger: log})
+		},
+	}
+	cfg.addRedirectAddress(cmd.Flags())
+	cfg.addHandoverDir(cmd.Flags())
+	cfg.addLogFlags(cmd.Flags())
+	return cmd
+}
