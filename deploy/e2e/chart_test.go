@@ -27,15 +27,19 @@ func newHelm(t *testing.T, c *testbed.World) helm {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), "go", "tool", "-modfile=../../.ci/helm/go.mod", "-n", "helm").Output()
 	require.NoError(t, err)
-	admin := c.Admin()
-	config := clientcmdapi.NewConfig()
+	h := helm{strings.TrimSpace(string(out)), filepath.Join(t.TempDir(), "kubeconfig")}
+	writeAdminKubeconfig(t, c, h.kubeconfig)
+	return h
+}
+
+func writeAdminKubeconfig(t *testing.T, c *testbed.World, path string) {
+	t.Helper()
+	config, admin := clientcmdapi.NewConfig(), c.Admin()
 	config.Clusters["c"] = &clientcmdapi.Cluster{Server: admin.Host, InsecureSkipTLSVerify: true}
 	config.AuthInfos["admin"] = &clientcmdapi.AuthInfo{Token: admin.BearerToken}
 	config.Contexts["c"] = &clientcmdapi.Context{Cluster: "c", AuthInfo: "admin"}
 	config.CurrentContext = "c"
-	h := helm{strings.TrimSpace(string(out)), filepath.Join(t.TempDir(), "kubeconfig")}
-	require.NoError(t, clientcmd.WriteToFile(*config, h.kubeconfig))
-	return h
+	require.NoError(t, clientcmd.WriteToFile(*config, path))
 }
 
 func (h helm) run(t *testing.T, args ...string) (string, error) {

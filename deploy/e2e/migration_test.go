@@ -5,18 +5,12 @@ package e2e
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/tools/clientcmd"
-	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/proxy/imdstest"
@@ -48,61 +42,85 @@ func TestReplacingTheOldNMILeaks(t *testing.T) {
 // TestMigration follows docs/migrating.md, whose commands it runs, with a pod that asks for
 // tokens all the time. Not one may be the node's.
 func TestMigration(t *testing.T) {
+	standard := func(s *scenario) *pod {
+		s.identity("shop", "standard", cart)
+		s.binding("shop", "standard", "standard", "standard")
+		s.assignment("standard", "moving-0", "Assigned", cart)
+		return s.pod("moving-0", "10.244.0.11", testbed.Routed, "standard")
+	}
 	t.Run("managed mode", func(t *testing.T) {
-		migrate(t, "kube-system", "", func(s *scenario) *pod {
+		migrate(t, migration{oldNamespace: "kube-system", namespace: "kube-system", newPod: func(s *scenario) *pod {
 			s.binding("shop", "moving", "cart", "moving")
 			return s.pod("moving-0", "10.244.0.11", testbed.Ptp, "moving")
-		})
+		}})
 	})
 	t.Run("standard mode", func(t *testing.T) {
-		migrate(t, "default", "s/--operation-mode=managed/--operation-mode=standard\\n        - --MICNamespace=default/", func(s *scenario) *pod {
-			s.identity("shop", "standard", cart)
-			s.binding("shop", "standard", "standard", "standard")
-			s.assignment("standard", "moving-0", "Assigned", cart)
-			return s.pod("moving-0", "10.244.0.11", testbed.Routed, "standard")
-		})
+		migrate(t, migration{oldNamespace: "default", namespace: "default", newPod: standard})
+	})
+	t.Run("standard mode with Helm", func(t *testing.T) {
+		migrate(t, migration{oldNamespace: "default", namespace: "identity", helm: true, newPod: standard})
 	})
 }
 
-// migrate moves a node whose old NMI is in a namespace; edit is what sed does to nmi.yaml.
-func migrate(t *testing.T, namespace, edit string, newPod func(*scenario) *pod) {
+// migration is one of the ways of docs/migrating.md.
+type migration struct {
+	oldNamespace, namespace string // of the old DaemonSet, and of the agent's
+	helm                    bool   // instead of kubectl
+	newPod                  func(*scenario) *pod
+}
+
+func migrate(t *testing.T, m migration) {
 	t.Helper()
 	s := begin(t)
-	k := newKubectl(t)
-	p := newPod(s)
-	standard := namespace != "kube-system"
+	k := newKubectl(t, m.namespace)
+	p := m.newPod(s)
+	standard := m.oldNamespace == "default"
 	var mic *pod
-	if standard {
-		mic, _ = s.micLookalike("10.244.0.12") // MIC keeps running, and asks IMDS as the node
+	if standard { // MIC keeps running, and asks IMDS as the node
+		mic = s.network("10.244.0.12", testbed.Ptp)
+		s.object("default", "mic-5d9f8c7b6-abcde", "10.244.0.12", map[string]string{"component": "mic", "k8s-app": "aad-pod-id"})
 	}
 	old := s.oldNMI(cart)
-	k.apply(t, oldDaemonSet(namespace))
+	k.apply(t, oldDaemonSet(m.oldNamespace))
 	asking := startAskers(t, p, cart)
 	asking.areServed(t)
 
-	k.run(t, "Prepare")
-	if edit != "" {
-		k.sh(t, "sed -i '"+edit+"' nmi.yaml")
+	command := 0 // of the section: kubectl's, then Helm's
+	if m.helm {
+		k.useHelm(t)
+		require.NoError(t, os.WriteFile(filepath.Join(k.dir, "nmi-values.yaml"), []byte(k.block(t, "Prepare", "yaml", 0)), 0o600))
+		k.run(t, "With Helm", 0)
+		command = 1
+	} else {
+		if standard {
+			k.replaced = append(k.replaced, "manifests=deploy/manifests ", "manifests=deploy/manifests/standard ")
+		}
+		k.run(t, "Prepare", 0)
 	}
-	k.run(t, "Start the agent beside the old NMI")
-	beside := s.agent(k.args(t)...)
+	k.run(t, "Start the agent beside the old NMI", command)
+	kubeconfig := k.agentKubeconfig(t)
+	beside := s.agentOf(kubeconfig, k.args(t)...)
+	require.NoError(t, beside.AwaitReady(t.Context()))
 	s.says(beside, "iptables rules put in place")
 	time.Sleep(4 * oldNMIInterval) // in which both write the redirect, again and again
 	asking.areServed(t)
-	if standard {
-		k.run(t, "Remove the old NMI")
+	if m.namespace != m.oldNamespace {
+		k.replaced = append(k.replaced, "<namespace>", m.oldNamespace, "<name>", "nmi", "--cascade=foreground", "") // nothing collects garbage here
+		k.run(t, "Remove the old NMI", 0)
 	}
 	old.terminate() // as Kubernetes does now
 	asking.areServed(t)
 
-	k.run(t, "Move the agent to its own port")
-	code, output, err := testbed.RunAgent([]string{"KUBECONFIG=" + world.Kubeconfig}, append(k.args(t), "--node="+testbed.NodeName, "--handover-dir="+testbed.HandoverDir(world.Kubeconfig))...)
+	k.run(t, "Move the agent to its own port", command)
+	code, output, err := testbed.RunAgent([]string{"KUBECONFIG=" + kubeconfig}, append(k.args(t), "--node="+testbed.NodeName, "--handover-dir="+testbed.HandoverDir(world.Kubeconfig))...)
 	require.NoError(t, err)
 	assert.Equal(t, 1, code, "too early: the kubelet starts it again")
 	assert.Contains(t, output, "port 2579 is taken")
 	asking.areServed(t)
 	old.running.Wait()
-	final := s.successor(k.args(t)...)
+	final := s.agentOf(kubeconfig, k.args(t)...)
+	s.says(final, "listening")
+	require.NoError(t, final.AwaitReady(t.Context()))
 	s.stops(beside)
 	asking.areServed(t)
 	assert.Contains(t, s.nat(), "2579")
@@ -122,7 +140,7 @@ func migrate(t *testing.T, namespace, edit string, newPod func(*scenario) *pod) 
 	back.terminate()
 	back.running.Wait()
 	assert.Zero(t, p.probes().status, "refused, although the old NMI has removed its rules")
-	s.agent(k.args(t)...)
+	require.NoError(t, s.agentOf(kubeconfig, k.args(t)...).AwaitReady(t.Context()))
 	asking.areServed(t)
 	asking.end()
 	t.Logf("back and forth: %d tokens, %d of the node, %d requests without an answer; %d requests past the agents",
@@ -162,77 +180,4 @@ spec:
         - {name: kubelet-config, mountPath: /etc/default/kubelet, readOnly: true}
         livenessProbe: {httpGet: {path: /healthz, port: 8085}, initialDelaySeconds: 10, periodSeconds: 5}
 `, namespace)
-}
-
-// kubectl runs commands of docs/migrating.md as the cluster's administrator, in a directory
-// that deploy is in.
-type kubectl struct{ dir, doc, path string }
-
-func newKubectl(t *testing.T) *kubectl {
-	t.Helper()
-	root, err := testbed.Root()
-	require.NoError(t, err)
-	require.FileExists(t, filepath.Join(root, ".cache", "bin", "kubectl"), "run make kube")
-	doc, err := os.ReadFile(filepath.Join(root, "docs", "migrating.md"))
-	require.NoError(t, err)
-	k := &kubectl{dir: t.TempDir(), doc: string(doc), path: filepath.Join(root, ".cache", "bin") + ":" + os.Getenv("PATH")}
-	require.NoError(t, os.Symlink(filepath.Join(root, "deploy"), filepath.Join(k.dir, "deploy")))
-	config, admin := clientcmdapi.NewConfig(), world.Admin()
-	config.Clusters["c"] = &clientcmdapi.Cluster{Server: admin.Host, InsecureSkipTLSVerify: true}
-	config.AuthInfos["admin"] = &clientcmdapi.AuthInfo{Token: admin.BearerToken}
-	config.Contexts["c"] = &clientcmdapi.Context{Cluster: "c", AuthInfo: "admin"}
-	config.CurrentContext = "c"
-	require.NoError(t, clientcmd.WriteToFile(*config, filepath.Join(k.dir, "kubeconfig")))
-	t.Cleanup(func() {
-		for _, namespace := range []string{"kube-system", "default"} {
-			k.sh(t, "kubectl -n "+namespace+" delete daemonset nmi --ignore-not-found")
-		}
-		k.sh(t, "kubectl apply --server-side --force-conflicts -f deploy/manifests/daemonset.yaml") // as it was
-	})
-	return k
-}
-
-func (k *kubectl) sh(t *testing.T, script string) {
-	t.Helper()
-	cmd := exec.Command("bash", "-euo", "pipefail", "-c", script)
-	cmd.Dir = k.dir
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(k.dir, "kubeconfig"), "HOME="+k.dir, "PATH="+k.path)
-	out, err := cmd.CombinedOutput()
-	require.NoError(t, err, "%s\n%s", script, out)
-}
-
-func (k *kubectl) apply(t *testing.T, manifest string) {
-	t.Helper()
-	require.NoError(t, os.WriteFile(filepath.Join(k.dir, "old.yaml"), []byte(manifest), 0o600))
-	k.sh(t, "kubectl -n kube-system delete daemonset nmi; kubectl apply -f old.yaml")
-}
-
-// run runs the first commands below a heading, but for those that wait for controllers.
-func (k *kubectl) run(t *testing.T, heading string) {
-	t.Helper()
-	_, section, found := strings.Cut(k.doc, heading+"\n")
-	require.True(t, found, heading)
-	_, section, found = strings.Cut(section, "```\n")
-	require.True(t, found, heading)
-	script, _, _ := strings.Cut(section, "```\n")
-	lines := slices.DeleteFunc(slices.Collect(strings.Lines(script)), func(line string) bool {
-		return strings.Contains(line, " rollout status ") || strings.Contains(line, " wait ")
-	})
-	k.sh(t, strings.Join(lines, ""))
-}
-
-// args are those of the DaemonSet that is in the cluster now, but for what the testbed
-// gives to each agent.
-func (k *kubectl) args(t *testing.T) []string {
-	t.Helper()
-	ds, err := world.Kube.AppsV1().DaemonSets("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
-	require.NoError(t, err)
-	spec := ds.Spec.Template.Spec
-	require.Len(t, spec.Containers, 1)
-	assert.Equal(t, "nmi", spec.ServiceAccountName)
-	assert.Equal(t, 1, ds.Spec.UpdateStrategy.RollingUpdate.MaxSurge.IntValue(), "beside the old one")
-	assert.Empty(t, spec.Containers[0].Ports, "two pods cannot have one host port")
-	return slices.DeleteFunc(slices.Clone(spec.Containers[0].Args), func(arg string) bool {
-		return strings.HasPrefix(arg, "--node=") || strings.HasPrefix(arg, "--probe-socket=")
-	})
 }

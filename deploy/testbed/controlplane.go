@@ -159,7 +159,7 @@ func (c *ControlPlane) kubeconfig(ctx context.Context, namespace, account, file 
 	if err != nil {
 		return "", fmt.Errorf("token for service account %s/%s: %w", namespace, account, err)
 	}
-	path := c.path(file + ".kubeconfig")
+	path := c.path(namespace + "-" + file + ".kubeconfig")
 	config := clientcmdapi.NewConfig()
 	config.Clusters["testbed"] = &clientcmdapi.Cluster{Server: c.apiServerURL(), InsecureSkipTLSVerify: true}
 	config.AuthInfos[account] = &clientcmdapi.AuthInfo{Token: request.Status.Token}
