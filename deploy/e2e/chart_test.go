@@ -3,16 +3,20 @@
 package e2e
 
 import (
+	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
@@ -21,13 +25,13 @@ import (
 )
 
 // helm is Helm as the administrator of a cluster.
-type helm struct{ path, kubeconfig string }
+type helm struct{ path, kubeconfig, namespace string }
 
 func newHelm(t *testing.T, c *testbed.World) helm {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), "go", "tool", "-modfile=../../.ci/helm/go.mod", "-n", "helm").Output()
 	require.NoError(t, err)
-	h := helm{strings.TrimSpace(string(out)), filepath.Join(t.TempDir(), "kubeconfig")}
+	h := helm{strings.TrimSpace(string(out)), filepath.Join(t.TempDir(), "kubeconfig"), "kube-system"}
 	writeAdminKubeconfig(t, c, h.kubeconfig)
 	return h
 }
@@ -44,7 +48,7 @@ func writeAdminKubeconfig(t *testing.T, c *testbed.World, path string) {
 
 func (h helm) run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), h.path, append(args, "--namespace=kube-system")...)
+	cmd := exec.CommandContext(t.Context(), h.path, append(args, "--namespace="+h.namespace)...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+h.kubeconfig)
 	out, err := cmd.CombinedOutput()
 	return string(out), err
@@ -106,18 +110,91 @@ func TestHelm(t *testing.T) {
 	_, err = c.Kube.RbacV1().Roles("shop").Get(t.Context(), "nmi-service-principals", metav1.GetOptions{})
 	require.NoError(t, err)
 
+	ds, err := c.Kube.AppsV1().DaemonSets("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
+	require.NoError(t, err)
+	agent := ds.Spec.Template.Spec
 	out = h.succeeds(t, "upgrade", "nmi", chart, "--force-conflicts", "--set=cleanup=true")
 	assert.Contains(t, out, "rollout status daemonset/nmi-cleanup")
 	list, err := c.Kube.AppsV1().DaemonSets("kube-system").List(t.Context(), metav1.ListOptions{})
 	require.NoError(t, err)
 	require.Len(t, list.Items, 1, "the agent's DaemonSet is gone")
 	assert.Equal(t, "nmi-cleanup", list.Items[0].Name)
+	cleanup := list.Items[0].Spec.Template.Spec
+	assert.Equal(t, agent.Tolerations, cleanup.Tolerations, "every node that the agent ran on")
+	assert.Equal(t, agent.NodeSelector, cleanup.NodeSelector)
+	assert.Equal(t, agent.Affinity, cleanup.Affinity)
 
 	h.succeeds(t, "uninstall", "nmi")
 	_, err = c.Custom.Resource(aadpodidentity.AzureIdentities).Namespace("shop").Get(t.Context(), "cart", metav1.GetOptions{})
 	require.NoError(t, err, "definitions and objects stay")
 	_, err = c.Kube.CoreV1().ServiceAccounts("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
 	assert.Error(t, err)
+}
+
+// TestHelmBesideTheOldNMI is why docs/migrating.md has kubectl for a DaemonSet of the same name: the
+// fields of other programs stay in what Helm takes over.
+func TestHelmBesideTheOldNMI(t *testing.T) {
+	c, err := world.AddCluster(t.Context())
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
+	h := newHelm(t, c)
+	old := filepath.Join(t.TempDir(), "old.yaml")
+	require.NoError(t, os.WriteFile(old, []byte(oldDaemonSet("kube-system")), 0o600))
+	require.NoError(t, c.Kube.AppsV1().DaemonSets("kube-system").Delete(t.Context(), "nmi", metav1.DeleteOptions{}))
+	root, err := testbed.Root()
+	require.NoError(t, err)
+	out, err := exec.CommandContext(t.Context(), filepath.Join(root, ".cache", "bin", "kubectl"), "--kubeconfig="+h.kubeconfig, "apply", "-f", old).CombinedOutput()
+	require.NoError(t, err, string(out))
+	text, err := h.run(t, "install", "nmi", chartForTestbed(t), "--take-ownership", "--force-conflicts")
+	require.Error(t, err)
+	assert.Contains(t, text, "may not specify more than 1 handler type")
+}
+
+// TestTwoReleases installs the chart a second time in one cluster, and has its agent manage another
+// startup taint: the policy is for the account, the namespace and the taint of the release.
+func TestTwoReleases(t *testing.T) {
+	c, err := world.AddCluster(t.Context())
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
+	h, chart := newHelm(t, c), chartForTestbed(t)
+	const all = "--set=admissionPolicies.warnings=true,admissionPolicies.exceptions=true,admissionPolicies.allowedIdentities.shop={a},rbac.createUserFacingClusterRoles=true"
+	h.succeeds(t, "install", "nmi", chart, "--take-ownership", "--force-conflicts", all, "--set=startupTaint=example.com/first:NoSchedule")
+	h.namespace = "identity"
+	h.succeeds(t, "install", "second", chart, "--create-namespace", all, "--set=fullnameOverride=agent,startupTaint=example.com/second=starting:NoExecute")
+
+	own := corev1.Taint{Key: "example.com/second", Value: "starting", Effect: corev1.TaintEffectNoExecute}
+	other := corev1.Taint{Key: "example.com/first", Effect: corev1.TaintEffectNoSchedule}
+	_, err = c.Kube.CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: testbed.NodeName}, Spec: corev1.NodeSpec{Taints: []corev1.Taint{own, other}}}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	_, err = c.Kube.CoreV1().Pods("identity").Create(t.Context(), &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: "agent-x2x4z"},
+		Spec:       corev1.PodSpec{NodeName: testbed.NodeName, ServiceAccountName: "agent", Containers: []corev1.Container{{Name: "nmi", Image: "podidentity/nmi"}}},
+	}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	kubeconfig, err := c.PodKubeconfig(t.Context(), "identity", "agent", "agent-x2x4z")
+	require.NoError(t, err)
+	s := begin(t)
+	client := clientOf(t, kubeconfig)
+	label := []byte(`{"metadata":{"labels":{"a":"b"}}}`)
+	require.Eventually(t, func() bool {
+		_, err := client.CoreV1().Nodes().Patch(context.Background(), testbed.NodeName, types.MergePatchType, label, metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+		return err != nil && strings.Contains(err.Error(), "agent-startup-taint") && strings.Contains(err.Error(), "nothing but a taint of its node")
+	}, patience, 50*time.Millisecond, "the policy of the release")
+	taints := func() []corev1.Taint {
+		node, err := c.Kube.CoreV1().Nodes().Get(t.Context(), testbed.NodeName, metav1.GetOptions{})
+		require.NoError(t, err)
+		return node.Spec.Taints
+	}
+	a := s.agentOf(kubeconfig, "--startup-taint="+own.ToString())
+	require.NoError(t, a.AwaitReady(t.Context()))
+	require.Eventually(t, func() bool { return !hasTaint(taints(), own) }, patience, 50*time.Millisecond, "the agent may remove it")
+	s.stops(a)
+	wrong := s.agentOf(kubeconfig, "--startup-taint="+other.ToString())
+	s.says(wrong, "the agent may change no taint but example.com/second:NoExecute")
+	assert.True(t, hasTaint(taints(), other))
+	h.succeeds(t, "uninstall", "second")
+	h.namespace = "kube-system"
+	h.succeeds(t, "upgrade", "nmi", chart, "--force-conflicts", "--reuse-values") // its objects are all there
 }
 
 // TestOldObjects stores objects as aad-pod-identity's users and MIC wrote them, whatever their
@@ -155,4 +232,10 @@ func TestOldObjects(t *testing.T) {
 	require.NoError(t, err)
 	name, _, _ := unstructured.NestedString(got.Object, "spec", "azureIdentityRef", "spec", "clientPassword", "name")
 	assert.Equal(t, "n", name, "nothing is pruned")
+
+	k := newKubectl(t, "kube-system")
+	for short, columns := range map[string]string{"azid": "1 not-a-guid", "azidb": "old", "azaid": "p shop old n Assigned", "azpie": `{"app":"x"}`} {
+		line := strings.Join(strings.Fields(k.sh(t, "kubectl -n shop get "+short+" old --no-headers")), " ")
+		assert.True(t, strings.HasPrefix(line, "old "+columns+" "), "%s: %s", short, line)
+	}
 }

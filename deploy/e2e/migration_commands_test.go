@@ -77,13 +77,15 @@ func (k *kubectl) useHelm(t *testing.T) {
 	t.Cleanup(func() { k.sh(t, "helm --namespace "+k.namespace+" uninstall nmi --ignore-not-found") })
 }
 
-func (k *kubectl) sh(t *testing.T, script string) {
+// sh runs a script, which must succeed, and returns what it prints.
+func (k *kubectl) sh(t *testing.T, script string) string {
 	t.Helper()
 	cmd := exec.Command("bash", "-euo", "pipefail", "-c", script)
 	cmd.Dir = k.dir
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(k.dir, "kubeconfig"), "HOME="+k.dir, "PATH="+k.path)
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s\n%s", script, out)
+	return string(out)
 }
 
 func (k *kubectl) apply(t *testing.T, manifest string) {
