@@ -3,22 +3,28 @@
 package e2e
 
 import (
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
 // image is the root file system of an image, and what starts programs in it.
-type image struct{ root, container string }
+type image struct{ root, container, mounts string }
 
 // image skips the test if there is none: make image-test gives it.
 func (s *scenario) image() image {
@@ -29,12 +35,12 @@ func (s *scenario) image() image {
 	}
 	container := filepath.Join(s.t.TempDir(), "container")
 	s.command("go", "build", "-o", container, "../testbed/container")
-	return image{root, container}
+	return image{root, container, filepath.Dir(world.Kubeconfig)}
 }
 
 // launcher is the command that starts the one after it in the image.
 func (i image) launcher(capabilities []string) []string {
-	return []string{i.container, "-root=" + i.root, "-capabilities=" + strings.Join(capabilities, ","), "-mount=" + filepath.Dir(world.Kubeconfig)}
+	return []string{i.container, "-root=" + i.root, "-capabilities=" + strings.Join(capabilities, ","), "-mount=" + i.mounts}
 }
 
 // start starts the agent in the image, and removes its rules when the test ends.
@@ -91,6 +97,86 @@ func TestImage(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestImageByTheManifests starts the agent, probes it and cleans up after it with the commands,
+// capabilities and mounts of deploy/manifests/daemonset.yaml and deploy/cleanup.yaml. cleanup begins
+// while the agent runs, as it does when Helm replaces one DaemonSet by the other.
+func TestImageByTheManifests(t *testing.T) {
+	s := begin(t)
+	i := s.image()
+	manifests, err := testbed.ReadManifests(os.DirFS(".."), "manifests/daemonset.yaml", "cleanup.yaml")
+	require.NoError(t, err)
+	var agent, cleanup appsv1.DaemonSet
+	require.NoError(t, runtime.DefaultUnstructuredConverter.FromUnstructured(manifests[0].Object, &agent))
+	require.NoError(t, runtime.DefaultUnstructuredConverter.FromUnstructured(manifests[1].Object, &cleanup))
+	container, first, last := agent.Spec.Template.Spec.Containers[0], cleanup.Spec.Template.Spec.InitContainers[0], cleanup.Spec.Template.Spec.Containers[0]
+	node, pod := t.TempDir(), t.TempDir()
+	with := func(c corev1.Container) (image, []string) {
+		i := i
+		for _, m := range c.VolumeMounts {
+			switch m.Name {
+			case "handover":
+				i.mounts += "," + node + ":" + m.MountPath
+			case "probe":
+				i.mounts += "," + pod + ":" + m.MountPath
+			}
+		}
+		return i, names(c.SecurityContext.Capabilities.Add)
+	}
+	inAgent, capabilities := with(container)
+	command := append(inAgent.launcher(capabilities), "/usr/bin/nmi")
+	for _, arg := range container.Args {
+		command = append(command, strings.ReplaceAll(arg, "$(NODE_NAME)", testbed.NodeName))
+	}
+	program, err := testbed.StartProgram(command[0], []string{"KUBECONFIG=" + world.Kubeconfig}, command[1:]...)
+	require.NoError(t, err)
+	a := &testbed.Agent{Program: program, ProbeSocket: filepath.Join(pod, "probe.sock")}
+	s.endsWell(a)
+	require.NoError(t, a.AwaitReady(t.Context()))
+	for _, probe := range []*corev1.Probe{container.LivenessProbe, container.ReadinessProbe} {
+		inAgent.nmi(s, nil, probe.Exec.Command[1:]...)
+	}
+	p := s.pod("image-1", "10.244.0.90", testbed.Ptp, "cart")
+	assert.Equal(t, cart.ClientID, p.asks(vault).subject)
+
+	inCleanup, capabilities := with(first)
+	cleaned := make(chan string, 1)
+	started := time.Now()
+	go func() {
+		out, err := inCleanup.command(s, capabilities, "/usr/bin/nmi", first.Args...)
+		cleaned <- fmt.Sprint(out, err)
+	}()
+	select {
+	case out := <-cleaned:
+		require.Fail(t, "cleaned up beside an agent", out)
+	case <-time.After(2 * time.Second):
+	}
+	assert.Equal(t, cart.ClientID, p.asks(vault).subject)
+	world.IMDS.Reset()
+	s.stops(a)
+	select {
+	case out := <-cleaned:
+		assert.Contains(t, out, "cleaned up")
+	case <-time.After(patience):
+		require.Fail(t, "cleanup still waits", "%s", time.Since(started))
+	}
+	for _, backend := range []string{"nft", "legacy"} {
+		assert.NotRegexp(t, "aad-metadata|nmi-", s.command("iptables-"+backend+"-save"))
+	}
+	assert.NotRegexp(t, `(?m)^1[012]:`, s.command("ip", "rule"))
+	assert.NotContains(t, s.command("ip", "address", "show", "lo"), "169.254.169.252")
+	assert.Equal(t, imdstest.Node, p.asks(vault).subject)
+	world.IMDS.Reset()
+
+	// The container that runs afterwards, as another user without any capability.
+	inLast, capabilities := with(last)
+	assert.Empty(t, capabilities)
+	wait, err := testbed.StartProgram(inLast.launcher(nil)[0], nil, append(inLast.launcher(nil)[1:], "/usr/bin/nmi", last.Args[0])...)
+	require.NoError(t, err)
+	code, err := wait.Stop()
+	require.NoError(t, err)
+	assert.Zero(t, code)
 }
 
 // TestCapabilities shows that each of the DaemonSet's capabilities is needed, by what fails

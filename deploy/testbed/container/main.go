@@ -2,7 +2,7 @@
 // container: the image's root file system, read-only, a mount namespace, and a set of
 // capabilities beyond which it cannot get. The network namespace stays. It needs root.
 //
-//	container -root <directory> -capabilities NET_ADMIN,NET_RAW -mount <directory> <program> <arguments>
+//	container -root <directory> -capabilities NET_ADMIN,NET_RAW -mount <directory>[:<path>],… <program> <arguments>
 package main
 
 import (
@@ -26,7 +26,7 @@ var capabilities = map[string]uintptr{
 func main() {
 	root := flag.String("root", "", "directory of the image's files")
 	keep := flag.String("capabilities", "", "capabilities to keep, separated by commas")
-	mount := flag.String("mount", "", "directory to mount at the same path")
+	mount := flag.String("mount", "", "directories to mount at these paths, or at the same ones, separated by commas")
 	flag.Parse()
 	fmt.Fprintln(os.Stderr, "container:", run(*root, *keep, *mount, flag.Args()))
 	os.Exit(1)
@@ -70,10 +70,17 @@ func enterRoot(root, mount string) error {
 			return fmt.Errorf("mounting %s: %w", m.target, err)
 		}
 	}
-	if mount != "" {
-		err := os.MkdirAll(in(mount), 0o700)
-		if err = errors.Join(err, unix.Mount(mount, in(mount), "", unix.MS_BIND, "")); err != nil {
-			return fmt.Errorf("mounting %s: %w", mount, err)
+	for m := range strings.SplitSeq(mount, ",") {
+		source, target, found := strings.Cut(m, ":")
+		if source == "" {
+			continue
+		}
+		if !found {
+			target = source
+		}
+		err := os.MkdirAll(in(target), 0o700)
+		if err = errors.Join(err, unix.Mount(source, in(target), "", unix.MS_BIND, "")); err != nil {
+			return fmt.Errorf("mounting %s: %w", target, err)
 		}
 	}
 	return errors.Join(unix.Chroot(root), unix.Chdir("/"))
