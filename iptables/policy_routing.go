@@ -61,6 +61,16 @@ func routingRules(metadata netip.Addr) []routingRule {
 	}
 }
 
+// RoutingFence returns the routing fence as commands of ip(8), in the order to run them
+// in. A command whose rule exists already fails and changes nothing: fib_nl_newrule of
+// the kernel compares the whole rule.
+func RoutingFence(metadata netip.Addr) (commands []string) {
+	for _, r := range routingRules(metadata) {
+		commands = append(commands, fmt.Sprintf("ip -4 rule add pref %d %s protocol kernel", r.pref, r.spec()))
+	}
+	return commands
+}
+
 // isOwn reports whether a rule is one of the fence's, for any metadata address.
 func (r routingRule) isOwn() bool {
 	return slices.Contains(routingRules(r.dst.Addr()), r) || r == routingRules(netip.IPv4Unspecified())[0]
@@ -166,29 +176,33 @@ func (r routingRule) message() *netlink.Rule {
 }
 
 // String formats the rule much as ip-rule(8) does.
-func (r routingRule) String() string {
-	text := fmt.Sprintf("%d:", r.pref)
+func (r routingRule) String() string { return fmt.Sprintf("%d: %s", r.pref, r.spec()) }
+
+// spec formats selector and action in the syntax of ip-rule(8).
+func (r routingRule) spec() string {
+	var words []string
 	if r.src.IsValid() {
-		text += " from " + r.src.String()
+		words = append(words, "from", r.src.String())
 	}
 	if r.dst.IsValid() {
-		text += " to " + r.dst.String()
+		words = append(words, "to", r.dst.String())
 	}
 	if r.iif != "" {
-		text += " iif " + r.iif
+		words = append(words, "iif", r.iif)
 	}
 	switch r.action {
 	case nl.FR_ACT_TO_TBL:
-		return fmt.Sprintf("%s lookup %d", text, r.table)
+		words = append(words, fmt.Sprintf("lookup %d", r.table))
 	case nl.FR_ACT_GOTO:
-		return fmt.Sprintf("%s goto %d", text, r.target)
+		words = append(words, fmt.Sprintf("goto %d", r.target))
 	case nl.FR_ACT_NOP:
-		return text + " nop"
+		words = append(words, "nop")
 	case nl.FR_ACT_PROHIBIT:
-		return text + " prohibit"
+		words = append(words, "prohibit")
 	default:
-		return fmt.Sprintf("%s action %d", text, r.action)
+		words = append(words, fmt.Sprintf("action %d", r.action))
 	}
+	return strings.Join(words, " ")
 }
 
 // precedingRules lists other programs' rules before the fence that can match pods'

@@ -8,6 +8,7 @@ import (
 	"net"
 	"runtime/debug"
 
+	"github.com/podidentity/nmi/cmd/nmi/bootguard"
 	"github.com/podidentity/nmi/cmd/nmi/handover"
 	"github.com/podidentity/nmi/cmd/nmi/startuptaint"
 	"github.com/podidentity/nmi/iptables"
@@ -31,6 +32,7 @@ type agent struct {
 	server   *proxy.Server
 	handover *handover.Handover
 	taint    *startuptaint.Manager // nil without --startup-taint
+	guard    *bootguard.Guard      // nil without --boot-guard-dir
 	front    *handover.Listener    // pods' connections arrive here; nil before start
 
 	health                       *health
@@ -97,6 +99,12 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	a.buildPages()
 	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}}
 	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}}
+	if cfg.bootGuardDir != "" {
+		a.guard = bootguard.New(bootguard.Config{
+			Dir: cfg.bootGuardDir, Commands: iptables.RoutingFence(cfg.rules.Metadata.Addr()), Interval: cfg.rules.Interval, Logger: log,
+		})
+		a.duties = append(a.duties, &component{run: a.guard.Run})
+	}
 	if cfg.startupTaint.Key == "" {
 		return a, nil
 	}

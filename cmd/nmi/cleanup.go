@@ -1,12 +1,16 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/podidentity/nmi/cmd/nmi/bootguard"
 	"github.com/podidentity/nmi/cmd/nmi/handover"
 	"github.com/podidentity/nmi/iptables"
 )
@@ -24,7 +28,8 @@ func cleanupCommand(cfg *config) *cobra.Command {
 rule of --block-wireserver (nmi-wireserver), the rules against floods (nmi-input and
 nmi-antispoof), the fences (the chain nmi-guard and the policy routing rules 10, 11
 and 12), and the agent's own address from lo; nothing else.
-Chains are removed from both iptables backends, with the jumps to them.
+Chains are removed from both iptables backends, with the jumps to them. With
+--boot-guard-dir, as the agent was given it, the unit of the boot guard goes, too.
 
 Run it after the agent has been uninstalled. An agent that runs would write its rules
 again: cleanup waits for its end, and fails after ` + agentExit.String() + `. Pods are refused until the last
@@ -38,11 +43,25 @@ the identity of the node.`,
 				return fmt.Errorf("an agent that runs would write the rules again, uninstall it first: %w", err)
 			}
 			defer unlock()
-			return iptables.Cleanup(cmd.Context(), iptables.Config{Address: cfg.rules.Address, Logger: log})
+			return cleanUp(cmd.Context(), cfg, log)
 		},
 	}
 	cfg.addRedirectAddress(cmd.Flags())
 	cfg.addHandoverDir(cmd.Flags())
+	cfg.addBootGuardDir(cmd.Flags())
 	cfg.addLogFlags(cmd.Flags())
 	return cmd
+}
+
+// cleanUp removes all that it can. The boot guard goes first: a boot in between leaves the
+// node without rules, as cleanup does.
+func cleanUp(ctx context.Context, cfg *config, log *slog.Logger) error {
+	var guardErr error
+	if cfg.bootGuardDir != "" {
+		var removed bool
+		if removed, guardErr = bootguard.Remove(cfg.bootGuardDir); removed {
+			log.InfoContext(ctx, "boot guard removed", "unit", bootguard.Unit, "directory", cfg.bootGuardDir)
+		}
+	}
+	return errors.Join(guardErr, iptables.Cleanup(ctx, iptables.Config{Address: cfg.rules.Address, Logger: log}))
 }

@@ -36,6 +36,7 @@ type config struct {
 	probeSocket            string       // "" for none
 	handoverDir            string       // "" for no takeovers
 	startupTaint           corev1.Taint // without a key for none
+	bootGuardDir           string       // "" for no boot guard
 
 	version        bool   // print it and exit
 	headerRequired bool   // see proxy.Config.MetadataHeaderOptional
@@ -51,6 +52,7 @@ const (
 	flagPrometheusPort     = "prometheus-port"
 	flagProbeSocket        = "probe-socket"
 	flagOperationMode      = "operation-mode"
+	flagBootGuardDir       = "boot-guard-dir"
 	flagInstanceNamespaces = "instance-metadata-namespaces"
 )
 

@@ -111,6 +111,7 @@ func (c *config) addPageFlags(fs *pflag.FlagSet) {
 func (c *config) addNodeFlags(fs *pflag.FlagSet) {
 	c.addHandoverDir(fs)
 	parsedVar(fs, &c.startupTaint, "startup-taint", "", parseStartupTaint, "taint, <key>[=<value>]:<effect>, to remove from the node when the agent is ready, and to set while it cannot write its rules; the effect is NoSchedule or NoExecute. It needs the rights of deploy/admission/startup-taint.yaml. \"\" for none")
+	c.addBootGuardDir(fs)
 }
 
 // addCompatibilityFlags adds the flags of the old NMI that have nothing left to do. Their
@@ -155,6 +156,10 @@ func (c *config) addLogFlags(fs *pflag.FlagSet) {
 
 func (c *config) addRedirectAddress(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.rules.Address, "redirect-address", iptables.DefaultAddress.String(), parseIPv4, "address of the agent's own on lo, for --redirect-mode=dnat")
+}
+
+func (c *config) addBootGuardDir(fs *pflag.FlagSet) {
+	parsedVar(fs, &c.bootGuardDir, flagBootGuardDir, "", parseAbsolutePath, `directory that the node's /etc/systemd/system is mounted at, for a unit that writes the routing fence at each boot, before the kubelet starts; "" for none`)
 }
 
 func (c *config) addHandoverDir(fs *pflag.FlagSet) {
