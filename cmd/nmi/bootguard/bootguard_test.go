@@ -249,15 +249,29 @@ func TestReadOnly(t *testing.T) {
 	}))
 }
 
-// systemd accepts the unit, without a warning.
+// systemd accepts the unit, without a warning, and finds no ordering cycle in a boot with
+// it, on a node whose early services wait for the network as cloud-init's do.
 func TestSystemdVerifies(t *testing.T) {
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
 		t.Skip("systemd is not installed here")
 	}
-	path := filepath.Join(t.TempDir(), Unit)
-	write(t, path, unitFile([]string{"ip -4 rule add pref 12 nop protocol kernel"}))
-	out, err := exec.CommandContext(t.Context(), analyze, "verify", "--man=no", path).CombinedOutput()
-	require.NoError(t, err, string(out))
-	assert.Empty(t, string(out))
+	dir := newDir(t)
+	_, err = install(dir, unitFile([]string{"ip -4 rule add pref 12 nop protocol kernel"}))
+	require.NoError(t, err)
+	for name, order := range map[string]string{
+		"kubelet.service": "",
+		"early.service":   "[Unit]\nDefaultDependencies=no\nAfter=network-pre.target\nBefore=sysinit.target\n",
+	} {
+		write(t, filepath.Join(dir, name), order+"[Service]\nExecStart=/bin/true\n")
+		require.NoError(t, os.Symlink("../"+name, filepath.Join(dir, wants, name)))
+	}
+	for _, start := range []string{Unit, "multi-user.target"} {
+		cmd := exec.CommandContext(t.Context(), analyze, "verify", "--man=no", start)
+		cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+":") // and the usual directories
+		out, err := cmd.CombinedOutput()
+		assert.NoError(t, err, string(out))
+		assert.NotContains(t, string(out), "cycle")
+		assert.NotContains(t, string(out), Unit)
+	}
 }
