@@ -36,7 +36,7 @@ func install(dir, content string) (written bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer root.Close()
+	defer root.Close() //nolint:errcheck // nothing is written to it
 	present, err := readUnit(root)
 	if err == nil && present != content {
 		written = true
@@ -62,7 +62,7 @@ func Remove(dir string) (removed bool, err error) {
 	if err != nil {
 		return false, explain(dir, err)
 	}
-	defer root.Close()
+	defer root.Close() //nolint:errcheck // nothing is written to it
 	present, err := readUnit(root)
 	var enabled bool
 	if err == nil {
@@ -88,7 +88,7 @@ func open(dir string) (*os.Root, error) {
 		if _, err = root.Stat(wants); err == nil {
 			return root, nil
 		}
-		root.Close()
+		_ = root.Close()
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("no %s: mount the node's /etc/systemd/system at %s, if systemd is its init: %w", filepath.Join(dir, wants), dir, err)
@@ -112,7 +112,7 @@ func readUnit(root *os.Root) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // read only
 	content, err := io.ReadAll(io.LimitReader(f, maxUnitSize))
 	if err != nil {
 		return "", err
