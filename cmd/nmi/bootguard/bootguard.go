@@ -18,6 +18,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"strings"
 	"sync"
@@ -89,6 +90,8 @@ func explain(dir string, err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("mount the node's /etc/systemd/system at %s, if systemd is its init: %w", dir, err)
 	case errors.Is(err, syscall.EROFS):
 		return fmt.Errorf("%s is read-only: either the volume is mounted so, or the node's /etc is immutable, and then this option is not for it: %w", dir, err)
 	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):

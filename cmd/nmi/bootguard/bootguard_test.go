@@ -95,6 +95,8 @@ func TestInstallAndRemove(t *testing.T) {
 		assert.Equal(t, want, removed)
 		assert.Empty(t, files(t, dir))
 	}
+	_, err = Remove(dir + "-not-mounted")
+	require.ErrorContains(t, err, "mount the node's /etc/systemd/system at ")
 }
 
 // The symlink of systemctl enable is as good as the agent's.

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 )
 
@@ -89,9 +88,6 @@ func open(dir string) (*os.Root, error) {
 			return root, nil
 		}
 		_ = root.Close()
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("no %s: mount the node's /etc/systemd/system at %s, if systemd is its init: %w", filepath.Join(dir, wants), dir, err)
 	}
 	return nil, explain(dir, err)
 }
