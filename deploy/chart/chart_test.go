@@ -112,7 +112,7 @@ func TestManifests(t *testing.T) {
 		{"../manifests", []string{"account.yaml", "daemonset.yaml", "exception.yaml"}, nil},
 		// As in aad-pod-identity's deploy/infra/deployment-rbac.yaml.
 		{"../manifests/standard", []string{"account.yaml", "daemonset.yaml", "exception.yaml"}, []string{"--namespace=default", "--set=operationMode=standard"}},
-		{"..", []string{"cleanup.yaml"}, []string{"--set=cleanup=true"}},
+		{"..", []string{"cleanup.yaml"}, []string{"--set=cleanup=true,bootGuard=true"}},
 		{"../cilium", []string{"local-redirect-policy.yaml"}, []string{"--set=nmi.redirectMode=none,cilium.localRedirectPolicy=true"}},
 	} {
 		files := renderFiles(t, m.args...)
@@ -212,6 +212,7 @@ func TestRefusedValues(t *testing.T) {
 		"nmi.extraArgs={block-wireserver}":    "at '/nmi/extraArgs/0': 'block-wireserver' does not match pattern '^-'",
 		"nmi.hostTokenUIDs={root}":            "at '/nmi/hostTokenUIDs/0': got string, want integer",
 		"imagePullSecrets={registry}":         "at '/imagePullSecrets/0': got string, want object",
+		"bootGuard=/etc/systemd/system":       "at '/bootGuard': got string, want boolean",
 		"forceNamespaced=yes":                 "at '/forceNamespaced': value must be one of true, false, 'true', 'false'",
 		"azureIdentities.a.clientID=a":        "at '/azureIdentities/a': missing property 'type'",
 		"rbac.secrets.shop=credentials":       "at '/rbac/secrets/shop': got string, want array",

@@ -50,3 +50,15 @@ seccompProfile:
 {{- if and .Values.startupTaint (not (regexMatch (printf "^(%s/)?%s(=(%s)?)?:(NoSchedule|NoExecute)$" $domain $label $label) .Values.startupTaint)) }}{{ fail (printf "startupTaint: %q is not a taint that keeps pods off: want <key>[=<value>]:NoSchedule or <key>[=<value>]:NoExecute, such as startup-taint.cluster-autoscaler.kubernetes.io/nmi-not-ready=true:NoSchedule" .Values.startupTaint) }}{{ end -}}
 {{- if and .Values.cilium.localRedirectPolicy (ne .Values.nmi.redirectMode "none") }}{{ fail "cilium.localRedirectPolicy needs nmi.redirectMode=none: Cilium redirects then, and not the agent" }}{{ end -}}
 {{- end -}}
+
+{{- /* The node's units, for the boot guard. Without a type the pod starts on a node that has none. */}}
+{{- define "nmi.bootGuardMount" -}}
+- name: systemd-units
+  mountPath: /host/etc/systemd/system
+{{- end }}
+
+{{- define "nmi.bootGuardVolume" -}}
+- name: systemd-units
+  hostPath:
+    path: /etc/systemd/system
+{{- end }}
