@@ -3,7 +3,9 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"os/exec"
@@ -19,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
+	"github.com/podidentity/nmi/cmd/nmi/bootguard"
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
@@ -111,7 +114,7 @@ func TestImageByTheManifests(t *testing.T) {
 	require.NoError(t, runtime.DefaultUnstructuredConverter.FromUnstructured(manifests[0].Object, &agent))
 	require.NoError(t, runtime.DefaultUnstructuredConverter.FromUnstructured(manifests[1].Object, &cleanup))
 	container, first, last := agent.Spec.Template.Spec.Containers[0], cleanup.Spec.Template.Spec.InitContainers[0], cleanup.Spec.Template.Spec.Containers[0]
-	node, pod := t.TempDir(), t.TempDir()
+	node, pod, units := t.TempDir(), t.TempDir(), t.TempDir()
 	with := func(c corev1.Container) (image, []string) {
 		i := i
 		for _, m := range c.VolumeMounts {
@@ -120,6 +123,8 @@ func TestImageByTheManifests(t *testing.T) {
 				i.mounts += "," + node + ":" + m.MountPath
 			case "probe":
 				i.mounts += "," + pod + ":" + m.MountPath
+			case "systemd-units":
+				i.mounts += "," + units + ":" + m.MountPath
 			}
 		}
 		return i, names(c.SecurityContext.Capabilities.Add)
@@ -139,6 +144,14 @@ func TestImageByTheManifests(t *testing.T) {
 	}
 	p := s.pod("image-1", "10.244.0.90", testbed.Ptp, "cart")
 	assert.Equal(t, cart.ClientID, p.asks(vault).subject)
+
+	// The boot guard is an option of the agent, and always removed.
+	require.NoError(t, os.Mkdir(filepath.Join(units, "multi-user.target.wants"), 0o755))
+	guard, link := filepath.Join(units, bootguard.Unit), filepath.Join(units, "multi-user.target.wants", bootguard.Unit)
+	guarding, stopGuarding := context.WithCancel(t.Context())
+	go bootguard.New(bootguard.Config{Dir: units, Interval: time.Minute, Logger: slog.New(slog.DiscardHandler)}).Run(guarding)
+	require.Eventually(t, func() bool { _, err := os.Lstat(link); return err == nil }, patience, time.Millisecond)
+	stopGuarding()
 
 	inCleanup, capabilities := with(first)
 	cleaned := make(chan string, 1)
@@ -161,6 +174,7 @@ func TestImageByTheManifests(t *testing.T) {
 	case <-time.After(patience):
 		require.Fail(t, "cleanup still waits", "%s", time.Since(started))
 	}
+	assert.NoFileExists(t, guard)
 	for _, backend := range []string{"nft", "legacy"} {
 		assert.NotRegexp(t, "aad-metadata|nmi-", s.command("iptables-"+backend+"-save"))
 	}

@@ -50,6 +50,20 @@ func enterRoot(root, mount string) error {
 		return fmt.Errorf("making a mount namespace: %w", err)
 	}
 	in := func(path string) string { return filepath.Join(root, path) }
+	volumes := make(map[string]string) // by target
+	for m := range strings.SplitSeq(mount, ",") {
+		source, target, found := strings.Cut(m, ":")
+		switch {
+		case source == "":
+			continue
+		case !found:
+			target = source
+		}
+		volumes[target] = source
+		if err := os.MkdirAll(in(target), 0o700); err != nil { // while the root can be written to, as container runtimes do
+			return err
+		}
+	}
 	const noExec = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	for _, m := range []struct {
 		source, target, kind string
@@ -70,15 +84,8 @@ func enterRoot(root, mount string) error {
 			return fmt.Errorf("mounting %s: %w", m.target, err)
 		}
 	}
-	for m := range strings.SplitSeq(mount, ",") {
-		source, target, found := strings.Cut(m, ":")
-		if source == "" {
-			continue
-		}
-		if !found {
-			target = source
-		}
-		err := os.MkdirAll(in(target), 0o700)
+	for target, source := range volumes {
+		err := os.MkdirAll(in(target), 0o700) // again, in a tmpfs
 		if err = errors.Join(err, unix.Mount(source, in(target), "", unix.MS_BIND, "")); err != nil {
 			return fmt.Errorf("mounting %s: %w", target, err)
 		}
