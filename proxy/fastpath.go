@@ -23,12 +23,13 @@ var now = func() context.Context {
 }()
 
 // fastPath serves a connection until it ends, or returns true when http.Server has to serve it.
-func (s *Server) fastPath(c *listener.Conn) (handOver bool) {
+// timeout is for its next request.
+func (s *Server) fastPath(c *listener.Conn, timeout time.Duration) (handOver bool) {
 	if s.heads == nil || c.Loopback() {
 		return true
 	}
 	var head *knownHead
-	for timeout := readHeaderTimeout; ; timeout = idleTimeout {
+	for ; ; timeout = idleTimeout {
 		request, err := c.Next(timeout)
 		if err != nil {
 			_ = c.Close()
@@ -111,7 +112,7 @@ func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokenc
 		case s.respond(c, token, last) != nil || last:
 			_ = c.Close()
 		case mine:
-			s.front.serve(c)
+			s.front.serve(c, idleTimeout)
 		default:
 			s.front.handOver(c)
 		}

@@ -2,15 +2,18 @@ package proxy
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -20,6 +23,7 @@ import (
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 	"github.com/podidentity/nmi/proxy/listener"
+	"github.com/podidentity/nmi/tokencache"
 )
 
 // withID is a request for a token with a request ID.
@@ -359,4 +363,34 @@ func TestNoGoroutinesAfterStop(t *testing.T) {
 	f.serving.Wait()
 	<-served
 	require.NoError(t, f.Close())
+}
+
+// A connection may be idle for as long as http.Server would let it, whoever serves it.
+func TestIdleTimeoutOfTheFastPath(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	pods := runResolver(t, podresolver.Config{Logger: log})
+	synctest.Test(t, func(t *testing.T) {
+		tokens := tokencache.New(func(context.Context, tokencache.Request) (*tokencache.Token, error) {
+			return &tokencache.Token{AccessToken: "t", ExpiresOn: time.Now().Add(24 * time.Hour)}, nil
+		}, tokencache.Config{})
+		defer tokens.Close()
+		s, ln := New(Config{Pods: pods, Tokens: tokens, Logger: log}), newPipes()
+		ctx, stop := context.WithCancel(t.Context())
+		served := make(chan error, 1)
+		go func() { served <- s.Serve(ctx, ln) }()
+		pod := ln.dial(bound)
+		c := &keptAlive{pod, bufio.NewReader(pod)}
+		for i := range 5 { // known after the first, taken back at the second
+			resp, _ := c.exchange(t, withID(i))
+			assert.Equal(t, 200, resp.StatusCode)
+			time.Sleep(idleTimeout/2 - time.Second)
+		}
+		assert.Equal(t, uint64(3), s.FastPathRequests())
+		time.Sleep(idleTimeout)
+		_, err := c.r.ReadByte()
+		require.ErrorIs(t, err, io.EOF)
+		_ = pod.Close()
+		stop()
+		require.NoError(t, <-served)
+	})
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/podidentity/nmi/proxy/listener"
 )
@@ -12,7 +13,7 @@ import (
 // from it those that need more.
 type front struct {
 	net.Listener // of *listener.Conn
-	fastPath     func(*listener.Conn) (handOver bool)
+	fastPath     func(c *listener.Conn, timeout time.Duration) (handOver bool)
 
 	handedOver chan net.Conn
 	failures   chan error // of Accept
@@ -25,7 +26,7 @@ type front struct {
 }
 
 // newFront returns a front that accepts already.
-func newFront(ln net.Listener, fastPath func(*listener.Conn) (handOver bool)) *front {
+func newFront(ln net.Listener, fastPath func(*listener.Conn, time.Duration) (handOver bool)) *front {
 	f := &front{Listener: ln, fastPath: fastPath, handedOver: make(chan net.Conn), failures: make(chan error), closed: make(chan struct{})}
 	f.serving.Go(f.accept)
 	return f
@@ -36,7 +37,7 @@ func (f *front) accept() {
 	for {
 		accepted, err := f.Listener.Accept()
 		if err == nil {
-			f.serving.Go(func() { f.serve(accepted.(*listener.Conn)) }) //nolint:errcheck // see above
+			f.serving.Go(func() { f.serve(accepted.(*listener.Conn), readHeaderTimeout) }) //nolint:errcheck // see above
 			continue
 		}
 		if f.isStopped() {
@@ -76,8 +77,8 @@ func (f *front) goServe(serve func()) bool {
 }
 
 // serve lets the fast path serve a connection for as long as it can.
-func (f *front) serve(c *listener.Conn) {
-	if f.fastPath(c) {
+func (f *front) serve(c *listener.Conn, timeout time.Duration) {
+	if f.fastPath(c, timeout) {
 		f.handOver(c)
 	}
 }
