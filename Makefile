@@ -126,7 +126,7 @@ bench-micro: ## the steps of a request, one by one
 	go test -run '^$$' -bench . -benchmem -benchtime $(or $(BENCHTIME),1s) ./tokencache/... ./podresolver ./proxy ./iptables/...
 
 packages:
-	@deploy/packages.sh iptables ipset nft=nftables
+	@deploy/packages.sh iptables ipset nft=nftables systemd-analyze=systemd
 
 root:
 	@command -v go >/dev/null || { echo "go is not on the PATH; with sudo, keep yours: sudo env \"PATH=\$$PATH\" make ..." >&2; exit 1; }
