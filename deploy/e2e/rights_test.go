@@ -56,6 +56,12 @@ func chartRights(t *testing.T, file, kind, name string) []right {
 	return rights
 }
 
+// startupTaintRights are those that the chart gives for its value startupTaint.
+func startupTaintRights(t *testing.T) []right {
+	t.Helper()
+	return chartRights(t, "everything.yaml", "ClusterRole", "agent-startup-taint")
+}
+
 // account makes a service account that has these rights in the cluster and no others, until the
 // test ends, and returns its kubeconfig.
 func (s *scenario) account(name string, rights []right) string {
@@ -117,14 +123,17 @@ func TestTheChartsRightsAreEnough(t *testing.T) {
 	for mode, file := range map[string]string{"managed": "defaults.yaml", "standard": "standard.yaml"} {
 		t.Run(mode, func(t *testing.T) {
 			s := begin(t)
-			rights := append(chartRights(t, file, "ClusterRole", "nmi"),
-				chartRights(t, "everything.yaml", "Role", "nmi-identity-service-principals")...)
+			rights := slices.Concat(chartRights(t, file, "ClusterRole", "nmi"), startupTaintRights(t),
+				chartRights(t, "everything.yaml", "Role", "agent-service-principals"))
+			s.createNode(testbed.NodeName, startupTaint)
 			kubeconfig := s.account("nmi-"+mode, rights)
 			_, authority := s.entra(10)
 			s.writeSecret("cart-credentials", firstSecret)
 			s.principalIdentity("principal", authority, map[string]any{"name": "cart-credentials"})
-			a := s.agentOf(kubeconfig, "--operation-mode="+mode, "--entra-authority="+authority, "--pod-wait=1s")
+			a := s.agentOf(kubeconfig, "--operation-mode="+mode, "--entra-authority="+authority, "--pod-wait=1s", startupTaintFlag)
 			require.NoError(t, a.AwaitReady(t.Context()))
+
+			require.Eventually(t, func() bool { return !hasTaint(s.taints(), startupTaint) }, patience, 50*time.Millisecond)
 
 			// What changes after the start is seen by watches.
 			p := s.pod("rights-0", "10.244.0.91", testbed.Ptp, "standard")
@@ -161,12 +170,17 @@ func TestTheChartsRightsAreEnough(t *testing.T) {
 
 // TestEachRightIsNeeded takes the rights away one by one: the agent is missing each.
 func TestEachRightIsNeeded(t *testing.T) {
-	all := chartRights(t, "standard.yaml", "ClusterRole", "nmi")
+	all := append(chartRights(t, "standard.yaml", "ClusterRole", "nmi"), startupTaintRights(t)...)
 	for i, missing := range all {
 		t.Run("without "+missing.String(), func(t *testing.T) {
 			s := begin(t)
+			if missing.verb == "list" {
+				// As for an API server that cannot list by a watch (WatchList, before 1.34).
+				t.Setenv("KUBE_FEATURE_WatchListClient", "false")
+			}
+			s.createNode(testbed.NodeName, startupTaint)
 			kubeconfig := s.account(fmt.Sprintf("nmi-without-%d", i), slices.Delete(slices.Clone(all), i, i+1))
-			a := s.agentOf(kubeconfig, "--operation-mode=standard", "--pod-wait=100ms")
+			a := s.agentOf(kubeconfig, "--operation-mode=standard", "--pod-wait=100ms", startupTaintFlag)
 			s.says(a, "iptables rules put in place")
 			unknown := s.network("10.244.0.93", testbed.Ptp)
 			require.Eventually(t, func() bool {

@@ -49,12 +49,7 @@ func (s *scenario) taintedNode() *taintedNode {
 	n := &taintedNode{scenario: s, other: corev1.Taint{Key: "dedicated", Value: "gpu", Effect: corev1.TaintEffectNoExecute}}
 	s.applyTaintPolicy()
 	for _, name := range []string{testbed.NodeName, "node2"} {
-		node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{Taints: []corev1.Taint{n.other, startupTaint}}}
-		_, err := world.Kube.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{})
-		require.NoError(s.t, err)
-		s.t.Cleanup(func() {
-			assert.NoError(s.t, world.Kube.CoreV1().Nodes().Delete(context.Background(), name, metav1.DeleteOptions{}))
-		})
+		s.createNode(name, n.other, startupTaint)
 	}
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "nmi-x2x4z"},
@@ -68,6 +63,17 @@ func (s *scenario) taintedNode() *taintedNode {
 	n.client = clientOf(s.t, n.kubeconfig)
 	s.awaitPolicy(n.client)
 	return n
+}
+
+// createNode makes the object of a node until the test ends.
+func (s *scenario) createNode(name string, taints ...corev1.Taint) {
+	s.t.Helper()
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{Taints: taints}}
+	_, err := world.Kube.CoreV1().Nodes().Create(s.t.Context(), node, metav1.CreateOptions{})
+	require.NoError(s.t, err)
+	s.t.Cleanup(func() {
+		assert.NoError(s.t, world.Kube.CoreV1().Nodes().Delete(context.Background(), name, metav1.DeleteOptions{}))
+	})
 }
 
 func clientOf(t *testing.T, kubeconfig string) kubernetes.Interface {
@@ -120,12 +126,12 @@ func (n *taintedNode) starts(flags ...string) *testbed.Agent {
 	return a
 }
 
-func (n *taintedNode) taints() []corev1.Taint {
-	n.t.Helper()
+func (s *scenario) taints() []corev1.Taint {
+	s.t.Helper()
 	ctx, cancel := requestContext()
 	defer cancel()
 	node, err := world.Kube.CoreV1().Nodes().Get(ctx, testbed.NodeName, metav1.GetOptions{})
-	require.NoError(n.t, err)
+	require.NoError(s.t, err)
 	return node.Spec.Taints
 }
 
