@@ -1,7 +1,11 @@
 package podresolver
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	stdjson "encoding/json"
+	"errors"
 	"fmt"
 	"io"
 
@@ -64,25 +68,34 @@ func newListStream[T, Info any](client *rest.RESTClient, resource schema.GroupVe
 // not be mistaken for a complete one.
 func decodeList[T, Info any](body io.Reader, wantKind string, targets func(*T) decodeTargets, trim func(*T) *Info) (*metainternalversion.List, error) {
 	list := &metainternalversion.List{}
-	// What an author may write into an object must not make the list unreadable.
-	in := jsontext.NewDecoder(body, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
+	in := stdjson.NewDecoder(body)
+	if err := expect(in, stdjson.Delim('{')); err != nil {
+		return nil, err
+	}
 	var kind string
 	var hasItems bool
-	err := decodeMembers(in, func(name string) (err error) {
-		switch name {
-		case "kind":
-			return json.UnmarshalDecode(in, &kind)
-		case "metadata":
-			return json.UnmarshalDecode(in, &list.ListMeta)
-		case "items":
-			hasItems = true
-			list.Items, err = decodeItems(in, targets, trim)
-			return err
-		default:
-			return in.SkipValue()
+	var ignored stdjson.RawMessage
+	for in.More() {
+		key, err := in.Token()
+		if err != nil {
+			return nil, err
 		}
-	})
-	if err != nil {
+		switch key {
+		case "kind":
+			err = in.Decode(&kind)
+		case "metadata":
+			err = in.Decode(&list.ListMeta)
+		case "items":
+			list.Items, err = decodeItems(in, targets, trim)
+			hasItems = true
+		default:
+			err = in.Decode(&ignored)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if err := expect(in, stdjson.Delim('}')); err != nil {
 		return nil, err
 	}
 	if kind != wantKind || list.ResourceVersion == "" || !hasItems {
@@ -91,31 +104,47 @@ func decodeList[T, Info any](body io.Reader, wantKind string, targets func(*T) d
 	return list, nil
 }
 
-func decodeItems[T, Info any](in *jsontext.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (items []runtime.Object, err error) {
-	if err := expect(in, jsontext.KindBeginArray); err != nil {
+func decodeItems[T, Info any](in *stdjson.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (items []runtime.Object, err error) {
+	if err := expect(in, stdjson.Delim('[')); err != nil {
 		return nil, err
 	}
-	for in.PeekKind() != jsontext.KindEndArray {
-		var object T
-		to := targets(&object)
-		err := decodeMembers(in, func(name string) error {
-			switch {
-			case name == "metadata":
-				return decodeMeta(in, to.meta)
-			case name == "spec":
-				return json.UnmarshalDecode(in, to.spec)
-			case name == "status" && to.status != nil:
-				return json.UnmarshalDecode(in, to.status)
-			default:
-				return in.SkipValue()
-			}
-		})
+	var raw stdjson.RawMessage
+	decoder := new(jsontext.Decoder)
+	for in.More() {
+		if err := in.Decode(&raw); err != nil {
+			return nil, err
+		}
+		// What an author may write into an object must not make the list unreadable.
+		decoder.Reset(bytes.NewReader(raw), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
+		item, err := decodeItem(decoder, targets, trim)
 		if err != nil {
 			return nil, err
 		}
-		items = append(items, &listItem{cache.MetaObjectToName(to.meta), trim(&object)})
+		items = append(items, item)
 	}
-	return items, expect(in, jsontext.KindEndArray)
+	return items, expect(in, stdjson.Delim(']'))
+}
+
+// decodeItem decodes one object, in one pass.
+func decodeItem[T, Info any](in *jsontext.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (*listItem, error) {
+	var object T
+	to := targets(&object)
+	err := decodeMembers(in, func(name string) error {
+		switch {
+		case name == "metadata":
+			return decodeMeta(in, to.meta)
+		case name == "spec":
+			return json.UnmarshalDecode(in, to.spec)
+		case name == "status" && to.status != nil:
+			return json.UnmarshalDecode(in, to.status)
+		default:
+			return in.SkipValue()
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &listItem{cache.MetaObjectToName(to.meta), trim(&object)}, nil
 }
 
 // decodeMeta decodes the fields that are needed.
@@ -141,8 +170,8 @@ func decodeMeta(in *jsontext.Decoder, to *metav1.ObjectMeta) error {
 // decodeMembers calls decode for each member of an object, to read its value. Names are
 // case-sensitive, as everywhere in Kubernetes.
 func decodeMembers(in *jsontext.Decoder, decode func(name string) error) error {
-	if err := expect(in, jsontext.KindBeginObject); err != nil {
-		return err
+	if begin, err := in.ReadToken(); err != nil || begin.Kind() != jsontext.KindBeginObject {
+		return cmp.Or(err, errNoObject)
 	}
 	for in.PeekKind() == jsontext.KindString {
 		name, err := in.ReadToken()
@@ -153,13 +182,16 @@ func decodeMembers(in *jsontext.Decoder, decode func(name string) error) error {
 			return err
 		}
 	}
-	return expect(in, jsontext.KindEndObject)
+	_, err := in.ReadToken() // the end, or an error
+	return err
 }
 
-func expect(in *jsontext.Decoder, want jsontext.Kind) error {
-	got, err := in.ReadToken()
-	if err == nil && got.Kind() != want {
-		err = fmt.Errorf("unexpected %s, want %s", got.Kind(), want)
+var errNoObject = errors.New("an item of the list is not an object")
+
+func expect(in *stdjson.Decoder, want stdjson.Delim) error {
+	got, err := in.Token()
+	if err == nil && got != want {
+		err = fmt.Errorf("unexpected %v, want %v", got, want)
 	}
 	return err
 }

@@ -88,3 +88,13 @@ func FuzzDecodeList(f *testing.F) {
 		}
 	})
 }
+
+// The API server takes objects that are as deep as its decoder allows, and stores them whole where
+// a definition keeps unknown fields.
+func TestDeepObject(t *testing.T) {
+	deep := strings.Repeat("[", 9999) + strings.Repeat("]", 9999)
+	rows, _, err := read(`{"kind":"AzureIdentityList","metadata":{"resourceVersion":"7"},"items":[
+{"metadata":{"name":"a","namespace":"shop"},"x":` + deep + `,"spec":{"clientID":"C1"}},{"metadata":{"name":"b","namespace":"shop"},"spec":{}}]}`)
+	require.NoError(t, err)
+	assert.Len(t, rows, 2)
+}
