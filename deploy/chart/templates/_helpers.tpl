@@ -41,6 +41,8 @@ seccompProfile:
 {{/* Values that the schema cannot refuse with a text that helps. */}}
 {{- define "nmi.validate" -}}
 {{- if .Values.mic }}{{ fail "mic: this chart does not install MIC, and in managed mode there is none. In standard mode keep aad-pod-identity's MIC. Remove the value; docs/migrating.md says more" }}{{ end -}}
+{{- if contains "aad-pod-identity" .Values.image.repository }}{{ fail (printf "image.repository: %s has images of aad-pod-identity, and not of this agent. Set it to where yours is, and remove nmi.tag; docs/migrating.md says more" .Values.image.repository) }}{{ end -}}
+{{- if and (semverCompare "<1.30-0" .Capabilities.KubeVersion.Version) (or .Values.startupTaint .Values.admissionPolicies.warnings .Values.admissionPolicies.exceptions .Values.admissionPolicies.allowedIdentities) }}{{ fail (printf "startupTaint and admissionPolicies need Kubernetes 1.30 or later (ValidatingAdmissionPolicy); this cluster has %s" .Capabilities.KubeVersion.Version) }}{{ end -}}
 {{- if .Values.adminsecret }}{{ fail "adminsecret: it is MIC's, which this chart does not install. Remove the value" }}{{ end -}}
 {{- if .Values.rbac.allowAccessToSecrets }}{{ fail "rbac.allowAccessToSecrets: the agent is not given all secrets of the cluster. Name those of service principals in rbac.secrets, as {<namespace>: [<name>]}" }}{{ end -}}
 {{- if .Values.rbac.pspEnabled }}{{ fail "rbac.pspEnabled: Kubernetes has no PodSecurityPolicies since 1.25. Remove the value" }}{{ end -}}
