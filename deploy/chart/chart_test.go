@@ -282,3 +282,13 @@ func TestReadme(t *testing.T) {
 	require.NoError(t, err)
 	current(t, "README.md", text+marker+"\n"+valuesTable(t, string(values)))
 }
+
+func TestOldKubernetes(t *testing.T) {
+	for _, set := range []string{"startupTaint=a:NoSchedule", "admissionPolicies.warnings=true"} {
+		out, err := render(t, "--kube-version=1.29.3", "--set="+set)
+		require.Error(t, err, set)
+		assert.Contains(t, out, "need Kubernetes 1.30 or later (ValidatingAdmissionPolicy); this cluster has v1.29.3")
+		_, err = render(t, "--kube-version=1.30.0", "--set="+set)
+		require.NoError(t, err, set)
+	}
+}
