@@ -290,6 +290,30 @@ func TestAcquireEnds(t *testing.T) {
 	require.NoError(t, <-acquired, "with the other agent, though not ready")
 }
 
+// The agent that runs is told to end while it releases its duties: the new one does not wait until
+// that has finished its requests.
+func TestEndDuringRelease(t *testing.T) {
+	dir := t.TempDir()
+	old := newTestAgent(t, dir)
+	require.NoError(t, old.Receive(t.Context()))
+	old.listens(anyPort, anyPort)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan bool, 1)
+	go func() {
+		ended <- old.Offer(ctx, Duties{
+			Front: old.front, Listeners: func() map[string]*net.TCPListener { return old.pages },
+			Release: func() { cancel(); time.Sleep(50 * time.Millisecond) }, // until the connection's deadline is set
+			Resume:  func() {}, Tokens: func(func([]byte) error) error { return nil },
+		})
+	}()
+	next := newTestAgent(t, dir)
+	require.Eventually(t, func() bool { return next.Receive(t.Context()) == nil && next.conn != nil }, patience, time.Millisecond)
+	next.listens(old.addrs())
+	close(next.ready)
+	require.NoError(t, next.Acquire(t.Context(), next.ready, next.restore), "although old is not closed")
+	<-ended
+}
+
 func TestWithoutADirectoryNobodyTakesOver(t *testing.T) {
 	a := newTestAgent(t, "")
 	require.NoError(t, a.Receive(t.Context()))

@@ -106,8 +106,9 @@ func (h *Handover) await(ctx context.Context) (_ *net.UnixConn, err error) {
 // duties resumed. When ctx ends first, the new agent hears of it once they are released; one
 // that has the duties already, at Close.
 func (h *Handover) serve(ctx context.Context, conn *net.UnixConn, duties Duties) error {
+	told := false // that the duties are the new agent's
 	defer func() {
-		if ctx.Err() != nil && h.handedOver.Load() {
+		if ctx.Err() != nil && told {
 			h.next = conn // until Close: there are requests under way
 		} else {
 			_ = conn.Close() // the new agent may have done so
@@ -151,6 +152,7 @@ func (h *Handover) serve(ctx context.Context, conn *net.UnixConn, duties Duties)
 	if err := writePacket(conn, dutiesReleased, nil); err != nil {
 		return err
 	}
+	told = true
 	if tokens != nil {
 		if err := sendTokens(ctx, tokens, duties.Tokens); err != nil {
 			h.log.Warn("the new agent did not take all tokens; it fetches the others again", "error", err)
