@@ -16,9 +16,7 @@ if [ -n "${LOCAL:-}" ]; then
 	GO_IMAGE=localhost/nmi-base:bookworm DEBIAN_IMAGE=localhost/nmi-base:bookworm
 	if ! buildah inspect "$DEBIAN_IMAGE" >/dev/null 2>&1; then
 		base=$(mktemp -d)
-		mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$base/base.tar" \
-			"deb http://deb.debian.org/debian bookworm main" "deb http://deb.debian.org/debian bookworm-updates main" \
-			"deb http://deb.debian.org/debian-security bookworm-security main"
+		mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$base/base.tar" # from its default mirrors, updates included
 		container=$(buildah from scratch)
 		buildah add --quiet "$container" "$base/base.tar" /
 		buildah commit --quiet --rm "$container" "$DEBIAN_IMAGE"
