@@ -9,7 +9,7 @@ ARG DEBIAN_IMAGE=docker.io/library/debian:bookworm-slim
 
 FROM --platform=$BUILDPLATFORM $GO_IMAGE AS build
 ARG TARGETARCH
-ENV PATH=/usr/local/go/bin:$PATH
+ENV GOPATH=/go PATH=/usr/local/go/bin:$PATH
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download

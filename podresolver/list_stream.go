@@ -1,16 +1,11 @@
 package podresolver
 
 import (
-	"bytes"
-	"cmp"
 	"context"
 	stdjson "encoding/json"
-	"errors"
 	"fmt"
 	"io"
 
-	"github.com/go-json-experiment/json"
-	"github.com/go-json-experiment/json/jsontext"
 	metainternalversion "k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -18,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	"sigs.k8s.io/json"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
@@ -104,89 +100,48 @@ func decodeList[T, Info any](body io.Reader, wantKind string, targets func(*T) d
 	return list, nil
 }
 
+// decodeItems decodes each item by itself, so that its depth counts from its own beginning: a
+// decoder of the whole list would refuse all of it for one object of the greatest depth that the
+// API server takes.
 func decodeItems[T, Info any](in *stdjson.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (items []runtime.Object, err error) {
 	if err := expect(in, stdjson.Delim('[')); err != nil {
 		return nil, err
 	}
 	var raw stdjson.RawMessage
-	decoder := new(jsontext.Decoder)
 	for in.More() {
 		if err := in.Decode(&raw); err != nil {
 			return nil, err
 		}
-		// What an author may write into an object must not make the list unreadable.
-		decoder.Reset(bytes.NewReader(raw), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
-		item, err := decodeItem(decoder, targets, trim)
-		if err != nil {
+		var object T
+		to := targets(&object)
+		var item struct {
+			Metadata struct {
+				Name              string      `json:"name"`
+				Namespace         string      `json:"namespace"`
+				CreationTimestamp metav1.Time `json:"creationTimestamp"`
+				Annotations       struct {
+					Behavior string `json:"aadpodidentity.k8s.io/Behavior"` // BehaviorAnnotation
+				} `json:"annotations"`
+			} `json:"metadata"`
+			Spec   any `json:"spec"`
+			Status any `json:"status"`
+		}
+		item.Spec, item.Status = to.spec, to.status
+		if to.status == nil {
+			item.Status = &struct{}{}
+		}
+		// Field names are case-sensitive, as everywhere in Kubernetes.
+		if err := json.UnmarshalCaseSensitivePreserveInts(raw, &item); err != nil {
 			return nil, err
 		}
-		items = append(items, item)
+		*to.meta = metav1.ObjectMeta{Name: item.Metadata.Name, Namespace: item.Metadata.Namespace, CreationTimestamp: item.Metadata.CreationTimestamp}
+		if b := item.Metadata.Annotations.Behavior; b != "" {
+			to.meta.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
+		}
+		items = append(items, &listItem{cache.MetaObjectToName(to.meta), trim(&object)})
 	}
 	return items, expect(in, stdjson.Delim(']'))
 }
-
-// decodeItem decodes one object, in one pass.
-func decodeItem[T, Info any](in *jsontext.Decoder, targets func(*T) decodeTargets, trim func(*T) *Info) (*listItem, error) {
-	var object T
-	to := targets(&object)
-	err := decodeMembers(in, func(name string) error {
-		switch {
-		case name == "metadata":
-			return decodeMeta(in, to.meta)
-		case name == "spec":
-			return json.UnmarshalDecode(in, to.spec)
-		case name == "status" && to.status != nil:
-			return json.UnmarshalDecode(in, to.status)
-		default:
-			return in.SkipValue()
-		}
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &listItem{cache.MetaObjectToName(to.meta), trim(&object)}, nil
-}
-
-// decodeMeta decodes the fields that are needed.
-func decodeMeta(in *jsontext.Decoder, to *metav1.ObjectMeta) error {
-	var meta struct {
-		Name              string      `json:"name"`
-		Namespace         string      `json:"namespace"`
-		CreationTimestamp metav1.Time `json:"creationTimestamp"`
-		Annotations       struct {
-			Behavior string `json:"aadpodidentity.k8s.io/Behavior"` // BehaviorAnnotation
-		} `json:"annotations"`
-	}
-	if err := json.UnmarshalDecode(in, &meta); err != nil {
-		return err
-	}
-	*to = metav1.ObjectMeta{Name: meta.Name, Namespace: meta.Namespace, CreationTimestamp: meta.CreationTimestamp}
-	if b := meta.Annotations.Behavior; b != "" {
-		to.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
-	}
-	return nil
-}
-
-// decodeMembers calls decode for each member of an object, to read its value. Names are
-// case-sensitive, as everywhere in Kubernetes.
-func decodeMembers(in *jsontext.Decoder, decode func(name string) error) error {
-	if begin, err := in.ReadToken(); err != nil || begin.Kind() != jsontext.KindBeginObject {
-		return cmp.Or(err, errNoObject)
-	}
-	for in.PeekKind() == jsontext.KindString {
-		name, err := in.ReadToken()
-		if err != nil {
-			return err
-		}
-		if err := decode(name.String()); err != nil {
-			return err
-		}
-	}
-	_, err := in.ReadToken() // the end, or an error
-	return err
-}
-
-var errNoObject = errors.New("an item of the list is not an object")
 
 func expect(in *stdjson.Decoder, want stdjson.Delim) error {
 	got, err := in.Token()

@@ -84,7 +84,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 		log.Warn("not all fences are in place yet; trying again", "error", err)
 	}
 	if clusterErr != nil {
-		return nil, clusterErr
+		return nil, fmt.Errorf("%w (the fences stay, so that no pod reaches the node's identity; nmi cleanup removes them)", clusterErr)
 	}
 	if a.links, err = links.New(cfg.links); err != nil {
 		return nil, err

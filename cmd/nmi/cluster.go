@@ -49,7 +49,7 @@ func apiServer(userAgent string) (restConfig *rest.Config, err error) {
 			return nil, fmt.Errorf("reading KUBECONFIG=%s: %w", path, err)
 		}
 	} else if restConfig, err = rest.InClusterConfig(); err != nil {
-		return nil, fmt.Errorf("finding the API server: set KUBECONFIG, or run in a pod with a service account (the fences that this agent wrote stay; nmi cleanup removes them): %w", err)
+		return nil, fmt.Errorf("finding the API server: set KUBECONFIG, or run in a pod with a service account: %w", err)
 	}
 	restConfig.UserAgent = userAgent
 	return restConfig, nil

@@ -137,7 +137,7 @@ func (c *config) addResolverFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&r.MICNamespace, "MICNamespace", "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; not given, or in managed mode, no pod does")
 	fs.BoolVar(&r.StrictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")
 	listVar(fs, &r.Deny, "deny-identity", "", podresolver.ParseDenyList, "client ID or resource ID of an identity that no AzureIdentity gives to a pod, such as the kubelet's; repeat it or separate several by commas. A client ID is enough. A resource ID alone does not withhold the identity from an AzureIdentity that names the client ID alone: give both to be sure. Excepted pods ask IMDS themselves, for any identity")
-	listVar(fs, &r.ExceptionNamespaces, "exception-namespaces", "", parseNamespaces, "namespaces whose AzurePodIdentityExceptions count; repeat it or separate several by commas. Not given, those of all namespaces do; \"\" is none")
+	listVar(fs, &r.ExceptionNamespaces, "exception-namespaces", "", parseNamespaces, "namespaces whose AzurePodIdentityExceptions count; repeat it or separate several by commas. By default those of all namespaces do; \"\" is none")
 }
 
 func (c *config) addLogFlags(fs *pflag.FlagSet) {

@@ -22,9 +22,13 @@ const (
 // minPause is for the fetches that are under way, which count against Azure's limits, too.
 const minPause = time.Second
 
-// sendState sends what receivedState collects; see handover.Duties. What the promise needs
-// comes first: there is a deadline.
+// sendState sends what receivedState collects; see handover.Duties. Tokens come last: there is a
+// deadline, and what does not arrive of them is fetched.
 func (a *agent) sendState(send func(packet []byte) error) error {
+	pause := max(time.Until(a.upstream.PausedUntil()), minPause)
+	if err := send(append([]byte{packetPause}, pause.String()...)); err != nil {
+		return err
+	}
 	interfaces, err := a.links.Export()
 	if err != nil {
 		return err
@@ -37,10 +41,6 @@ func (a *agent) sendState(send func(packet []byte) error) error {
 		if err := send(append([]byte{packetLink}, b...)); err != nil {
 			return err
 		}
-	}
-	pause := max(time.Until(a.upstream.PausedUntil()), minPause)
-	if err := send(append([]byte{packetPause}, pause.String()...)); err != nil {
-		return err
 	}
 	for _, token := range a.tokens.Export() {
 		b, err := token.MarshalBinary()

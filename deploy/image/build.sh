@@ -24,7 +24,7 @@ if [ -n "${LOCAL:-}" ]; then
 	fi
 	# buildah 1.28 does not know BUILDPLATFORM by itself.
 	set -- "$@" --pull-never --build-arg "BUILDPLATFORM=linux/$(go env GOHOSTARCH)" --isolation chroot --volume "$(go env GOROOT):/usr/local/go:ro" \
-		--volume "$(go env GOMODCACHE):/root/go/pkg/mod:ro"
+		--volume "$(go env GOMODCACHE):/go/pkg/mod:ro"
 fi
 [ -z "${GO_IMAGE:-}" ] || set -- "$@" --build-arg "GO_IMAGE=$GO_IMAGE"
 [ -z "${DEBIAN_IMAGE:-}" ] || set -- "$@" --build-arg "DEBIAN_IMAGE=$DEBIAN_IMAGE"

@@ -142,8 +142,9 @@ func (l *Limiter) release(retryAfter time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	l.inFlight--
-	l.addSlotsLocked(now, 1)
+	if l.inFlight--; l.perSecond > 0 {
+		l.addSlotsLocked(now, 1)
+	}
 	if retryAfter > 0 {
 		l.pauseLocked(now.Add(retryAfter))
 	}

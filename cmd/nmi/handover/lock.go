@@ -41,14 +41,17 @@ func lockNode(ctx context.Context, dir string) (*os.File, error) {
 }
 
 // Lock keeps agents from starting until unlock is called, for a program that must not run beside
-// one. It waits as long as patience for an agent that is exiting. Where no agent has run, there is
-// nothing to lock.
+// one. It waits as long as patience for an agent that is exiting. Without the directory there is
+// nothing to lock: no agent can take over there either.
 func Lock(ctx context.Context, dir string, patience time.Duration) (unlock func(), err error) {
-	f, err := os.Open(filepath.Join(dir, lockFile))
-	if dir == "" || errors.Is(err, fs.ErrNotExist) {
+	if dir == "" {
 		return func() {}, nil
 	}
-	if err != nil {
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return func() {}, nil
+	case err != nil:
 		return nil, err
 	}
 	if err := flock(ctx, f, patience); err != nil {

@@ -2,6 +2,7 @@ package handover
 
 import (
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -33,7 +34,15 @@ func TestLockWaitsForAnAgent(t *testing.T) {
 	dir := t.TempDir()
 	unlock, err := Lock(t.Context(), dir, 0)
 	require.NoError(t, err, "no agent has run")
+	_, err = lockNode(t.Context(), dir)
+	require.ErrorIs(t, err, errLocked, "one that starts meanwhile is kept out")
 	unlock()
+	for _, nothing := range []string{"", filepath.Join(dir, "missing")} {
+		unlock, err := Lock(t.Context(), nothing, 0)
+		require.NoError(t, err, "%q", nothing)
+		unlock()
+		require.NoFileExists(t, filepath.Join(nothing, lockFile))
+	}
 	agent, err := lockNode(t.Context(), dir)
 	require.NoError(t, err)
 	_, err = Lock(t.Context(), dir, 3*lockPoll)
