@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"time"
 
 	"github.com/podidentity/nmi/cmd/nmi/bootguard"
 	"github.com/podidentity/nmi/cmd/nmi/handover"
@@ -149,7 +150,10 @@ func (a *agent) start(ctx context.Context) error {
 		return err
 	}
 	a.restore(received)
-	a.upstream.SetShared(true) // with the agent that ran before, until serve hears of its end
+	if a.handover.Succeeds() {
+		a.upstream.Share(ctx) // until serve hears of the other agent's end
+		a.upstream.PauseUntil(time.Now().Add(minPause))
+	}
 	a.resume(running)
 	return nil
 }
@@ -164,7 +168,7 @@ func (a *agent) serve(ctx context.Context) error {
 	go func() {
 		handedOver <- a.handover.Offer(ctx, handover.Duties{
 			Front: a.front, Listeners: a.pageListeners, Tokens: a.sendState,
-			Release: a.release, Resume: func() { a.resumeAlone(running) },
+			Release: func() { a.release(running) }, Resume: func() { a.resumeAlone(running) },
 		})
 	}()
 	a.log.Info("listening", "address", a.front.Addr().String())
@@ -189,18 +193,19 @@ func (a *agent) serve(ctx context.Context) error {
 	return nil
 }
 
-// release stops what another agent is to do: the duties, and keeping connections.
-func (a *agent) release() {
+// release stops what another agent is to do: the duties, and keeping connections. Until no more
+// requests to IMDS are in flight than its half, this agent goes on with all of it.
+func (a *agent) release(ctx context.Context) {
+	a.upstream.Share(ctx)
 	for _, c := range a.duties {
 		c.Stop()
 	}
 	a.server.SetDraining(true)
-	a.upstream.SetShared(true) // it has requests that wait for tokens
 }
 
 // resumeAlone is resume when no other agent runs on the node.
 func (a *agent) resumeAlone(ctx context.Context) {
-	a.upstream.SetShared(false)
+	a.upstream.Unshare()
 	a.resume(ctx)
 }
 

@@ -19,7 +19,8 @@ const (
 	packetToken = 'T' // and a tokencache.Snapshot
 )
 
-// minPause is for the fetches that are under way, which count against Azure's limits, too.
+// minPause is for the fetches of the other agent's last second, which count against Azure's limits,
+// too.
 const minPause = time.Second
 
 // sendState sends what receivedState collects; see handover.Duties. Tokens come last: there is a

@@ -10,12 +10,14 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/proxy/imdstest"
+	"github.com/podidentity/nmi/proxy/upstream"
 )
 
 // TestUpgradesKeepTheTokens has 250 tokens in memory and pods that ask for them all the
@@ -83,6 +85,35 @@ func TestUpgradesKeepTheTokens(t *testing.T) {
 	require.NoError(t, json.Unmarshal([]byte(all[0].asks(resource(0, 0)).body), &body))
 	assert.Greater(t, len(body.Token), 1000)
 	assert.NotContains(t, a.Log(), body.Token[len(body.Token)-100:])
+}
+
+// TestUpgradeKeepsIMDSLimits has the old agent in the middle of as many requests to IMDS as there
+// may be at once when the new one comes, which is asked for as many more at once.
+func TestUpgradeKeepsIMDSLimits(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent()
+	require.Equal(t, http.StatusOK, p.asks(vault).status)
+	world.IMDS.SetLatency(4 * time.Second)
+	t.Cleanup(func() { world.IMDS.SetLatency(imdsLatency) })
+	atOnce := func() int { atOnce, _ := world.IMDS.Peak(); return atOnce }
+	var asking sync.WaitGroup
+	ask := func(agent string) {
+		for i := range upstream.DefaultAtOnce {
+			asking.Go(func() {
+				got := p.asks(fmt.Sprintf("https://%s-%d.example", agent, i))
+				assert.Equal(t, http.StatusOK, got.status, got.body)
+			})
+		}
+	}
+	world.IMDS.Reset()
+	ask("old")
+	require.Eventually(t, func() bool { return atOnce() == upstream.DefaultAtOnce }, patience, time.Millisecond)
+	s.successor()
+	ask("new")
+	asking.Wait()
+	assert.Equal(t, upstream.DefaultAtOnce, atOnce())
+	s.stops(a)
 }
 
 // otherBinary names the variable with the path of an older agent's binary.

@@ -24,6 +24,7 @@ type slotLimiter interface {
 	PausedUntil() time.Time
 	PauseUntil(until time.Time)
 	SetLimits(perSecond, atOnce int)
+	Settle(ctx context.Context) error
 }
 
 // fetch is one fetch of a token: its slots and its deadline, and what its tries share.

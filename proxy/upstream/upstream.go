@@ -69,7 +69,7 @@ type Upstream struct {
 	entra     *entra
 	// Two, so that fetches which hang at Entra delay none from IMDS.
 	imdsLimiter, entraLimiter slotLimiter
-	perSecond, atOnce         int // of each, see SetShared
+	perSecond, atOnce         int // of each, see Share
 
 	outage    outage
 	spellings spellings
@@ -123,13 +123,20 @@ func (u *Upstream) PausedUntil() time.Time { return u.imdsLimiter.PausedUntil() 
 // pause.
 func (u *Upstream) PauseUntil(until time.Time) { u.imdsLimiter.PauseUntil(until) }
 
-// SetShared halves the limits of Config, while another agent of the node has the other half, or
-// restores them. At least one request at a time stays.
-func (u *Upstream) SetShared(shared bool) {
-	perSecond, atOnce := u.perSecond, u.atOnce
-	if shared {
-		perSecond, atOnce = max(1, perSecond/2), max(1, atOnce/2)
-	}
+// Share halves the limits of Config until Unshare, for another agent of the node to have the
+// other half. At least one request at a time stays. It returns when no more requests to IMDS are
+// in flight than that, or when ctx ends; none is for longer than 10 s.
+func (u *Upstream) Share(ctx context.Context) {
+	u.setLimits(max(1, u.perSecond/2), max(1, u.atOnce/2))
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
+	_ = u.imdsLimiter.Settle(ctx) // another agent may begin in any case
+}
+
+// Unshare restores the limits.
+func (u *Upstream) Unshare() { u.setLimits(u.perSecond, u.atOnce) }
+
+func (u *Upstream) setLimits(perSecond, atOnce int) {
 	u.imdsLimiter.SetLimits(perSecond, atOnce)
 	u.entraLimiter.SetLimits(perSecond, atOnce)
 }

@@ -59,6 +59,8 @@ type Limiter struct {
 	rotation  map[netip.Addr]uint64
 	lastPlace uint64
 	timer     *time.Timer // for a slot that becomes available by time alone
+	// settled is closed when no more than atOnce are in flight; nil unless Settle waits for that.
+	settled chan struct{}
 }
 
 // waiter is a request in the queue.
@@ -148,17 +150,45 @@ func (l *Limiter) release(retryAfter time.Duration) {
 	if retryAfter > 0 {
 		l.pauseLocked(now.Add(retryAfter))
 	}
+	l.settleLocked()
 	l.dispatchLocked()
 }
 
-// SetLimits changes the limits of New, for requests that have no slot yet. For a second none of
-// the slots that are new is used: another agent of the node may just have used them.
+// SetLimits changes the limits of New, for requests that have no slot yet; see Settle for the
+// others. For a second none of the slots that are new is used: another agent of the node may just
+// have used them.
 func (l *Limiter) SetLimits(perSecond, atOnce int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.perSecond, l.atOnce = perSecond, atOnce
 	l.addSlotsLocked(time.Now(), max(0, perSecond-l.inFlight-len(l.available)))
+	l.settleLocked()
 	l.dispatchLocked()
+}
+
+// Settle waits until no more requests are in flight than SetLimits allows at once, or until ctx
+// ends, whose error it returns.
+func (l *Limiter) Settle(ctx context.Context) error {
+	l.mu.Lock()
+	if l.settled == nil {
+		l.settled = make(chan struct{})
+	}
+	settled := l.settled
+	l.settleLocked()
+	l.mu.Unlock()
+	select {
+	case <-settled:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (l *Limiter) settleLocked() {
+	if l.settled != nil && l.inFlight <= l.atOnce {
+		close(l.settled)
+		l.settled = nil
+	}
 }
 
 // addSlotsLocked adds slots of the rate that have been used until now. Where that makes too many,

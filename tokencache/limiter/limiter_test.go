@@ -147,6 +147,44 @@ func TestSetLimits(t *testing.T) {
 	})
 }
 
+// An agent that gives half of its slots away says when it has none of them in flight.
+func TestSettle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := New(18, 4)
+		require.NoError(t, l.Settle(t.Context()), "at once")
+		var all sync.WaitGroup
+		for i := range 6 {
+			all.Go(func() {
+				release := acquire(t, l, of(pod(i)))
+				time.Sleep(time.Duration(i+1) * time.Second)
+				release(0)
+			})
+			synctest.Wait() // in this order
+		}
+		began := time.Now()
+		l.SetLimits(9, 2)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second/2)
+		defer cancel()
+		require.ErrorIs(t, l.Settle(ctx), context.DeadlineExceeded)
+		go func() { _ = l.Settle(t.Context()) }() // several may wait
+		require.NoError(t, l.Settle(t.Context()))
+		assert.Equal(t, 2*time.Second, time.Since(began), "when two of four are left")
+		require.NoError(t, l.Settle(t.Context()), "and from then on")
+		all.Wait()
+		idle(t, l)
+		hold := []func(time.Duration){acquire(t, l, of(alice)), acquire(t, l, of(bob))}
+		l.SetLimits(4, 1)
+		settled := make(chan error)
+		go func() { settled <- l.Settle(t.Context()) }()
+		synctest.Wait()
+		l.SetLimits(18, 4)
+		require.NoError(t, <-settled, "when they are its own again")
+		for _, release := range hold {
+			release(0)
+		}
+	})
+}
+
 // Wherever on the way the service notices a request, that is before its answer is in.
 func TestSlotCountsForASecondAfterItsRelease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

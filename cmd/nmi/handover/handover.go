@@ -15,11 +15,12 @@
 //
 // Both have the same listeners: a connection that one does not accept waits for the
 // other. The Unix connection stays open until either exits. If the new agent does, at
-// whatever step, the other resumes its duties at once. No more than two agents take
-// part: the lock keeps a third out, and an agent offers nothing before the one that it
-// took over from has exited.
+// whatever step, the other resumes its duties at once. If Kubernetes stops the other one
+// before step 3, it releases its duties and confirms that unasked, while it finishes its
+// requests. No more than two agents take part: the lock keeps a third out, and an agent
+// offers nothing before the one that it took over from has exited.
 //
-// Receive, Inherit, Acquire, Offer and Close are the whole of it, called in that order. Lock
+// Receive, Succeeds, Inherit, Acquire, Offer and Close are the whole of it, called in that order. Lock
 // is for programs that must not run beside an agent.
 package handover
 
@@ -47,7 +48,7 @@ type Handover struct {
 	released  chan struct{}               // closed when it has released its duties
 	exited    chan struct{}               // closed when it has exited
 
-	next       *net.UnixConn          // the agent that has them, once this one has been told to end
+	next       *net.UnixConn          // the agent that has the duties, once this one has been told to end
 	handedOver atomic.Bool            // a new agent has the duties
 	lastError  atomic.Pointer[string] // why no agent can take over; nil when one can
 }

@@ -286,8 +286,33 @@ func TestAcquireEnds(t *testing.T) {
 	acquired := make(chan error)
 	go func() { acquired <- next.Acquire(t.Context(), nil, next.restore) }()
 	old.stop()
+	require.NoError(t, <-acquired, "when the other agent is told to end, though not ready")
+	assert.Equal(t, []string{"release"}, drain(old.acts), "first")
+	next.offers()
+	select {
+	case act := <-next.acts:
+		require.Fail(t, act, "the old agent still has requests")
+	case <-time.After(50 * time.Millisecond):
+	}
 	old.Close()
-	require.NoError(t, <-acquired, "with the other agent, though not ready")
+	next.does("resume")
+}
+
+// One that is killed confirms nothing.
+func TestAcquireEndsWithTheOtherAgent(t *testing.T) {
+	dir := t.TempDir()
+	old := running(t, dir)
+	next := newTestAgent(t, dir)
+	require.NoError(t, next.Receive(t.Context()))
+	next.listens(old.addrs())
+	assert.True(t, next.Succeeds())
+	assert.False(t, old.Succeeds())
+	acquired := make(chan error)
+	go func() { acquired <- next.Acquire(t.Context(), nil, next.restore) }()
+	require.NoError(t, next.conn.CloseRead()) // as the kernel does for the other end
+	require.NoError(t, <-acquired)
+	next.offers()
+	next.does("resume")
 }
 
 // The agent that runs is told to end while it releases its duties: the new one does not wait until

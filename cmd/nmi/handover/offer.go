@@ -103,21 +103,20 @@ func (h *Handover) await(ctx context.Context) (_ *net.UnixConn, err error) {
 }
 
 // serve hands over, step by step, and returns when the new agent has exited, with the
-// duties resumed. When ctx ends first, the new agent hears of it once they are released; one
-// that has the duties already, at Close.
+// duties resumed. When ctx ends first, they are the new agent's, and conn stays open until
+// Close: there are requests under way.
 func (h *Handover) serve(ctx context.Context, conn *net.UnixConn, duties Duties) error {
-	told := false // that the duties are the new agent's
-	defer func() {
-		if ctx.Err() != nil && told {
-			h.next = conn // until Close: there are requests under way
-		} else {
-			_ = conn.Close() // the new agent may have done so
-		}
-	}()
+	offered, told := false, false // told that the duties are the new agent's
 	defer func() {
 		if ctx.Err() != nil {
 			duties.Release()
+			if offered && (told || confirmUnasked(conn) == nil) {
+				h.next = conn
+				h.handedOver.Store(true)
+				return
+			}
 		}
+		_ = conn.Close() // the new agent may have done so
 	}()
 	defer expire(ctx, conn)()
 	if err := checkPeer(conn); err != nil {
@@ -126,6 +125,7 @@ func (h *Handover) serve(ctx context.Context, conn *net.UnixConn, duties Duties)
 	if err := h.offer(conn, duties); err != nil {
 		return fmt.Errorf("offering the listeners: %w", err)
 	}
+	offered = true
 	request, tokens, err := readPacket(conn)
 	defer tokens.Close() //nolint:errcheck // nil, or closed when they were sent
 	switch {
@@ -163,6 +163,14 @@ func (h *Handover) serve(ctx context.Context, conn *net.UnixConn, duties Duties)
 		return err
 	}
 	return errors.New("it exited after it had taken over")
+}
+
+// confirmUnasked tells a new agent that did not ask for the duties yet that they are its own.
+func confirmUnasked(conn *net.UnixConn) error {
+	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
+	return writePacket(conn, dutiesReleased, nil)
 }
 
 // offer sends the listeners and the lock.

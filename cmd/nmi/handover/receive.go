@@ -127,6 +127,9 @@ func (h *Handover) keep(name string, file *os.File) error {
 	return nil
 }
 
+// Succeeds reports whether another agent ran on this node when Receive was called.
+func (h *Handover) Succeeds() bool { return h.conn != nil }
+
 // Inherit returns the listener of that name from the agent that ran before, for the
 // caller to close; nil if none came, or one with another address or port.
 func (h *Handover) Inherit(name string, addr netip.AddrPort) *net.TCPListener {
@@ -148,8 +151,9 @@ func (h *Handover) closeInherited() {
 // Acquire takes over from the agent that ran before: it waits until this agent is ready
 // to serve, then until the other has released its duties, and then calls restore with
 // each packet of its tokens, if that one sends any. Then the duties are this agent's. They
-// are at once where there is no other agent, or where it exits meanwhile. Acquire returns
-// ctx's error when ctx ends. Listeners that were not inherited by then are closed.
+// are at once where there is no other agent, or where it exits or is told to meanwhile.
+// Acquire returns ctx's error when ctx ends. Listeners that were not inherited by then are
+// closed.
 func (h *Handover) Acquire(ctx context.Context, ready <-chan struct{}, restore func(packet []byte) error) error {
 	if h.conn == nil {
 		return nil
@@ -161,6 +165,8 @@ func (h *Handover) Acquire(ctx context.Context, ready <-chan struct{}, restore f
 	h.closeInherited() // so that their ports are free when the other agent has exited
 	select {
 	case <-ready:
+	case <-h.released:
+		return nil
 	case <-h.exited:
 		return nil
 	case <-ctx.Done():

@@ -22,8 +22,10 @@ const (
 	// FrontPort is the name of the listener at which pods' connections arrive.
 	FrontPort = "nmi-port"
 
-	endOfOffer     = "that is all"
-	requestDuties  = "take"
+	endOfOffer    = "that is all"
+	requestDuties = "take"
+	// dutiesReleased confirms a request, or comes without one from an agent that is told to
+	// end. One that has not asked, and does not know that, asks all the same when it is ready.
 	dutiesReleased = "taken"
 	// requestOtherPort is requestDuties from an agent whose pods' port is another. Until
 	// its redirect is in place, connections come to the old port, and are accepted there.
