@@ -25,6 +25,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -83,7 +84,9 @@ type Server struct {
 	http         *http.Server
 	reverseProxy *httputil.ReverseProxy
 	log          *slog.Logger
-	draining     atomic.Bool // see SetDraining
+	draining     atomic.Bool // see setDraining
+	drainingMu   sync.Mutex  // guards stopping, and the writing of draining
+	stopping     bool        // the context of Serve has ended
 
 	logLimit logLimit
 	conns    *listener.Limiter
@@ -161,7 +164,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		return err
 	case <-ctx.Done():
 	}
-	s.SetDraining(true)
+	s.setDraining(true, true)
 	s.front.stop()
 	select {
 	case <-s.conns.Drain():
@@ -200,5 +203,12 @@ func (s *Server) FastPathRequests() uint64 { return s.fastPathRequests.Load() }
 
 // SetDraining makes the server close each connection with its next response, so that
 // clients connect again and reach another server that accepts from the same socket; or,
-// with false, keep connections open again.
-func (s *Server) SetDraining(draining bool) { s.draining.Store(draining) }
+// with false, keep connections open again, unless Serve is stopping.
+func (s *Server) SetDraining(draining bool) { s.setDraining(draining, false) }
+
+func (s *Server) setDraining(draining, stopping bool) {
+	s.drainingMu.Lock()
+	defer s.drainingMu.Unlock()
+	s.stopping = s.stopping || stopping
+	s.draining.Store(draining || s.stopping)
+}
