@@ -135,14 +135,14 @@ func observeServer(meter metric.Meter, server *proxy.Server) error {
 		count(meter, "connections.ended", "Connections closed in favour of others", func() uint64 { return server.Connections().Evicted }))
 }
 
-// observeIMDS exports whether IMDS answers.
+// observeIMDS exports whether IMDS answers, and whether all of its limits are this agent's.
 func observeIMDS(meter metric.Meter, source *upstream.Upstream) error {
-	_, err := meter.Int64ObservableGauge("imds.unavailable", metric.WithDescription("1 while IMDS gives no tokens, else 0"),
-		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-			o.Observe(oneIf(source.Unavailable() != nil))
-			return nil
-		}))
-	return err
+	flag := func(name, description string, is func() bool) error {
+		return gauge(meter, name, description, func() int { return int(oneIf(is())) })
+	}
+	return errors.Join(
+		flag("imds.unavailable", "1 while IMDS gives no tokens, else 0", func() bool { return source.Unavailable() != nil }),
+		flag("imds.shared", "1 while another agent of the node has half of the limits on requests to IMDS, else 0", source.Shared))
 }
 
 // observeTokens exports the counts of the cache and of its fetches.

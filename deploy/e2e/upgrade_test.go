@@ -109,11 +109,18 @@ func TestUpgradeKeepsIMDSLimits(t *testing.T) {
 	world.IMDS.Reset()
 	ask("old")
 	require.Eventually(t, func() bool { return atOnce() == upstream.DefaultAtOnce }, patience, time.Millisecond)
-	s.successor()
+	next := s.successor()
 	ask("new")
+	_, text := next.Ready(t.Context())
+	const beside = "the agent that this one took over from still runs"
+	assert.Contains(t, text, beside)
+	assert.Equal(t, 1, s.metric("nmi_imds_shared"))
 	asking.Wait()
 	assert.Equal(t, upstream.DefaultAtOnce, atOnce())
 	s.stops(a)
+	require.Eventually(t, func() bool { return s.metric("nmi_imds_shared") == 0 }, patience, 10*time.Millisecond)
+	_, text = next.Ready(t.Context())
+	assert.NotContains(t, text, beside)
 }
 
 // otherBinary names the variable with the path of an older agent's binary.

@@ -20,6 +20,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"sync/atomic"
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
@@ -69,7 +70,8 @@ type Upstream struct {
 	entra     *entra
 	// Two, so that fetches which hang at Entra delay none from IMDS.
 	imdsLimiter, entraLimiter slotLimiter
-	perSecond, atOnce         int // of each, see Share
+	perSecond, atOnce         int         // of each, see Share
+	shared                    atomic.Bool // see Share
 
 	outage    outage
 	spellings spellings
@@ -127,6 +129,7 @@ func (u *Upstream) PauseUntil(until time.Time) { u.imdsLimiter.PauseUntil(until)
 // other half. At least one request at a time stays. It returns when no more requests to IMDS are
 // in flight than that, or when ctx ends; none is for longer than 10 s.
 func (u *Upstream) Share(ctx context.Context) {
+	u.shared.Store(true)
 	u.setLimits(max(1, u.perSecond/2), max(1, u.atOnce/2))
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
@@ -134,7 +137,13 @@ func (u *Upstream) Share(ctx context.Context) {
 }
 
 // Unshare restores the limits.
-func (u *Upstream) Unshare() { u.setLimits(u.perSecond, u.atOnce) }
+func (u *Upstream) Unshare() {
+	u.shared.Store(false)
+	u.setLimits(u.perSecond, u.atOnce)
+}
+
+// Shared reports whether the limits are halved now.
+func (u *Upstream) Shared() bool { return u.shared.Load() }
 
 func (u *Upstream) setLimits(perSecond, atOnce int) {
 	u.imdsLimiter.SetLimits(perSecond, atOnce)

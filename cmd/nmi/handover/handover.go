@@ -48,13 +48,18 @@ type Handover struct {
 	released  chan struct{}               // closed when it has released its duties
 	exited    chan struct{}               // closed when it has exited
 
-	next       *net.UnixConn          // the agent that has the duties, once this one has been told to end
-	handedOver atomic.Bool            // a new agent has the duties
-	lastError  atomic.Pointer[string] // why no agent can take over; nil when one can
+	next        *net.UnixConn          // the agent that has the duties, once this one has been told to end
+	predecessor atomic.Bool            // the agent that ran before has not exited
+	handedOver  atomic.Bool            // a new agent has the duties
+	lastError   atomic.Pointer[string] // why no agent can take over; nil when one can
 }
 
 // aLongTimeAgo is a deadline that has passed.
 var aLongTimeAgo = time.Unix(1, 0)
+
+// beside is what an operator should know of two agents, in /readyz and in the log.
+const beside = "the agent that this one took over from still runs, and until it exits each of them uses half of what Azure " +
+	"allows, and no other can take over: if this is no upgrade under way, two DaemonSets run agents on this node: delete one"
 
 var errPrivate = errors.New("--handover-dir is in the file system of this container, which no other pod sees: " +
 	"mount a hostPath of the node there, as deploy/manifests/daemonset.yaml does; until then pods are refused during an upgrade")
@@ -72,6 +77,8 @@ func New(dir string, log *slog.Logger) *Handover {
 // Status is what an operator should know of takeovers, a sentence; "" for nothing.
 func (h *Handover) Status() string {
 	switch lastError := h.lastError.Load(); {
+	case h.predecessor.Load():
+		return beside
 	case h.handedOver.Load():
 		return "another agent has taken over; this one resumes if that agent exits"
 	case lastError != nil:

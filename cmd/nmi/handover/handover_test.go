@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -296,6 +297,32 @@ func TestAcquireEnds(t *testing.T) {
 	}
 	old.Close()
 	next.does("resume")
+}
+
+// Nobody stops the agent that ran before: two DaemonSets run on this node.
+func TestPredecessorThatStays(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		var log testlog.Buffer
+		h := New(dir, log.Logger())
+		h.conn, h.exited = new(net.UnixConn), make(chan struct{})
+		assert.Empty(t, h.Status(), "which does not serve yet")
+		began, exited := time.Now(), make(chan bool)
+		go func() { exited <- h.awaitExit(t.Context()) }()
+		synctest.Wait()
+		assert.Contains(t, h.Status(), "two DaemonSets")
+		for _, tc := range []struct {
+			after time.Duration
+			lines int
+		}{{0, 0}, {exitPatience - time.Second, 0}, {exitPatience, 1}, {exitReminder, 1}, {exitPatience + exitReminder, 2}} {
+			time.Sleep(time.Until(began.Add(tc.after)))
+			synctest.Wait()
+			assert.Equal(t, tc.lines, strings.Count(log.String(), "two DaemonSets"), tc.after)
+		}
+		close(h.exited)
+		assert.True(t, <-exited)
+		assert.Empty(t, h.Status())
+	})
 }
 
 // One that is killed confirms nothing.

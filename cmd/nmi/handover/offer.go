@@ -14,6 +14,11 @@ import (
 const (
 	firstRetry = time.Second
 	maxRetry   = time.Minute
+
+	// exitPatience is for the agent that ran before to exit: longer than a rolling update
+	// leaves it beside a pod that is ready (minReadySeconds), and than that takes to end.
+	exitPatience = 10 * time.Minute
+	exitReminder = 6 * time.Hour
 )
 
 // Duties are what one agent of a node does at a time, and what it hands to the next.
@@ -37,9 +42,7 @@ type Duties struct {
 // take over, until ctx ends. It reports whether another agent has the duties then. They
 // have been released if there is another agent that could have them.
 func (h *Handover) Offer(ctx context.Context, duties Duties) (handedOver bool) {
-	select {
-	case <-h.exited:
-	case <-ctx.Done():
+	if !h.awaitExit(ctx) {
 		duties.Release()
 		return false
 	}
@@ -71,6 +74,27 @@ func (h *Handover) Offer(ctx context.Context, duties Duties) (handedOver bool) {
 		retry = min(2*retry, maxRetry)
 	}
 	return h.handedOver.Load()
+}
+
+// awaitExit waits until the agent that ran before has exited, and reports whether it has: it is
+// false when ctx ends first. An agent that nobody stops is logged, now and then.
+func (h *Handover) awaitExit(ctx context.Context) bool {
+	h.predecessor.Store(h.conn != nil)
+	defer h.predecessor.Store(false)
+	began := time.Now()
+	overdue := time.NewTimer(exitPatience)
+	defer overdue.Stop()
+	for {
+		select {
+		case <-h.exited:
+			return true
+		case <-ctx.Done():
+			return false
+		case <-overdue.C:
+			h.log.Warn(beside, "since", began.UTC().Format(time.RFC3339))
+			overdue.Reset(exitReminder)
+		}
+	}
 }
 
 // fails logs once why no agent can take over.
