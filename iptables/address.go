@@ -9,41 +9,55 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// loAddress returns lo, and the address as it is added there: one host, of scope host.
-func loAddress(addr netip.Addr) (netlink.Link, *netlink.Addr, error) {
+// addressLabel marks an address on lo as the agent's (IFA_LABEL; ip-address(8) demands that it
+// begins with the interface's name), so that cleanup finds it whatever Config.Address was.
+const addressLabel = "lo:nmi"
+
+func findLo() (netlink.Link, error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
-		return nil, nil, fmt.Errorf("finding lo: %w", err)
+		return nil, fmt.Errorf("finding lo: %w", err)
 	}
-	a, err := netlink.ParseAddr(netip.PrefixFrom(addr, addr.BitLen()).String())
-	if err != nil {
-		return nil, nil, fmt.Errorf("address %s: %w", addr, err)
-	}
-	a.Scope = unix.RT_SCOPE_HOST
-	return lo, a, nil
+	return lo, nil
 }
 
-// ensureAddress adds the address to lo if it is missing.
+// ensureAddress adds the address to lo, as that of one host and of scope host, if it is missing.
 func ensureAddress(addr netip.Addr) error {
-	lo, a, err := loAddress(addr)
+	lo, err := findLo()
 	if err != nil {
 		return err
 	}
+	a, err := netlink.ParseAddr(netip.PrefixFrom(addr, addr.BitLen()).String())
+	if err != nil {
+		return fmt.Errorf("address %s: %w", addr, err)
+	}
+	a.Scope, a.Label = unix.RT_SCOPE_HOST, addressLabel
 	if err = netlink.AddrAdd(lo, a); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("adding %s to lo: %w", addr, err)
 	}
 	return nil
 }
 
-// removeAddress removes the address from lo, and reports whether it was there.
-func removeAddress(addr netip.Addr) (bool, error) {
-	lo, a, err := loAddress(addr)
+// removeAddresses removes the agent's addresses from lo, and reports whether there were any: those
+// with its label, and the given one, which agents up to November 2026 have added without.
+func removeAddresses(unlabelled netip.Addr) (removed bool, err error) {
+	lo, err := findLo()
 	if err != nil {
 		return false, err
 	}
-	err = netlink.AddrDel(lo, a)
-	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-		return false, fmt.Errorf("removing %s from lo: %w", addr, err)
+	addresses, err := netlink.AddrList(lo, unix.AF_INET)
+	if err != nil {
+		return false, fmt.Errorf("listing the addresses of lo: %w", err)
 	}
-	return err == nil, nil
+	var all error
+	for _, a := range addresses {
+		if ip, _ := netip.AddrFromSlice(a.IP.To4()); a.Label != addressLabel && ip != unlabelled {
+			continue
+		}
+		removed = true
+		if err := netlink.AddrDel(lo, &a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			all = errors.Join(all, fmt.Errorf("removing %s from lo: %w", a.IP, err))
+		}
+	}
+	return removed, all
 }

@@ -83,8 +83,9 @@ func removeFrom(ctx context.Context, backend Backend, chains []chain) (removed b
 }
 
 // Cleanup removes the agent's chains and the jumps to them, from both backends, its
-// routing rules, and its address from lo. Finding nothing is success. Of the
-// configuration it uses Address and Logger alone.
+// routing rules, and its addresses from lo, whatever configuration they are from. Finding
+// nothing is success. It uses Address, for an address without the agent's label, and
+// Logger alone.
 //
 // The redirect goes first and the fences last: pods are refused until the end. Then they
 // reach the metadata service, and with it the node's identity.
@@ -101,7 +102,7 @@ func Cleanup(ctx context.Context, cfg Config) error {
 	}
 	nft, nftErr := removeFrom(ctx, NFT, ownChains)
 	legacy, legacyErr := removeFrom(ctx, Legacy, ownChains)
-	address, addressErr := removeAddress(cfg.Address)
+	address, addressErr := removeAddresses(cfg.Address)
 	routing, routingErr := removeRoutingFence()
 	if err := errors.Join(noCommands, nftErr, legacyErr, addressErr, routingErr); err != nil {
 		return err

@@ -69,8 +69,10 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	return a.serve(ctx)
 }
 
-// build makes the parts; none of them runs yet. It also writes the fences, before anything
-// else can end the start: one that fails leaves the node closed.
+// build makes the parts; none of them runs yet. It also locks the node, or finds the agent that
+// runs on it already, and then writes the fences, before anything else can end the start: one
+// that fails leaves the node closed. Whatever else has the lock is an agent, with its fences, or
+// cleanup, which is there to remove them.
 func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	a := &agent{cfg: cfg, log: log, handover: handover.New(cfg.handoverDir, log)}
 	cluster, clusterErr := connect(cfg, log)
@@ -79,6 +81,9 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	cfg.rules.Pods, cfg.links.Pods = a.resolver.Addresses, a.resolver.Addresses // which nothing asks for before Run
 	var err error
 	if a.rules, err = iptables.New(cfg.rules); err != nil {
+		return nil, err
+	}
+	if err := a.handover.Receive(ctx); err != nil {
 		return nil, err
 	}
 	if err := a.rules.Fence(ctx); err != nil {
@@ -128,9 +133,6 @@ func (a *agent) start(ctx context.Context) error {
 	running := context.WithoutCancel(ctx) // until stop: requests under way need it
 	if a.cfg.probeSocket != "" {
 		a.probeServer.Start(running)
-	}
-	if err := a.handover.Receive(ctx); err != nil {
-		return err
 	}
 	a.probes.adopt(a.handover.Inherit(flagProbePort, a.cfg.probes.addr))
 	a.metrics.adopt(a.handover.Inherit(flagPrometheusPort, a.cfg.metrics.addr))

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -27,9 +29,13 @@ func cleanupCommand(cfg *config) *cobra.Command {
 		Long: `cleanup removes, in this order, the redirect (the iptables chain aad-metadata), the
 rule of --block-wireserver (nmi-wireserver), the rules against floods (nmi-input and
 nmi-antispoof), the fences (the chain nmi-guard and the policy routing rules 10, 11
-and 12), and the agent's own address from lo; nothing else.
-Chains are removed from both iptables backends, with the jumps to them. With
---boot-guard-dir, as the agent was given it, the unit of the boot guard goes, too.
+and 12), and the agent's own addresses from lo; nothing else.
+Chains are removed from both iptables backends, with the jumps to them. The unit of
+the boot guard goes first: from --boot-guard-dir, or else from
+` + strings.Join(bootguard.Dirs, " and ") + `.
+
+What it removes it recognises by name, so that it needs none of the agent's flags but
+--handover-dir, and --boot-guard-dir where that was another one.
 
 Run it after the agent has been uninstalled. An agent that runs would write its rules
 again: cleanup waits for its end, and fails after ` + agentExit.String() + `. Pods are refused until the last
@@ -56,12 +62,24 @@ the identity of the node.`,
 // cleanUp removes all that it can. The boot guard goes first: a boot in between leaves the
 // node without rules, as cleanup does.
 func cleanUp(ctx context.Context, cfg *config, log *slog.Logger) error {
-	var guardErr error
-	if cfg.bootGuardDir != "" {
-		var removed bool
-		if removed, guardErr = bootguard.Remove(cfg.bootGuardDir); removed {
-			log.InfoContext(ctx, "boot guard removed", "unit", bootguard.Unit, "directory", cfg.bootGuardDir)
+	guardErr := removeBootGuard(ctx, cfg, log)
+	return errors.Join(guardErr, iptables.Cleanup(ctx, iptables.Config{Address: cfg.rules.Address, Logger: log}))
+}
+
+// removeBootGuard removes the unit from --boot-guard-dir, or else from wherever it may be.
+func removeBootGuard(ctx context.Context, cfg *config, log *slog.Logger) (all error) {
+	dirs, optional := []string{cfg.bootGuardDir}, false
+	if cfg.bootGuardDir == "" {
+		dirs, optional = bootguard.Dirs, true
+	}
+	for _, dir := range dirs {
+		removed, err := bootguard.Remove(dir)
+		if removed {
+			log.InfoContext(ctx, "boot guard removed", "unit", bootguard.Unit, "directory", dir)
+		}
+		if !optional || !errors.Is(err, fs.ErrNotExist) {
+			all = errors.Join(all, err)
 		}
 	}
-	return errors.Join(guardErr, iptables.Cleanup(ctx, iptables.Config{Address: cfg.rules.Address, Logger: log}))
+	return all
 }

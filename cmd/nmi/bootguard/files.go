@@ -52,10 +52,15 @@ func install(dir, content string) (written bool, err error) {
 	return written, explain(dir, err)
 }
 
+// Dirs are where the node's directory of units is if nobody says otherwise: on the node itself,
+// and in a container of the chart's.
+var Dirs = []string{"/etc/systemd/system", "/host/etc/systemd/system"}
+
 // Remove removes the unit and its symlink from the node's directory of units, and reports
 // whether there were any. What the agent has not written stays, and is no error. The
 // commands of a unit that has run stay in effect; systemd forgets it at the next boot, or
-// with "systemctl daemon-reload".
+// with "systemctl daemon-reload". A directory that does not exist is an error that wraps
+// fs.ErrNotExist.
 func Remove(dir string) (removed bool, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -70,14 +75,17 @@ func Remove(dir string) (removed bool, err error) {
 	if err != nil && !errors.Is(err, errForeign) {
 		return false, explain(dir, err)
 	}
-	var linkErr, unitErr error
+	var tempErr, linkErr, unitErr error
+	if _, err := root.Lstat(tempName); err == nil { // of an agent that was killed while it wrote
+		tempErr = root.Remove(tempName)
+	}
 	if enabled {
 		linkErr = root.Remove(linkName)
 	}
 	if present != "" {
 		unitErr = root.Remove(Unit)
 	}
-	return enabled || present != "", explain(dir, errors.Join(linkErr, unitErr))
+	return enabled || present != "", explain(dir, errors.Join(tempErr, linkErr, unitErr))
 }
 
 // open opens a directory of units that a boot reads.
