@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -19,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/proxy/upstream"
 )
 
 // stuck starts a successor that finds no API server, and waits until it has been
@@ -92,6 +95,67 @@ func TestSuccessorThatCannotSync(t *testing.T) {
 	assert.NotContains(t, stuck.Log(), "iptables rules put in place")
 	assert.NotContains(t, stuck.Log(), "listening")
 	l.losesNothing(t)
+}
+
+// TestPredecessorFails has the old agent fail at each step of a takeover, in each way. The new one
+// is alone then: it keeps the rules, and nothing reaches IMDS past it meanwhile, see begin.
+func TestPredecessorFails(t *testing.T) {
+	for _, step := range []struct {
+		name  string
+		start func(*scenario, *pod) *testbed.Agent // of the new agent, up to the step
+	}{
+		{"while the new one syncs", func(s *scenario, _ *pod) *testbed.Agent { return s.stuck() }},
+		{"while it waits for IMDS to release its duties", func(s *scenario, p *pod) *testbed.Agent {
+			world.IMDS.SetLatency(3 * time.Second)
+			s.t.Cleanup(func() { world.IMDS.SetLatency(imdsLatency) })
+			var asking sync.WaitGroup
+			s.t.Cleanup(asking.Wait)
+			for i := range upstream.DefaultAtOnce { // answered by nobody, if it is killed
+				asking.Go(func() { p.asks(fmt.Sprintf("https://unanswered-%d.example", i)) })
+			}
+			require.Eventually(s.t, func() bool { atOnce, _ := world.IMDS.Peak(); return atOnce == upstream.DefaultAtOnce }, patience, time.Millisecond)
+			next := s.agentNotReady()
+			s.says(next, "in sync with the API server")
+			return next
+		}},
+		{"when it has released them", func(s *scenario, _ *pod) *testbed.Agent { return s.successor() }},
+	} {
+		for name, fail := range map[string]func(*scenario, *testbed.Agent){
+			"killed":      func(s *scenario, old *testbed.Agent) { require.NoError(s.t, old.Kill()) },
+			"told to end": func(s *scenario, old *testbed.Agent) { require.NoError(s.t, old.Signal(syscall.SIGTERM)) },
+			"frozen, and killed for it": func(s *scenario, old *testbed.Agent) { // by the liveness probe
+				require.NoError(s.t, old.Signal(syscall.SIGSTOP))
+				code, _ := s.probes(old, "live")
+				assert.Equal(s.t, 1, code)
+				require.NoError(s.t, old.Kill())
+			},
+		} {
+			t.Run(step.name+" "+name, func(t *testing.T) {
+				s := begin(t)
+				t.Cleanup(func() { s.nmi("cleanup") })
+				p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+				old, err := testbed.StartAgent(world.Kubeconfig)
+				require.NoError(t, err)
+				require.NoError(t, old.AwaitReady(t.Context()))
+				next := step.start(s, p)
+				fail(s, old)
+				s.says(next, "listening")
+				s.repairs()
+				select {
+				case <-old.Done():
+				case <-time.After(patience):
+					require.Fail(t, "the old agent has not ended", old.Log())
+				}
+				assert.NotContains(t, next.Log(), "panic")
+				if strings.Contains(next.Log(), "in sync with the API server") {
+					require.NoError(t, next.AwaitReady(t.Context()))
+					assert.Equal(t, cart.ClientID, p.asks(vault).subject)
+				}
+				require.NoError(t, next.Kill())
+				assert.NotEqual(t, 200, p.asks(vault).status, "nobody is there")
+			})
+		}
+	}
 }
 
 func TestFrozenSuccessor(t *testing.T) {
