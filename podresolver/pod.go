@@ -105,13 +105,13 @@ func (p *Pod) Identities() iter.Seq[Identity] { return slices.Values(p.identitie
 // binding, or ErrMultipleIdentities. Other errors are ErrNotAssigned, or wrap ErrNoIdentity and
 // tell an operator the reason.
 func (p *Pod) Identity(want Selector) (Identity, error) {
-	if id, ok := want.selectFrom(p.identities); ok {
+	if id := want.selectFrom(p.identities); id != nil {
 		if p.strict && want == (Selector{}) && len(p.identities) > 1 {
 			return Identity{}, ErrMultipleIdentities
 		}
-		return id, nil
+		return *id, nil
 	}
-	if id, ok := want.selectFrom(p.pending); ok {
+	if id := want.selectFrom(p.pending); id != nil {
 		return Identity{}, fmt.Errorf("%w: AzureIdentity %s/%s", ErrNotAssigned, id.Namespace, id.Name)
 	}
 	switch {
@@ -160,19 +160,20 @@ func (want Selector) String() string {
 	}
 }
 
-// selectFrom returns the named identity, or the first if none is named.
-func (want Selector) selectFrom(from []Identity) (Identity, bool) {
+// selectFrom returns the named identity, or the first if none is named; nil if there is no such.
+func (want Selector) selectFrom(from []Identity) *Identity {
 	// An AzureIdentity has no object ID. The old NMI ignored the parameter, and returned the
 	// default identity for any object ID.
 	if want.ObjectID != "" {
-		return Identity{}, false
+		return nil
 	}
-	for _, id := range from {
+	for i := range from {
+		id := &from[i]
 		if want == (Selector{}) ||
 			want.ClientID != "" && strings.EqualFold(id.ClientID, want.ClientID) ||
 			want.ResourceID != "" && strings.EqualFold(id.ResourceID, want.ResourceID) {
-			return id, true
+			return id
 		}
 	}
-	return Identity{}, false
+	return nil
 }

@@ -44,47 +44,46 @@ func (s *Server) fastPath(c *listener.Conn, timeout time.Duration) (handOver boo
 			return true
 		}
 		c.AwaitTurn()
-		token := s.tokenInMemory(c, head.req)
+		token, at := s.tokenInMemory(c, head.req)
 		if token == nil {
 			return true
 		}
 		s.fastPathRequests.Add(1)
 		last := head.last || s.draining.Load() // which may have begun while the request was held back
-		if s.respond(c, token, last) != nil || last {
+		if s.respond(c, token, last, at) != nil || last {
 			_ = c.Close()
 			return false
 		}
 	}
 }
 
-// tokenInMemory is token for a request with a known head. It returns nil for what token would
-// have to wait, and for what it would refuse or pass through.
-func (s *Server) tokenInMemory(c *listener.Conn, req tokenRequest) *tokencache.Token {
+// tokenInMemory is token for a request with a known head, and also returns when it looked. It
+// returns nil for what token would have to wait, and for what it would refuse or pass through.
+func (s *Server) tokenInMemory(c *listener.Conn, req tokenRequest) (token *tokencache.Token, at time.Time) {
 	pod, err := s.resolve(now, c.Caller(), c)
 	if err != nil || pod.Exception() != "" {
-		return nil
+		return nil, at
 	}
-	token, auxiliary, err := s.tokens(now, pod, c.Caller(), req)
+	token, auxiliary, at, err := s.tokens(now, pod, c.Caller(), req)
 	if err != nil || len(auxiliary) > 0 {
-		return nil
+		return nil, at
 	}
-	return token
+	return token, at
 }
 
 // respond writes the response with a token that http.Server would write, byte for byte.
-func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool) error {
+func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool, at time.Time) error {
 	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is put there
 	defer putBuffer(buffer)
 	const maxHeader = 256
-	now := time.Now()
-	b := appendToken((*buffer)[:maxHeader], token, now)
+	b := appendToken((*buffer)[:maxHeader], token, at)
 	*buffer = b
 
 	var header [maxHeader]byte
 	h := append(header[:0], "HTTP/1.1 200 OK\r\nContent-Length: "...)
 	h = strconv.AppendInt(h, int64(len(b)-maxHeader), 10)
 	h = append(h, "\r\nContent-Type: "+contentType+"\r\nDate: "...)
-	h = append(h, s.date.format(now)...)
+	h = append(h, s.date.format(at)...)
 	if last {
 		h = append(h, "\r\nConnection: close"...)
 	}
@@ -109,7 +108,7 @@ func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokenc
 	serve := func() {
 		last := s.draining.Load()
 		switch {
-		case s.respond(c, token, last) != nil || last:
+		case s.respond(c, token, last, time.Now()) != nil || last:
 			_ = c.Close()
 		case mine:
 			s.front.serve(c, idleTimeout)

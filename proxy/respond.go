@@ -70,19 +70,20 @@ func putBuffer(buffer *[]byte) {
 // appendToken appends the eight fields in IMDS's order, all of them strings: some
 // SDKs cannot read numbers, none needs them.
 func appendToken(b []byte, t *tokencache.Token, now time.Time) []byte {
+	seconds := now.Unix()
 	b = append(b, `{"access_token":"`...)
 	b = append(b, t.AccessToken...) // a b64token: nothing to escape
 	b = append(b, `","client_id":`...)
 	b = appendString(b, t.ClientID)
-	b = append(b, `,"expires_in":`...)
-	b = appendSeconds(b, t.ExpiresOn.Unix()-now.Unix())
-	b = append(b, `,"expires_on":`...)
+	b = append(b, `,"expires_in":"`...)
+	b = appendSeconds(b, t.ExpiresOn.Unix()-seconds)
+	b = append(b, `","expires_on":"`...)
 	b = appendSeconds(b, t.ExpiresOn.Unix())
-	b = append(b, `,"ext_expires_in":`...)
-	b = appendSeconds(b, t.ExtExpiresOn.Unix()-now.Unix())
-	b = append(b, `,"not_before":`...)
+	b = append(b, `","ext_expires_in":"`...)
+	b = appendSeconds(b, t.ExtExpiresOn.Unix()-seconds)
+	b = append(b, `","not_before":"`...)
 	b = appendSeconds(b, t.NotBefore.Unix())
-	b = append(b, `,"resource":`...)
+	b = append(b, `","resource":`...)
 	b = appendString(b, t.Resource)
 	b = append(b, `,"token_type":`...)
 	b = appendString(b, t.TokenType)
@@ -121,18 +122,22 @@ func (d *httpDate) format(now time.Time) string {
 	return last.text
 }
 
-// appendSeconds appends n as a JSON string; 0 if it is negative.
-func appendSeconds(b []byte, n int64) []byte {
-	b = append(b, '"')
-	b = strconv.AppendInt(b, max(n, 0), 10)
-	return append(b, '"')
-}
+// appendSeconds appends n; 0 if it is negative.
+func appendSeconds(b []byte, n int64) []byte { return strconv.AppendInt(b, max(n, 0), 10) }
+
+// unescaped has the bytes that a JSON string may have as they are: printable ASCII but the quotation mark and the backslash.
+var unescaped = func() (table [256]bool) {
+	for c := byte(' '); c <= '~'; c++ {
+		table[c] = c != '"' && c != '\\'
+	}
+	return table
+}()
 
 // appendString appends s as a JSON string. It is fast for strings with nothing to escape, such
 // as IDs.
 func appendString(b []byte, s string) []byte {
 	for i := range len(s) {
-		if c := s[i]; c < 0x20 || c > 0x7e || c == '"' || c == '\\' {
+		if !unescaped[s[i]] {
 			quoted, err := json.Marshal(s)
 			if err != nil { // a string cannot fail
 				panic(err)

@@ -1,10 +1,12 @@
 package proxy
 
 import (
+	"encoding/json"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/tokencache"
 )
@@ -22,5 +24,14 @@ func TestExpiresIn(t *testing.T) {
 		want := `{"access_token":"a.b","client_id":"\"quoted\"","expires_in":"` + left[0] + `","expires_on":"1800003600","ext_expires_in":"` + left[1] +
 			`","not_before":"1800000000","resource":"r\\\n` + "\x7f\u00e9" + `","token_type":"Bearer"}`
 		assert.Equal(t, want, string(appendToken(nil, token, made.Add(later))), "%s later", later)
+	}
+}
+
+func TestAppendString(t *testing.T) {
+	for c := range rune(0x100) {
+		want := "a" + string(c) + "b"
+		var got string
+		require.NoError(t, json.Unmarshal(appendString(nil, want), &got), "%q", c)
+		assert.Equal(t, want, got)
 	}
 }

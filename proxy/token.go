@@ -36,7 +36,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	}
 	head, known := s.heads.of(conn, r, req)
 	r.Header = nil // from here on the request may wait, and holds no more memory than its query
-	token, auxiliary, err := s.tokens(r.Context(), pod, addr, req)
+	token, auxiliary, _, err := s.tokens(r.Context(), pod, addr, req)
 	if err != nil {
 		return err
 	}
@@ -52,29 +52,31 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 }
 
 // tokens decides which identity a pod's request gets, and returns its token, and those of
-// auxiliary tenants. The pod must be the one that the caller's address was resolved to just now.
-func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.Addr, req tokenRequest) (token *tokencache.Token, auxiliary []*tokencache.Token, err error) {
+// auxiliary tenants, and when it looked for them: to read the clock takes as long as to find a token
+// in memory. The pod must be the one that the caller's address was resolved to just now.
+func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.Addr, req tokenRequest) (token *tokencache.Token, auxiliary []*tokencache.Token, at time.Time, err error) {
 	identity, err := s.cfg.Pods.Identity(ctx, caller, pod, req.selector)
 	if err != nil {
-		return nil, nil, fmt.Errorf("pod %s: %w", pod, err)
+		return nil, nil, at, fmt.Errorf("pod %s: %w", pod, err)
 	}
-	token, err = s.cached(ctx, keyOf(identity, req.resource), caller, req)
-	if err == nil {
+	at = time.Now() // not before: the identity may have been waited for
+	token, err = s.cached(ctx, keyOf(identity, req.resource), caller, req, at)
+	if err == nil && identity.Principal != nil {
 		auxiliary, err = s.auxiliary(ctx, identity, caller, req)
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
+		return nil, nil, at, fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
 	}
 	if s.log.Enabled(ctx, slog.LevelDebug) { // boxing the arguments costs more than the lookup
 		s.log.DebugContext(ctx, "token", "pod", pod, "identity", identity.Name, "resource", req.resource)
 	}
-	return token, auxiliary, nil
+	return token, auxiliary, at, nil
 }
 
 // cached returns the token from memory, unless the request is for a new one. If the
 // AzureIdentity has a resource ID only, just the token tells its client ID, which may be
 // one that is withheld from pods: then it is not returned.
-func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, req tokenRequest) (token *tokencache.Token, err error) {
+func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, req tokenRequest, at time.Time) (token *tokencache.Token, err error) {
 	switch {
 	case req.bypassCache:
 		token, err = s.cfg.Tokens.Renew(ctx, key, caller, nil)
@@ -84,7 +86,7 @@ func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Ad
 			return strings.EqualFold(req.refreshSHA256, hex.EncodeToString(sum[:]))
 		})
 	default:
-		token, err = s.cfg.Tokens.Get(ctx, key, caller)
+		token, err = s.cfg.Tokens.GetAt(ctx, key, caller, at)
 	}
 	if err != nil {
 		return nil, err
@@ -113,7 +115,7 @@ func (s *Server) checkHeaders(r *http.Request) error {
 func (s *Server) auxiliary(ctx context.Context, id podresolver.Identity, caller netip.Addr, req tokenRequest) ([]*tokencache.Token, error) {
 	var tokens []*tokencache.Token
 	for i, key := range auxiliaryKeys(id, req.resource) {
-		token, err := s.cached(ctx, key, caller, req)
+		token, err := s.cached(ctx, key, caller, req, time.Now())
 		if err != nil {
 			return nil, fmt.Errorf("auxiliary tenant %s: %w", id.Principal.AuxiliaryTenantIDs[i], err)
 		}

@@ -101,7 +101,11 @@ func newLRU[K comparable, V any](size int) *simplelru.LRU[K, V] {
 // ctx that has ended already, Get returns only a token that it need not wait for, and its
 // error has no effect.
 func (c *Cache) Get(ctx context.Context, key Key, caller netip.Addr) (*Token, error) {
-	now := time.Now()
+	return c.GetAt(ctx, key, caller, time.Now())
+}
+
+// GetAt is Get for a caller that has just read the clock, which takes as long as the rest.
+func (c *Cache) GetAt(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*Token, error) {
 	c.mu.Lock()
 	e, loading, err := c.getLocked(ctx, key, caller, now)
 	c.mu.Unlock()
@@ -120,7 +124,7 @@ func (c *Cache) Get(ctx context.Context, key Key, caller netip.Addr) (*Token, er
 // getLocked returns the valid entry of the key, what to wait for, or both: then the entry
 // is for the case that the refresh fails or takes long.
 func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*entry, *loading, error) {
-	e := c.lookupLocked(key, now)
+	e, freshness := c.lookupLocked(key, now)
 	if e == nil {
 		if ctx.Err() != nil {
 			return nil, nil, ctx.Err()
@@ -133,7 +137,7 @@ func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now t
 		return nil, l, err
 	}
 	e.addUser(caller)
-	switch e.freshness(now) {
+	switch freshness {
 	case expiring:
 		if ctx.Err() != nil {
 			return nil, nil, ctx.Err()
@@ -156,13 +160,15 @@ func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now t
 	return e, nil, nil
 }
 
-// lookupLocked returns the valid entry of the key, now the most recently used one; nil if
-// there is none.
-func (c *Cache) lookupLocked(key Key, now time.Time) *entry {
-	if e, ok := c.entries.Get(key); ok && e.freshness(now) != expired {
-		return e
+// lookupLocked returns the valid entry of the key, now the most recently used one, and how
+// fresh it is; nil if there is none.
+func (c *Cache) lookupLocked(key Key, now time.Time) (*entry, freshness) {
+	if e, ok := c.entries.Get(key); ok {
+		if f := e.freshness(now); f != expired {
+			return e, f
+		}
 	}
-	return nil
+	return nil, expired
 }
 
 // refusedLocked says why a key without a token is not fetched.
@@ -197,7 +203,7 @@ func (c *Cache) waitForRefresh(ctx context.Context, e *entry, l *loading, now ti
 func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace func(*Token) bool) (*Token, error) {
 	if replace != nil {
 		c.mu.Lock()
-		e := c.lookupLocked(key, time.Now())
+		e, _ := c.lookupLocked(key, time.Now())
 		c.mu.Unlock()
 		if e != nil && !replace(e.token) {
 			return c.Get(ctx, key, caller)
@@ -219,7 +225,7 @@ func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace f
 // renewLocked joins or starts a renewal, and returns nil if it is too early for one.
 func (c *Cache) renewLocked(key Key, caller netip.Addr, now time.Time) (*loading, error) {
 	id := callID{Key: key, renewal: true}
-	e := c.lookupLocked(key, now)
+	e, _ := c.lookupLocked(key, now)
 	if e == nil {
 		if err := c.refusedLocked(key, now); err != nil {
 			return nil, err

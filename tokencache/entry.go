@@ -45,6 +45,7 @@ type entry struct {
 	owner      netip.Addr // whose fetch brought the key's first token
 
 	users     map[netip.Addr]struct{} // callers that were given the key's token; kept when it is refreshed
+	lastUser  netip.Addr              // one of users; most keys have no other
 	demanded  bool                    // given to a caller when it was due
 	notBefore time.Time               // no refresh before that
 	failures  int                     // refreshes in a row
@@ -145,7 +146,8 @@ const maxUsers = 250
 
 // addUser notes a caller that is given the token.
 func (e *entry) addUser(caller netip.Addr) {
-	if caller.IsValid() && caller != refresher && len(e.users) < maxUsers {
+	if caller != e.lastUser && caller.IsValid() && caller != refresher && len(e.users) < maxUsers {
 		e.users[caller] = struct{}{}
+		e.lastUser = caller
 	}
 }

@@ -133,6 +133,8 @@ func TestUsersThatAreGoneAreRemoved(t *testing.T) {
 	node.leave(bob)
 	assert.False(t, c.wanted(e))
 	assert.Empty(t, e.users)
+	e.addUser(bob)
+	assert.Len(t, e.users, 1, "one that comes back is noted again")
 	e.demanded = true
 	assert.True(t, c.wanted(e))
 }

@@ -107,6 +107,7 @@ func (c *Cache) wanted(e *entry) bool {
 	for _, user := range gone {
 		delete(e.users, user)
 	}
+	e.lastUser = netip.Addr{} // it may be among those
 	return len(gone) < len(users)
 }
 
