@@ -84,7 +84,7 @@ func (c *config) complete() error {
 	for _, e := range []endpoint{c.front, c.probes, c.metrics} {
 		port := e.addr.Port()
 		if other := ports[port]; other != "" {
-			return fmt.Errorf("--%s and --%s are both %d: choose two", other, e.flag, port)
+			return fmt.Errorf("--%s and --%s are both %d: choose different ports", other, e.flag, port)
 		}
 		ports[port] = e.flag
 	}

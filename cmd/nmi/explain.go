@@ -40,7 +40,7 @@ agent answers; and with flags that are not the agent's. Where no agent answers, 
 the agent's flags: --operation-mode is required then.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 || strings.Count(args[0], "/") != 1 || strings.HasPrefix(args[0], "/") || strings.HasSuffix(args[0], "/") {
-				return errors.New("explain takes one argument: <namespace>/<pod>")
+				return errors.New("explain takes one argument: <namespace>/<pod>, such as shop/cart-0")
 			}
 			return nil
 		},
@@ -64,6 +64,9 @@ the agent's flags: --operation-mode is required then.`,
 	}
 	resolving = pflag.NewFlagSet("", pflag.ContinueOnError)
 	c.addResolverFlags(resolving)
+	// The agent's default is none of explain's.
+	mode := resolving.Lookup(flagOperationMode)
+	mode.DefValue, mode.Usage = "", mode.Usage+"; required where no agent answers"
 	cmd.Flags().AddFlagSet(resolving)
 	c.addProbeSocket(cmd.Flags())
 	c.addLogFlags(cmd.Flags())
@@ -76,7 +79,7 @@ func explain(ctx context.Context, pod, socket string, cfg podresolver.Config, gi
 	agentCfg, askErr := agentConfig(ctx, socket)
 	switch {
 	case askErr != nil && !slices.Contains(given, flagOperationMode):
-		return "", fmt.Errorf("--%s is required where no agent can be asked: give the flags that the agents run with, or run this in an agent's pod (kubectl -n kube-system exec daemonset/nmi -- nmi explain %s): %w", flagOperationMode, pod, askErr)
+		return "", fmt.Errorf("%w. Run this in an agent's pod (kubectl -n kube-system exec daemonset/nmi -- nmi explain %s), or give --%s and the agents' other flags, to read the cluster from here", askErr, pod, flagOperationMode)
 	case askErr != nil:
 	case len(given) == 0 || reflect.DeepEqual(decisive(cfg), decisive(agentCfg)):
 		text, err := askAgent(ctx, socket, pod)

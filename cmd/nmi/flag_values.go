@@ -85,6 +85,20 @@ func (v *parsed[T]) Type() string {
 	return "value"
 }
 
+// verbosity is klog's level, with an error that says what it takes.
+type verbosity struct{ pflag.Value }
+
+// Set implements pflag.Value.
+func (v verbosity) Set(text string) error {
+	if v.Value.Set(text) != nil {
+		return fmt.Errorf("want a whole number; from %d on debug messages are logged", debugVerbosity)
+	}
+	return nil
+}
+
+// Type implements pflag.Value.
+func (verbosity) Type() string { return "value" }
+
 // upTo parses numbers from 1.
 func upTo(most int) func(string) (int, error) {
 	return func(text string) (int, error) {
@@ -115,7 +129,7 @@ const (
 func parseWait(text string) (time.Duration, error) {
 	wait, err := time.ParseDuration(text)
 	if err != nil || wait <= 0 || wait > maxWait {
-		return 0, fmt.Errorf("want a duration above 0s, %s at most", maxWait)
+		return 0, fmt.Errorf("want a duration above 0, %s at most, such as 3s", maxWait)
 	}
 	return wait, nil
 }
@@ -123,7 +137,7 @@ func parseWait(text string) (time.Duration, error) {
 func parseStaleness(text string) (time.Duration, error) {
 	age, err := time.ParseDuration(text)
 	if err != nil || age != 0 && age < minStaleness {
-		return 0, fmt.Errorf("want 0 to turn it off, or a duration of at least %s", minStaleness)
+		return 0, fmt.Errorf("want 0 to turn it off, or a duration of at least %s, such as 10m", minStaleness)
 	}
 	return age, nil
 }
@@ -230,7 +244,7 @@ func parseAuthorities(urls []string) (hosts []string, err error) {
 func parseAllowedPaths(paths []string) ([]string, error) {
 	for _, path := range paths {
 		if !slices.Contains(proxy.AllowablePaths(), path) {
-			return nil, fmt.Errorf("%s cannot be allowed: want %s", path, strings.Join(proxy.AllowablePaths(), ", "))
+			return nil, fmt.Errorf("%s cannot be allowed: want some of %s", path, strings.Join(proxy.AllowablePaths(), ", "))
 		}
 	}
 	return paths, nil

@@ -134,7 +134,7 @@ func (c *config) addResolverFlags(fs *pflag.FlagSet) {
 	r := &c.resolver
 	parsedVar(fs, &r.Mode, flagOperationMode, string(podresolver.Standard), parseOperationMode, `"managed": AzureIdentityBindings decide; "standard": the AzureAssignedIdentities that MIC makes`)
 	fs.BoolVar(&r.Namespaced, "forceNamespaced", os.Getenv("FORCENAMESPACED") == "true", "in standard mode, give identities to pods of their own namespace only; managed mode always does (also the environment's FORCENAMESPACED=true)")
-	fs.StringVar(&r.MICNamespace, "MICNamespace", "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; not given, or in managed mode, no pod does")
+	fs.StringVar(&r.MICNamespace, "MICNamespace", "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; by default, and in managed mode, no pod does")
 	fs.BoolVar(&r.StrictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")
 	listVar(fs, &r.Deny, "deny-identity", "", podresolver.ParseDenyList, "client ID or resource ID of an identity that no AzureIdentity gives to a pod, such as the kubelet's; repeat it or separate several by commas. A client ID is enough. A resource ID alone does not withhold the identity from an AzureIdentity that names the client ID alone: give both to be sure. Excepted pods ask IMDS themselves, for any identity")
 	listVar(fs, &r.ExceptionNamespaces, "exception-namespaces", "", parseNamespaces, "namespaces whose AzurePodIdentityExceptions count; repeat it or separate several by commas. By default those of all namespaces do; \"\" is none")
@@ -146,7 +146,8 @@ func (c *config) addLogFlags(fs *pflag.FlagSet) {
 	c.klog.VisitAll(func(f *flag.Flag) {
 		p := pflag.PFlagFromGoFlag(f)
 		if f.Name == "v" {
-			p.Usage = fmt.Sprintf("verbosity; from %d on debug messages are logged", debugVerbosity)
+			p.Value = verbosity{p.Value}
+			p.Usage = fmt.Sprintf("verbosity, a whole number; from %d on debug messages are logged", debugVerbosity)
 		} else {
 			p.Hidden = true
 		}
@@ -172,5 +173,5 @@ const defaultProbeSocket = "/run/nmi-probe/probe.sock"
 
 func (c *config) addProbeSocket(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.probeSocket, flagProbeSocket, defaultProbeSocket, parseAbsolutePath,
-		`Unix socket of /healthz and /readyz, for "nmi probe" and "nmi explain", in a directory of this pod alone; the agent makes that of the default only where the directory is there, as in its image; "" for none`)
+		`Unix socket of /healthz and /readyz, for "nmi probe" and "nmi explain", in a directory of this pod alone. The default is used only where its directory exists, as in the image; "" for none`)
 }

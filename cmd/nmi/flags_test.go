@@ -91,8 +91,8 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	for arg, want := range map[string]string{
 		"--node=":                             "--node is required",
 		"--operation-mode=x":                  "want managed or standard",
-		"--pod-wait=0s":                       "want a duration above 0s, 1m0s at most",
-		"--identity-wait=2m":                  "want a duration above 0s, 1m0s at most",
+		"--pod-wait=0s":                       "want a duration above 0, 1m0s at most, such as 3s",
+		"--identity-wait=2m":                  "want a duration above 0, 1m0s at most, such as 3s",
 		"--max-staleness=1m":                  "want 0 to turn it off, or a duration of at least 3m0s",
 		"--log-format=xml":                    "want text or json",
 		"--ipt-update-interval-sec=0":         "want a number from 1 to 86400",
@@ -115,7 +115,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--handover-dir=run/nmi":              "want an absolute path",
 		"--imds-token-rate=0":                 "want a number from 1 to 1000",
 		"--max-connections=-1":                "want a number from 1 to 1000000",
-		"--allow-path=/metadata/identity":     "/metadata/identity cannot be allowed: want /metadata/scheduledevents",
+		"--allow-path=/metadata/identity":     "/metadata/identity cannot be allowed: want some of /metadata/scheduledevents",
 		"--allow-path=/metadata/THIM/amd":     "/metadata/THIM/amd cannot be allowed",
 		"--instance-metadata-namespaces=shop": "--instance-metadata-namespaces limits nothing without --block-instance-metadata",
 		"--instance-metadata-namespaces=*":    `"*" is not the name of a namespace`,
@@ -123,6 +123,8 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--entra-authority=http://entra":      `"http://entra" is not https`,
 		"--entra-authority=https://entra/x":   `"https://entra/x": want https://<host>[:port], no path or query`,
 		"--entra-authority=a,,b":              `"https://": want https://<host>[:port]`,
+		"--v=x":                               "want a whole number",
+		"--v=99999999999":                     "want a whole number",
 		"--probe-socket=probe.sock":           "want an absolute path",
 		"--deny-identity=kubelet":             `"kubelet" is neither a client ID nor a resource ID: use a GUID`,
 		"--deny-identity=/subscriptions/s/resourceGroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i,": `"" is neither a client ID nor a resource ID`,
@@ -217,8 +219,11 @@ func TestWarningsAboutFlags(t *testing.T) {
 func TestExplainTakesWhatDecides(t *testing.T) {
 	flags := explainCommand(newConfig()).Flags()
 	for _, name := range []string{"operation-mode", "forceNamespaced", "MICNamespace", "deny-identity", "exception-namespaces", "strict-identity-selection"} {
-		assert.NotNil(t, flags.Lookup(name), name)
+		require.NotNil(t, flags.Lookup(name), name)
 	}
+	mode := flags.Lookup("operation-mode")
+	assert.Empty(t, mode.DefValue, "explain has no mode of its own")
+	assert.Contains(t, mode.Usage, "required where no agent answers")
 }
 
 func TestVersionAndHelp(t *testing.T) {
@@ -229,6 +234,24 @@ func TestVersionAndHelp(t *testing.T) {
 		cmd.SetArgs(args)
 		require.NoError(t, cmd.ExecuteContext(t.Context()))
 		assert.True(t, strings.HasPrefix(out.String(), "nmi dev (go"), out.String())
+	}
+}
+
+func TestNoAgent(t *testing.T) {
+	const socket = "/nowhere/probe.sock"
+	for _, tc := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"probe", "--probe-socket=" + socket}, []string{`no agent listens on "` + socket + `": `, "no such file or directory", "kubectl -n kube-system exec", "give the agent's --probe-socket"}},
+		{[]string{"explain", "shop/cart", "--probe-socket=" + socket}, []string{`no agent listens on "` + socket + `": `, "nmi explain shop/cart", "give --operation-mode"}},
+	} {
+		cmd := command()
+		cmd.SetArgs(tc.args)
+		err := cmd.ExecuteContext(t.Context())
+		for _, text := range tc.want {
+			require.ErrorContains(t, err, text)
+		}
 	}
 }
 

@@ -29,7 +29,7 @@ func probeCommand(cfg *config) *cobra.Command {
 if the agent is not alive (live) or not ready (ready, which is the default).`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 || len(args) == 1 && pages[args[0]] == "" {
-				return fmt.Errorf("unexpected arguments %q: probe takes live or ready", args)
+				return fmt.Errorf("unexpected argument %q: want one of live and ready", args[len(args)-1])
 			}
 			return nil
 		},
@@ -49,6 +49,9 @@ if the agent is not alive (live) or not ready (ready, which is the default).`,
 // is an error.
 func probe(ctx context.Context, socket, page string, out io.Writer) error {
 	status, err := getPage(ctx, socket, page, out)
+	if errors.Is(err, errNoAgent) {
+		return fmt.Errorf("%w. Has it started, and is this its pod? Elsewhere use kubectl -n kube-system exec <agent's pod> -- nmi probe, or give the agent's --%s", err, flagProbeSocket)
+	}
 	if err != nil {
 		return err
 	}
@@ -57,6 +60,9 @@ func probe(ctx context.Context, socket, page string, out io.Writer) error {
 	}
 	return nil
 }
+
+// errNoAgent means that nothing listens on the socket.
+var errNoAgent = errors.New("no agent listens on")
 
 // getPage copies a page of the agent that listens on the socket, and returns its status.
 func getPage(ctx context.Context, socket, page string, out io.Writer) (status int, err error) {
@@ -76,8 +82,11 @@ func getPage(ctx context.Context, socket, page string, out io.Writer) (status in
 	if errors.Is(err, context.DeadlineExceeded) {
 		return 0, fmt.Errorf("the agent that listens on %s did not answer in %s", socket, probeTimeout)
 	}
+	if dial, ok := errors.AsType[*net.OpError](err); ok && dial.Op == "dial" {
+		return 0, fmt.Errorf("%w %q: %w", errNoAgent, socket, errors.Unwrap(dial))
+	}
 	if err != nil {
-		return 0, fmt.Errorf("no agent answers: %w", err)
+		return 0, fmt.Errorf("asking the agent that listens on %s: %w", socket, err)
 	}
 	defer resp.Body.Close()
 	_, err = io.Copy(out, io.LimitReader(resp.Body, maxPage))

@@ -102,7 +102,7 @@ func TestExplainWithoutAnAgent(t *testing.T) {
 	s.object("shop", "lonely-0", "10.244.0.74", map[string]string{"aadpodidbinding": "cart"})
 	code, output := s.explains(world.Kubeconfig, "shop/lonely-0")
 	assert.Equal(t, 1, code)
-	assert.Contains(t, output, "--operation-mode is required where no agent can be asked")
+	assert.Contains(t, output, "or give --operation-mode and the agents' other flags")
 
 	_, err := world.Kube.CoreV1().ServiceAccounts("shop").Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "stranger"}}, metav1.CreateOptions{})
 	require.NoError(t, err)

@@ -39,9 +39,9 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		"an empty kubeconfig":  {[]string{"KUBECONFIG=/dev/null"}, good, "KUBECONFIG=/dev/null has no current context"},
 		"a boolean apart":      {[]string{kubeconfig}, append(good, "--block-instance-metadata", "true"), "the values of boolean flags are written --flag=true"},
 		"no cluster":           {[]string{"KUBECONFIG="}, good, "set KUBECONFIG, or run in a pod"},
-		"a probe of nobody":    {nil, []string{"probe", "ready"}, "no agent answers: "},
-		"a probe of nothing":   {nil, []string{"probe", "live", "--probe-socket=/nowhere"}, "no agent answers: "},
-		"an unknown probe":     {nil, []string{"probe", "up"}, "probe takes live or ready"},
+		"a probe of nobody":    {nil, []string{"probe", "ready"}, `no agent listens on "/run/nmi-probe/probe.sock"`},
+		"a probe of nothing":   {nil, []string{"probe", "live", "--probe-socket=/nowhere"}, `no agent listens on "/nowhere": `},
+		"an unknown probe":     {nil, []string{"probe", "up"}, `unexpected argument "up": want one of live and ready`},
 		"cleanup of a nothing": {nil, []string{"cleanup", "--redirect-address=x"}, `invalid argument "x" for "--redirect-address" flag: want an IPv4 address`},
 	} {
 		t.Run(name, func(t *testing.T) {
