@@ -52,7 +52,7 @@ manifests: ## deploy/manifests and what else is made from deploy/chart
 # IMAGE is its name, ARCH amd64 or arm64, GO_IMAGE and DEBIAN_IMAGE other base images,
 # IMAGE_TOOL=docker another tool. LOCAL=1 does without a registry, with a base from
 # Debian's mirror and this machine's Go: deploy/image/build.sh.
-IMAGE ?= podidentity/nmi:$(VERSION)
+IMAGE ?= ghcr.io/podidentity/nmi:$(VERSION)
 export IMAGE VERSION
 image: ## the container image, with buildah
 	@deploy/image/build.sh

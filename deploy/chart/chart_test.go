@@ -254,6 +254,26 @@ func TestOldValues(t *testing.T) {
 	assert.NotContains(t, text, "retry-attempts")
 }
 
+// TestImageIsWhereReleasesAre: the chart, the manifests made from it, and make image name the image
+// that the release workflow pushes.
+func TestImageIsWhereReleasesAre(t *testing.T) {
+	workflow, err := os.ReadFile("../../.github/workflows/release.yml")
+	require.NoError(t, err)
+	registry := regexp.MustCompile(`(?m)^  REGISTRY: (.*)$`).FindStringSubmatch(string(workflow))
+	require.NotNil(t, registry)
+	chart, err := os.ReadFile("Chart.yaml")
+	require.NoError(t, err)
+	owner := regexp.MustCompile(`(?m)^home: https://github.com/([^/]*)/nmi$`).FindStringSubmatch(string(chart))
+	require.NotNil(t, owner)
+	image := strings.Replace(registry[1], "${{ github.repository_owner }}", owner[1], 1) + "/nmi:"
+	text, err := render(t)
+	require.NoError(t, err, text)
+	assert.Contains(t, text, "        image: "+image)
+	makefile, err := os.ReadFile("../../Makefile")
+	require.NoError(t, err)
+	assert.Contains(t, string(makefile), "\nIMAGE ?= "+image)
+}
+
 func TestLint(t *testing.T) {
 	out, err := helm(t, "lint", ".", "--strict")
 	require.NoError(t, err, out)
