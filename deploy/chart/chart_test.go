@@ -12,12 +12,14 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"sigs.k8s.io/yaml"
 )
 
 var update = flag.Bool("update", false, "write the files that are made of the chart")
@@ -198,6 +200,36 @@ func TestOrder(t *testing.T) {
 	assert.Equal(t, "ServiceAccount kube-system/nmi", objects(t, string(account))[0])
 }
 
+// assertStrings checks the fields of Kubernetes objects that are strings.
+func assertStrings(t *testing.T, value any) {
+	t.Helper()
+	switch value := value.(type) {
+	case map[string]any:
+		for key, field := range value {
+			switch key {
+			case "name", "namespace", "serviceAccountName", "priorityClassName", "azureIdentity", "value", "interval", "image":
+				assert.IsType(t, "", field, key)
+			case "labels", "annotations", "matchLabels", "podLabels", "nodeSelector", "data":
+				fields, ok := field.(map[string]any)
+				require.True(t, ok, key)
+				for name, text := range fields {
+					assert.IsType(t, "", text, "%s.%s", key, name)
+				}
+			case "args", "users", "resourceNames":
+				for _, text := range field.([]any) { //nolint:errcheck,forcetypeassert // else it panics, and the test fails
+					assert.IsType(t, "", text, key)
+				}
+			default:
+				assertStrings(t, field)
+			}
+		}
+	case []any:
+		for _, element := range value {
+			assertStrings(t, element)
+		}
+	}
+}
+
 // TestRefusedValues is about mistakes, and values of the old chart that would do nothing.
 func TestRefusedValues(t *testing.T) {
 	for set, text := range map[string]string{
@@ -229,6 +261,16 @@ func TestRefusedValues(t *testing.T) {
 		"startupTaint=a/b/c:NoSchedule":                                 `startupTaint: "a/b/c:NoSchedule" is not a taint`,
 		"startupTaint=a='b':NoSchedule":                                 `is not a taint`,
 		"startupTaint=true":                                             "at '/startupTaint': got boolean, want string",
+		"installCRDs=true":                                              "installCRDs: Helm installs the definitions of this chart where they are missing",
+		"podMonitor.enabled=true":                                       "Set serviceMonitor.enabled instead",
+		"nmi.extraArgs={--startup-taint=a:NoSchedule}":                  "nmi.extraArgs: --startup-taint has a value of its own in this chart. Set startupTaint instead",
+		"nmi.extraArgs={-v=5}":                                          "Set nmi.logVerbosity instead",
+		"nmi.extraArgs={-v5}":                                           "Set nmi.logVerbosity instead",
+		"nmi.extraArgs={--block-wireserver,--forceNamespaced}":          "Set forceNamespaced instead",
+		"nmi.prometheusPort=8085":                                       "nmi.prometheusPort and nmi.probePort are both 8085: choose different ports",
+		"nmi.probePort=2579":                                            "nmi.probePort and the agent's own port (--nmi-port) are both 2579",
+		"nmi.extraArgs={--nmi-port=9090}":                               "nmi.prometheusPort and --nmi-port in nmi.extraArgs are both 9090",
+		"admissionPolicies.allowedIdentities.shop={a b}":                "at '/admissionPolicies/allowedIdentities/shop/0'",
 		"podIdentityExceptions.a.namespace=b":                           "at '/podIdentityExceptions/a': missing property 'podLabels'",
 	} {
 		t.Run(set, func(t *testing.T) {
@@ -238,6 +280,89 @@ func TestRefusedValues(t *testing.T) {
 			assert.Contains(t, out, text)
 		})
 	}
+}
+
+// TestExtraArgs: each flag that the templates write from a value is refused in nmi.extraArgs, and what
+// is accepted there is written as it is.
+func TestExtraArgs(t *testing.T) {
+	for _, values := range []string{"everything", "standard"} {
+		text, err := os.ReadFile("testdata/" + values + ".yaml")
+		require.NoError(t, err)
+		given, err := os.ReadFile("testdata/" + values + ".values.yaml")
+		require.NoError(t, err)
+		for _, arg := range regexp.MustCompile(`(?m)^        - "?(--([\w-]+)[^"\n]*)"?$`).FindAllStringSubmatch(string(text), -1) {
+			if arg[2] == "http-probe-address" || strings.Contains(string(given), arg[1]) {
+				continue // has no value in the chart
+			}
+			t.Run(values+" "+arg[2], func(t *testing.T) {
+				t.Parallel()
+				out, err := render(t, `--set-json=nmi.extraArgs=["--`+arg[2]+`=x"]`)
+				require.Error(t, err)
+				assert.Contains(t, out, "nmi.extraArgs: --"+arg[2]+" has a value of its own in this chart")
+			})
+		}
+	}
+	text, err := render(t, "--set=nmi.extraArgs={--nmi-port=2580,--vmodule=a=1}")
+	require.NoError(t, err, text)
+	assert.Contains(t, text, "        - \"--nmi-port=2580\"\n        - \"--vmodule=a=1\"\n")
+}
+
+// stringValues has WORD in place of strings that users choose.
+const stringValues = `
+fullnameOverride: WORD
+image: {repository: registry.example}
+imagePullSecrets: [{name: WORD}]
+operationMode: standard
+nmi:
+  tag: WORD
+  priorityClassName: WORD
+  micNamespace: WORD
+  podAnnotations: {WORD: WORD}
+  podLabels: {WORD: WORD}
+  nodeSelector: {WORD: WORD}
+  hostTokenUIDs: [4294967294]
+azureIdentities:
+  WORD: {namespace: WORD, type: 0, clientID: 11111111-2222-3333-4444-555555555555, binding: {name: WORD, selector: WORD}}
+podIdentityExceptions:
+  WORD: {namespace: WORD, podLabels: {WORD: WORD}}
+rbac:
+  secrets: {WORD: [WORD]}
+  createUserFacingClusterRoles: true
+admissionPolicies: {warnings: true, exceptions: true, allowedIdentities: {WORD: [WORD]}}
+startupTaint: example.com/agent:NoExecute
+serviceMonitor: {enabled: true, labels: {WORD: WORD}}
+openshift: {securityContextConstraints: true}
+`
+
+// TestStringsThatYAMLReadsOtherwise stay strings: names of releases, namespaces and objects may be
+// "1234" or "true".
+func TestStringsThatYAMLReadsOtherwise(t *testing.T) {
+	for _, word := range []string{"1234", "true", "null", "1e3", "0x1f", "no"} {
+		t.Run(word, func(t *testing.T) {
+			t.Parallel()
+			values := filepath.Join(t.TempDir(), "values.yaml")
+			require.NoError(t, os.WriteFile(values, []byte(strings.ReplaceAll(stringValues, "WORD", strconv.Quote(word))), 0o600))
+			out, err := helm(t, "template", word, ".", "--namespace="+word, "--kube-version=1.37", "--values="+values)
+			require.NoError(t, err, out)
+			for document := range strings.SplitSeq(out, "\n---\n") {
+				var object map[string]any
+				require.NoError(t, yaml.Unmarshal([]byte(document), &object), document)
+				assertStrings(t, object)
+			}
+			assert.True(t, strings.Contains(out, "--host-token-uids=4294967294\n"), "Helm reads numbers as floats")
+		})
+	}
+}
+
+// TestEmptyAllowList refuses every identity, as a list without the ID does: emptying the list opens
+// nothing.
+func TestEmptyAllowList(t *testing.T) {
+	text, err := render(t, "--set-json=admissionPolicies.allowedIdentities={}")
+	require.NoError(t, err, text)
+	assert.Subset(t, objects(t, text), []string{"ValidatingAdmissionPolicyBinding nmi-allowed-identities", "ConfigMap kube-system/nmi-allowed-identities"})
+	text, err = render(t, "--set=admissionPolicies.allowedIdentities=null")
+	require.NoError(t, err, text)
+	assert.NotContains(t, text, "allowed-identities")
 }
 
 // TestOldValues takes what the values file of aad-pod-identity's chart has for its NMI.
