@@ -16,13 +16,7 @@ func (r *Report) Write(dir string, plotted []string) error {
 	}
 	errs := []error{os.MkdirAll(dir, 0o755)}
 	var plots []Plot
-	for _, plot := range []struct {
-		name, alt string
-		draw      func([]string, theme) string
-	}{
-		{"throughput", "Requests a second of each server under each load", r.throughput},
-		{"latency", "Latency of each server by rate", r.latency},
-	} {
+	for _, plot := range r.drawings() {
 		files := Plot{Light: "-" + plot.name + "-light.svg", Dark: "-" + plot.name + "-dark.svg", Alt: plot.alt}
 		text := plot.draw(plotted, light)
 		if text == "" {
@@ -34,4 +28,17 @@ func (r *Report) Write(dir string, plotted []string) error {
 	}
 	text, err := json.MarshalIndent(r, "", "  ")
 	return errors.Join(append(errs, err, write(".json", append(text, '\n')), write(".md", []byte(r.Markdown(plots...))))...)
+}
+
+// drawing is a plot before it is drawn.
+type drawing struct {
+	name, alt string
+	draw      func(servers []string, t theme) string
+}
+
+func (r *Report) drawings() []drawing {
+	return []drawing{
+		{"throughput", "Requests a second of each server under each load", r.throughput},
+		{"latency", "Latency of each server by rate", r.latency},
+	}
 }

@@ -54,6 +54,10 @@ func (s *svg) rect(x, y, width, height float64, colour string) {
 	fmt.Fprintf(s.Builder, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n", x, y, width, height, colour)
 }
 
+func (s *svg) diamond(x, y float64, colour string) {
+	fmt.Fprintf(s.Builder, "<path class=\"diamond\" d=\"M%.1f %.1fl6 6l-6 6l-6 -6z\" fill=\"%s\" stroke=\"%s\" stroke-width=\"2\"/>\n", x, y-6, s.background, colour)
+}
+
 // colour of server i of a plot.
 func (s *svg) colour(i int) string { return s.series[i%len(s.series)] }
 
@@ -121,11 +125,13 @@ func (r *Report) throughput(servers []string, t theme) string {
 	return s.end()
 }
 
-// latency draws the 50th and 99th percentile by rate. It returns "" if there are none.
+// latency draws the 50th and 99th percentile by rate: lines through the rates that all servers were
+// asked for, and diamonds at those that are a server's own. It returns "" if there are none.
 func (r *Report) latency(servers []string, t theme) string {
 	type point struct{ rate, p50, p99 float64 }
-	lines := make([][]point, len(servers))
+	lines, diamonds := make([][]point, len(servers)), make([][]point, len(servers))
 	low, high, fastest := math.Inf(1), 0.0, 0.0
+	var ownLoad string
 	for i, server := range servers {
 		for _, load := range r.loads(true) {
 			samples := r.rounds(load, server)
@@ -133,7 +139,11 @@ func (r *Report) latency(servers []string, t theme) string {
 				continue // also without any
 			}
 			p := point{samples[0].Rate, r.over(load, server, p50).median, r.over(load, server, p99).median}
-			lines[i] = append(lines[i], p)
+			if r.sameRate(load) {
+				lines[i] = append(lines[i], p)
+			} else {
+				diamonds[i], ownLoad = append(diamonds[i], p), load
+			}
 			low, high, fastest = min(low, p.p50), max(high, p.p99), max(fastest, p.rate)
 		}
 		slices.SortFunc(lines[i], func(a, b point) int { return int(a.rate - b.rate) })
@@ -149,13 +159,17 @@ func (r *Report) latency(servers []string, t theme) string {
 	y := func(us float64) float64 {
 		return bottom - (math.Log10(us)-lowest)/(highest-lowest)*(bottom-top)
 	}
-	s := newSVG(t, height, "Latency of cached tokens by rate", "Lines of the 50th and 99th percentile of each server at fixed rates, as in the table of latencies.")
+	s := newSVG(t, height, "Latency of cached tokens by rate", "Lines of the 50th and 99th percentile of each server at fixed rates, and diamonds at rates of its own, as in the table of latencies.")
 	s.text(20, 30, "start", "title", "Latency of cached tokens at fixed rates, server on one core (log scale)")
 	end := s.legend(20, 56, servers)
 	fmt.Fprintf(s.Builder, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\"/>", end, t.text)
 	s.text(end+32, 56, "start", "", "p99")
 	fmt.Fprintf(s.Builder, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>", end+76, t.text)
 	s.text(end+108, 56, "start", "", "p50")
+	if ownLoad != "" {
+		s.diamond(end+158, 52, t.text)
+		s.text(end+170, 56, "start", "", "at "+ownLoad)
+	}
 	for _, v := range ticks {
 		s.line(left, y(v), plotWidth-right, y(v), t.grid)
 		s.text(left-8, y(v)+4, "end", "soft", tickText(v))
@@ -165,6 +179,10 @@ func (r *Report) latency(servers []string, t theme) string {
 	}
 	s.text(left+(plotWidth-left-right)/2, bottom+40, "middle", "soft", "requests a second")
 	for i, points := range lines {
+		for _, p := range diamonds[i] {
+			s.diamond(x(p.rate), y(p.p50), s.colour(i))
+			s.diamond(x(p.rate), y(p.p99), s.colour(i))
+		}
 		if len(points) == 0 {
 			continue
 		}

@@ -132,6 +132,17 @@ func (r *Report) ratio(load, server, than string, value func(Sample) float64) sp
 	return spreadOf(ratios)
 }
 
+// sameRate reports whether all servers were asked for the same rate in an open loop.
+func (r *Report) sameRate(load string) bool {
+	var rates []float64
+	for _, s := range r.Samples {
+		if s.Load == load && !slices.Contains(rates, s.Rate) {
+			rates = append(rates, s.Rate)
+		}
+	}
+	return len(rates) == 1
+}
+
 // loads are the names of closed or open loops, in the order in which they were run.
 func (r *Report) loads(open bool) []string {
 	var names []string

@@ -4,10 +4,12 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"errors"
+	"flag"
 	"io"
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -35,6 +37,8 @@ func example() *Report {
 		r.Samples = append(r.Samples,
 			Sample{Load: "closed", Server: "a", Round: i + 1, PerSecond: 2 * speed, CPU: 10, P50: 500, P99: 2000, P999: 12_000},
 			Sample{Load: "closed", Server: "b", Round: i + 1, PerSecond: speed, CPU: 20, Other: 4, P50: 900, P99: 4000, P999: 2_000_000},
+			Sample{Load: "fixed", Server: "a", Round: i + 1, Rate: 500, PerSecond: 500, P50: 100, P99: 1e7 / speed, P999: 900, Max: 1000, LagP99: 2},
+			Sample{Load: "fixed", Server: "b", Round: i + 1, Rate: 500, PerSecond: 500, P50: 100, P99: 2e7 / speed, P999: 900, Max: 1000, LagP99: 2},
 			Sample{Load: "half", Server: "a", Round: i + 1, Rate: 1000, PerSecond: 1000, P50: 100, P99: 1e7 / speed, P999: 900, Max: 1000, LagP99: 2},
 			Sample{Load: "half", Server: "b", Round: i + 1, Rate: 2000, PerSecond: 2000, P50: 100, P99: 2e7 / speed, P999: 900, Max: 1000, LagP99: 2})
 	}
@@ -96,8 +100,8 @@ func TestNotMeasured(t *testing.T) {
 
 func TestRemarks(t *testing.T) {
 	r := example()
-	r.Samples[2].Saturated = true
-	r.Samples[6].Invalid = true
+	r.Samples[4].Saturated = true
+	r.Samples[10].Invalid = true
 	assert.Contains(t, r.Markdown(), "| saturated in 1 of 3; INVALID in 1 of 3: the generator was late |")
 }
 
@@ -151,8 +155,46 @@ func TestDoubtfulLatencies(t *testing.T) {
 	assert.Equal(t, 2, points())
 	r.Samples[2].Invalid = true
 	assert.Equal(t, 2, points())
-	r.Samples[6].Saturated = true
+	r.Samples[8].Saturated = true
 	assert.Equal(t, 1, points())
+}
+
+// TestOwnRates are not on the lines: from one server to the next they are of other rates.
+func TestOwnRates(t *testing.T) {
+	plot := example().latency([]string{"a", "b"}, light)
+	assert.Equal(t, 5, strings.Count(plot, `class="diamond"`), "p50 and p99 of two servers, and the legend")
+	assert.Contains(t, plot, ">at half</text>")
+	r := example()
+	r.Samples = slices.DeleteFunc(r.Samples, func(s Sample) bool { return s.Load == "half" })
+	assert.Zero(t, strings.Count(r.latency([]string{"a", "b"}, light), `class="diamond"`))
+}
+
+var update = flag.Bool("update", false, "draw the plots of bench/results again")
+
+// TestRecordedPlots are what their JSON gives, whatever drew them at the time.
+func TestRecordedPlots(t *testing.T) {
+	recorded, err := filepath.Glob("../results/*-cached.json")
+	require.NoError(t, err)
+	require.NotEmpty(t, recorded)
+	for _, path := range recorded {
+		text, err := os.ReadFile(path)
+		require.NoError(t, err)
+		var r Report
+		require.NoError(t, json.Unmarshal(text, &r))
+		plotted := slices.Delete(slices.Clone(r.Servers), 1, 2) // without the agent's second mode
+		for _, plot := range r.drawings() {
+			for name, t1 := range map[string]theme{"light": light, "dark": dark} {
+				file := strings.TrimSuffix(path, ".json") + "-" + plot.name + "-" + name + ".svg"
+				drawn := plot.draw(plotted, t1)
+				if *update {
+					require.NoError(t, os.WriteFile(file, []byte(drawn), 0o644)) //nolint:gosec // for everybody
+				}
+				stored, err := os.ReadFile(file)
+				require.NoError(t, err)
+				assert.True(t, drawn == string(stored), "%s is not of its JSON: go test ./bench/report -update", file)
+			}
+		}
+	}
 }
 
 func TestTick(t *testing.T) {
