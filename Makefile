@@ -7,7 +7,7 @@ KUBE    := .cache/bin
 ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -pyflakes=
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube definitions bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,7 +40,7 @@ unit: root packages ## unit tests, those on the real kernel included
 	go test -race ./...
 	go test -run '^TestModel$$' ./tokencache
 
-e2e: root packages build kube sdks ## the real binary against a real API server
+e2e: root packages build kube definitions sdks ## the real binary against a real API server
 	go test -tags e2e -count=1 -timeout 40m ./deploy/e2e
 
 docs: ## the tables of docs/flags.md, from the program's flags
@@ -95,6 +95,24 @@ $(KUBE)/kubectl: deploy/testbed/kube/go.mod
 
 $(KUBE)/etcd: deploy/testbed/kube/go.mod
 	cd deploy/testbed/kube && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../../$@ go.etcd.io/etcd/server/v3
+	@touch $@
+
+# The kinds of others that the chart has objects of, for TestForeignKinds: <module>@<version>//<path>.
+DEFINITIONS := \
+	github.com/prometheus-operator/prometheus-operator@v0.85.0//example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml \
+	github.com/cilium/cilium@v1.20.2//pkg/k8s/apis/cilium.io/client/crds/v2/ciliumlocalredirectpolicies.yaml \
+	github.com/cilium/cilium@v1.20.2//pkg/k8s/apis/cilium.io/client/crds/v2/ciliumnetworkpolicies.yaml \
+	github.com/openshift/api@v0.0.0-20251015095338-264e80a2b6e7//security/v1/zz_generated.crd-manifests/0000_03_config-operator_01_securitycontextconstraints.crd.yaml
+
+definitions: .cache/definitions ## custom resource definitions of others, for e2e, from their modules
+
+.cache/definitions: Makefile
+	@rm -rf $@ && mkdir -p $@
+	@set -e; for definition in $(DEFINITIONS); do \
+		module=$${definition%%//*}; \
+		go mod download "$$module"; \
+		install -m 644 "$$(go list -mod=mod -m -f '{{.Dir}}' "$$module")/$${definition#*//}" $@/; \
+	done
 	@touch $@
 
 # BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
