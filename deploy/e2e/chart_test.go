@@ -110,6 +110,13 @@ func TestHelm(t *testing.T) {
 	_, err = c.Kube.RbacV1().Roles("shop").Get(t.Context(), "nmi-service-principals", metav1.GetOptions{})
 	require.NoError(t, err)
 
+	h.succeeds(t, "upgrade", "nmi", chart, "--force-conflicts", "--set-json=admissionPolicies.allowedIdentities={}")
+	_, err = c.Kube.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings().Get(t.Context(), "nmi-allowed-identities", metav1.GetOptions{})
+	require.NoError(t, err)
+	allowed, err := c.Kube.CoreV1().ConfigMaps("kube-system").Get(t.Context(), "nmi-allowed-identities", metav1.GetOptions{})
+	require.NoError(t, err)
+	assert.Empty(t, allowed.Data, "no identity is allowed")
+
 	ds, err := c.Kube.AppsV1().DaemonSets("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
 	require.NoError(t, err)
 	agent := ds.Spec.Template.Spec
