@@ -191,7 +191,8 @@ func TestRecordedPlots(t *testing.T) {
 				}
 				stored, err := os.ReadFile(file)
 				require.NoError(t, err)
-				assert.True(t, drawn == string(stored), "%s is not of its JSON: go test ./bench/report -update", file)
+				same := drawn == string(stored) // without thousands of characters in the failure
+				assert.True(t, same, "%s is not of its JSON: go test ./bench/report -update", file)
 			}
 		}
 	}
