@@ -25,7 +25,7 @@ import (
 )
 
 // stuck starts a successor that finds no API server, and waits until it has been
-// offered the sockets.
+// offered the sockets and answers probes.
 func (s *scenario) stuck() *testbed.Agent {
 	s.t.Helper()
 	kubeconfig, err := os.ReadFile(world.Kubeconfig)
@@ -39,6 +39,7 @@ func (s *scenario) stuck() *testbed.Agent {
 	require.NoError(s.t, err)
 	s.t.Cleanup(func() { _ = a.Kill() })
 	s.says(a, "another agent runs on this node")
+	require.Eventually(s.t, func() bool { code, _ := s.probes(a, "live"); return code == 0 }, patience, 10*time.Millisecond)
 	return a
 }
 
