@@ -39,7 +39,7 @@ func ensureAddress(addr netip.Addr) error {
 }
 
 // removeAddresses removes the agent's addresses from lo, and reports whether there were any: those
-// with its label, and the given one, which agents up to November 2026 have added without.
+// with its label, and the given one, which earlier builds added without a label.
 func removeAddresses(unlabelled netip.Addr) (removed bool, err error) {
 	lo, err := findLo()
 	if err != nil {

@@ -161,7 +161,7 @@ func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now t
 }
 
 // lookupLocked returns the valid entry of the key, now the most recently used one, and how
-// fresh it is; nil if there is none.
+// fresh it is; nil if the token is missing or expired.
 func (c *Cache) lookupLocked(key Key, now time.Time) (*entry, freshness) {
 	if e, ok := c.entries.Get(key); ok {
 		if f := e.freshness(now); f != expired {

@@ -126,7 +126,7 @@ func (r *Report) throughput(servers []string, t theme) string {
 }
 
 // latency draws the 50th and 99th percentile by rate: lines through the rates that all servers were
-// asked for, and diamonds at those that are a server's own. It returns "" if there are none.
+// asked for, and diamonds where each server was asked for another rate. It returns "" without any open loop.
 func (r *Report) latency(servers []string, t theme) string {
 	type point struct{ rate, p50, p99 float64 }
 	lines, diamonds := make([][]point, len(servers)), make([][]point, len(servers))

@@ -45,6 +45,9 @@ the identity of the node.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log := cfg.logger(os.Stderr)
 			unlock, err := handover.Lock(cmd.Context(), cfg.handoverDir, agentExit)
+			if errors.Is(err, fs.ErrPermission) {
+				return fmt.Errorf("cleanup needs root on the node: %w", err)
+			}
 			if err != nil {
 				return fmt.Errorf("an agent that runs would write the rules again, uninstall it first: %w", err)
 			}

@@ -64,7 +64,7 @@ the agent's flags: --operation-mode is required then.`,
 	}
 	resolving = pflag.NewFlagSet("", pflag.ContinueOnError)
 	c.addResolverFlags(resolving)
-	// The agent's default is none of explain's.
+	// explain must not guess the mode: another one decides otherwise.
 	mode := resolving.Lookup(flagOperationMode)
 	mode.DefValue, mode.Usage = "", mode.Usage+"; required where no agent answers"
 	cmd.Flags().AddFlagSet(resolving)

@@ -17,7 +17,6 @@
 {{- if and .Values.cilium.localRedirectPolicy (ne .Values.nmi.redirectMode "none") }}{{ fail "cilium.localRedirectPolicy needs nmi.redirectMode=none: Cilium redirects then, and not the agent" }}{{ end -}}
 {{- end -}}
 
-
 {{/* A flag of extraArgs that the chart writes from a value would win over the value, without what else
 the value does: the rights of a startup taint, the Service's port. */}}
 {{- define "nmi.validateExtraArgs" -}}
