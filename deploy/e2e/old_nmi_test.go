@@ -104,7 +104,8 @@ func (o *oldNMI) checkRules() {
 }
 
 func iptablesNAT(args ...string) (output string, ok bool) {
-	out, err := exec.Command("iptables", append([]string{"-w", "-t", "nat"}, args...)...).CombinedOutput()
+	// Not what it warns of, such as tables of the other backend: the lines are counted.
+	out, err := exec.Command("iptables", append([]string{"-w", "-t", "nat"}, args...)...).Output()
 	return string(out), err == nil
 }
 
