@@ -58,6 +58,12 @@ var rooms = map[string][]string{
 	"bench/peer":                 {"*"},
 	"bench/report":               {},
 	"bench/sdk":                  {"*"},
+
+	"deploy/clusters/asker":         {"deploy/clusters/asker/answers", "deploy/testbed/attack", "proxy/imdstest"},
+	"deploy/clusters/asker/answers": {},
+	"deploy/clusters/imds":          {"deploy/clusters/imds/control", "proxy/entratest", "proxy/imdstest"},
+	"deploy/clusters/imds/control":  {"proxy/entratest", "proxy/imdstest"},
+	"deploy/clusters/e2e":           {"*"},
 }
 
 // goPackage is what go list says of a package.
@@ -70,7 +76,7 @@ type goPackage struct {
 
 func packages(t *testing.T) []goPackage {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "go", "list", "-json", "-tags=e2e", module+"...")
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-json", "-tags=e2e,cluster", module+"...")
 	cmd.Dir = "../.."
 	out, err := cmd.Output()
 	require.NoError(t, err)

@@ -19,7 +19,7 @@ type Fault struct {
 
 	Status     int                  // with Body, instead of the answer asked for; 0 leaves that
 	Body       string               //
-	Edit       func(map[string]any) // changes the fields of a token
+	Edit       func(map[string]any) `json:"-"` // changes the fields of a token
 	RetryAfter string               // header; "" for none
 	Type       string               // Content-Type; "" means JSON
 

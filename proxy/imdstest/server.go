@@ -48,6 +48,8 @@ type Config struct {
 	// answers 429; 0 is no limit. The real ones are 20 and 5 for a virtual machine
 	// (learn.microsoft.com, "Azure Instance Metadata Service", Rate limiting).
 	PerSecond, AtOnce int
+	// OnCall is told of every request, before its answer is sent. nil for nobody.
+	OnCall func(Call) `json:"-"`
 }
 
 // Call is one request as it came in.
@@ -206,6 +208,9 @@ func (s *Server) knows(from string) bool {
 }
 
 func (s *Server) record(c Call) {
+	if s.cfg.OnCall != nil {
+		s.cfg.OnCall(c)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.total++
