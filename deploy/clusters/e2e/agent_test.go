@@ -22,20 +22,26 @@ const (
 	agentPods      = "component=nmi,tier=node"
 )
 
-// install installs the agent with the chart, as a user does, and waits until it is ready.
+// install installs the agent with the chart, as a user does, or changes it, and waits until
+// it is rolled out.
 func (c *cluster) install(ctx context.Context, values ...string) error {
+	if err := c.apply(ctx, values...); err != nil {
+		return err
+	}
+	return c.awaitRollout(ctx)
+}
+
+// apply does not wait. Fields that a scenario changed with kubectl become Helm's again.
+func (c *cluster) apply(ctx context.Context, values ...string) error {
 	repository, image, tag, err := splitImage(*imageFlag)
 	if err != nil {
 		return err
 	}
-	args := []string{"upgrade", "--install", agentName, "deploy/chart", "--set=image.repository=" + repository, "--set=nmi.image=" + image, "--set=nmi.tag=" + tag}
+	args := []string{"upgrade", "--install", "--force-conflicts", agentName, "deploy/chart", "--set=image.repository=" + repository, "--set=nmi.image=" + image, "--set=nmi.tag=" + tag}
 	for _, value := range values {
 		args = append(args, "--set="+value)
 	}
-	if err := c.helm(ctx, args...); err != nil {
-		return err
-	}
-	return c.awaitRollout(ctx)
+	return c.helm(ctx, args...)
 }
 
 // uninstall removes the agent as docs/install.md says, the rules of the nodes included.
@@ -103,8 +109,13 @@ func (c *cluster) awaitRollout(ctx context.Context) error {
 // agent is rolled out.
 func (s *scenario) upgrade(values ...string) {
 	s.t.Helper()
-	s.t.Cleanup(func() { assert.NoError(s.t, world.install(context.Background())) })
+	s.restoreAgent()
 	require.NoError(s.t, world.install(s.t.Context(), values...))
+}
+
+// restoreAgent has the agent as it was installed at the end of the scenario.
+func (s *scenario) restoreAgent() {
+	s.t.Cleanup(func() { assert.NoError(s.t, world.install(context.Background())) })
 }
 
 // agents returns the agent's pods that are not being deleted.

@@ -3,7 +3,15 @@
 package e2e
 
 import (
+	"context"
 	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
 func TestBoundUnboundExcepted(t *testing.T) {
@@ -16,4 +24,58 @@ func TestBoundUnboundExcepted(t *testing.T) {
 		pod{name: "excepted", labels: map[string]string{"app": "monitoring"}, askers: []asker{asks(s.nodeToken())}},
 	)
 	s.finish()
+}
+
+func TestSeveralIdentities(t *testing.T) {
+	s := begin(t, "A pod with several identities gets the one that it names, and the first of its bindings' if it names none.", theIMDS)
+	s.bind("both", cart)
+	s.bind("both", report)                                                 // of two bindings of the same second the first by name counts: that is cart's, too
+	ask := asks(s.token(cart), s.refused(400, "object_id="+cart.ObjectID)) // object IDs are not in an AzureIdentity
+	for _, id := range []imdstest.Identity{cart, report} {
+		ask.requests = append(ask.requests, s.token(id, "client_id="+id.ClientID), s.token(id, "msi_res_id="+id.ResourceID), s.token(id, "mi_res_id="+id.ResourceID))
+	}
+	s.start(pod{name: "both", binding: "both", askers: []asker{ask}})
+	s.finish()
+
+	s.upgrade("nmi.extraArgs={--strict-identity-selection}")
+	s.start(pod{name: "strict", binding: "both", askers: []asker{asks(s.refused(400), s.token(report, "client_id="+report.ClientID))}})
+	s.finish()
+}
+
+func TestServicePrincipal(t *testing.T) {
+	s := begin(t, "A service principal's token comes from Entra, with the secret that the agent may read.", theIMDS)
+	entra, err := world.imds.Entra(t.Context())
+	require.NoError(t, err)
+	s.trustAuthority(entra.Authority, entra.Certificate)
+
+	_, err = world.kube.CoreV1().Secrets(s.namespace).Create(t.Context(), &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: "credentials"}, StringData: map[string]string{"clientsecret": principal.Secret},
+	}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	s.create("AzureIdentity", "principal", map[string]any{
+		"type": int64(1), "clientID": principal.ClientID, "tenantID": principal.Tenants[0], "adEndpoint": entra.Authority,
+		"clientPassword": map[string]any{"name": "credentials"},
+	})
+	s.bindTo("principal", "principal")
+	s.start(pod{name: "principal", binding: "principal", askers: []asker{asks(request{tokenPath(principalResource), 200, principal.ClientID})}})
+	s.finish()
+	assert.Empty(t, s.imds().Tokens, "IMDS has no part in it")
+}
+
+// trustAuthority has the agent send secrets to the fake Entra, as to one of a private
+// cloud, and read those of the scenario's namespace.
+func (s *scenario) trustAuthority(authority, certificate string) {
+	s.t.Helper()
+	const name, path = "nmi-e2e-authority", "/etc/nmi-e2e"
+	maps := world.kube.CoreV1().ConfigMaps(agentNamespace)
+	_, err := maps.Create(s.t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"ca.pem": certificate}}, metav1.CreateOptions{})
+	require.NoError(s.t, err)
+	s.t.Cleanup(func() { assert.NoError(s.t, maps.Delete(context.Background(), name, metav1.DeleteOptions{})) })
+	s.upgrade(
+		"rbac.secrets."+s.namespace+"={credentials}",
+		"nmi.extraArgs={--entra-authority="+authority+"}",
+		"nmi.extraEnv[0].name=SSL_CERT_FILE", "nmi.extraEnv[0].value="+path+"/ca.pem",
+		"nmi.extraVolumes[0].name=authority", "nmi.extraVolumes[0].configMap.name="+name,
+		"nmi.extraVolumeMounts[0].name=authority", "nmi.extraVolumeMounts[0].mountPath="+path,
+	)
 }

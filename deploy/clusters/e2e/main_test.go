@@ -12,10 +12,10 @@ import (
 )
 
 var (
-	imageFlag   = flag.String("image", "localhost/nmi:dev", "the agent's image, which the nodes have")
+	imageFlag   = flag.String("image", "localhost/nmi:test", "the agent's image, which the nodes have")
 	askerFlag   = flag.String("asker", "localhost/asker:test", "the image of the test pods, which the nodes have")
 	resultsFlag = flag.String("results", "", "directory for <date>-<cluster>.md and .json; the table is printed in any case")
-	nameFlag    = flag.String("cluster", "", "the cluster's name in the results; by default that of the script's directory, and of the network plugin")
+	nameFlag    = flag.String("cluster", "", "the cluster's name in the results; by default those of the script's directory, the network plugin and kube-proxy's mode")
 )
 
 // patience is for what has to happen: a machine may be busy with other things.

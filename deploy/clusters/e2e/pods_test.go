@@ -160,7 +160,7 @@ func (s *scenario) get(name string) *corev1.Pod {
 func (s *scenario) finish() {
 	s.t.Helper()
 	for _, p := range s.pods {
-		if !p.endless() {
+		if len(p.askerOf) > 0 && !p.endless() {
 			s.eventually("the end of pod "+p.name, func() bool {
 				phase := s.get(p.name).Status.Phase
 				return phase == corev1.PodSucceeded || phase == corev1.PodFailed

@@ -3,11 +3,13 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -73,51 +75,19 @@ func newReport(ctx context.Context, begin time.Time) *suiteReport {
 		add("container runtime", info.ContainerRuntimeVersion)
 		add("node OS", info.OSImage)
 	}
-	plugin := world.networkPlugin(ctx)
-	add("network plugin", plugin)
-	add("kube-proxy", world.kubeProxy(ctx))
+	plugin, proxy := os.Getenv("CNI"), os.Getenv("KUBE_PROXY") // "cluster.sh run" sets them
+	add("network plugin", cmp.Or(plugin, unknown))
+	add("kube-proxy", cmp.Or(proxy, unknown))
 	add("agent", *imageFlag+", commit "+world.commit(ctx))
-	r.Cluster = *nameFlag
-	if r.Cluster == "" {
-		r.Cluster = "cluster"
-		if world.script != "" {
-			r.Cluster = filepath.Base(filepath.Dir(world.script)) + "-" + plugin
-		}
+	if r.Cluster = *nameFlag; r.Cluster == "" {
+		name := []string{filepath.Base(filepath.Dir(world.script)), plugin, proxy}
+		r.Cluster = strings.Join(slices.DeleteFunc(name, func(part string) bool { return part == "" || part == "." }), "-")
 	}
 	return r
 }
 
-// unknown is what is written of a node on which nothing can be run.
+// unknown is what is written of what could not be found out.
 const unknown = "unknown"
-
-// networkPlugin tells by the interfaces of the node: a bridge, or a link for each pod.
-func (c *cluster) networkPlugin(ctx context.Context) string {
-	if c.script == "" {
-		return unknown
-	}
-	out, err := c.command(ctx, c.script, "exec", "ip", "-brief", "link", "show", "type", "bridge")
-	switch {
-	case err != nil:
-		return unknown
-	case strings.TrimSpace(out) != "":
-		return "bridge"
-	}
-	return "ptp"
-}
-
-// kubeProxy tells by the tables that it has in the kernel.
-func (c *cluster) kubeProxy(ctx context.Context) string {
-	if c.script == "" {
-		return unknown
-	}
-	if _, err := c.command(ctx, c.script, "exec", "nft", "list", "table", "ip", "kube-proxy"); err == nil {
-		return "nftables"
-	}
-	if out, err := c.command(ctx, c.script, "exec", "iptables-save", "-t", "nat"); err == nil && strings.Contains(out, ":KUBE-SERVICES ") {
-		return "iptables"
-	}
-	return unknown
-}
 
 func (c *cluster) commit(ctx context.Context) string {
 	out, err := c.command(ctx, "git", "describe", "--always", "--dirty")
