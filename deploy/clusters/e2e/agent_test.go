@@ -130,9 +130,3 @@ func (s *scenario) agents() (pods []corev1.Pod) {
 	}
 	return pods
 }
-
-// agentLog returns the log of the agent's only pod.
-func (s *scenario) agentLog() string {
-	s.t.Helper()
-	return s.kubectl("-n", agentNamespace, "logs", "daemonset/"+agentName, "--tail=-1")
-}

@@ -19,8 +19,8 @@ func TestBoundUnboundExcepted(t *testing.T) {
 	s.bind("cart", cart)
 	s.except("monitoring", "app", "monitoring")
 	s.start(
-		pod{name: "bound", binding: "cart", askers: []asker{asks(s.token(cart), s.refused(400, "client_id="+report.ClientID))}},
-		pod{name: "unbound", askers: []asker{asks(s.refused(400), s.refused(400, "client_id="+cart.ClientID))}},
+		pod{name: "bound", binding: "cart", askers: []asker{asks(s.token(cart), s.refused("client_id="+report.ClientID))}},
+		pod{name: "unbound", askers: []asker{asks(s.refused(), s.refused("client_id="+cart.ClientID))}},
 		pod{name: "excepted", labels: map[string]string{"app": "monitoring"}, askers: []asker{asks(s.nodeToken())}},
 	)
 	s.finish()
@@ -30,7 +30,7 @@ func TestSeveralIdentities(t *testing.T) {
 	s := begin(t, "A pod with several identities gets the one that it names, and the first of its bindings' if it names none.", theIMDS)
 	s.bind("both", cart)
 	s.bind("both", report)                                                 // of two bindings of the same second the first by name counts: that is cart's, too
-	ask := asks(s.token(cart), s.refused(400, "object_id="+cart.ObjectID)) // object IDs are not in an AzureIdentity
+	ask := asks(s.token(cart), s.refused("object_id="+cart.ObjectID)) // object IDs are not in an AzureIdentity
 	for _, id := range []imdstest.Identity{cart, report} {
 		ask.requests = append(ask.requests, s.token(id, "client_id="+id.ClientID), s.token(id, "msi_res_id="+id.ResourceID), s.token(id, "mi_res_id="+id.ResourceID))
 	}
@@ -38,7 +38,7 @@ func TestSeveralIdentities(t *testing.T) {
 	s.finish()
 
 	s.upgrade("nmi.extraArgs={--strict-identity-selection}")
-	s.start(pod{name: "strict", binding: "both", askers: []asker{asks(s.refused(400), s.token(report, "client_id="+report.ClientID))}})
+	s.start(pod{name: "strict", binding: "both", askers: []asker{asks(s.refused(), s.token(report, "client_id="+report.ClientID))}})
 	s.finish()
 }
 

@@ -60,7 +60,7 @@ func TestStartupTaint(t *testing.T) {
 	for i := range 5 {
 		s.start(
 			pod{name: fmt.Sprintf("cart-%d", i), binding: "cart", askers: []asker{asks(s.token(cart))}},
-			pod{name: fmt.Sprintf("unbound-%d", i), askers: []asker{asks(s.refused(400))}},
+			pod{name: fmt.Sprintf("unbound-%d", i), askers: []asker{asks(s.refused())}},
 		)
 	}
 	for _, p := range s.pods {

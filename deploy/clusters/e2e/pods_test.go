@@ -35,9 +35,9 @@ func (s *scenario) nodeToken() request {
 	return request{tokenPath("https://" + s.namespace), 200, imdstest.Node}
 }
 
-// refused asks for a token, and must get none.
-func (s *scenario) refused(status int, query ...string) request {
-	return request{tokenPath("https://"+s.namespace, query...), status, ""}
+// refused asks for a token, and must be told that there is none: SDKs do not try again.
+func (s *scenario) refused(query ...string) request {
+	return request{tokenPath("https://"+s.namespace, query...), 400, ""}
 }
 
 func tokenPath(resource string, query ...string) string {

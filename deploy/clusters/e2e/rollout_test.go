@@ -64,7 +64,8 @@ func TestRolloutToABadFlag(t *testing.T) {
 		return len(status) == 1 && status[0].RestartCount > 0
 	})
 	assert.Contains(t, s.kubectl("-n", agentNamespace, "logs", s.freshAgent().Name), "unknown flag: --no-such-flag")
-	s.undo()
+	s.kubectl("-n", agentNamespace, "rollout", "undo", "daemonset/"+agentName)
+	s.kubectl("-n", agentNamespace, "rollout", "status", "daemonset/"+agentName, "--timeout="+patience.String())
 }
 
 func TestRolloutToAMissingImage(t *testing.T) {
@@ -73,7 +74,8 @@ func TestRolloutToAMissingImage(t *testing.T) {
 		status := fresh.Status.ContainerStatuses
 		return len(status) == 1 && status[0].State.Waiting != nil && strings.HasPrefix(status[0].State.Waiting.Reason, "ErrImage")
 	})
-	s.undo()
+	require.NoError(t, world.helm(t.Context(), "rollback", agentName))
+	require.NoError(t, world.awaitRollout(t.Context()))
 }
 
 // failingRollout changes a value of the chart, and waits until the new agent has failed.
@@ -115,11 +117,4 @@ func isReady(p corev1.Pod) bool {
 		}
 	}
 	return false
-}
-
-// undo takes the rollout back, as docs/install.md says.
-func (s *scenario) undo() {
-	s.t.Helper()
-	s.kubectl("-n", agentNamespace, "rollout", "undo", "daemonset/"+agentName)
-	s.kubectl("-n", agentNamespace, "rollout", "status", "daemonset/"+agentName, "--timeout="+patience.String())
 }

@@ -31,8 +31,8 @@ func TestFortyPodsOfDifferentIdentities(t *testing.T) {
 	s.bind("report", report)
 	kinds := []pod{
 		{binding: "cart", askers: []asker{asks(s.token(cart), s.token(cart))}},
-		{binding: "report", askers: []asker{asks(s.token(report), s.refused(400, "client_id="+cart.ClientID))}},
-		{askers: []asker{asks(s.refused(400), s.refused(400, "client_id="+report.ClientID))}},
+		{binding: "report", askers: []asker{asks(s.token(report), s.refused("client_id="+cart.ClientID))}},
+		{askers: []asker{asks(s.refused(), s.refused("client_id="+report.ClientID))}},
 	}
 	for i := range 40 {
 		p := kinds[i%len(kinds)]

@@ -73,7 +73,7 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	srv := &http.Server{Handler: s.controlHandler(), ReadHeaderTimeout: readTimeout}
-	defer srv.Close() // and with it the socket
+	defer func() { _ = srv.Close() }() // and with it the socket
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(control) }()
 	log.Printf("serving on %s, pods are %v", o.imds, o.pods)
