@@ -29,7 +29,7 @@ func TestBoundUnboundExcepted(t *testing.T) {
 func TestSeveralIdentities(t *testing.T) {
 	s := begin(t, "A pod with several identities gets the one that it names, and the first of its bindings' if it names none.", theIMDS)
 	s.bind("both", cart)
-	s.bind("both", report)                                                 // of two bindings of the same second the first by name counts: that is cart's, too
+	s.bind("both", report)                                            // of two bindings of the same second the first by name counts: that is cart's, too
 	ask := asks(s.token(cart), s.refused("object_id="+cart.ObjectID)) // object IDs are not in an AzureIdentity
 	for _, id := range []imdstest.Identity{cart, report} {
 		ask.requests = append(ask.requests, s.token(id, "client_id="+id.ClientID), s.token(id, "msi_res_id="+id.ResourceID), s.token(id, "mi_res_id="+id.ResourceID))
