@@ -24,6 +24,9 @@ func (s *scenario) judge() {
 		}
 	}
 	r := s.result
+	if r.Retried > 0 {
+		s.note("requests that took more than one try: %d", r.Retried)
+	}
 	if world.imds != nil {
 		counts := s.imds()
 		r.Leaks = counts.Leaks
@@ -56,6 +59,9 @@ func (s *scenario) judgeContainer(pod, container string, a asker) {
 func (s *scenario) judgeAnswer(from string, want request, got answers.Answer) {
 	r := s.result
 	r.Requests++
+	if got.Tries > 1 {
+		r.Retried++
+	}
 	switch {
 	case got.Status == want.status && got.Subject == want.subject:
 		r.WorstMillis = max(r.WorstMillis, got.Millis)

@@ -52,11 +52,11 @@ func TestStartupTaint(t *testing.T) {
 	s := begin(t, "With startupTaint pods of a new node wait for the agent, and none of them asks before it is ready.", theIMDS)
 	const key, taint = "startup-taint.cluster-autoscaler.kubernetes.io/nmi-not-ready", "startup-taint.cluster-autoscaler.kubernetes.io/nmi-not-ready=true:NoSchedule"
 	s.bind("cart", cart)
-	s.upgrade("cleanup=true") // no agent and no rules, as on a new node
-	s.kubectl("taint", "nodes", "--all", taint)
 	t.Cleanup(func() { // where the scenario failed
 		_, _ = world.command(context.Background(), "kubectl", "taint", "nodes", "--all", key+"-")
 	})
+	s.upgrade("cleanup=true") // no agent and no rules, as on a new node
+	s.kubectl("taint", "nodes", "--all", taint)
 	for i := range 5 {
 		s.start(
 			pod{name: fmt.Sprintf("cart-%d", i), binding: "cart", askers: []asker{asks(s.token(cart))}},
@@ -67,7 +67,7 @@ func TestStartupTaint(t *testing.T) {
 		s.eventually("the scheduler to refuse pod "+p.name, func() bool {
 			for _, c := range s.get(p.name).Status.Conditions {
 				if c.Type == corev1.PodScheduled && c.Reason == corev1.PodReasonUnschedulable {
-					return strings.Contains(c.Message, key)
+					return strings.Contains(c.Message, "untolerated taint")
 				}
 			}
 			return false

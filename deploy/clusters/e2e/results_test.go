@@ -23,11 +23,12 @@ type result struct {
 	Scenario    string // the test's name
 	Promise     string
 	Requests    int
-	Failed      int // requests whose answer was not the right one, but for the next two
-	Wrong       int // tokens of another identity, of pods
-	NodeTokens  int // tokens of the node, given to pods that are not excepted
-	Leaks       int // requests that the metadata service got from a pod's own address
-	WorstMillis float64
+	Failed      int     // requests whose answer was not the right one, but for the next two
+	Wrong       int     // tokens of another identity, of pods
+	NodeTokens  int     // tokens of the node, given to pods that are not excepted
+	Leaks       int     // requests that the metadata service got from a pod's own address
+	Retried     int     // requests that took more than one try
+	WorstMillis float64 // of the right answers
 	Seconds     float64
 	Outcome     string
 	Notes       []string `json:",omitempty"`
