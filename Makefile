@@ -8,6 +8,7 @@ ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -py
 
 .DEFAULT_GOAL := build
 .PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube definitions bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube e2e-node node-cluster node-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -114,6 +115,19 @@ definitions: .cache/definitions ## custom resource definitions of others, for e2
 		install -m 644 "$$(go list -mod=mod -m -f '{{.Dir}}' "$$module")/$${definition#*//}" $@/; \
 	done
 	@touch $@
+# The clusters of deploy/clusters, whose README says more. RUN=<regexp> runs some scenarios only,
+# KEEP=1 leaves the cluster running, CNI and KUBE_PROXY choose its network.
+e2e-node: node-parts ## the agent on a node with a real kubelet, containerd and kube-proxy; twice, with ptp and bridge
+	@exec deploy/clusters/e2e.sh one-node
+
+node-cluster: node-parts ## the cluster of e2e-node, left running
+	@deploy/clusters/one-node/cluster.sh up
+
+node-parts: root $(KUBE)/etcd
+	@deploy/packages.sh ip=iproute2 iptables nft=nftables conntrack containerd runc /usr/lib/cni/ptp=containernetworking-plugins openssl buildah mmdebstrap
+	@deploy/clusters/kube/build.sh kubelet kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubectl
+	@go build -o .cache/clusters/bin/imds ./deploy/clusters/imds
+	@deploy/clusters/images.sh
 
 # BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
 # BENCH_PEER=<binary> measures another agent, too.

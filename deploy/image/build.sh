@@ -4,7 +4,7 @@
 # DEBIAN_IMAGE are other base images.
 #
 # With LOCAL=1 no registry is needed: the base is bootstrapped from Debian's mirror, once, and
-# Go with its modules is this machine's.
+# Go with its modules and its build cache is this machine's.
 set -eu
 cd "$(dirname "$0")/../.."
 ARCH=${ARCH:-$(go env GOARCH)}
@@ -24,7 +24,7 @@ if [ -n "${LOCAL:-}" ]; then
 	fi
 	# buildah 1.28 does not know BUILDPLATFORM by itself.
 	set -- "$@" --pull-never --build-arg "BUILDPLATFORM=linux/$(go env GOHOSTARCH)" --isolation chroot --volume "$(go env GOROOT):/usr/local/go:ro" \
-		--volume "$(go env GOMODCACHE):/go/pkg/mod:ro"
+		--volume "$(go env GOMODCACHE):/go/pkg/mod:ro" --volume "$(go env GOCACHE):/root/.cache/go-build"
 fi
 [ -z "${GO_IMAGE:-}" ] || set -- "$@" --build-arg "GO_IMAGE=$GO_IMAGE"
 [ -z "${DEBIAN_IMAGE:-}" ] || set -- "$@" --build-arg "DEBIAN_IMAGE=$DEBIAN_IMAGE"

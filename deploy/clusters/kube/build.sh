@@ -19,5 +19,5 @@ for program in "$@"; do
 		continue
 	fi
 	echo "building $program $version; the first of them takes some minutes" >&2
-	CGO_ENABLED=0 nice go build -p 2 -trimpath -ldflags "$flags" -o "$bin/$program" "k8s.io/kubernetes/cmd/$program"
+	CGO_ENABLED=0 go build -p 2 -trimpath -ldflags "$flags" -o "$bin/$program" "k8s.io/kubernetes/cmd/$program"
 done

@@ -1,0 +1,77 @@
+#!/bin/bash
+# Process 1 of the node: node-init.sh <disk> <programs>. It does what matters of what systemd does
+# on a real one: mounts, the boot guard's unit, the network, and programs that are started again
+# when they end. node.sh starts it in namespaces of its own.
+set -u
+disk=$1 programs=$2
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+
+# The order matters: programs and disk may be below what is mounted over.
+mount_disk() {
+	mount --bind "$programs" /usr/local/bin
+	mount --bind "$disk/etc" /etc
+	mount --bind "$disk/var" /var
+	mount -t tmpfs -o mode=755 tmpfs /run
+	mkdir /run/lock
+	mount --make-rshared / # as systemd does, for volumes with mount propagation
+	hostname -F /etc/hostname
+}
+
+# The kubelet writes these where they differ, and they are the whole machine's, so that it is
+# shown what it wants. They are those of its setupKernelTunables.
+hide_sysctls() {
+	local name value
+	mkdir /run/sysctls
+	while read -r name value; do
+		echo "$value" >"/run/sysctls/${name//\//.}"
+		mount --bind "/run/sysctls/${name//\//.}" "/proc/sys/$name"
+	done <<-END
+		vm/overcommit_memory 1
+		vm/panic_on_oom 0
+		kernel/panic 10
+		kernel/panic_on_oops 1
+		kernel/keys/root_maxkeys 1000000
+		kernel/keys/root_maxbytes 25000000
+	END
+}
+
+# play_boot_guard runs the commands of the boot guard's unit (docs/boot-guard.md) as systemd would,
+# if the unit is enabled: one after the other, and "-" says that a failure does not matter.
+play_boot_guard() {
+	local unit=/etc/systemd/system/multi-user.target.wants/nmi-boot-guard.service line command
+	[ -e "$unit" ] || return 0
+	while read -r line; do
+		case $line in ExecStart=*) command=${line#ExecStart=} ;; *) continue ;; esac
+		echo "boot guard: ${command#-}"
+		# shellcheck disable=SC2086 # systemd, too, splits it into words
+		timeout 10 ${command#-} || [ "${command#-}" != "$command" ] || break
+	done <"$unit"
+}
+
+# keep <name> <command>...: starts it again a second after it ended.
+keep() {
+	local name=$1
+	shift
+	while :; do
+		"$@" </dev/null >>"/var/log/$name.log" 2>&1 &
+		echo $! >"/run/$name.pid"
+		wait $!
+		echo "$name ended with $?"
+		sleep 1
+	done
+}
+
+echo "boot at $(date -u +%FT%T.%3NZ)"
+mount_disk
+hide_sysctls
+play_boot_guard
+# shellcheck source=/dev/null
+. /etc/network.sh
+keep containerd containerd &
+for ((tries = 0; tries < 300; tries++)); do # so that the kubelet need not fail first
+	[ ! -S /run/containerd/containerd.sock ] || break
+	sleep 0.1
+done
+keep kubelet kubelet --config=/etc/kubernetes/kubelet.yaml --kubeconfig=/etc/kubernetes/kubelet.conf &
+keep kube-proxy kube-proxy --config=/etc/kubernetes/kube-proxy.yaml &
+wait
