@@ -9,8 +9,9 @@
 #   cluster.sh exec CMD ARG...       on the node, as ssh to it would
 #   cluster.sh run CMD ARG...        here, but where the API server answers; with KUBECONFIG and kubectl
 #   cluster.sh reboot                pull the node's plug, and boot it
-#   cluster.sh restart kubelet       kill it; it is started again, as systemd would. Also containerd, kube-proxy
-#   cluster.sh api-server stop|start
+#   cluster.sh restart kubelet       kill it; it is started again, as systemd would. So are
+#                                    containerd and kube-proxy
+#   cluster.sh api-server stop|start stop kills it
 #
 # CLUSTER=<name> runs another one beside it; every verb takes it.
 # shellcheck source-path=SCRIPTDIR
@@ -29,11 +30,19 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/node.sh"
 
 up() {
+	local CNI=${CNI:-ptp} KUBE_PROXY=${KUBE_PROXY:-iptables}
+	case $CNI:$KUBE_PROXY in
+	ptp:iptables | ptp:nftables | bridge:iptables | bridge:nftables) ;;
+	*)
+		echo "CNI=$CNI KUBE_PROXY=$KUBE_PROXY: want ptp or bridge, and iptables or nftables" >&2
+		exit 2
+		;;
+	esac
 	check_requirements
 	down
 	mkdir -p "$logs"
 	chmod 700 "$state" # it has keys, and a copy of /etc
-	settings "${CNI:-ptp}" "${KUBE_PROXY:-iptables}"
+	echo "CNI=$CNI KUBE_PROXY=$KUBE_PROXY" >"$state/network"
 	start_imds
 	start_control_plane
 	write_disk "$CNI" "$KUBE_PROXY"
@@ -56,7 +65,7 @@ down() {
 		kill_all "$netns"
 	done
 	keep_logs
-	rm -rf --one-file-system "${state:?}"/{disk,etcd,pki,imds.sock,settings} "$state"/*.{conf,csv,pid}
+	rm -rf --one-file-system "${state:?}"/{disk,etcd,pki,imds.sock,network} "$state"/*.{conf,csv,pid}
 }
 
 # load puts archives of images into the node's containerd. They come over stdin, since the
@@ -70,11 +79,11 @@ load() {
 
 run() {
 	require_up
-	settings
+	# shellcheck disable=SC2046 # CNI=... KUBE_PROXY=...: two words
 	exec nsenter --net="/run/netns/$control_plane" -- env \
 		PATH="$programs:$PATH" KUBECONFIG="$state/admin.conf" \
 		NMI_CLUSTER="$here/cluster.sh" NMI_IMDS="$state/imds.sock" \
-		CLUSTER="$CLUSTER" CNI="$CNI" KUBE_PROXY="$KUBE_PROXY" "$@"
+		CLUSTER="$CLUSTER" $(cat "$state/network") "$@"
 }
 
 case "${1:-}:${2:-}" in
@@ -82,14 +91,17 @@ up: | down:) "$1" ;;
 load:?* | run:?*) "$@" ;;
 exec:?*)
 	shift
-	on_node "$@"
+	on_node "$@" || exit # with its exit code
 	;;
 reboot:)
 	require_up
 	kill_node
 	boot_node
 	;;
-restart:kubelet | restart:containerd | restart:kube-proxy) restart "$2" ;;
+restart:kubelet | restart:containerd | restart:kube-proxy)
+	require_up
+	restart "$2"
+	;;
 api-server:stop)
 	require_up
 	stop "$control_plane" kube-apiserver
@@ -99,7 +111,7 @@ api-server:start)
 	start_api_server
 	;;
 *)
-	sed -n '2,/^# shellcheck/s/^#\( \|$\)//p' "$here/cluster.sh" >&2
+	sed -n '2,/^# CLUSTER/s/^# \?//p' "$here/cluster.sh" >&2
 	exit 2
 	;;
 esac

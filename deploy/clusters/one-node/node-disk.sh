@@ -85,7 +85,6 @@ kubelet_config() {
 		clusterDNS: ["${service_subnet%.0/*}.10"]
 		evictionHard: {memory.available: 100Mi, nodefs.available: 1%, imagefs.available: 1%}
 		imageGCHighThresholdPercent: 100
-		localStorageCapacityIsolation: false
 	END
 }
 

@@ -9,12 +9,12 @@ etcd=$cache/../bin/etcd # "make kube" builds it
 # Everything that this machine can see of a cluster has the cluster's name in its own, so that
 # two can run side by side. Addresses need not differ: each has network namespaces of its own.
 CLUSTER=${CLUSTER:-one-node}
-if ! [[ $CLUSTER =~ ^[a-z][a-z0-9-]*$ ]] || [[ $CLUSTER =~ ^(bin|images|kind)$ ]]; then
-	echo "CLUSTER=$CLUSTER: want lower-case letters, digits and dashes, and not bin, images or kind" >&2
-	exit 2
-fi
 state=$cache/$CLUSTER
 logs=$state/log
+if ! [[ $CLUSTER =~ ^[a-z][a-z0-9-]*$ ]]; then
+	echo "CLUSTER=$CLUSTER: want lower-case letters, digits and dashes" >&2
+	exit 2
+fi
 
 node_name=node1
 control_plane=$CLUSTER-control-plane # names of network namespaces
@@ -27,25 +27,8 @@ pod_subnet=10.244.0.0/24 # one node has all pods
 service_subnet=10.96.0.0/16
 metadata_ip=169.254.169.254
 
-# settings sets CNI and KUBE_PROXY to what the cluster was started with. With arguments it
-# stores them.
-settings() {
-	if [ $# -gt 0 ]; then
-		case $1:$2 in
-		ptp:iptables | ptp:nftables | bridge:iptables | bridge:nftables) ;;
-		*)
-			echo "CNI=$1 KUBE_PROXY=$2: want ptp or bridge, and iptables or nftables" >&2
-			exit 2
-			;;
-		esac
-		printf 'CNI=%s\nKUBE_PROXY=%s\n' "$@" >"$state/settings"
-	fi
-	# shellcheck source=/dev/null
-	. "$state/settings"
-}
-
 require_up() {
-	if ! [ -e "/run/netns/$control_plane" ] || ! [ -f "$state/settings" ]; then
+	if ! [ -e "/run/netns/$control_plane" ] || ! [ -e "$state/network" ]; then
 		echo "cluster $CLUSTER is not up: $here/cluster.sh up" >&2
 		exit 1
 	fi
