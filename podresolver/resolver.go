@@ -49,7 +49,10 @@ const (
 
 // Defaults of Config.
 const (
-	DefaultPodWait      = 3 * time.Second
+	// The kubelet starts containers before it tells the API server their pod's address: a
+	// second or two later (its PLEG looks once a second), and up to 10 s where 40 pods start
+	// at once on two busy cores.
+	DefaultPodWait      = 10 * time.Second
 	DefaultIdentityWait = 10 * time.Second
 )
 
