@@ -22,13 +22,15 @@ write_disk() {
 	network_config >"$etc/network.sh"
 }
 
-# Without restrict_oom_score_adj no pod starts where root lacks CAP_SYS_RESOURCE, as in
-# some containers.
 containerd_config() {
 	cat <<-END
 		version = 2
+		[plugins."io.containerd.internal.v1.opt"]
+		  # A directory that containerd makes, by default below /opt, which is this machine's.
+		  path = "/var/lib/containerd/opt"
 		[plugins."io.containerd.grpc.v1.cri"]
 		  sandbox_image = "localhost/pause:test"
+		  # Without this no pod starts where root lacks CAP_SYS_RESOURCE, as in some containers.
 		  restrict_oom_score_adj = true
 		  [plugins."io.containerd.grpc.v1.cri".cni]
 		    bin_dir = "/usr/lib/cni"
@@ -36,7 +38,7 @@ containerd_config() {
 }
 
 # Neither plugin masquerades: IMDS is to see a pod's own address when its request came past the
-# agent. For the same reason nothing here needs the internet.
+# agent.
 cni_ptp() {
 	cni_conflist '"type": "ptp"'
 }
@@ -63,32 +65,35 @@ cni_conflist() {
 	END
 }
 
-# failCgroupV1: the kubelet refuses version 1 by default since 1.35, and Debian 12's containers
-# may have nothing else. The disk is this machine's: what is free on it is not the node's
-# business, and an image that was collected could not be pulled again.
 kubelet_config() {
 	cat <<-END
 		apiVersion: kubelet.config.k8s.io/v1beta1
 		kind: KubeletConfiguration
 		containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+		clusterDomain: cluster.local
+		clusterDNS: ["${service_subnet%.0/*}.10"]
 		authentication:
 		  anonymous: {enabled: false}
 		  webhook: {enabled: true}
 		  x509: {clientCAFile: /etc/kubernetes/ca.crt}
 		authorization: {mode: Webhook}
+		failSwapOn: false
+		# By default the kubelet refuses version 1 since 1.35.
+		failCgroupV1: false
 		cgroupDriver: cgroupfs
 		cgroupRoot: /$CLUSTER
+		# That would need cgroups for the node's own programs.
 		enforceNodeAllocatable: []
-		failCgroupV1: false
-		failSwapOn: false
-		clusterDomain: cluster.local
-		clusterDNS: ["${service_subnet%.0/*}.10"]
+		# What is free on the disk is this machine's business. An image that was collected could not
+		# be pulled again.
 		evictionHard: {memory.available: 100Mi, nodefs.available: 1%, imagefs.available: 1%}
 		imageGCHighThresholdPercent: 100
+		# A directory that the kubelet makes, by default below /usr, which is this machine's.
+		volumePluginDir: /var/lib/kubelet/volume-plugins
 	END
 }
 
-# maxPerCore: the limit of conntrack is this machine's.
+# kube_proxy_config <KUBE_PROXY>
 kube_proxy_config() {
 	cat <<-END
 		apiVersion: kubeproxy.config.k8s.io/v1alpha1
@@ -96,6 +101,7 @@ kube_proxy_config() {
 		mode: $1
 		clientConnection: {kubeconfig: /etc/kubernetes/kube-proxy.conf}
 		clusterCIDR: $pod_subnet
+		# The limit of conntrack is this machine's.
 		conntrack: {maxPerCore: 0}
 	END
 }

@@ -2,7 +2,7 @@
 # Process 1 of the node: node-init.sh <disk> <programs>. It does what matters of what systemd does
 # on a real one: mounts, the boot guard's unit, the network, and programs that are started again
 # when they end. node.sh starts it in namespaces of its own.
-set -u
+set -eu # above all not to go on with the machine's own /etc and /var
 disk=$1 programs=$2
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
@@ -17,8 +17,8 @@ mount_disk() {
 	hostname -F /etc/hostname
 }
 
-# The kubelet writes these where they differ, and they are the whole machine's, so that it is
-# shown what it wants. They are those of its setupKernelTunables.
+# The kubelet (setupKernelTunables) writes these where they differ, but they are the whole
+# machine's. So it is shown what it wants.
 hide_sysctls() {
 	local name value
 	mkdir /run/sysctls
@@ -50,13 +50,14 @@ play_boot_guard() {
 
 # keep <name> <command>...: starts it again a second after it ended.
 keep() {
-	local name=$1
+	local name=$1 status
 	shift
 	while :; do
 		"$@" </dev/null >>"/var/log/$name.log" 2>&1 &
 		echo $! >"/run/$name.pid"
-		wait $!
-		echo "$name ended with $?"
+		status=0
+		wait $! || status=$?
+		echo "$name ended with $status"
 		sleep 1
 	done
 }

@@ -62,8 +62,8 @@ restart() {
 restarted() { [ "$(on_node cat "/run/$1.pid")" != "$2" ]; }
 
 wait_ready() {
-	kubectl wait --for=create --timeout=60s "node/$node_name" >/dev/null
-	kubectl wait --for=condition=Ready --timeout=60s "node/$node_name" >/dev/null
+	kubectl wait --for=create --timeout=120s "node/$node_name" >/dev/null
+	kubectl wait --for=condition=Ready --timeout=120s "node/$node_name" >/dev/null
 }
 
 # Pods have cgroups below one of the cluster's name. Of version 1 each controller has a
