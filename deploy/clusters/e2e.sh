@@ -16,7 +16,7 @@ suite=$PWD/.cache/clusters/e2e.test
 end() {
 	trap '' INT TERM # once is enough
 	if [ -n "${KEEP:-}" ]; then
-		echo "the cluster is left running; $cluster down ends it"
+		echo "the cluster is left running; ${CLUSTER:+CLUSTER=$CLUSTER }$cluster down ends it"
 	else
 		"$cluster" down
 	fi

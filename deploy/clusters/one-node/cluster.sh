@@ -65,7 +65,7 @@ down() {
 		kill_all "$netns"
 	done
 	keep_logs
-	rm -rf --one-file-system "${state:?}"/{disk,etcd,pki,imds.sock,network} "$state"/*.{conf,csv,pid}
+	rm -rf --one-file-system "${state:?}"/{disk,etcd,pki,volume-plugins,imds.sock,network} "$state"/*.{conf,csv,pid}
 }
 
 # load puts archives of images into the node's containerd. They come over stdin, since the

@@ -11,10 +11,11 @@ start_control_plane() {
 
 	start "$control_plane" etcd "$etcd" --data-dir="$state/etcd" --unsafe-no-fsync
 	start_api_server
+	# It makes the directory of plugins, by default below this machine's /usr.
 	start "$control_plane" kube-controller-manager "$programs/kube-controller-manager" \
 		--kubeconfig="$state/kube-controller-manager.conf" --leader-elect=false \
 		--use-service-account-credentials --service-account-private-key-file="$state/pki/service-accounts.key" \
-		--root-ca-file="$state/pki/ca.crt"
+		--root-ca-file="$state/pki/ca.crt" --flex-volume-plugin-dir="$state/volume-plugins"
 	start "$control_plane" kube-scheduler "$programs/kube-scheduler" \
 		--kubeconfig="$state/kube-scheduler.conf" --leader-elect=false
 	# No pod can be created before its service account.
