@@ -128,6 +128,7 @@ node-parts: root $(KUBE)/etcd
 	@deploy/clusters/kube/build.sh kubelet kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubectl
 	@go build -o .cache/clusters/bin/imds ./deploy/clusters/imds
 	@deploy/clusters/images.sh
+	@deploy/clusters/old-nmi/build.sh
 
 # BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
 # BENCH_PEER=<binary> measures another agent, too.

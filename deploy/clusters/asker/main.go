@@ -46,10 +46,14 @@ func main() {
 		err = ask()
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
+		if !errors.Is(err, errUnwanted) { // the answers are in the log already, and stderr's text would be among them
+			fmt.Fprintln(os.Stderr, err)
+		}
 		os.Exit(1)
 	}
 }
+
+var errUnwanted = errors.New("answers that are not a token of the wanted identity")
 
 func ask() error {
 	c := client{header: http.Header{"Metadata": {"true"}}}
@@ -99,7 +103,7 @@ type options struct {
 func (o options) run(ctx context.Context, ask func(i int) answers.Answer) error {
 	out := json.NewEncoder(os.Stdout)
 	var sum answers.Summary
-	others := 0
+	unwanted := false
 	written := time.Now()
 	for i := 0; (i < o.requests || o.requests == 0) && pause(ctx, o.every, i > 0); i++ {
 		a := ask(i)
@@ -108,7 +112,7 @@ func (o options) run(ctx context.Context, ask func(i int) answers.Answer) error 
 		}
 		right := a.Status == http.StatusOK && a.Subject == o.want
 		if !right {
-			others++
+			unwanted = true
 		}
 		if o.summary == 0 || !right {
 			if err := out.Encode(answers.Line{Answer: &a}); err != nil {
@@ -130,8 +134,8 @@ func (o options) run(ctx context.Context, ask func(i int) answers.Answer) error 
 			return err
 		}
 	}
-	if o.want != "" && others > 0 {
-		return fmt.Errorf("answers that are not a token of %s: %d", o.want, others)
+	if o.want != "" && unwanted {
+		return errUnwanted
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
@@ -38,11 +39,18 @@ func (c *cluster) apply(ctx context.Context, values ...string) error {
 		return err
 	}
 	args := []string{"upgrade", "--install", "--force-conflicts", agentName, "deploy/chart", "--set=image.repository=" + repository, "--set=nmi.image=" + image, "--set=nmi.tag=" + tag}
+	if onBridge() {
+		values = append([]string{"nmi.allowNetworkPluginKubenet=true"}, values...)
+	}
 	for _, value := range values {
 		args = append(args, "--set="+value)
 	}
 	return c.helm(ctx, args...)
 }
+
+// onBridge reports whether pods share a bridge, on which the agent hands out tokens only if
+// it is told to (docs/security.md, "Spoofed addresses").
+func onBridge() bool { return os.Getenv("CNI") == "bridge" }
 
 // uninstall removes the agent as docs/install.md says, the rules of the nodes included.
 func (c *cluster) uninstall(ctx context.Context) error {
@@ -61,12 +69,18 @@ func splitImage(ref string) (repository, image, tag string, err error) {
 }
 
 func (c *cluster) helm(ctx context.Context, args ...string) error {
-	path, err := c.command(ctx, "go", "tool", "-modfile=.ci/helm/go.mod", "-n", "helm") // built once, and cached
+	path, err := c.helmPath(ctx)
 	if err != nil {
 		return err
 	}
-	_, err = c.command(ctx, strings.TrimSpace(path), append(args, "--namespace="+agentNamespace)...)
+	_, err = c.command(ctx, path, append(args, "--namespace="+agentNamespace)...)
 	return err
+}
+
+// helmPath builds Helm, once.
+func (c *cluster) helmPath(ctx context.Context) (string, error) {
+	path, err := c.command(ctx, "go", "tool", "-modfile=.ci/helm/go.mod", "-n", "helm")
+	return strings.TrimSpace(path), err
 }
 
 // daemonSet returns the agent's, or with cleanup=true that which replaces it.

@@ -54,6 +54,7 @@ type asker struct {
 	retry    bool          // as an SDK does
 	counted  bool          // right answers are counted, not written: for load. All requests are the first one's
 	header   string
+	timeout  time.Duration // for one try; 0 is 30 s
 }
 
 const forever = -1
@@ -76,6 +77,9 @@ func (a asker) container(name string) corev1.Container {
 	args := []string{"-n=" + strconv.Itoa(a.number())}
 	if a.every > 0 {
 		args = append(args, "-every="+a.every.String())
+	}
+	if a.timeout > 0 {
+		args = append(args, "-timeout="+a.timeout.String())
 	}
 	if a.fresh {
 		args = append(args, "-fresh")

@@ -45,8 +45,7 @@ func begin(t *testing.T, promise string, needs ...need) *scenario {
 	s := &scenario{t: t, result: addResult(t, promise)}
 	for _, n := range needs {
 		if (n == theNode && world.script == "") || (n == theIMDS && world.imds == nil) {
-			s.result.Outcome = "skipped: needs " + string(n)
-			t.Skip(s.result.Outcome)
+			s.skip("needs " + string(n))
 		}
 	}
 	if world.imds != nil {
@@ -64,6 +63,12 @@ func begin(t *testing.T, promise string, needs ...need) *scenario {
 		}
 	})
 	return s
+}
+
+func (s *scenario) skip(why string) {
+	s.t.Helper()
+	s.result.Outcome = "skipped: " + why
+	s.t.Skip(why)
 }
 
 // createNamespace makes a namespace in which pods can be created.
