@@ -16,8 +16,8 @@ func TestBridgeWithoutPinnedAddresses(t *testing.T) {
 		s.skip("pods of this cluster share no bridge (CNI=bridge)")
 	}
 	s.bind("cart", cart)
-	s.start(pod{name: "allowed", binding: "cart", askers: []asker{everySoOften(s.token(cart), time.Hour)}})
-	s.running("allowed")
+	s.start(pod{name: "allowed", binding: "cart", askers: []asker{{requests: []request{s.token(cart)}, n: forever, every: time.Hour}}})
+	s.eventually("the answer for pod allowed", func() bool { return s.hasWritten(s.namespace, "allowed") })
 
 	// The new agent takes over, and is not ready while there are pods on the bridge.
 	s.restoreAgent()
