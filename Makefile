@@ -9,6 +9,7 @@ ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -py
 .DEFAULT_GOAL := build
 .PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube definitions bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 .PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube e2e-node node-cluster node-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -129,6 +130,24 @@ node-parts: root $(KUBE)/etcd
 	@go build -o .cache/clusters/bin/imds ./deploy/clusters/imds
 	@deploy/clusters/images.sh
 	@deploy/clusters/old-nmi/build.sh
+
+# The same in kind, by docker and with kind's own node image, or with KIND_NODE_IMAGE=<image>. One of
+# kind-node-image's needs neither docker nor a registry.
+e2e-kind: kind-parts ## the same suite on a node of kind, with systemd
+	@exec deploy/clusters/e2e.sh kind
+
+kind-cluster: kind-parts ## the cluster of e2e-kind, left running
+	@deploy/clusters/kind/cluster.sh up
+
+kind-node-image: root $(KUBE)/etcd ## a node image for e2e-kind, from Debian's packages and Go modules; some minutes
+	@deploy/clusters/kind/local/node-image.sh
+
+kind-parts: root
+	@deploy/packages.sh ip=iproute2 buildah mmdebstrap
+	@deploy/clusters/kube/build.sh kubectl
+	@go build -o .cache/clusters/bin/imds ./deploy/clusters/imds
+	@go tool -modfile=.ci/kind/go.mod -n kind >/dev/null # builds it
+	@deploy/clusters/images.sh
 
 # BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
 # BENCH_PEER=<binary> measures another agent, too.
