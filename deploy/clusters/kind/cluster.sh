@@ -140,10 +140,11 @@ restart_kubelet() {
 	eventually is_another_kubelet "$before"
 }
 
-# The API server is a static pod: the kubelet runs what it finds in a directory.
+# The API server is a static pod: the kubelet runs what it finds in a directory. Left to end by
+# itself it takes half a minute, for clients that watch.
 api_server_stop() {
 	docker exec "$node" mv /etc/kubernetes/manifests/kube-apiserver.yaml /etc/kubernetes/kube-apiserver.yaml.off
-	eventually docker exec "$node" sh -c '! pgrep -x kube-apiserver'
+	eventually docker exec "$node" sh -c 'pkill -KILL -x kube-apiserver; sleep 1; ! pgrep -x kube-apiserver'
 }
 
 api_server_start() {
