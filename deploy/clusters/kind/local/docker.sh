@@ -72,20 +72,28 @@ enter() {
 		env --unset=DOCKER_HOST --chdir="$PWD" NMI_KIND_INSIDE=1 PATH="$PATH" "$@"
 }
 
+# remove_cgroups removes those of the containers, which outlive their processes. While one of
+# these is still ending its cgroup is busy.
+remove_cgroups() {
+	local deadline=$((SECONDS + 10)) top
+	shopt -s nullglob
+	for top in /sys/fs/cgroup/nmi-kind /sys/fs/cgroup/*/nmi-kind; do
+		while [ -d "$top" ] && ! find "$top" -depth -type d -exec rmdir {} + 2>/dev/null; do
+			if [ $SECONDS -ge $deadline ]; then
+				echo "$top is in use, and stays" >&2
+				break
+			fi
+			sleep 0.1
+		done
+	done
+}
+
 down() {
 	if running; then
 		end_process "$(cat "$state/docker.pid")"
 	fi
 	rm -f "$state/docker.pid"
-	# cgroups outlive their processes. Those of a process that is still ending are busy.
-	local deadline=$((SECONDS + 10))
-	until ! ls -d /sys/fs/cgroup/nmi-kind /sys/fs/cgroup/*/nmi-kind >/dev/null 2>&1; do
-		if [ $SECONDS -ge $deadline ]; then
-			echo "not removed, since it is in use:" /sys/fs/cgroup/*/nmi-kind >&2
-			break
-		fi
-		find /sys/fs/cgroup/nmi-kind /sys/fs/cgroup/*/nmi-kind -depth -type d -exec rmdir {} \; 2>/dev/null || true
-	done
+	remove_cgroups
 	if [ -e "$state/settings" ]; then
 		sysctl --quiet --load="$state/settings"
 		rm "$state/settings"
