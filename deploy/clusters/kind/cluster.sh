@@ -7,7 +7,7 @@
 #	cluster.sh down             end all that "up" started
 #	cluster.sh load FILE...     image archives into the node's containerd
 #	cluster.sh exec CMD...      a command on the node
-#	cluster.sh run CMD...       a command here, with KUBECONFIG, NMI_CLUSTER and NMI_IMDS
+#	cluster.sh run CMD...       a command here, with KUBECONFIG and kubectl
 #	cluster.sh reboot           pull the node's plug, and boot it
 #	cluster.sh restart kubelet  kill it; systemd starts it again
 #	cluster.sh api-server stop|start
@@ -86,6 +86,7 @@ up() {
 	fi
 	mkdir -p "$state"
 	config >"$state/kind.yaml"
+	echo "CNI=${CNI:-ptp} KUBE_PROXY=${KUBE_PROXY:-iptables}" >"$state/network"
 	"$here/imds.sh" start
 	kind create cluster --name "$name" ${KIND_NODE_IMAGE:+--image "$KIND_NODE_IMAGE"} \
 		--config "$state/kind.yaml" --kubeconfig "$state/kubeconfig" --retain
@@ -101,7 +102,7 @@ down() {
 	if docker inspect "$node" >/dev/null 2>&1; then
 		kind delete cluster --name "$name" --kubeconfig "$state/kubeconfig"
 	fi
-	rm -f "$state/kubeconfig" "$state/kind.yaml"
+	rm -f "$state"/{kubeconfig,kind.yaml,network}
 }
 
 load() {
@@ -112,8 +113,9 @@ load() {
 }
 
 run() {
-	KUBECONFIG=$state/kubeconfig NMI_CLUSTER=$here/cluster.sh NMI_IMDS=$state/imds.sock \
-		PATH=$bin:$PATH "$@"
+	# shellcheck disable=SC2046 # one word a variable
+	env $(cat "$state/network") KUBECONFIG="$state/kubeconfig" NMI_CLUSTER="$here/cluster.sh" NMI_IMDS="$state/imds.sock" \
+		PATH="$bin:$PATH" "$@"
 }
 
 # reboot kills all of the node at once, and with it the kernel's rules, whose network namespace
