@@ -7,9 +7,7 @@ KUBE    := .cache/bin
 ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -pyflakes=
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube definitions bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
-.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube e2e-node node-cluster node-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
-.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube definitions e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
