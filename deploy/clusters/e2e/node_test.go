@@ -80,6 +80,8 @@ func TestStartupTaint(t *testing.T) {
 	s.note("all pods had run %.1f s after the agent's installation", time.Since(begun).Seconds())
 }
 
+// Half of the attempts with SYN succeed on a node that has the redirect, but neither the guards
+// of the tables mangle and raw nor the routing rules.
 func TestForgedPackets(t *testing.T) {
 	s := begin(t, "A pod that may send raw packets forges the beginnings of connections, and gets no token and past no fence.", theIMDS)
 	s.bind("cart", cart)
