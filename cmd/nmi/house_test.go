@@ -65,6 +65,7 @@ var rooms = map[string][]string{
 	"deploy/clusters/imds":          {"deploy/clusters/imds/control", "proxy/entratest", "proxy/imdstest"},
 	"deploy/clusters/imds/control":  {"proxy/entratest", "proxy/imdstest"},
 	"deploy/clusters/e2e":           {"*"},
+	"deploy/clusters/pause":         {},
 }
 
 // goPackage is what go list says of a package.
