@@ -51,7 +51,7 @@ func TestDefaults(t *testing.T) {
 	c.klog = nil
 	metadata := netip.MustParseAddrPort("169.254.169.254:80")
 	assert.Equal(t, &config{
-		resolver: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 3 * time.Second, IdentityWait: 10 * time.Second},
+		resolver: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 10 * time.Second, IdentityWait: 10 * time.Second},
 		rules: iptables.Config{
 			Mode: iptables.ModeAuto, Backend: iptables.BackendAuto, Metadata: metadata, Port: 2579,
 			Address: netip.MustParseAddr("169.254.169.252"), Interval: time.Minute,
