@@ -55,6 +55,10 @@ file_system() {
 	# These settings are the whole kernel's, which is the machine's.
 	rm -f "$fs"/usr/lib/sysctl.d/* "$fs/etc/sysctl.d/99-sysctl.conf"
 
+	# A node looks up a name when it boots. Without a name server that is in reach it waits for 5
+	# seconds.
+	sed -i 's/^hosts:.*/hosts: files/' "$fs/etc/nsswitch.conf"
+
 	# Debian's containerd is elsewhere. Without CAP_SYS_RESOURCE, which a machine may lack (see
 	# runc), nobody can lower an oom_score_adj.
 	ln -s /usr/bin/{containerd,ctr,containerd-shim-runc-v2} "$fs/usr/local/bin/"
@@ -105,6 +109,10 @@ load_images() {
 	rm "$fs"/tmp/*.tar
 }
 
+if "$here/local/docker.sh" running; then
+	echo "a cluster runs, with the node image that there is; to end it: $here/cluster.sh down" >&2
+	exit 1
+fi
 "$root/deploy/packages.sh" mmdebstrap buildah jq
 rm -rf "$work"
 mkdir -p "$work"
@@ -117,6 +125,7 @@ load_images
 "$here/local/docker.sh" up
 tar --directory "$fs" --create . | "$here/local/docker.sh" enter docker import --change 'ENV container=docker' \
 	--change 'ENTRYPOINT ["/usr/local/bin/entrypoint", "/sbin/init"]' - "$image" >/dev/null
+"$here/local/docker.sh" enter docker image prune --force >/dev/null # one that had that name before
 "$here/local/docker.sh" down
 rm -rf "$work"
 echo "made $image; to use it: make e2e-kind KIND_NODE_IMAGE=$image"
