@@ -36,6 +36,12 @@ func TestRebootsWithTheBootGuard(t *testing.T) {
 	begun := time.Now()
 	s.reboots(*rebootsFlag)
 	s.note("%d reboots took %.0f s, until all pods had asked and the agent was ready", *rebootsFlag, time.Since(begun).Seconds())
+
+	// And once without the agent, so that it is not its rules that came in time.
+	require.NoError(t, world.helm(t.Context(), "uninstall", agentName, "--wait"))
+	before := s.awaitContainers(nil, 0)
+	s.run(world.script, "reboot")
+	s.awaitContainers(before, 0)
 }
 
 // TestRebootsWithoutTheBootGuard is why there is one. Its leaks are in a note, since
@@ -58,10 +64,10 @@ func (s *scenario) reboots(n int) (leaking, leaks int) {
 	for i := range 12 {
 		s.start(pod{name: fmt.Sprintf("unbound-%d", i), askers: []asker{ask}, spec: func(spec *corev1.PodSpec) { spec.RestartPolicy = corev1.RestartPolicyAlways }})
 	}
-	before := s.awaitContainers(nil)
+	before := s.awaitContainers(nil, 1)
 	for range n {
 		s.run(world.script, "reboot")
-		before = s.awaitContainers(before)
+		before = s.awaitContainers(before, 1)
 		var counts control.Counts
 		counts, err := world.imds.Counts(s.t.Context())
 		require.NoError(s.t, err)
@@ -73,9 +79,9 @@ func (s *scenario) reboots(n int) (leaking, leaks int) {
 	return leaking, leaks
 }
 
-// awaitContainers waits until all pods of the scenario have asked and the agent is ready,
-// each in another container than before, and returns those.
-func (s *scenario) awaitContainers(before map[string]bool) (now map[string]bool) {
+// awaitContainers waits until all pods of the scenario have asked and so many agents are
+// ready, each in another container than before, and returns those.
+func (s *scenario) awaitContainers(before map[string]bool, agents int) (now map[string]bool) {
 	s.t.Helper()
 	s.eventually("the pods to run, and the agent to be ready", func() bool {
 		now = make(map[string]bool)
@@ -86,7 +92,7 @@ func (s *scenario) awaitContainers(before map[string]bool) (now map[string]bool)
 				}
 			}
 		}
-		return len(now) == len(s.pods)+1
+		return len(now) == len(s.pods)+agents
 	})
 	return now
 }
