@@ -146,6 +146,7 @@ kind-parts: root
 	@go build -o .cache/clusters/bin/imds ./deploy/clusters/imds
 	@go tool -modfile=.ci/kind/go.mod -n kind >/dev/null # builds it
 	@deploy/clusters/images.sh
+	@deploy/clusters/old-nmi/build.sh
 
 # BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
 # BENCH_PEER=<binary> measures another agent, too.

@@ -55,6 +55,9 @@ func (s *scenario) replaceAgentBy(mode, image string) oldNMI {
 	}
 	require.NoError(s.t, os.WriteFile(old.manifest, []byte(strings.Join(kept, "\n---\n")), 0o600))
 
+	if image == oldImage {
+		s.run(world.script, "load", filepath.Join(world.root, ".cache", "clusters", "images", "old-nmi.tar"))
+	}
 	s.restoreAgent()
 	require.NoError(s.t, world.uninstall(s.t.Context()))
 	s.t.Cleanup(func() {
