@@ -76,6 +76,10 @@ config() {
 }
 
 up() {
+	if ! docker version >/dev/null; then
+		echo "kind needs docker, unless its node image is one of make kind-node-image" >&2
+		return 1
+	fi
 	if docker inspect "$node" >/dev/null 2>&1; then
 		echo "the cluster is there already; to end it: $here/cluster.sh down" >&2
 		return 1
