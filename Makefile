@@ -114,6 +114,7 @@ definitions: .cache/definitions ## custom resource definitions of others, for e2
 		install -m 644 "$$(go list -mod=mod -m -f '{{.Dir}}' "$$module")/$${definition#*//}" $@/; \
 	done
 	@touch $@
+
 # The clusters of deploy/clusters, whose README says more. RUN=<regexp> runs some scenarios only,
 # KEEP=1 leaves the cluster running, CNI and KUBE_PROXY choose its network.
 e2e-node: node-parts ## the agent on a node with a real kubelet, containerd and kube-proxy; twice, with ptp and bridge

@@ -60,7 +60,6 @@ var rooms = map[string][]string{
 	"bench/sdk":                  {"*"},
 
 	"deploy/clusters/asker":         {"deploy/clusters/asker/answers", "deploy/testbed/attack", "proxy/imdstest"},
-	"deploy/clusters/pause":         {},
 	"deploy/clusters/asker/answers": {},
 	"deploy/clusters/imds":          {"deploy/clusters/imds/control", "proxy/entratest", "proxy/imdstest"},
 	"deploy/clusters/imds/control":  {"proxy/entratest", "proxy/imdstest"},

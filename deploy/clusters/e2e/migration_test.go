@@ -44,7 +44,7 @@ func migrate(t *testing.T, mode string, helm bool) {
 		p.run("With Helm", 0)
 	} else {
 		p.run("Prepare", 0)
-		p.shell(`sed -i "s#podidentity/nmi:.*#` + *imageFlag + `#" nmi.yaml`)
+		p.shell(`sed -i "s#image: .*/nmi:.*#image: ` + *imageFlag + `#" nmi.yaml`)
 	}
 	p.run("Start the agent beside the old NMI", way)
 	s.served(bound)

@@ -24,7 +24,7 @@ func TestUninstall(t *testing.T) {
 	s.end(bound, unbound) // before they reach the metadata service
 
 	cleanup := filepath.Join(t.TempDir(), "cleanup.yaml")
-	s.run("bash", "-c", `sed "s#podidentity/nmi:.*#$0#" deploy/cleanup.yaml >"$1"`, *imageFlag, cleanup)
+	s.run("bash", "-c", `sed "s#image: .*/nmi:.*#image: $0#" deploy/cleanup.yaml >"$1"`, *imageFlag, cleanup)
 	s.kubectl("apply", "-f", cleanup)
 	s.kubectl("-n", agentNamespace, "rollout", "status", "daemonset/nmi-cleanup", "--timeout="+patience.String())
 	s.kubectl("delete", "-f", cleanup)
