@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"slices"
@@ -36,7 +37,9 @@ func isRetried(status int) bool {
 func (c client) ask(ctx context.Context, url string) answers.Answer {
 	begin := time.Now()
 	var a answers.Answer
+	var failures []string
 	for try := range maxRetries + 1 {
+		tried := time.Now()
 		a = c.try(ctx, url)
 		a.Tries = try + 1
 		if !c.retry || !isRetried(a.Status) || try == maxRetries {
@@ -46,10 +49,12 @@ func (c client) ask(ctx context.Context, url string) answers.Answer {
 		if seconds, err := strconv.Atoi(a.RetryAfter); err == nil {
 			delay = time.Duration(seconds) * time.Second
 		}
+		failures = append(failures, fmt.Sprintf("%d after %d ms, %s", a.Status, time.Since(tried).Milliseconds(), a.Error))
 		if !pause(ctx, delay, true) {
 			break
 		}
 	}
+	a.Failures = failures
 	a.Time, a.Millis = begin.UTC(), float64(time.Since(begin).Microseconds())/1000
 	return a
 }

@@ -61,7 +61,7 @@ func ask() error {
 	flag.IntVar(&o.requests, "n", 1, "number of requests; 0 is no end")
 	flag.DurationVar(&o.every, "every", 100*time.Millisecond, "time between an answer and the next request")
 	flag.StringVar(&o.want, "want", "", "client ID: the exit code is 1 if any answer was not a token of it")
-	flag.DurationVar(&o.summary, "summary", 0, "do not write tokens of -want, but their number, this often and at the end")
+	flag.DurationVar(&o.summary, "summary", 0, "do not write tokens of -want that took one try, but their number, this often and at the end")
 	flag.BoolVar(&c.retry, "retry", false, "try again as Azure's SDK for Go does")
 	fresh := flag.Bool("fresh", false, "a new connection for each request")
 	timeout := flag.Duration("timeout", 30*time.Second, "for one try")
@@ -114,7 +114,7 @@ func (o options) run(ctx context.Context, ask func(i int) answers.Answer) error 
 		if !right {
 			unwanted = true
 		}
-		if o.summary == 0 || !right {
+		if o.summary == 0 || !right || a.Tries > 1 {
 			if err := out.Encode(answers.Line{Answer: &a}); err != nil {
 				return err
 			}

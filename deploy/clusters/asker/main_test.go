@@ -66,6 +66,7 @@ func TestAsker(t *testing.T) {
 	assert.True(t, ok)
 	require.Len(t, all, 1)
 	assert.Equal(t, 3, all[0].Tries)
+	assert.Len(t, all[0].Failures, 2)
 
 	imds.Inject(imdstest.Fault{}, imdstest.Fault{Cut: true})
 	all, sum, ok := runs(t, "-n=5", "-every=1ms", "-summary=1h", "-want=cart", url("cart"))

@@ -15,6 +15,9 @@ import (
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
+// tooLong is what a right answer takes at most without an explanation in the results.
+const tooLong = 30 * time.Second
+
 // judge reads the logs of all pods, counts, and fails the scenario for what must not be.
 func (s *scenario) judge() {
 	s.t.Helper()
@@ -65,6 +68,9 @@ func (s *scenario) judgeAnswer(from string, want request, got answers.Answer) {
 	switch {
 	case got.Status == want.status && got.Subject == want.subject:
 		r.WorstMillis = max(r.WorstMillis, got.Millis)
+		if got.Millis > 1000*tooLong.Seconds() {
+			s.note("%s %s: right after %.0f s and %d tries: %q", got.Time.Format("15:04:05"), from, got.Millis/1000, got.Tries, got.Failures)
+		}
 		return
 	case got.Subject == imdstest.Node:
 		r.NodeTokens++

@@ -21,10 +21,12 @@ type Answer struct {
 	Error      string  `json:",omitempty"` // why there is no answer, or the beginning of one that is not a token
 	Millis     float64 // from the first try to the end of the last answer
 	Tries      int
+	// Failures are those of the tries before the last one.
+	Failures []string `json:",omitempty"`
 }
 
 // Summary stands for the answers that an asker with -summary does not write: tokens of
-// the identity that it wants. It counts from the asker's start.
+// the identity that it wants, from the first try. It counts from the asker's start.
 type Summary struct {
 	Right       int
 	WorstMillis float64
