@@ -5,6 +5,7 @@
 #   CNI, KUBE_PROXY   the cluster's network. By default one-node is run twice: with ptp and
 #                     iptables, then with bridge and nftables
 #   RUN=<regexp>      some scenarios only
+#   REBOOTS=<n>       how often to reboot with the boot guard; 20 by default
 #   RESULTS=<folder>  where to write the results
 #   KEEP=1            leave the cluster running, to look at it
 set -euo pipefail
@@ -36,7 +37,7 @@ for network in "${networks[@]}"; do
 	export CNI="${network% *}" KUBE_PROXY="${network#* }"
 	"$cluster" up
 	"$cluster" run "$suite" -test.v -test.timeout 60m -test.run "${RUN:-.}" -image localhost/nmi:test \
-		${RESULTS:+-results "$(realpath "$RESULTS")"} || status=$?
+		${REBOOTS:+-reboots "$REBOOTS"} ${RESULTS:+-results "$(realpath "$RESULTS")"} || status=$?
 	[ "$status" = 0 ] || [ -z "${KEEP:-}" ] || break
 done
 exit "$status"
