@@ -24,20 +24,20 @@ is_current() {
 	[ -f "$images/$name.tar" ] && cmp --silent "$work/$name.sum" "$images/$name.sum"
 }
 
-# write_archive <name>: of the image in buildah's store. It appears in one step, since a cluster
-# may be reading the old one.
-write_archive() {
-	local image=localhost/$1:test
-	buildah push --quiet "$image" "docker-archive:$work/$1.tar:$image"
+# publish <name>: the archive appears in one step, since a cluster may be reading the old one.
+publish() {
 	mv "$work/$1.tar" "$work/$1.sum" "$images/"
-	echo "$images/$1.tar: $image"
+	echo "$images/$1.tar: localhost/$1:test"
 }
 
 nmi() {
+	local image=localhost/nmi:test
 	go build -buildvcs=false -trimpath -ldflags '-s -w -X main.version=test' -o "$work/nmi" ./cmd/nmi
 	if ! is_current nmi "$work/nmi" Dockerfile deploy/image/*; then
-		IMAGE=localhost/nmi:test VERSION=test LOCAL=1 ARCH='' deploy/image/build.sh >&2
-		write_archive nmi
+		IMAGE=$image VERSION=test LOCAL=1 ARCH='' deploy/image/build.sh >&2
+		buildah push --quiet "$image" "docker-archive:$work/nmi.tar:$image"
+		buildah rmi "$image" >/dev/null # the archive is enough
+		publish nmi
 	fi
 }
 
@@ -49,8 +49,8 @@ program() {
 		container=$(buildah from scratch)
 		buildah add --quiet "$container" "$work/$1" "/usr/bin/$1" >/dev/null
 		buildah config --entrypoint "[\"/usr/bin/$1\"]" "$container"
-		buildah commit --quiet --rm "$container" "localhost/$1:test" >/dev/null
-		write_archive "$1"
+		buildah commit --quiet --rm "$container" "docker-archive:$work/$1.tar:localhost/$1:test" >/dev/null
+		publish "$1"
 	fi
 }
 

@@ -17,14 +17,16 @@ install -m 644 "$module/deploy/infra/deployment-rbac.yaml" "$cache/old-nmi/stand
 CGO_ENABLED=0 nice go build -trimpath -ldflags "-s -w -X github.com/Azure/aad-pod-identity/version.NMIVersion=$version" \
 	-o "$cache/bin/old-nmi" github.com/Azure/aad-pod-identity/cmd/nmi
 archive=$cache/images/old-nmi.tar
-if [ "$archive" -nt "$cache/bin/old-nmi" ]; then
+sum=$(sha256sum <"$cache/bin/old-nmi") # and not its time, which "go build" renews
+if [ -f "$archive" ] && [ "$(cat "$archive.sum" 2>/dev/null)" = "$sum" ]; then
 	exit
 fi
 image=localhost/old-nmi:$version
-container=$(buildah from --pull-never "docker-archive:$cache/images/nmi.tar")
+container=$(buildah from --quiet --pull-never "docker-archive:$cache/images/nmi.tar")
 buildah add --quiet "$container" "$cache/bin/old-nmi" /usr/bin/nmi >/dev/null
-buildah commit --quiet --rm "$container" "$image" >/dev/null
 rm -f "$archive.new"
-buildah push --quiet "$image" "docker-archive:$archive.new:$image"
+buildah commit --quiet --rm "$container" "docker-archive:$archive.new:$image" >/dev/null
+buildah rmi localhost/nmi:test >/dev/null # the base, of nmi.tar
 mv "$archive.new" "$archive"
+echo "$sum" >"$archive.sum"
 echo "$archive: $image"
