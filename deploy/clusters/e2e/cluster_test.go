@@ -88,15 +88,16 @@ func (c *cluster) configureIMDS(ctx context.Context) error {
 	})
 }
 
-// command runs a program here, and returns what it printed; with an error that includes
-// that.
+// command runs a program here, and returns its stdout. Where it fails, text and error
+// include stderr too. Warnings are not part of the text: iptables has some.
 func (c *cluster) command(ctx context.Context, name string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = c.root
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
+	var out, warnings bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &warnings
 	if err := cmd.Run(); err != nil {
-		return out.String(), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out.String())
+		text := out.String() + warnings.String()
+		return text, fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, text)
 	}
 	return out.String(), nil
 }

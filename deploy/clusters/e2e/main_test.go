@@ -42,6 +42,10 @@ func run(m *testing.M) int {
 	}
 	begin := time.Now()
 	code := m.Run()
+	if len(results.all) == 0 {
+		fmt.Fprintln(os.Stderr, "-test.run matches no scenario")
+		code = 1
+	}
 	report := newReport(ctx, begin)
 	if err := world.uninstall(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, err)
