@@ -5,9 +5,9 @@
 // It needs the build tag cluster, and runs against the cluster of KUBECONFIG:
 //
 //	go test -c -tags cluster -o .cache/clusters/e2e.test ./deploy/clusters/e2e
-//	deploy/clusters/one-node/cluster.sh run .cache/clusters/e2e.test -test.v -image localhost/nmi:<version>
+//	deploy/clusters/one-node/cluster.sh run .cache/clusters/e2e.test -test.v
 //
-// with -test.run for some of the scenarios, and -results for a file of the results. The
+// with -test.run for some of the scenarios, and -results for a directory of results. The
 // current directory is anywhere within the project. What can do more than Kubernetes's
 // API is in the environment, which "cluster.sh run" sets: NMI_CLUSTER is the script that
 // runs commands on the node, reboots it and so on; NMI_IMDS is the control socket of the

@@ -18,7 +18,8 @@ import (
 // tooLong is what a right answer takes at most without an explanation in the results.
 const tooLong = 30 * time.Second
 
-// judge reads the logs of all pods, counts, and fails the scenario for what must not be.
+// judge reads the logs of all pods, counts their answers, and fails the scenario for wrong
+// ones and for leaks.
 func (s *scenario) judge() {
 	s.t.Helper()
 	for _, p := range s.pods {
@@ -33,7 +34,7 @@ func (s *scenario) judge() {
 	if world.imds != nil {
 		counts := s.imds()
 		r.Leaks = counts.Leaks
-		assert.Empty(s.t, counts.Leaked, "requests from a pod's own address: they came past the agent")
+		assert.Empty(s.t, counts.Leaked, "requests from a pod's own address: they bypassed the agent")
 	}
 	assert.Zero(s.t, r.Wrong, "tokens of another identity")
 	assert.Zero(s.t, r.NodeTokens, "tokens of the node for pods that are not excepted")

@@ -91,7 +91,7 @@ func newReport(ctx context.Context, begin time.Time) *suiteReport {
 	return r
 }
 
-// unknown is what is written of what could not be found out.
+// unknown stands for a version that could not be found out.
 const unknown = "unknown"
 
 func (c *cluster) commit(ctx context.Context) string {

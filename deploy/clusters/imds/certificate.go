@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// newCertificate returns a certificate for ip, signed by itself, and its PEM: who trusts
-// that trusts the server. It is valid for a day.
+// newCertificate returns a self-signed certificate for ip, and its PEM for the clients that
+// are to trust it. It is valid for a day.
 func newCertificate(ip net.IP) (tls.Certificate, []byte, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

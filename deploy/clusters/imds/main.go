@@ -4,9 +4,9 @@
 //	imds -pods 10.244.0.0/16 -control <socket>
 //
 // It runs behind the node, in a network namespace that has 169.254.169.254, so that a
-// pod's packets to it are forwarded by the node. Nothing on that way may masquerade: a
-// request that comes from a pod's own address came past the agent, and is counted and
-// logged as a leak.
+// pod's packets to it are forwarded by the node. A request from an address of -pods has
+// bypassed the agent, and is counted and logged as a leak. Where the network masquerades,
+// -pods must name the address that pods' packets then have, and the node must use another.
 //
 // Tests read the counts and change what it does over the control socket (package
 // control), whatever network namespace they are in. It ends with SIGTERM or SIGINT.
@@ -32,7 +32,7 @@ const readTimeout = 5 * time.Second
 
 func main() {
 	var o options
-	pods := flag.String("pods", "10.244.0.0/16", "addresses of the cluster's pods, separated by commas")
+	pods := flag.String("pods", "10.244.0.0/16", "prefixes of the cluster's pods' addresses, separated by commas")
 	flag.StringVar(&o.control, "control", "", "Unix socket for tests (required)")
 	flag.StringVar(&o.imds, "listen", "169.254.169.254:80", "where the metadata service listens")
 	flag.StringVar(&o.entra, "entra", "169.254.169.254:443", `where the stand-in for Microsoft Entra listens, over TLS; "" for nowhere`)

@@ -23,7 +23,7 @@ func TestService(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "control.sock")
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	// Whoever asks from 127.0.0.2 is a pod.
+	// 127.0.0.2 is the address of a pod.
 	o := options{pods: []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}, control: socket, imds: freeAddress(t), entra: freeAddress(t)}
 	go func() { ended <- run(ctx, o) }()
 	c := control.NewClient(socket)

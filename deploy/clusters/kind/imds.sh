@@ -3,14 +3,14 @@
 #
 #	pod ── node ── imds: 10.99.0.1/30 ── 10.99.0.2/30 :node ── 169.254.169.254, port 80
 #
-#	imds.sh start    start it; nobody can reach it yet
+#	imds.sh start    start it, without a link to the node
 #	imds.sh connect  connect the node with it, after each boot of the node
 #	imds.sh stop
 #
-# The node forwards what pods send to it, as it would on Azure. Pods' packets that come past the
-# agent have the pod's own address, or that of the link, if the cluster's network masquerades
-# them, as kindnet does: both are told to the service as pods'. The node itself uses its own
-# address, since the route says so.
+# The node forwards pods' packets to it, as it would on Azure. Packets that bypass the agent have the
+# pod's own address, or that of the link if the cluster's network masquerades them, as kindnet
+# does: the service takes both for pods'. The node's own requests have its other address, which
+# the route names.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

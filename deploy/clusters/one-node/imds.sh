@@ -10,9 +10,9 @@ start_imds() {
 	await "the metadata service" test -S "$state/imds.sock"
 }
 
-# connect_imds is the cable to a node that boots. What the service answers goes to the node,
-# whatever address it is for: a pod's too, if its request came past the agent. Nothing here
-# masquerades, so that such a request is seen.
+# connect_imds is the cable to a node that boots. All answers of the service go to the node, those
+# to the address of a pod that has bypassed the agent too. Nothing here masquerades, so that such
+# a request is seen.
 connect_imds() {
 	ip -n "$node" link add imds type veth peer name "$node_name" netns "$imds"
 	ip -n "$imds" link set "$node_name" up

@@ -37,8 +37,8 @@ containerd_config() {
 	END
 }
 
-# Neither plugin masquerades: IMDS is to see a pod's own address when its request came past the
-# agent.
+# Neither plugin masquerades: the metadata service must see the pod's own address in a request that
+# has bypassed the agent.
 cni_ptp() {
 	cni_conflist '"type": "ptp"'
 }

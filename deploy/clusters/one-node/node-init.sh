@@ -1,7 +1,7 @@
 #!/bin/bash
-# Process 1 of the node: node-init.sh <disk> <programs>. It does what matters of what systemd does
-# on a real one: mounts, the boot guard's unit, the network, and programs that are started again
-# when they end. node.sh starts it in namespaces of its own.
+# Process 1 of the node: node-init.sh <disk> <programs>. It stands in for systemd: it mounts, runs
+# the commands of the boot guard's unit, brings up the network, and restarts programs when they
+# end. node.sh starts it in namespaces of its own.
 set -eu # above all not to go on with the machine's own /etc and /var
 disk=$1 programs=$2
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -18,7 +18,7 @@ mount_disk() {
 }
 
 # The kubelet (setupKernelTunables) writes these where they differ, but they are the whole
-# machine's. So it is shown what it wants.
+# machine's. So files with the values that it wants hide them.
 hide_sysctls() {
 	local name value
 	mkdir /run/sysctls
