@@ -13,6 +13,11 @@ cd "$(dirname "$0")/../.."
 cluster=$PWD/deploy/clusters/$1/cluster.sh
 suite=$PWD/.cache/clusters/e2e.test
 
+if "$cluster" exec true 2>/dev/null; then
+	echo "the cluster runs already; this ends it: ${CLUSTER:+CLUSTER=$CLUSTER }$cluster down" >&2
+	exit 1
+fi
+
 # shellcheck disable=SC2317 # the trap calls it
 end() {
 	trap '' INT TERM # once is enough
@@ -36,7 +41,7 @@ status=0
 for network in "${networks[@]}"; do
 	export CNI="${network% *}" KUBE_PROXY="${network#* }"
 	"$cluster" up
-	"$cluster" run "$suite" -test.v -test.timeout 60m -test.run "${RUN:-.}" -image localhost/nmi:test \
+	"$cluster" run "$suite" -test.v -test.timeout 90m -test.run "${RUN:-.}" -image localhost/nmi:test \
 		${REBOOTS:+-reboots "$REBOOTS"} ${RESULTS:+-results "$(realpath "$RESULTS")"} || status=$?
 	[ "$status" = 0 ] || [ -z "${KEEP:-}" ] || break
 done

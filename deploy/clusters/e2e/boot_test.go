@@ -29,7 +29,7 @@ func TestRebootsWithTheBootGuard(t *testing.T) {
 		_, err := world.command(t.Context(), world.script, "exec", "test", "-s", unit)
 		return err == nil
 	})
-	t.Cleanup(func() { // before the agent is installed without
+	t.Cleanup(func() { // where it ended too early
 		_, err := world.command(context.Background(), world.script, "exec", "rm", "-f", unit, "/etc/systemd/system/multi-user.target.wants/nmi-boot-guard.service")
 		assert.NoError(t, err)
 	})
@@ -42,6 +42,14 @@ func TestRebootsWithTheBootGuard(t *testing.T) {
 	before := s.awaitContainers(nil, 0)
 	s.run(world.script, "reboot")
 	s.awaitContainers(before, 0)
+
+	for _, p := range s.pods {
+		s.end(p.name) // before it reaches the metadata service
+	}
+	s.cleanUp()
+	assert.Empty(t, s.agentRules())
+	_, err := world.command(t.Context(), world.script, "exec", "test", "-e", unit)
+	assert.Error(t, err, "the unit is gone")
 }
 
 // TestRebootsWithoutTheBootGuard is why there is one. Its leaks are in a note, since
@@ -64,6 +72,7 @@ func (s *scenario) reboots(n int) (leaking, leaks int) {
 	for i := range 12 {
 		s.start(pod{name: fmt.Sprintf("unbound-%d", i), askers: []asker{ask}, spec: func(spec *corev1.PodSpec) { spec.RestartPolicy = corev1.RestartPolicyAlways }})
 	}
+	s.note("requests are those of each pod's last two containers; leaks are those of all")
 	before := s.awaitContainers(nil, 1)
 	for range n {
 		s.run(world.script, "reboot")

@@ -69,8 +69,9 @@ func TestEachFenceHoldsAlone(t *testing.T) {
 			s.running("impatient")
 			log := "/var/log/pods/" + s.namespace + "_impatient_*/ask-0/*.log"
 			// It is refused 20 times by the fence alone.
-			hanging := "until [ $(cat " + log + " | wc -l) -gt $((asked + 20)) ]; do sleep 0.1; done\nkill -CONT " + s.agentPID()
-			script := "kill -STOP " + s.agentPID() + "\n" + onLoss("asked=$(cat "+log+" | wc -l)\n"+hanging, natRules, test.lost)
+			agent := s.agentPID()
+			hanging := "until [ $(cat " + log + " | wc -l) -gt $((asked + 20)) ]; do sleep 0.1; done\nkill -CONT " + agent
+			script := "trap 'kill -CONT " + agent + "' EXIT\nkill -STOP " + agent + "\n" + onLoss("asked=$(cat "+log+" | wc -l)\n"+hanging, natRules, test.lost)
 			s.note("back after %s ms", s.onNode("timeout", "60", "bash", "-c", script))
 			s.recovered()
 		})

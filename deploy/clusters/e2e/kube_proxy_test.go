@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"os"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -16,6 +17,11 @@ import (
 // TestBesideKubeProxy runs on one cluster for each mode of kube-proxy.
 func TestBesideKubeProxy(t *testing.T) {
 	s := begin(t, "Beside kube-proxy pods reach services and get tokens, and both fences are there.", theIMDS, theNode)
+	if os.Getenv("KUBE_PROXY") == "nftables" { // "cluster.sh run" sets it
+		s.onNode("nft", "list", "table", "ip", "kube-proxy")
+	} else {
+		s.onNode("iptables", "-w", "-t", "nat", "-S", "KUBE-SERVICES")
+	}
 	s.bind("cart", cart)
 	// The agent's metrics are the server that every cluster has.
 	services := world.kube.CoreV1().Services(agentNamespace)

@@ -16,13 +16,15 @@ import (
 // TestQuickStart runs the commands of docs/quickstart.md as they are on the page, but for
 // the namespace, and for curl's image, which no test cluster has.
 func TestQuickStart(t *testing.T) {
-	s := begin(t, "The commands of docs/quickstart.md show what the page says.", theIMDS)
+	s := begin(t, "The commands of docs/quickstart.md, from the rollout on, show what the page says.", theIMDS)
 	page, err := os.ReadFile(filepath.Join(world.root, "docs", "quickstart.md"))
 	require.NoError(t, err)
 	kind, aks, found := strings.Cut(string(page), "\n## AKS\n")
 	require.True(t, found)
 
 	s.kubectlRun("report", "", asks(s.refused()))
+	s.shell(command(t, kind, "kubectl wait --for=jsonpath='{.status.phase}'=Succeeded pod/report"))
+	assert.Contains(t, s.shell(command(t, kind, "kubectl logs report")), "Identity not found")
 	s.shell(command(t, kind, "kubectl -n kube-system rollout status"))
 	assert.Contains(t, s.shell(command(t, kind, "kubectl -n kube-system logs daemonset/nmi | grep")), s.namespace)
 
@@ -55,7 +57,7 @@ func command(t *testing.T, page, prefix string) string {
 // shell runs commands of a page in the scenario's namespace.
 func (s *scenario) shell(lines ...string) string {
 	s.t.Helper()
-	script := strings.NewReplacer("-n shop", "-n "+s.namespace, "namespace: shop", "namespace: "+s.namespace, "shop/", s.namespace+"/").Replace(strings.Join(lines, "\n"))
+	script := strings.NewReplacer("kubectl wait", "kubectl -n "+s.namespace+" wait", "kubectl logs", "kubectl -n "+s.namespace+" logs", "-n shop", "-n "+s.namespace, "namespace: shop", "namespace: "+s.namespace, "shop/", s.namespace+"/").Replace(strings.Join(lines, "\n"))
 	return s.run("bash", "-euc", script)
 }
 

@@ -23,16 +23,22 @@ func TestUninstall(t *testing.T) {
 	assert.Contains(t, s.agentRules(), "nmi-guard")
 	s.end(bound, unbound) // before they reach the metadata service
 
-	cleanup := filepath.Join(t.TempDir(), "cleanup.yaml")
-	s.run("bash", "-c", `sed "s#image: .*/nmi:.*#image: $0#" deploy/cleanup.yaml >"$1"`, *imageFlag, cleanup)
-	s.kubectl("apply", "-f", cleanup)
-	s.kubectl("-n", agentNamespace, "rollout", "status", "daemonset/nmi-cleanup", "--timeout="+patience.String())
-	s.kubectl("delete", "-f", cleanup)
+	s.cleanUp()
 	assert.Empty(t, s.agentRules())
 	s.start(pod{name: "afterwards", askers: []asker{asks(s.nodeToken())}})
 	s.finish()
 	assert.Equal(t, 1, s.imds().Leaks)
 	require.NoError(t, world.imds.Reset(t.Context())) // meant to be
+}
+
+// cleanUp applies deploy/cleanup.yaml with this image, and deletes it when it is done.
+func (s *scenario) cleanUp() {
+	s.t.Helper()
+	cleanup := filepath.Join(s.t.TempDir(), "cleanup.yaml")
+	s.run("bash", "-c", `sed "s#image: .*/nmi:.*#image: $0#" deploy/cleanup.yaml >"$1"`, *imageFlag, cleanup)
+	s.kubectl("apply", "-f", cleanup)
+	s.kubectl("-n", agentNamespace, "rollout", "status", "daemonset/nmi-cleanup", "--timeout="+patience.String())
+	s.kubectl("delete", "-f", cleanup)
 }
 
 // agentRules returns what the agent has in the node's kernel, "" if nothing.

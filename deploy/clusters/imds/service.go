@@ -29,11 +29,11 @@ type service struct {
 	options
 	certificate []byte // of Entra, PEM
 	fakes       atomic.Pointer[fakes]
+	stopIMDS    func()
 	stopEntra   func()
 
-	mu       sync.Mutex // guards all below
-	stopIMDS func()     // nil while it is stopped
-	counts   control.Counts
+	mu     sync.Mutex // guards counts
+	counts control.Counts
 }
 
 type fakes struct {
@@ -46,14 +46,15 @@ func newService(o options) (*service, error) {
 	s := &service{options: o, stopEntra: func() {}}
 	s.reset()
 	s.configure(control.Config{})
-	if err := s.start(); err != nil {
+	ln, err := net.Listen("tcp", s.imds)
+	if err != nil {
 		return nil, err
 	}
+	s.stopIMDS = serve(ln, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.fakes.Load().imds.ServeHTTP(w, r) }))
 	if o.entra == "" {
 		return s, nil
 	}
-	ln, err := net.Listen("tcp", o.entra)
-	if err != nil {
+	if ln, err = net.Listen("tcp", o.entra); err != nil {
 		s.close()
 		return nil, err
 	}
@@ -82,34 +83,8 @@ func serve(ln net.Listener, handler http.Handler) (stop func()) {
 }
 
 func (s *service) close() {
-	s.stop()
+	s.stopIMDS()
 	s.stopEntra()
-}
-
-// start has the metadata service accept connections.
-func (s *service) start() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.stopIMDS != nil {
-		return nil
-	}
-	ln, err := net.Listen("tcp", s.imds)
-	if err != nil {
-		return err
-	}
-	s.stopIMDS = serve(ln, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.fakes.Load().imds.ServeHTTP(w, r) }))
-	return nil
-}
-
-// stop has it refuse them.
-func (s *service) stop() {
-	s.mu.Lock()
-	stop := s.stopIMDS
-	s.stopIMDS = nil
-	s.mu.Unlock()
-	if stop != nil {
-		stop()
-	}
 }
 
 func (s *service) configure(cfg control.Config) {
@@ -164,12 +139,6 @@ func (s *service) controlHandler() http.Handler {
 		}
 	})
 	mux.HandleFunc("POST /reset", func(http.ResponseWriter, *http.Request) { s.reset() })
-	mux.HandleFunc("POST /stop", func(http.ResponseWriter, *http.Request) { s.stop() })
-	mux.HandleFunc("POST /start", func(w http.ResponseWriter, _ *http.Request) {
-		if err := s.start(); err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-		}
-	})
 	mux.HandleFunc("GET /counts", func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
 		defer s.mu.Unlock()

@@ -50,11 +50,6 @@ func TestService(t *testing.T) {
 	require.Len(t, counts.Calls, 3)
 	assert.WithinDuration(t, time.Now(), counts.Calls[0].Time, time.Minute)
 
-	require.NoError(t, c.Stop(t.Context()))
-	assert.Zero(t, status(t, "127.0.0.1", token), "refused")
-	require.NoError(t, c.Start(t.Context()))
-	assert.Equal(t, http.StatusOK, status(t, "127.0.0.1", token))
-
 	entra, err := c.Entra(t.Context())
 	require.NoError(t, err)
 	assert.Equal(t, "https://"+o.entra, entra.Authority)

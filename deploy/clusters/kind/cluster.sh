@@ -85,7 +85,7 @@ up() {
 		return 1
 	fi
 	if [ -n "${NMI_KIND_INSIDE:-}" ] && ! docker image inspect "$KIND_NODE_IMAGE" >/dev/null 2>&1; then
-		echo "there is no image $KIND_NODE_IMAGE: make kind-node-image makes one, and says its name" >&2
+		echo "there is no image $KIND_NODE_IMAGE: make kind-node-image makes one, and says its name; $here/cluster.sh down ends docker" >&2
 		return 1
 	fi
 	mkdir -p "$state"

@@ -40,16 +40,6 @@ func (c *Client) Reset(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/reset", nil, nil)
 }
 
-// Stop has the metadata service refuse connections, and cuts those that there are.
-func (c *Client) Stop(ctx context.Context) error {
-	return c.do(ctx, http.MethodPost, "/stop", nil, nil)
-}
-
-// Start ends what Stop began.
-func (c *Client) Start(ctx context.Context) error {
-	return c.do(ctx, http.MethodPost, "/start", nil, nil)
-}
-
 // Counts returns what came since the start or the last Reset.
 func (c *Client) Counts(ctx context.Context) (counts Counts, err error) {
 	err = c.do(ctx, http.MethodGet, "/counts", nil, &counts)
