@@ -117,6 +117,12 @@ func TestHelm(t *testing.T) {
 	require.NoError(t, err)
 	assert.Empty(t, allowed.Data, "no identity is allowed")
 
+	// As after "kubectl rollout undo": a field is kubectl's.
+	h.kubectl(t, "-n", "kube-system", "set", "image", "daemonset/nmi", "nmi=other")
+	out, err = h.run(t, "upgrade", "nmi", chart)
+	require.Error(t, err)
+	assert.Contains(t, out, "conflict occurred while applying object")
+
 	ds, err := c.Kube.AppsV1().DaemonSets("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
 	require.NoError(t, err)
 	agent := ds.Spec.Template.Spec
@@ -136,6 +142,21 @@ func TestHelm(t *testing.T) {
 	require.NoError(t, err, "definitions and objects stay")
 	_, err = c.Kube.CoreV1().ServiceAccounts("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
 	assert.Error(t, err)
+
+	h.succeeds(t, "install", "nmi", chart)
+	h.kubectl(t, "-n", "kube-system", "delete", "secret", "-l", "owner=helm,name=nmi") // docs/migrating.md
+	assert.NotContains(t, h.succeeds(t, "list", "--all-namespaces", "--short"), "nmi", "Helm has forgotten the release")
+	_, err = c.Kube.AppsV1().DaemonSets("kube-system").Get(t.Context(), "nmi", metav1.GetOptions{})
+	require.NoError(t, err, "its objects stay")
+}
+
+// kubectl runs kubectl as the administrator of the cluster.
+func (h helm) kubectl(t *testing.T, args ...string) {
+	t.Helper()
+	root, err := testbed.Root()
+	require.NoError(t, err)
+	out, err := exec.CommandContext(t.Context(), filepath.Join(root, ".cache", "bin", "kubectl"), append([]string{"--kubeconfig=" + h.kubeconfig}, args...)...).CombinedOutput()
+	require.NoError(t, err, string(out))
 }
 
 // TestHelmBesideTheOldNMI is why docs/migrating.md has kubectl for a DaemonSet of the same name: the
@@ -148,10 +169,7 @@ func TestHelmBesideTheOldNMI(t *testing.T) {
 	old := filepath.Join(t.TempDir(), "old.yaml")
 	require.NoError(t, os.WriteFile(old, []byte(oldDaemonSet("kube-system")), 0o600))
 	require.NoError(t, c.Kube.AppsV1().DaemonSets("kube-system").Delete(t.Context(), "nmi", metav1.DeleteOptions{}))
-	root, err := testbed.Root()
-	require.NoError(t, err)
-	out, err := exec.CommandContext(t.Context(), filepath.Join(root, ".cache", "bin", "kubectl"), "--kubeconfig="+h.kubeconfig, "apply", "-f", old).CombinedOutput()
-	require.NoError(t, err, string(out))
+	h.kubectl(t, "apply", "-f", old)
 	text, err := h.run(t, "install", "nmi", chartForTestbed(t), "--take-ownership", "--force-conflicts")
 	require.Error(t, err)
 	assert.Contains(t, text, "may not specify more than 1 handler type")
