@@ -66,6 +66,7 @@ func migrate(t *testing.T, mode string, helm bool) {
 	s.eventually("pods to be refused", func() bool { return len(s.failed(bound, overNewOnes)) > refused+3 }) // the fences refuse slowly
 	assert.NotContains(t, s.agentRules(), "aad-metadata")
 	assert.Contains(t, s.agentRules(), "nmi-guard")
+	s.end(bound, unbound) // or they ask until the agent is there for the next scenario
 }
 
 // migratingPage is docs/migrating.md, whose commands it runs in a directory of their own.
