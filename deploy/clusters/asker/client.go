@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	neturl "net/url"
 	"slices"
 	"strconv"
 	"time"
@@ -71,6 +73,9 @@ func (c client) try(ctx context.Context, url string) (a answers.Answer) {
 	req.Header = c.header
 	resp, err := c.http.Do(req)
 	if err != nil {
+		if of := (*neturl.Error)(nil); errors.As(err, &of) {
+			err = of.Err // which URL is known
+		}
 		a.Error = err.Error()
 		return a
 	}
