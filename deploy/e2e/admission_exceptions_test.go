@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"maps"
 	"testing"
@@ -136,13 +137,42 @@ func (c *admissionCluster) testExceptedPods(t *testing.T) {
 }
 
 func (c *admissionCluster) testExceptedTemplates(t *testing.T) {
-	for _, kind := range []string{"Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job", "CronJob", "ControllerRevision"} {
+	for _, kind := range []string{"Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job", "CronJob"} {
 		t.Run(kind, func(t *testing.T) {
 			refused(t, c.bob.dryRun(workload(kind, "new", excepted)), "nmi-excepted-pods", "team=ops matches AzurePodIdentityException old")
 			require.NoError(t, c.bob.dryRun(workload(kind, "new", ordinary)))
 			require.NoError(t, c.alice.dryRun(workload(kind, "new", excepted)))
 		})
 	}
+}
+
+// testRevisions is for revisions of StatefulSets: the controller merges one into its
+// StatefulSet, whose labels it need not repeat, and reads its fields in any case.
+func (c *admissionCluster) testRevisions(t *testing.T) {
+	for name, data := range map[string]string{
+		"no labels":       `{"spec":{"template":{"spec":{"containers":[` + otherImage + `]}}}}`,
+		"in another case": `{"spec":{"template":{"$patch":"replace","Metadata":{"labels":{"team":"ops"}},"spec":{"containers":[` + otherImage + `]}}}}`,
+		"labels":          `{"spec":{"template":{"metadata":{"labels":{"team":"ops"}}}}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			revision := workload("ControllerRevision", "new", nil)
+			var content map[string]any
+			require.NoError(t, json.Unmarshal([]byte(data), &content))
+			revision.Object["data"] = content
+			refused(t, c.bob.dryRun(revision), "nmi-excepted-pods", "bob may not except pods of namespace shop")
+			require.NoError(t, c.carol.dryRun(revision))
+		})
+	}
+	stored := workload("ControllerRevision", "stored", nil)
+	require.NoError(t, c.carol.create(stored))
+	require.NoError(t, c.bob.patch(stored, `{"metadata":{"annotations":{"note":"x"}}}`))
+	require.Error(t, c.bob.patch(stored, `{"data":{"spec":null}}`), "immutable")
+
+	elsewhere := workload("ControllerRevision", "new", excepted)
+	elsewhere.SetNamespace("bank")
+	refused(t, c.bob.dryRun(elsewhere), "nmi-excepted-pods")
+	require.NoError(t, c.bob.remove(newException("bank", "new", "", "")))
+	require.Eventually(t, func() bool { return c.bob.dryRun(elsewhere) == nil }, patience, 20*time.Millisecond, "no exceptions there")
 }
 
 // testLabelUpdates is for pods and templates that get the label after their creation, in

@@ -38,6 +38,7 @@ func TestAdmission(t *testing.T) {
 	t.Run("exception", c.testExceptions)
 	t.Run("excepted pod", c.testExceptedPods)
 	t.Run("excepted template", c.testExceptedTemplates)
+	t.Run("revision", c.testRevisions)
 	t.Run("excepted by update", c.testLabelUpdates)
 	t.Run("controllers", c.testControllers)
 	t.Run("stored excepted pod", c.testStoredExceptedPods)
