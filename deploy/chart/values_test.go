@@ -52,6 +52,9 @@ func TestRefusedValues(t *testing.T) {
 		"nmi.probePort=http":               "at '/nmi/probePort': 'http' does not match pattern",
 		"nmi.probePort=70000":              "at '/nmi/probePort': maximum: got 70,000, want 65,535",
 		"nmi.digest=sha256:1234":           "at '/nmi/digest': 'sha256:1234' does not match pattern",
+		"nmi.tag=v1\t#":                    "at '/nmi/tag': 'v1\\t#' does not match pattern", // would comment out the digest
+		"nmi.image=nmi\n":                  "at '/nmi/image'",
+		"image.repository=a\n---\nb":       "at '/image/repository'",
 		"nmi.resources.memory=1Gi":         "at '/nmi/resources': additional properties 'memory' not allowed",
 		"nmi.podLabels.component=x":        "at '/nmi/podLabels/component': value must be 'nmi'",
 		"nmi.extraArgs={block-wireserver}": "at '/nmi/extraArgs/0': 'block-wireserver' does not match pattern '^-'",
