@@ -149,6 +149,25 @@ func migrate(t *testing.T, m migration) {
 	assert.Zero(t, asking.foreign.Load())
 }
 
+// TestGoingBackInTheMiddle goes back while the agent has not replaced the old NMI on every
+// node. There the old NMI must not be stopped: nothing would keep its pods from IMDS. The
+// DaemonSet's controller leaves a pod alone whose template comes back as it was.
+func TestGoingBackInTheMiddle(t *testing.T) {
+	begin(t)
+	k := newKubectl(t, "kube-system")
+	k.replaced = append(k.replaced, "<the manifest of aad-pod-identity>", "old.yaml")
+	k.apply(t, oldDaemonSet("kube-system"))
+	before := k.daemonSet(t)
+	k.run(t, "Prepare", 0)
+	for _, step := range []string{"Start the agent beside the old NMI", "Move the agent to its own port"} {
+		k.run(t, step, 0)
+		assert.NotEqual(t, before.Spec.Template, k.daemonSet(t).Spec.Template)
+		k.run(t, "Going back", 0)
+		assert.Equal(t, before.UID, k.daemonSet(t).UID, "not deleted, and its pods with it")
+		assert.Equal(t, before.Spec, k.daemonSet(t).Spec)
+	}
+}
+
 // oldDaemonSet is that of aad-pod-identity's deploy/infra manifests, in short: what
 // applying another over it has to cope with.
 func oldDaemonSet(namespace string) string {

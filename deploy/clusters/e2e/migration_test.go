@@ -58,7 +58,7 @@ func migrate(t *testing.T, mode string, helm bool) {
 	assert.NotContains(t, s.onNode("iptables", "-t", "nat", "-S", "aad-metadata"), "127.0.0.1:2579", "rules of the old NMI")
 	s.noteOutage()
 
-	p.run("Going back", 0)
+	p.run("Going back", way)
 	s.apply(old)
 	s.served(bound)
 	s.kubectl("delete", "--cascade=foreground", "-f", old.manifest) // and with it goes its redirect
@@ -82,7 +82,6 @@ func (s *scenario) migratingPage(old oldNMI) *migratingPage {
 	require.NoError(s.t, err)
 	p := &migratingPage{s: s, text: string(text), dir: s.t.TempDir(), replaced: []string{
 		"-n kube-system delete serviceaccount", "-n " + old.namespace + " delete serviceaccount",
-		"-n kube-system delete daemonset nmi", "-n " + old.namespace + " delete daemonset nmi",
 		"<namespace>", old.namespace, "<name>", "nmi",
 		"kubectl apply -f <the manifest of aad-pod-identity>", "",
 	}}
@@ -111,7 +110,7 @@ func (p *migratingPage) useHelm() {
 	require.NoError(p.s.t, err)
 	values := strings.Replace(p.block("With Helm", "yaml", 0), "nmi: {", "image: {repository: "+repository+"}\nnmi: {image: "+image+", tag: "+tag+", ", 1)
 	require.NoError(p.s.t, os.WriteFile(filepath.Join(p.dir, "nmi-values.yaml"), []byte(values), 0o600))
-	p.replaced = append([]string{"kubectl -n kube-system delete daemonset nmi", "helm -n kube-system uninstall nmi --wait"}, p.replaced...)
+	p.replaced = append(p.replaced, "helm -n kube-system uninstall nmi", "helm -n kube-system uninstall nmi --wait")
 	p.s.t.Cleanup(func() { // where it ended too early
 		assert.NoError(p.s.t, world.helm(context.Background(), "uninstall", agentName, "--ignore-not-found", "--wait"))
 	})
