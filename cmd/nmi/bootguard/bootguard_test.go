@@ -252,6 +252,25 @@ func TestReadOnly(t *testing.T) {
 	}))
 }
 
+// What docs/boot-guard.md promises of the unit, and systemd alone could show: it comes before
+// the network and the kubelet, waits for nothing, holds up a boot for a short time only, and
+// nothing requires it.
+func TestOrder(t *testing.T) {
+	settings := make(map[string][]string)
+	for line := range strings.Lines(unitFile([]string{"ip one", "ip two"})) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(line, "#") {
+			settings[name] = append(settings[name], value)
+		}
+	}
+	delete(settings, "Description")
+	delete(settings, "Documentation")
+	assert.Equal(t, map[string][]string{
+		"Before": {"network-pre.target kubelet.service"}, "Wants": {"network-pre.target"}, "DefaultDependencies": {"no"},
+		"Type": {"oneshot"}, "RemainAfterExit": {"yes"}, "TimeoutStartSec": {"10s"}, "ExecStart": {"-ip one", "-ip two"},
+		"WantedBy": {"multi-user.target"},
+	}, settings)
+}
+
 // systemd accepts the unit, without a warning, and finds no ordering cycle in a boot with
 // it, on a node whose early services wait for the network as cloud-init's do.
 func TestSystemdVerifies(t *testing.T) {
