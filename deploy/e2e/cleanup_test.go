@@ -3,8 +3,14 @@
 package e2e
 
 import (
+	"fmt"
+	"net/http"
 	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -63,6 +69,45 @@ func TestCleanupFindsWhatOtherFlagsLeft(t *testing.T) {
 	for _, own := range []string{"nmi-", "aad-metadata", "169.254.169.25", "168.63.129.16"} {
 		assert.NotContains(t, state(), own)
 	}
+}
+
+// Cleanup waits for the end of an agent that runs, and takes nothing from it meanwhile.
+func TestCleanupBesideAnAgentThatRuns(t *testing.T) {
+	s := begin(t)
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	a := s.agent()
+	require.Equal(t, http.StatusOK, p.asks(vault).status)
+	state := func() string {
+		return s.command("iptables", "-t", "nat", "-S") + s.command("iptables", "-t", "mangle", "-S") + s.command("ip", "-4", "rule", "list")
+	}
+	before := state()
+	binary, err := testbed.AgentBinary()
+	require.NoError(t, err)
+	start := func() *testbed.Program {
+		cleanup, err := testbed.StartProgram(binary, nil, "cleanup", "--handover-dir="+testbed.HandoverDir(world.Kubeconfig))
+		require.NoError(t, err)
+		require.Eventually(t, func() bool {
+			open, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", cleanup.PID()))
+			return slices.ContainsFunc(open, func(fd string) bool {
+				path, _ := os.Readlink(fd)
+				return strings.HasSuffix(path, "/owner.lock")
+			})
+		}, patience, time.Millisecond, "it waits for the lock")
+		return cleanup
+	}
+	cleanup := start()
+	code, err := cleanup.Stop()
+	require.NoError(t, err)
+	assert.Equal(t, 1, code)
+	assert.Contains(t, cleanup.Log(), "an agent that runs would write the rules again, uninstall it first")
+	assert.Equal(t, before, state())
+
+	cleanup = start()
+	s.stops(a)
+	code, err = cleanup.Wait(patience)
+	require.NoError(t, err)
+	assert.Zero(t, code, cleanup.Log())
+	assert.NotContains(t, state(), "169.254.169.254")
 }
 
 // An agent that starts while cleanup runs finds the node locked, and leaves nothing.
