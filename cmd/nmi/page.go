@@ -9,6 +9,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/podidentity/nmi/cmd/nmi/telemetry"
 )
 
 // page is a listener with pages on it: the metrics port, the probe port, the probe
@@ -59,7 +61,7 @@ func (a *agent) buildPages() {
 	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, confirm: expectSource(a.links)}
 	a.probes.handler = health
 	a.probeSocket.handler = explainer.handler(health)
-	a.metrics.handler = metrics(a.rules, a.links, a.resolver, a.upstream, a.tokens, a.server)
+	a.metrics.handler = telemetry.Handler(telemetry.Parts{Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server})
 	a.probeServer = &component{run: a.probeSocket.run}
 }
 
