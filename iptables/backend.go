@@ -1,7 +1,6 @@
 package iptables
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -40,7 +39,7 @@ func (b Backend) path() (string, error) {
 	if err == nil && defaultBackend() == b {
 		return path, nil
 	}
-	return "", fmt.Errorf("iptables-%s is not installed: install the iptables package", b)
+	return "", fmt.Errorf("iptables-%s is %w", b, errNotInstalled)
 }
 
 // defaultBackend returns the backend of the command iptables; "" without the command.
@@ -65,7 +64,7 @@ func (b Backend) other() Backend {
 }
 
 // errNoCommands means that neither backend's commands are installed.
-var errNoCommands = errors.New("neither iptables-nft nor iptables-legacy is installed: install the iptables package")
+var errNoCommands = fmt.Errorf("iptables-nft and iptables-legacy are %w", errNotInstalled)
 
 // installed lists the backends whose commands are installed.
 func installed() []Backend {

@@ -17,7 +17,7 @@ func (r *Reconciler) cleanStale(ctx context.Context) {
 	if r.cfg.Mode != None {
 		var flushed int
 		if flushed, flushErr = flushStaleFlows(r.cfg.Metadata); flushed > 0 {
-			r.staleFlows.Add(uint64(flushed))
+			r.counts.staleFlows.Add(uint64(flushed))
 			r.cfg.Logger.InfoContext(ctx, "ended connections to the metadata service that bypassed the agent", "connections", flushed)
 		}
 	}

@@ -11,11 +11,11 @@ import (
 // errPrivileges means that this process lacks capabilities that it needs.
 var errPrivileges = errors.New("run as root with the capabilities NET_ADMIN and NET_RAW")
 
-// forbidden is the advice for EPERM with all capabilities. On AKS nodes with eBPF host
+// errForbidden is the advice for EPERM with all capabilities. On AKS nodes with eBPF host
 // routing an LSM program refuses every rule that is written in the node's network
 // namespace (azure-block-iptables of Azure/azure-container-networking).
-const forbidden = "the node may forbid iptables rules, as AKS nodes with eBPF host routing do (label kubernetes.azure.com/ebpf-host-routing=true): " +
-	"there, use --redirect-mode=none with a local redirect policy of Cilium"
+var errForbidden = errors.New("the node may forbid iptables rules, as AKS nodes with eBPF host routing do (label kubernetes.azure.com/ebpf-host-routing=true): " +
+	"there, use --redirect-mode=none with a local redirect policy of Cilium")
 
 // missingCapabilities names the capabilities that this process needs and lacks. Policy
 // routing, iptables-nft and conntrack need NET_ADMIN; iptables-legacy also NET_RAW.
@@ -39,7 +39,7 @@ func missingCapabilities() (missing []string) {
 // permissionAdvice says what to do about EPERM, given the missing capabilities.
 func permissionAdvice(missing []string) error {
 	if len(missing) == 0 {
-		return errors.New(forbidden)
+		return errForbidden
 	}
 	return fmt.Errorf("%w (missing: %s)", errPrivileges, strings.Join(missing, ", "))
 }
@@ -52,10 +52,17 @@ func explainErrno(err error) error {
 			return fmt.Errorf("%w: %w", permissionAdvice(missing), err)
 		}
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EAFNOSUPPORT):
-		return fmt.Errorf("the kernel has no policy routing (CONFIG_IP_MULTIPLE_TABLES): %w", err)
+		return fmt.Errorf("%w policy routing (CONFIG_IP_MULTIPLE_TABLES): %w", errKernel, err)
 	}
 	return err
 }
+
+// errKernel means that the kernel has no support for a rule, or has not loaded it. What is
+// missing follows.
+var errKernel = errors.New("the kernel lacks")
+
+// errNotInstalled means that a command of iptables is missing.
+var errNotInstalled = errors.New("not installed: install the iptables package")
 
 // errLocked means that another program holds the xtables lock.
 var errLocked = errors.New("another program holds the xtables lock")
@@ -71,9 +78,9 @@ func toolError(doing, text string) error {
 		return fmt.Errorf("%s: %w: %s", doing, errLocked, text)
 	case strings.Contains(text, "Couldn't load"), strings.Contains(text, "RULE_APPEND failed (No such file or directory)"),
 		strings.Contains(text, "No chain/target/match by that name"):
-		return fmt.Errorf("%s: the kernel lacks a module for the rule (xt_conntrack, ipt_rpfilter, xt_multiport, ...), or iptables an extension: %s", doing, text)
+		return fmt.Errorf("%s: %w a module for the rule (xt_conntrack, ipt_rpfilter, xt_multiport, ...), or iptables an extension: %s", doing, errKernel, text)
 	case strings.Contains(text, "Table does not exist"), strings.Contains(text, "do you need to insmod"):
-		return fmt.Errorf("%s: the kernel lacks the table: load iptable_nat, iptable_mangle, iptable_filter, iptable_raw or nf_tables: %s", doing, text)
+		return fmt.Errorf("%s: %w the table: load iptable_nat, iptable_mangle, iptable_filter, iptable_raw or nf_tables: %s", doing, errKernel, text)
 	}
 	return fmt.Errorf("%s: %s", doing, text)
 }

@@ -97,9 +97,12 @@ func TestRoutingFenceWithoutIptables(t *testing.T) {
 	for _, name := range []string{"iptables-nft", "iptables-nft-restore"} {
 		writeScript(t, refusing+"/"+name, `[ "$1" = --version ] && echo "iptables v1.8.9 (nf_tables)" && exit; echo 'iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)' >&2; exit 4`)
 	}
-	for name, tc := range map[string]struct{ path, says string }{
-		"no commands": {"/nowhere", "install the iptables package"},
-		"EPERM":       {refusing, "kubernetes.azure.com/ebpf-host-routing=true"},
+	for name, tc := range map[string]struct {
+		path, says string
+		cause      iptables.Cause
+	}{
+		"no commands": {"/nowhere", "install the iptables package", iptables.CauseMissingTool},
+		"EPERM":       {refusing, "kubernetes.azure.com/ebpf-host-routing=true", iptables.CausePermission},
 	} {
 		for _, mode := range []iptables.Mode{iptables.Redirect, iptables.None} {
 			t.Run(name+", mode "+string(mode), func(t *testing.T) {
@@ -117,6 +120,9 @@ func TestRoutingFenceWithoutIptables(t *testing.T) {
 					assert.ErrorContains(t, r.Status().Err, tc.says)
 				}
 				path()
+				assert.Positive(t, r.Stats().Errors[tc.cause])
+				assert.True(t, r.Status().InPlace["routing"])
+				assert.False(t, r.Status().InPlace["guard"])
 				assert.Contains(t, n.ipRules(), routingFence)
 				assert.Empty(t, askFor(n.pod, aMoment))
 				assert.Zero(t, n.leaks.Load())

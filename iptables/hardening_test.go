@@ -218,4 +218,10 @@ printf '%s\n' "$input" | exec /usr/sbin/iptables-nft-restore "$@"`)
 	} {
 		assert.Contains(t, r.Status().Notes[0], says)
 	}
+	assert.Equal(t, map[string]bool{"routing": true, "guard": true, "redirect": true, "input": false, "antispoof": false}, r.Status().InPlace)
+	assert.Equal(t, iptables.NFT, r.Status().Backend)
+	failed := r.Stats().Errors
+	assert.Positive(t, failed[iptables.CauseKernel])
+	failed[iptables.CauseKernel] = 0
+	assert.Zero(t, failed)
 }

@@ -21,7 +21,7 @@ const (
 )
 
 // parts lists all of them, in the order in which they are written.
-var parts = []string{partRouting, partGuard, partRedirect, partWireserver, partInput, partAntispoof}
+var parts = [...]string{partRouting, partGuard, partRedirect, partWireserver, partInput, partAntispoof}
 
 // result is what one reconciliation found and did.
 type result struct {
@@ -29,8 +29,9 @@ type result struct {
 	lost     []string // parts that this Run had left in place, and that were gone or changed
 	down     []string // fences that were not in place before
 	notes    []string
-	err      error // of parts that are required
-	optional error // of parts that are not
+	inPlace  map[string]bool // by part, whether it is now
+	err      error           // of parts that are required
+	optional error           // of parts that are not
 }
 
 // reconcile makes the kernel's state the desired one, and reports whether it changed
@@ -40,7 +41,7 @@ type result struct {
 // As long as the mode is not known, it keeps the one whose rules are there, so that a
 // restart changes nothing; else it takes DNAT.
 func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
-	var res result
+	res := result{inPlace: make(map[string]bool)}
 	r.ensureRouting(&res)
 	redirected := r.ensureRequired(ctx, &res, status)
 	r.report(ctx, res.written, res.lost, res.down, status)
@@ -50,11 +51,11 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 		r.report(ctx, res.written[written:], res.lost[lost:], nil, status)
 	}
 	if len(res.written) > 0 {
-		r.repairs.Add(1)
+		r.counts.repairs.Add(1)
 		r.repairTimes = append(r.repairTimes, time.Now())
 		r.cleaned = false
 	}
-	status.ruleNotes = res.notes
+	status.Backend, status.InPlace, status.ruleNotes = r.backend(), res.inPlace, res.notes
 	if res.optional != nil {
 		if text := res.optional.Error(); text != r.lastOptional {
 			r.cfg.Logger.WarnContext(ctx, "running without rules that are not required", "error", res.optional)
@@ -77,7 +78,7 @@ func (r *Reconciler) report(ctx context.Context, written, lost, down []string, s
 	}
 	if len(lost) > 0 {
 		for _, part := range lost {
-			r.lost[part].Add(1)
+			r.counts.addLost(part)
 		}
 		r.cfg.Logger.Log(ctx, warn, "rules were removed or changed by another program", "rules", lost, "impact", impact(lost, down))
 	}
@@ -150,6 +151,7 @@ func (r *Reconciler) required(part string) bool {
 
 // fail records why a part is not in place.
 func (r *Reconciler) fail(res *result, part string, err error) {
+	r.counts.errors[causeOf(err)].Add(1)
 	if r.required(part) {
 		res.err = errors.Join(res.err, err)
 	} else {
@@ -165,7 +167,8 @@ func (r *Reconciler) ensureRouting(res *result) {
 			res.lost = append(res.lost, partRouting)
 		}
 	}
-	if r.fenced = err == nil; !r.fenced {
+	r.fenced = err == nil
+	if res.inPlace[partRouting] = r.fenced; !r.fenced {
 		r.fail(res, partRouting, fmt.Errorf("the policy routing rules that refuse packets forwarded to the metadata service are not in place: %w", err))
 	} else if written {
 		res.written = append(res.written, partRouting)
@@ -184,6 +187,9 @@ func (r *Reconciler) ensureRequired(ctx context.Context, res *result, status *St
 		}
 	}
 	if err != nil {
+		for _, c := range slices.Concat(desired(r.cfg, status.Mode), hardening(r.cfg, status.Mode)) {
+			res.inPlace[c.part] = false
+		}
 		res.down = append(res.down, partGuard)
 		part := partGuard
 		if r.cfg.BlockWireserver {
@@ -204,7 +210,7 @@ func (r *Reconciler) ensureChains(ctx context.Context, res *result, chains []cha
 		if want.part == partGuard && !intact {
 			res.down = append(res.down, want.part)
 		}
-		if err != nil {
+		if res.inPlace[want.part] = err == nil; err != nil {
 			redirected = redirected && want.part != partRedirect
 			r.fail(res, want.part, fmt.Errorf("%s (chain %s, %s) is not in place: %w", want.purpose, want.name, want.place(), err))
 		}

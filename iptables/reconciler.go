@@ -62,9 +62,7 @@ type Reconciler struct {
 	cfg    Config
 	status atomic.Pointer[Status]
 
-	checks, repairs, staleFlows atomic.Uint64
-	contended                   atomic.Uint64
-	lost                        map[string]*atomic.Uint64 // by part; has all of parts
+	counts counts
 
 	// Used by New and Run only.
 	runner       *runner             // nil as long as iptables is not usable
@@ -84,6 +82,11 @@ type Status struct {
 	Bypass error
 	Mode   Mode   // after the first reconciliation other than ModeAuto
 	Reason string // for this mode
+	// Backend is whose tables are used; "" if iptables is not usable.
+	Backend Backend
+	// InPlace has each part that is to be in place, and whether the last reconciliation left it
+	// so. It does not change.
+	InPlace map[string]bool
 	// Notes are what else an operator may want to know of the rules, a sentence each.
 	Notes []string
 
@@ -92,15 +95,6 @@ type Status struct {
 
 // errNotYet is the error of the Status before the first reconciliation.
 var errNotYet = errors.New("the iptables rules are not in place yet")
-
-// Stats are counts since New.
-type Stats struct {
-	Checks        uint64            // of the rules
-	Repairs       uint64            // checks that wrote missing or changed rules, the first included
-	Lost          map[string]uint64 // by part, times that it had been in place and was gone
-	LockContended uint64            // commands that found the xtables lock held by another program
-	StaleFlows    uint64            // connections past the agent that were ended
-}
 
 // New changes nothing. Its errors say which privileges are missing; mode None requires
 // none. Whatever else keeps rules from being written is in the Status and retried by
@@ -117,10 +111,7 @@ func New(cfg Config) (*Reconciler, error) {
 			return nil, permissionAdvice(missing)
 		}
 	}
-	r := &Reconciler{cfg: cfg, last: make(map[string][]string), lost: make(map[string]*atomic.Uint64)}
-	for _, part := range parts {
-		r.lost[part] = new(atomic.Uint64)
-	}
+	r := &Reconciler{cfg: cfg, last: make(map[string][]string)}
 	if err := r.open(); err != nil {
 		cfg.Logger.Warn("iptables is not usable; retrying", "error", err)
 	}
@@ -139,7 +130,7 @@ func (r *Reconciler) open() (err error) {
 			return err
 		}
 	}
-	if r.runner, err = newRunner(backend, &r.contended); err != nil {
+	if r.runner, err = newRunner(backend, &r.counts.contended); err != nil {
 		return err
 	}
 	r.cfg.Logger.Info("iptables backend selected", "backend", backend, "reason", reason)
@@ -148,18 +139,6 @@ func (r *Reconciler) open() (err error) {
 
 // Status returns the outcome of the last reconciliation.
 func (r *Reconciler) Status() Status { return *r.status.Load() }
-
-// Stats returns the counts so far.
-func (r *Reconciler) Stats() Stats {
-	s := Stats{
-		Checks: r.checks.Load(), Repairs: r.repairs.Load(), StaleFlows: r.staleFlows.Load(), LockContended: r.contended.Load(),
-		Lost: make(map[string]uint64, len(r.lost)),
-	}
-	for part, n := range r.lost {
-		s.Lost[part] = n.Load()
-	}
-	return s
-}
 
 const (
 	// firstRetry is the pause after a failure; it doubles up to the interval.
@@ -204,7 +183,7 @@ func (r *Reconciler) Run(ctx context.Context) {
 			if ctx.Err() != nil {
 				return
 			}
-			r.checks.Add(1)
+			r.counts.checks.Add(1)
 			next := r.cfg.Interval
 			if status.Err != nil {
 				next = retry
@@ -265,7 +244,7 @@ func (r *Reconciler) tables() (names []string) {
 // selectMode selects the mode by the interfaces that lead to pods, and looks for a
 // dataplane that bypasses iptables. The channel is closed when pods have changed.
 func (r *Reconciler) selectMode(last Status) (Status, <-chan struct{}) {
-	s := Status{Err: last.Err, Mode: r.cfg.Mode, Reason: reasonFlag, ruleNotes: last.ruleNotes}
+	s := Status{Err: last.Err, Mode: r.cfg.Mode, Reason: reasonFlag, Backend: last.Backend, InPlace: last.InPlace, ruleNotes: last.ruleNotes}
 	if r.cfg.Pods == nil {
 		return s, nil
 	}

@@ -138,7 +138,9 @@ func TestToolError(t *testing.T) {
 		err := toolError("reading the nat table", text)
 		assert.ErrorContains(t, err, want)
 		assert.NotContains(t, err.Error(), "\n")
+		assert.NotEqual(t, CauseOther, causeOf(err), text)
 	}
+	assert.Equal(t, CauseOther, causeOf(toolError("reading", "Segmentation fault")))
 	err := permissionAdvice([]string{"NET_RAW"})
 	assert.EqualError(t, err, "run as root with the capabilities NET_ADMIN and NET_RAW (missing: NET_RAW)")
 }

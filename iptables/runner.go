@@ -42,7 +42,7 @@ func newRunner(backend Backend, contended *atomic.Uint64) (*runner, error) {
 		return nil, err
 	}
 	if _, err = exec.LookPath(path + "-restore"); err != nil {
-		return nil, fmt.Errorf("%s-restore is not installed: install the iptables package: %w", path, err)
+		return nil, fmt.Errorf("%s-restore is %w: %w", path, errNotInstalled, err)
 	}
 	tables, err := goiptables.New(goiptables.Path(path), goiptables.Timeout(lockWait))
 	if err != nil {

@@ -87,30 +87,3 @@ func (r *Resolver) checkStaleness(now time.Time) {
 		r.cfg.Logger.Info("pod and identity data is up to date; serving tokens again")
 	}
 }
-
-// Stats are counts since New, and the state of the watches.
-type Stats struct {
-	Addresses int    // that pods of this node claim, ambiguous ones included
-	Ambiguous uint64 // times that an address became ambiguous
-	Lookups   uint64 // times that the API server was asked for the pod of an address
-	Found     uint64 // lookups that found a pod before the watch delivered it
-	Watches   []Watch
-}
-
-// Watch is the state of one watched resource.
-type Watch struct {
-	Resource string
-	StaleFor time.Duration // since the API server last sent something, which it does about once a minute
-}
-
-// Stats returns the current counts.
-func (r *Resolver) Stats() Stats {
-	s := Stats{Addresses: len(r.current.Load().byAddr), Ambiguous: r.ambiguous.Load(), Lookups: r.lookupCount.Load(), Found: r.lookupHits.Load()}
-	now := time.Now()
-	for _, w := range r.watchers {
-		if closed(w.synced) {
-			s.Watches = append(s.Watches, Watch{w.resource, w.staleFor(now)})
-		}
-	}
-	return s
-}

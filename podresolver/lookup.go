@@ -46,9 +46,10 @@ func (r *Resolver) lookup(ctx context.Context, addr netip.Addr) (*Pod, error) {
 }
 
 func (r *Resolver) listByAddress(ctx context.Context, addr netip.Addr) (*Pod, error) {
-	r.lookupCount.Add(1)
+	r.counts.lookups.Add(1)
 	list, err := r.podLister.ListWithContext(ctx, metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("status.podIP", addr.String()).String()})
 	if err != nil {
+		r.counts.lookupErrors.Add(1)
 		return nil, fmt.Errorf("%w (%s), and the lookup at the API server failed: %w", ErrUnknownAddress, addr, err)
 	}
 	var pods []*Pod
@@ -76,7 +77,7 @@ func (r *Resolver) listByAddress(ctx context.Context, addr netip.Addr) (*Pod, er
 		return nil, o.err
 	}
 	if known := r.Owner(addr); known == nil || known.UID != o.pod.UID {
-		r.lookupHits.Add(1)
+		r.counts.lookupHits.Add(1)
 		r.cfg.Logger.Warn("the API server knows a pod that the watch has not delivered yet", "pod", o.pod, "address", addr)
 	}
 	return o.pod, nil

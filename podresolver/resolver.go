@@ -100,9 +100,7 @@ type Resolver struct {
 	trimPod     func(*corev1.Pod) *podInfo
 	lookups     singleflight.Group
 	lookupLimit *rate.Limiter
-	lookupCount atomic.Uint64
-	lookupHits  atomic.Uint64
-	ambiguous   atomic.Uint64
+	counts      counts
 }
 
 // New returns a Resolver that reads from the sources once Run is called.
@@ -212,18 +210,33 @@ func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
 // confirm returns ErrUnconfirmed is treated like an unknown one: the request waits. The last
 // error of confirm is returned. It may be called several times.
 func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
+	s := r.current.Load()
+	pod, err := r.resolveIn(s, addr, confirm)
+	switch {
+	case err == nil || !retriable(err):
+		r.counts.resolved(Found, err)
+		return pod, err
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	}
+	began := time.Now()
+	pod, err = r.waitForPod(ctx, addr, s, err, confirm)
+	r.counts.waits.Record(time.Since(began))
+	r.counts.resolved(Waited, err)
+	return pod, err
+}
+
+// ResolveNow is ResolveCaller for a request that does not wait. Its caller counts it, because that
+// would take longer than the rest: it is not in Stats.
+func (r *Resolver) ResolveNow(addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
+	return r.resolveIn(r.current.Load(), addr, confirm)
+}
+
+func (r *Resolver) resolveIn(s *snapshot, addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
 	if r.expired.Load() {
 		return nil, ErrStale
 	}
-	s := r.current.Load()
-	pod, err := s.resolve(addr, confirm)
-	if err == nil || !retriable(err) {
-		return pod, err
-	}
-	if ctx.Err() != nil {
-		return nil, ctx.Err()
-	}
-	return r.waitForPod(ctx, addr, s, err, confirm)
+	return s.resolve(addr, confirm)
 }
 
 // retriable reports whether an event may resolve the error.
@@ -323,7 +336,7 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	before := r.current.Load()
 	for addr, owner := range next.byAddr {
 		if owner.err != nil && before.byAddr[addr].err == nil {
-			r.ambiguous.Add(1)
+			r.counts.ambiguous.Add(1)
 			r.cfg.Logger.Warn("address claimed by several pods; refusing token requests from it", "error", owner.err)
 		}
 	}

@@ -46,21 +46,21 @@ func (c *keptAlive) ended(t *testing.T) bool {
 
 // stats are those of connections, but for how many are busy, which is a matter of time.
 func (w *world) stats() listener.Stats {
-	stats := w.server.Connections()
+	stats := w.server.Stats().Connections
 	stats.Busy = 0
 	return stats
 }
 
 func (w *world) waitForOpen(open int) {
 	w.t.Helper()
-	w.eventually(func() bool { return w.server.Connections().Open == open }, "%d connections", open)
+	w.eventually(func() bool { return w.server.Stats().Connections.Open == open }, "%d connections", open)
 }
 
 // waitForIdle waits until the server has so many idle connections, which is some time after it has
 // answered on them.
 func (w *world) waitForIdle(n int) {
 	w.t.Helper()
-	w.eventually(func() bool { stats := w.server.Connections(); return stats.Open-stats.Busy == n }, "%d idle connections", n)
+	w.eventually(func() bool { stats := w.server.Stats().Connections; return stats.Open-stats.Busy == n }, "%d idle connections", n)
 }
 
 func TestIdleConnectionIsEvictedForSamePod(t *testing.T) {
@@ -102,7 +102,7 @@ func TestBusyConnectionIsNotEvictedForSamePod(t *testing.T) {
 	require.NoError(t, err)
 	defer resp.Body.Close()
 	assert.Equal(t, 200, resp.StatusCode)
-	assert.Equal(t, uint64(1), w.server.Connections().Refused)
+	assert.Equal(t, uint64(1), w.server.Stats().Connections.Refused)
 }
 
 func TestPodWithMostConnectionsLosesAnIdleOne(t *testing.T) {
@@ -186,7 +186,7 @@ func TestManySilentConnections(t *testing.T) {
 			require.NoError(t, tcp.SetLinger(0))
 		}
 	}
-	assert.LessOrEqual(t, w.server.Connections().Open, DefaultMaxConnectionsPerPod+1)
+	assert.LessOrEqual(t, w.server.Stats().Connections.Open, DefaultMaxConnectionsPerPod+1)
 	assert.Equal(t, 200, modest.ask(t))
 	assert.Equal(t, 200, w.connect(alsoBound).ask(t))
 }

@@ -43,32 +43,31 @@ func (s *Server) fastPath(c *listener.Conn, timeout time.Duration) (handOver boo
 		if s.draining.Load() {
 			return true
 		}
+		began := time.Now()
 		c.AwaitTurn()
-		token, at := s.tokenInMemory(c, head.req)
-		if token == nil {
+		a, ok := s.tokenInMemory(c, head.req)
+		if !ok {
 			return true
 		}
-		s.fastPathRequests.Add(1)
 		last := head.last || s.draining.Load() // which may have begun while the request was held back
-		if s.respond(c, token, last, at) != nil || last {
+		err = s.respond(c, a.token, last, a.at)
+		s.requests.recordHit(a.source, time.Since(began))
+		if err != nil || last {
 			_ = c.Close()
 			return false
 		}
 	}
 }
 
-// tokenInMemory is token for a request with a known head, and also returns when it looked. It
-// returns nil for what token would have to wait, and for what it would refuse or pass through.
-func (s *Server) tokenInMemory(c *listener.Conn, req tokenRequest) (token *tokencache.Token, at time.Time) {
-	pod, err := s.resolve(now, c.Caller(), c)
+// tokenInMemory is tokens for a request with a known head. It reports false for what token would
+// have to wait for, refuse, or pass through.
+func (s *Server) tokenInMemory(c *listener.Conn, req tokenRequest) (a answer, ok bool) {
+	pod, err := s.resolveNow(c)
 	if err != nil || pod.Exception() != "" {
-		return nil, at
+		return a, false
 	}
-	token, auxiliary, at, err := s.tokens(now, pod, c.Caller(), req)
-	if err != nil || len(auxiliary) > 0 {
-		return nil, at
-	}
-	return token, at
+	a, err = s.tokens(now, pod, c.Caller(), req)
+	return a, err == nil && len(a.auxiliary) == 0
 }
 
 // respond writes the response with a token that http.Server would write, byte for byte.
@@ -95,7 +94,7 @@ func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool, a
 
 // takeBack answers a request whose head is known, and moves its connection from
 // http.Server to the fast path. It returns false, and has written nothing, if it cannot do so.
-func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokencache.Token) bool {
+func (s *Server) takeBack(w *response, c *listener.Conn, token *tokencache.Token) bool {
 	if s.draining.Load() {
 		return false
 	}
@@ -103,6 +102,7 @@ func (s *Server) takeBack(w http.ResponseWriter, c *listener.Conn, token *tokenc
 	if err != nil {
 		return false
 	}
+	w.status = http.StatusOK
 	unread, _ := buffered.Peek(buffered.Reader.Buffered())
 	mine := c.TakeBack(unread)
 	serve := func() {

@@ -45,6 +45,14 @@ func (c *keptAlive) exchange(t *testing.T, raw string) (resp *http.Response, sub
 	return resp, tokenSubject(string(body))
 }
 
+// fastPath waits until so many requests have been answered on the fast path: they are counted once
+// the response is written.
+func (w *world) fastPath(requests uint64, what string) {
+	w.t.Helper()
+	w.eventually(func() bool { return w.server.Stats().FastPath >= requests }, what)
+	assert.Equal(w.t, requests, w.server.Stats().FastPath, what)
+}
+
 func TestFastPath(t *testing.T) {
 	w := newWorld(t, nil)
 	c := w.connect(bound)
@@ -59,7 +67,7 @@ func TestFastPath(t *testing.T) {
 		if strings.Contains(raw, tokenURL) {
 			assert.Equal(t, one.ClientID, subject)
 		}
-		assert.Equal(t, requests, w.server.FastPathRequests(), raw)
+		w.fastPath(requests, raw)
 	}
 	ask(c, withID(1), false)
 	ask(c, withID(1), false) // it is known, and the connection goes to the fast path
@@ -98,7 +106,7 @@ func TestNotTheFastPath(t *testing.T) {
 	for range 3 {
 		known.exchange(t, withID(1))
 	}
-	require.Equal(t, uint64(1), w.server.FastPathRequests())
+	w.fastPath(1, "")
 	id := "0a1b2c3d-0000-4000-8000-000000000001"
 	for name, raw := range map[string]string{
 		"the ID is too short":                        strings.Replace(withID(1), id, id[1:], 1),
@@ -113,7 +121,7 @@ func TestNotTheFastPath(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			resp, _ := w.connect(bound).exchange(t, raw)
 			assert.Equal(t, 200, resp.StatusCode)
-			assert.Equal(t, uint64(1), w.server.FastPathRequests())
+			w.fastPath(1, "")
 		})
 	}
 }
@@ -151,7 +159,7 @@ func TestUnusualHeadsAreNotKnown(t *testing.T) {
 					c = w.connect(bound)
 				}
 			}
-			assert.Zero(t, w.server.FastPathRequests())
+			assert.Zero(t, w.server.Stats().FastPath)
 		})
 	}
 }
@@ -191,7 +199,7 @@ func TestFastPathAuthorizesEachRequest(t *testing.T) {
 				require.Equal(t, 200, resp.StatusCode)
 				require.Equal(t, one.ClientID, subject)
 			}
-			require.Equal(t, uint64(1), w.server.FastPathRequests())
+			w.fastPath(1, "")
 			before := w.server.cfg.Pods.Owner(netip.MustParseAddr(bound))
 			tc.change(cluster)
 			if !untrusted.Load() {
@@ -204,7 +212,7 @@ func TestFastPathAuthorizesEachRequest(t *testing.T) {
 			} else {
 				assert.Equal(t, tc.subject, subject)
 			}
-			assert.Equal(t, uint64(1), w.server.FastPathRequests())
+			w.fastPath(1, "")
 		})
 	}
 }
@@ -220,9 +228,9 @@ func TestFastPathWithoutToken(t *testing.T) {
 		}
 	}
 	assert.Equal(t, 9, w.imds.Requests())
-	assert.Equal(t, uint64(9), w.server.FastPathRequests())
+	w.fastPath(9, "")
 	c.exchange(t, get(tokenURL+"0"))
-	assert.Equal(t, uint64(9), w.server.FastPathRequests(), "it has been forgotten")
+	w.fastPath(9, "it has been forgotten")
 }
 
 func TestFastPathWhileDraining(t *testing.T) {
@@ -232,7 +240,7 @@ func TestFastPathWhileDraining(t *testing.T) {
 		idle.exchange(t, get(tokenURL))
 		busy.exchange(t, get(tokenURL))
 	}
-	require.NotZero(t, w.server.FastPathRequests())
+	w.fastPath(4, "on both")
 	w.stop()
 	w.eventually(w.server.draining.Load, "it stops")
 	resp, _ := busy.exchange(t, get(tokenURL))
@@ -241,7 +249,7 @@ func TestFastPathWhileDraining(t *testing.T) {
 	assert.True(t, busy.ended(t))
 	assert.True(t, idle.ended(t))
 	w.running.Wait()
-	assert.Zero(t, w.server.Connections().Open)
+	assert.Zero(t, w.server.Stats().Connections.Open)
 }
 
 // A client that sends one request after the other, and reads no response.
@@ -258,11 +266,11 @@ func TestSlowReaderOnTheFastPath(t *testing.T) {
 			break
 		}
 		deadline := time.Now().Add(2 * writeTimeout)
-		for w.server.FastPathRequests() <= sent && w.server.Connections().Open > 0 && time.Now().Before(deadline) {
+		for w.server.Stats().FastPath <= sent && w.server.Stats().Connections.Open > 0 && time.Now().Before(deadline) {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	assert.Positive(t, w.server.FastPathRequests())
+	assert.Positive(t, w.server.Stats().FastPath)
 	assert.Less(t, time.Since(began), 3*writeTimeout)
 	w.waitForOpen(0)
 }
@@ -338,10 +346,12 @@ func answersFast(tb testing.TB) (answer func()) {
 		if !head.matches(request) {
 			tb.Fatal("another head")
 		}
-		token, at := s.tokenInMemory(c, head.req)
-		if token == nil || s.respond(c, token, false, at) != nil {
+		began := time.Now()
+		a, ok := s.tokenInMemory(c, head.req)
+		if !ok || s.respond(c, a.token, false, a.at) != nil {
 			tb.Fatal("not answered")
 		}
+		s.requests.recordHit(a.source, time.Since(began))
 	}
 }
 
@@ -365,11 +375,11 @@ func BenchmarkTokenInMemory(b *testing.B) {
 	buffer := make([]byte, 0, maxBuffer)
 	b.ReportAllocs()
 	for b.Loop() {
-		token, at := s.tokenInMemory(c, head.req)
-		if token == nil {
+		a, ok := s.tokenInMemory(c, head.req)
+		if !ok {
 			b.Fatal("not answered")
 		}
-		buffer = appendToken(buffer[:0], token, at)
+		buffer = appendToken(buffer[:0], a.token, a.at)
 	}
 }
 
@@ -408,7 +418,8 @@ func TestIdleTimeoutOfTheFastPath(t *testing.T) {
 			assert.Equal(t, 200, resp.StatusCode)
 			time.Sleep(idleTimeout/2 - time.Second)
 		}
-		assert.Equal(t, uint64(3), s.FastPathRequests())
+		synctest.Wait()
+		assert.Equal(t, uint64(3), s.Stats().FastPath)
 		time.Sleep(idleTimeout)
 		_, err := c.r.ReadByte()
 		require.ErrorIs(t, err, io.EOF)

@@ -7,26 +7,31 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy/listener"
 )
 
 // ServeHTTP implements http.Handler.
-func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	w = &response{
-		ResponseWriter: w, draining: &s.draining,
+func (s *Server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	began := time.Now()
+	w := &response{
+		ResponseWriter: rw, draining: &s.draining,
 		// Where a request ends may be in doubt: Content-Length beside Transfer-Encoding, and
 		// Transfer-Encoding in HTTP/1.0, must end the connection (RFC 9112, 6.1), and
 		// http.Server hides both. So whatever has a body ends it, and all of HTTP/1.0.
 		last: r.ContentLength != 0 || !r.ProtoAtLeast(1, 1),
 	}
+	defer func() { // also when ReverseProxy panics, because the client has gone
+		s.requests.record(requestKey{method: methodName(r.Method), route: routeName(r), status: w.status, source: w.source}, time.Since(began))
+	}()
 	if err := s.handle(w, r); err != nil {
 		s.refuse(w, r, err)
 	}
 }
 
-func (s *Server) handle(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) handle(w *response, r *http.Request) error {
 	if r.Method == http.MethodConnect || r.ProtoMajor != 1 {
 		// Not even for excepted pods: if IMDS understood a tunnel (RFC 9110, 9.3.6) or a
 		// preface of HTTP/2, the requests of other pods on that connection would be in it.
@@ -108,21 +113,35 @@ func (s *Server) resolve(ctx context.Context, caller netip.Addr, conn *listener.
 	if !caller.IsValid() {
 		return nil, errors.New("not a TCP connection, so it has no pod")
 	}
-	ingress := 0
-	if s.cfg.CheckSource != nil {
-		ingress = conn.Ingress()
+	ingress := s.ingressOf(conn)
+	return s.cfg.Pods.ResolveCaller(ctx, caller, func(pod *podresolver.Pod) error { return s.confirm(pod, caller, ingress) })
+}
+
+// resolveNow is resolve for a request that does not wait.
+func (s *Server) resolveNow(conn *listener.Conn) (*podresolver.Pod, error) {
+	caller, ingress := conn.Caller(), s.ingressOf(conn)
+	return s.cfg.Pods.ResolveNow(caller, func(pod *podresolver.Pod) error { return s.confirm(pod, caller, ingress) })
+}
+
+// ingressOf is the interface that confirm needs.
+func (s *Server) ingressOf(conn *listener.Conn) int {
+	if s.cfg.CheckSource == nil {
+		return 0
 	}
-	return s.cfg.Pods.ResolveCaller(ctx, caller, func(pod *podresolver.Pod) error {
-		if s.cfg.CheckSource == nil {
-			return nil
-		}
-		err := s.cfg.CheckSource(caller, ingress, pod)
-		switch {
-		case err == nil:
-			return nil
-		case errors.Is(err, podresolver.ErrUnconfirmed):
-			return fmt.Errorf("pod %s: %w", pod, err)
-		}
-		return fmt.Errorf("pod %s: %w: %w", pod, ErrSource, err)
-	})
+	return conn.Ingress()
+}
+
+// confirm checks that a connection is the pod's.
+func (s *Server) confirm(pod *podresolver.Pod, caller netip.Addr, ingress int) error {
+	if s.cfg.CheckSource == nil {
+		return nil
+	}
+	err := s.cfg.CheckSource(caller, ingress, pod)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, podresolver.ErrUnconfirmed):
+		return fmt.Errorf("pod %s: %w", pod, err)
+	}
+	return fmt.Errorf("pod %s: %w: %w", pod, ErrSource, err)
 }

@@ -24,8 +24,8 @@ const hostTokenPath = "/host/token"
 var errHostUser = &httpError{status: http.StatusForbidden, code: "forbidden", description: "This user may not request tokens for pods"}
 
 // host serves a request of the node's own: as a pod's, but for a pod that it names.
-func (s *Server) host(w http.ResponseWriter, r *http.Request, conn *listener.Conn) error {
-	if path, _, _ := strings.Cut(r.RequestURI, "?"); strings.TrimSuffix(path, "/") != hostTokenPath || len(s.cfg.HostTokenUIDs) == 0 {
+func (s *Server) host(w *response, r *http.Request, conn *listener.Conn) error {
+	if !isHostTokenPath(r) || len(s.cfg.HostTokenUIDs) == 0 {
 		return errNotFound
 	}
 	if err := s.checkUser(r, conn); err != nil {
@@ -48,12 +48,18 @@ func (s *Server) host(w http.ResponseWriter, r *http.Request, conn *listener.Con
 	}
 	// It counts towards the pod's bounds. A pod without an address has none: it is about to
 	// start, and the kubelet limits how often the provider asks for it.
-	token, err := s.cached(r.Context(), keyOf(identity, req.resource), addr, tokenRequest{}, time.Now())
+	token, source, err := s.cached(r.Context(), keyOf(identity, req.resource), addr, tokenRequest{}, time.Now())
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}
+	w.source = source.String()
 	s.log.DebugContext(r.Context(), "host token", "pod", namespace+"/"+name, "identity", identity.Name, "resource", req.resource)
 	return writeHostToken(w, token, identity, time.Now())
+}
+
+func isHostTokenPath(r *http.Request) bool {
+	path, _, _ := strings.Cut(r.RequestURI, "?")
+	return strings.TrimSuffix(path, "/") == hostTokenPath
 }
 
 // checkUser refuses processes of users that are not in HostTokenUIDs. (The old NMI served any

@@ -88,7 +88,7 @@ func TestMemoryPerConnection(t *testing.T) {
 // waitForBusy waits until so many connections are in use.
 func (w *world) waitForBusy(n int) {
 	w.t.Helper()
-	w.eventually(func() bool { return w.server.Connections().Busy == n }, "%d connections in use", n)
+	w.eventually(func() bool { return w.server.Stats().Connections.Busy == n }, "%d connections in use", n)
 }
 
 // manyFields are n different ones of six bytes each.

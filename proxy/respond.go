@@ -26,6 +26,10 @@ type response struct {
 	http.ResponseWriter
 	draining *atomic.Bool
 	last     bool // on its connection
+
+	// For Stats.
+	status int    // once it is known
+	source string // of the token; "" without one
 }
 
 // WriteHeader implements http.ResponseWriter.
@@ -33,6 +37,7 @@ func (w *response) WriteHeader(status int) {
 	if status < http.StatusOK {
 		return
 	}
+	w.status = status
 	if w.last || w.draining.Load() {
 		w.Header().Set("Connection", "close")
 	}

@@ -91,10 +91,10 @@ type Server struct {
 	logLimit logLimit
 	conns    *listener.Limiter
 
-	front            *front      // once Serve runs
-	heads            *knownHeads // nil disables the fast path, for tests
-	date             httpDate
-	fastPathRequests atomic.Uint64
+	front    *front      // once Serve runs
+	heads    *knownHeads // nil disables the fast path, for tests
+	date     httpDate
+	requests requests
 }
 
 const (
@@ -194,12 +194,6 @@ func (s *Server) endFastPath() {
 		}
 	}
 }
-
-// Connections returns the statistics of connections.
-func (s *Server) Connections() listener.Stats { return s.conns.Stats() }
-
-// FastPathRequests is how many requests have been answered without http.Server, so far.
-func (s *Server) FastPathRequests() uint64 { return s.fastPathRequests.Load() }
 
 // SetDraining makes the server close each connection with its next response, so that
 // clients connect again and reach another server that accepts from the same socket; or,

@@ -107,8 +107,8 @@ func TestUnacknowledgedResponseKeepsItsPlace(t *testing.T) {
 			_, _ = io.WriteString(c, strings.Repeat(request+"\r\n", 2)+request+"Connection: close\r\n\r\n")
 		}
 	}
-	w.eventually(func() bool { return w.server.Connections().Evicted+w.server.Connections().Refused >= 4 }, "the first have made place")
-	assert.LessOrEqual(t, w.server.Connections().Open, 4)
+	w.eventually(func() bool { return w.server.Stats().Connections.Evicted+w.server.Stats().Connections.Refused >= 4 }, "the first have made place")
+	assert.LessOrEqual(t, w.server.Stats().Connections.Open, 4)
 	began := time.Now()
 	w.waitForOpen(0)
 	assert.Greater(t, time.Since(began), writeTimeout/2, "its end has been waited for")

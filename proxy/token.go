@@ -17,7 +17,7 @@ import (
 )
 
 // token serves one request for a token, from its headers to its response.
-func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) token(w *response, r *http.Request) error {
 	if err := s.checkHeaders(r); err != nil { // SDKs' probes end here, without any lookup
 		return err
 	}
@@ -36,65 +36,73 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) error {
 	}
 	head, known := s.heads.of(conn, r, req)
 	r.Header = nil // from here on the request may wait, and holds no more memory than its query
-	token, auxiliary, _, err := s.tokens(r.Context(), pod, addr, req)
+	a, err := s.tokens(r.Context(), pod, addr, req)
 	if err != nil {
 		return err
 	}
+	w.source = a.source.String()
 	switch {
-	case head == nil || len(auxiliary) > 0:
+	case head == nil || len(a.auxiliary) > 0:
 	case !known:
 		s.heads.add(addr, head)
-	case !head.last && !conn.Pipelined() && s.takeBack(w, conn, token): // not for one that may never come again
+	case !head.last && !conn.Pipelined() && s.takeBack(w, conn, a.token): // not for one that may never come again
 		return nil
 	}
-	writeToken(w, token, auxiliary, time.Now())
+	writeToken(w, a.token, a.auxiliary, time.Now())
 	return nil
 }
 
-// tokens decides which identity a pod's request gets, and returns its token, and those of
-// auxiliary tenants, and when it looked for them: to read the clock takes as long as to find a token
-// in memory. The pod must be the one that the caller's address was resolved to just now.
-func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.Addr, req tokenRequest) (token *tokencache.Token, auxiliary []*tokencache.Token, at time.Time, err error) {
+// answer is what a request for a token gets.
+type answer struct {
+	token     *tokencache.Token
+	auxiliary []*tokencache.Token // of auxiliary tenants
+	source    tokencache.Source   // of the token that took longest
+	at        time.Time           // when it was looked for: to read the clock takes as long as to find a token in memory
+}
+
+// tokens decides which identity a pod's request gets, and returns its tokens. The pod must be the
+// one that the caller's address was resolved to just now.
+func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.Addr, req tokenRequest) (a answer, err error) {
 	identity, err := s.cfg.Pods.Identity(ctx, caller, pod, req.selector)
 	if err != nil {
-		return nil, nil, at, fmt.Errorf("pod %s: %w", pod, err)
+		return a, fmt.Errorf("pod %s: %w", pod, err)
 	}
-	at = time.Now() // not before: the identity may have been waited for
-	token, err = s.cached(ctx, keyOf(identity, req.resource), caller, req, at)
+	a.at = time.Now() // not before: the identity may have been waited for
+	a.token, a.source, err = s.cached(ctx, keyOf(identity, req.resource), caller, req, a.at)
 	if err == nil && identity.Principal != nil {
-		auxiliary, err = s.auxiliary(ctx, identity, caller, req)
+		err = s.addAuxiliary(ctx, &a, identity, caller, req)
 	}
 	if err != nil {
-		return nil, nil, at, fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
+		return a, fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
 	}
 	if s.log.Enabled(ctx, slog.LevelDebug) { // boxing the arguments costs more than the lookup
 		s.log.DebugContext(ctx, "token", "pod", pod, "identity", identity.Name, "resource", req.resource)
 	}
-	return token, auxiliary, at, nil
+	return a, nil
 }
 
 // cached returns the token from memory, unless the request is for a new one. If the
 // AzureIdentity has a resource ID only, just the token tells its client ID, which may be
 // one that is withheld from pods: then it is not returned.
-func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, req tokenRequest, at time.Time) (token *tokencache.Token, err error) {
+func (s *Server) cached(ctx context.Context, key tokencache.Key, caller netip.Addr, req tokenRequest, at time.Time) (token *tokencache.Token, source tokencache.Source, err error) {
 	switch {
 	case req.bypassCache:
-		token, err = s.cfg.Tokens.Renew(ctx, key, caller, nil)
+		token, source, err = s.cfg.Tokens.Renew(ctx, key, caller, nil)
 	case req.refreshSHA256 != "":
-		token, err = s.cfg.Tokens.Renew(ctx, key, caller, func(token *tokencache.Token) bool {
+		token, source, err = s.cfg.Tokens.Renew(ctx, key, caller, func(token *tokencache.Token) bool {
 			sum := sha256.Sum256([]byte(token.AccessToken))
 			return strings.EqualFold(req.refreshSHA256, hex.EncodeToString(sum[:]))
 		})
 	default:
-		token, err = s.cfg.Tokens.GetAt(ctx, key, caller, at)
+		token, source, err = s.cfg.Tokens.GetAt(ctx, key, caller, at)
 	}
 	if err != nil {
-		return nil, err
+		return nil, source, err
 	}
 	if err := s.cfg.Pods.CheckToken(token.ClientID); err != nil {
-		return nil, err
+		return nil, source, err
 	}
-	return token, nil
+	return token, source, nil
 }
 
 // checkHeaders refuses requests that a pod may have been tricked into sending.
@@ -109,17 +117,17 @@ func (s *Server) checkHeaders(r *http.Request) error {
 	return nil
 }
 
-// auxiliary returns the tokens of the auxiliary tenants, in their order. It gets one after the
+// addAuxiliary adds the tokens of the auxiliary tenants, in their order. It gets one after the
 // other, so that a request has one fetch in flight. After an error, those before it are in
 // memory for the next request.
-func (s *Server) auxiliary(ctx context.Context, id podresolver.Identity, caller netip.Addr, req tokenRequest) ([]*tokencache.Token, error) {
-	var tokens []*tokencache.Token
+func (s *Server) addAuxiliary(ctx context.Context, a *answer, id podresolver.Identity, caller netip.Addr, req tokenRequest) error {
 	for i, key := range auxiliaryKeys(id, req.resource) {
-		token, err := s.cached(ctx, key, caller, req, time.Now())
+		token, source, err := s.cached(ctx, key, caller, req, time.Now())
 		if err != nil {
-			return nil, fmt.Errorf("auxiliary tenant %s: %w", id.Principal.AuxiliaryTenantIDs[i], err)
+			return fmt.Errorf("auxiliary tenant %s: %w", id.Principal.AuxiliaryTenantIDs[i], err)
 		}
-		tokens = append(tokens, token)
+		a.auxiliary = append(a.auxiliary, token)
+		a.source = max(a.source, source)
 	}
-	return tokens, nil
+	return nil
 }

@@ -137,6 +137,6 @@ func serveOne(t *testing.T, cfg Config) (pod *pipe, end func()) {
 		assert.NoError(t, pod.Close())
 		stop()
 		assert.NoError(t, <-served)
-		assert.Zero(t, s.Connections().Open)
+		assert.Zero(t, s.Stats().Connections.Open)
 	}
 }

@@ -31,7 +31,7 @@ func TestTooManyFetchesFailAtOnce(t *testing.T) {
 		require.ErrorAs(t, err, &failure)
 		assert.Equal(t, Throttled, failure.Class)
 		assert.Zero(t, time.Since(begin))
-		assert.Equal(t, uint64(1), c.Stats().TurnedAway)
+		assert.Equal(t, uint64(1), c.Stats().Rejections)
 		_, err = c.Get(t.Context(), numbered(0), alice)
 		require.NoError(t, err, "what is on its way costs nothing")
 		_, err = c.Get(t.Context(), numbered(maxCalls), bob)
@@ -175,7 +175,7 @@ func TestBusyIsNotCachedAsAFailure(t *testing.T) {
 		var failure *Failure
 		require.ErrorAs(t, err, &failure)
 		assert.Equal(t, Failure{Class: Unavailable, RetryAfter: 12 * time.Second, Err: ErrBusy}, *failure)
-		assert.Equal(t, Stats{Misses: 1, TurnedAway: 1, Fetches: 1}, c.Stats())
+		assert.Equal(t, Stats{Misses: 1, Rejections: 1, Fetches: [3]uint64{Miss: 1}}, c.Stats())
 		up.fail(nil)
 		get(t, c)
 	})

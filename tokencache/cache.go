@@ -101,19 +101,23 @@ func newLRU[K comparable, V any](size int) *simplelru.LRU[K, V] {
 // ctx that has ended already, Get returns only a token that it need not wait for, and its
 // error has no effect.
 func (c *Cache) Get(ctx context.Context, key Key, caller netip.Addr) (*Token, error) {
-	return c.GetAt(ctx, key, caller, time.Now())
+	token, _, err := c.GetAt(ctx, key, caller, time.Now())
+	return token, err
 }
 
-// GetAt is Get for a caller that has just read the clock, which takes as long as the rest.
-func (c *Cache) GetAt(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*Token, error) {
+// GetAt is Get for a caller that has just read the clock, which takes as long as the rest. It
+// also says where the token came from.
+func (c *Cache) GetAt(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*Token, Source, error) {
 	c.mu.Lock()
-	e, loading, err := c.getLocked(ctx, key, caller, now)
+	e, freshness, loading, err := c.getLocked(ctx, key, caller, now)
 	c.mu.Unlock()
 	switch {
 	case err != nil:
-		return nil, err
+		return nil, Memory, err
+	case loading == nil && freshness == fresh:
+		return e.token, Memory, nil
 	case loading == nil:
-		return e.token, nil
+		return e.token, Refreshing, nil
 	case e == nil:
 		return c.wait(ctx, loading)
 	default:
@@ -123,31 +127,31 @@ func (c *Cache) GetAt(ctx context.Context, key Key, caller netip.Addr, now time.
 
 // getLocked returns the valid entry of the key, what to wait for, or both: then the entry
 // is for the case that the refresh fails or takes long.
-func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*entry, *loading, error) {
+func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*entry, freshness, *loading, error) {
 	e, freshness := c.lookupLocked(key, now)
 	if e == nil {
 		if ctx.Err() != nil {
-			return nil, nil, ctx.Err()
+			return nil, expired, nil, ctx.Err()
 		}
 		c.stats.Misses++
 		if err := c.refusedLocked(key, now); err != nil {
-			return nil, nil, err
+			return nil, expired, nil, err
 		}
 		l, err := c.joinLocked(callID{Key: key}, nil, caller, now)
-		return nil, l, err
+		return nil, expired, l, err
 	}
 	e.addUser(caller)
 	switch freshness {
 	case expiring:
 		if ctx.Err() != nil {
-			return nil, nil, ctx.Err()
+			return nil, expiring, nil, ctx.Err()
 		}
 		c.stats.Expiring++
 		if !c.refreshLocked(e, caller, now) {
-			return e, nil, nil
+			return e, expiring, nil, nil
 		}
 		l, err := c.joinLocked(callID{Key: key}, e, caller, now)
-		return e, l, err
+		return e, expiring, l, err
 	case due:
 		c.stats.Due++
 		if !e.demanded {
@@ -157,7 +161,7 @@ func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now t
 	default:
 		c.stats.Fresh++
 	}
-	return e, nil, nil
+	return e, freshness, nil, nil
 }
 
 // lookupLocked returns the valid entry of the key, now the most recently used one, and how
@@ -184,29 +188,29 @@ func (c *Cache) refusedLocked(key Key, now time.Time) error {
 }
 
 // waitForRefresh serves a token that is about to expire: a new one, if it comes at once.
-func (c *Cache) waitForRefresh(ctx context.Context, e *entry, l *loading, now time.Time) (*Token, error) {
+func (c *Cache) waitForRefresh(ctx context.Context, e *entry, l *loading, now time.Time) (*Token, Source, error) {
 	if e.left(now) > refreshWait { // else there is nothing to serve in the end
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, refreshWait)
 		defer cancel()
 	}
-	token, err := c.wait(ctx, l)
+	token, source, err := c.wait(ctx, l)
 	if err != nil && e.freshness(time.Now()) != expired {
-		return e.token, nil
+		return e.token, Refreshing, nil
 	}
-	return token, err
+	return token, source, err
 }
 
-// Renew is Get for a caller that does not want the token that is in memory, if replace
+// Renew is GetAt for a caller that does not want the token that is in memory, if replace
 // says so of it; nil replaces any. Each key is renewed once in 5 s at most: in between
 // callers get the token in memory.
-func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace func(*Token) bool) (*Token, error) {
+func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace func(*Token) bool) (*Token, Source, error) {
 	if replace != nil {
 		c.mu.Lock()
 		e, _ := c.lookupLocked(key, time.Now())
 		c.mu.Unlock()
 		if e != nil && !replace(e.token) {
-			return c.Get(ctx, key, caller)
+			return c.GetAt(ctx, key, caller, time.Now())
 		}
 	}
 	c.mu.Lock()
@@ -214,9 +218,9 @@ func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace f
 	c.mu.Unlock()
 	switch {
 	case err != nil:
-		return nil, err
+		return nil, Memory, err
 	case l == nil:
-		return c.Get(ctx, key, caller)
+		return c.GetAt(ctx, key, caller, time.Now())
 	default:
 		return c.wait(ctx, l)
 	}
@@ -236,7 +240,6 @@ func (c *Cache) renewLocked(key Key, caller netip.Addr, now time.Time) (*loading
 		}
 		e.addUser(caller)
 	}
-	c.stats.Renewals++
 	return c.joinLocked(id, e, caller, now)
 }
 

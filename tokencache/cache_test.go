@@ -27,7 +27,7 @@ func TestHit(t *testing.T) {
 		begin := time.Now()
 		assert.Equal(t, "token-1", get(t, c))
 		assert.Zero(t, time.Since(begin), "no waiting on a hit")
-		assert.Equal(t, Stats{Fresh: 1, Misses: 1, Fetches: 1, Entries: 1}, c.Stats())
+		assert.Equal(t, Stats{Fresh: 1, Misses: 1, Fetches: [3]uint64{Miss: 1}, Entries: 1}, c.Stats())
 	})
 }
 
@@ -276,7 +276,7 @@ func TestCloseLeavesNothingBehind(t *testing.T) {
 		time.Sleep(55*time.Minute + time.Second)
 		for i := range 40 {
 			go func() { _, _ = c.Get(t.Context(), of(i), pod(i)) }()
-			go func() { _, _ = c.Renew(t.Context(), of(i), pod(i%7), nil) }()
+			go func() { _, _, _ = c.Renew(t.Context(), of(i), pod(i%7), nil) }()
 		}
 		time.Sleep(time.Second / 2)
 		c.Close()

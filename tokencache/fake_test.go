@@ -178,3 +178,6 @@ func (u *fakeUpstream) made() []request {
 	defer u.mu.Unlock()
 	return slices.Clone(u.calls)
 }
+
+// fetches is how many fetches were started, for any reason.
+func fetches(s Stats) uint64 { return s.Fetches[Miss] + s.Fetches[Refresh] + s.Fetches[Renewal] }

@@ -41,6 +41,18 @@ func (id callID) String() string {
 	return id.Key.String()
 }
 
+// reason is why the token is fetched: stale is the entry that it is to replace, nil for a miss.
+func (id callID) reason(stale *entry) Reason {
+	switch {
+	case id.renewal:
+		return Renewal
+	case stale != nil:
+		return Refresh
+	default:
+		return Miss
+	}
+}
+
 // call is a fetch under way. The cache's mutex guards waiting, callers and until.
 type call struct {
 	id     callID
@@ -60,13 +72,14 @@ type call struct {
 type loading struct {
 	call   *call
 	result <-chan singleflight.Result
-	busy   Class // of the failure if the wait takes too long
+	source Source // of the token
+	busy   Class  // of the failure if the wait takes too long
 }
 
 // joinLocked makes the caller wait for a call, which it starts if there is none.
 func (c *Cache) joinLocked(id callID, stale *entry, caller netip.Addr, now time.Time) (*loading, error) {
 	q := c.quotaLocked(caller)
-	l := &loading{busy: Unavailable}
+	l := &loading{source: Upstream, busy: Unavailable}
 	cl := c.calls[id]
 	// Waiting too long is the doing of a caller that wants other tokens as well; one that
 	// wants a single token waits for others.
@@ -75,6 +88,7 @@ func (c *Cache) joinLocked(id callID, stale *entry, caller netip.Addr, now time.
 	}
 	if cl != nil {
 		c.stats.Joined++
+		l.source = Joined
 	} else {
 		var err error
 		if cl, err = c.startLocked(id, stale, q, now); err != nil {
@@ -98,7 +112,7 @@ func (c *Cache) startLocked(id callID, stale *entry, q *quota, now time.Time) (*
 	}
 	refresh := stale != nil && !id.renewal
 	if err := q.admit(refresh, now); err != nil {
-		c.stats.TurnedAway++
+		c.stats.Rejections++
 		return nil, err
 	}
 	id.Resource = strings.Clone(id.Resource) // it is part of a request, which must not be kept
@@ -107,10 +121,7 @@ func (c *Cache) startLocked(id callID, stale *entry, q *quota, now time.Time) (*
 	c.calls[id] = cl
 	q.calls++
 	c.background.Add(1)
-	c.stats.Fetches++
-	if refresh {
-		c.stats.Refreshes++
-	}
+	c.stats.Fetches[id.reason(stale)]++
 	if stale != nil && id.renewal {
 		stale.renewedAt = now
 	}
@@ -149,7 +160,7 @@ func (c *Cache) forgetLocked(cl *call) {
 }
 
 // wait returns what the call brings.
-func (c *Cache) wait(ctx context.Context, l *loading) (*Token, error) {
+func (c *Cache) wait(ctx context.Context, l *loading) (*Token, Source, error) {
 	defer c.leave(l.call)
 	patience := time.NewTimer(maxPatience)
 	defer patience.Stop()
@@ -157,22 +168,22 @@ func (c *Cache) wait(ctx context.Context, l *loading) (*Token, error) {
 	select {
 	case r := <-l.result:
 		if r.Err == nil {
-			return r.Val.(*entry).token, nil //nolint:errcheck // load returns nothing else
+			return r.Val.(*entry).token, l.source, nil //nolint:errcheck // load returns nothing else
 		}
 		err = r.Err
 	case <-patience.C:
 		err = ErrBusy
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, l.source, ctx.Err()
 	}
 	if errors.Is(err, ErrBusy) {
 		c.mu.Lock()
-		c.stats.TurnedAway++
+		c.stats.Rejections++
 		c.mu.Unlock()
 		_, backlog := classOf(err)
-		return nil, &Failure{Class: l.busy, RetryAfter: max(backlog, time.Second), Err: ErrBusy}
+		return nil, l.source, &Failure{Class: l.busy, RetryAfter: max(backlog, time.Second), Err: ErrBusy}
 	}
-	return nil, err
+	return nil, l.source, err
 }
 
 // load fetches a call's token, and stores it or its failure.

@@ -50,8 +50,15 @@ type modelFailure struct {
 
 // fetch asks the upstream. What is in memory changes accordingly.
 func (m *model) fetch(key Key, now time.Time, renewal bool) error {
-	m.stats.Fetches++
 	old := m.tokens[key]
+	switch {
+	case renewal:
+		m.stats.Fetches[Renewal]++
+	case old != nil:
+		m.stats.Fetches[Refresh]++
+	default:
+		m.stats.Fetches[Miss]++
+	}
 	if err := m.upstream.err; err != nil {
 		m.failed(key, old, now, renewal)
 		return err
@@ -59,7 +66,7 @@ func (m *model) fetch(key Key, now time.Time, renewal bool) error {
 	life := m.upstream.life
 	part := func(whole time.Duration) time.Duration { return time.Duration(m.jitter * float64(whole)) }
 	token := &modelToken{
-		text: fmt.Sprintf("token-%d", m.stats.Fetches), users: make(map[netip.Addr]bool),
+		text: fmt.Sprintf("token-%d", fetches(m.stats)), users: make(map[netip.Addr]bool),
 		expires: now.Add(life), askAfter: now.Add(30 * time.Second), touched: now,
 	}
 	switch {
@@ -141,7 +148,6 @@ func (m *model) get(key Key, caller netip.Addr, now time.Time) string {
 	if urgent := !now.Before(token.expires.Add(-5 * time.Minute)); !urgent {
 		token.asked = token.asked || !now.Before(token.refresh)
 	} else if !now.Before(token.askAfter) {
-		m.stats.Refreshes++
 		_ = m.fetch(key, now, false)
 		return m.tokens[key].text
 	}
@@ -157,7 +163,6 @@ func (m *model) renew(key Key, caller netip.Addr, now time.Time) string {
 		return m.get(key, caller, now)
 	}
 	m.use(token, caller, now)
-	m.stats.Renewals++
 	token.renewedAt = now
 	if err := m.fetch(key, now, true); err != nil {
 		class, _ := classOf(err)
@@ -169,9 +174,6 @@ func (m *model) renew(key Key, caller netip.Addr, now time.Time) string {
 func (m *model) miss(key Key, caller netip.Addr, now time.Time, renewal bool) string {
 	if failure, ok := m.failures[key]; ok && now.Before(failure.until) {
 		return failure.class.String()
-	}
-	if renewal {
-		m.stats.Renewals++
 	}
 	if m.fetch(key, now, renewal) != nil {
 		return m.failures[key].class.String()
@@ -203,7 +205,6 @@ func (m *model) pass(now, until time.Time) {
 			delete(m.tokens, key)
 			continue
 		}
-		m.stats.Refreshes++
 		_ = m.fetch(key, now, false)
 	}
 }
@@ -255,6 +256,7 @@ func testModel(t *testing.T, draw *rand.Rand) {
 		require.NoError(t, err)
 		return token.AccessToken
 	}
+	renewed := func(token *Token, _ Source, err error) string { return answer(token, err) }
 	for step := range 120 {
 		before := time.Now()
 		time.Sleep(2*time.Second + time.Duration(math.Exp(draw.Float64()*math.Log(float64(13*time.Hour)))))
@@ -266,7 +268,7 @@ func testModel(t *testing.T, draw *rand.Rand) {
 		at := fmt.Sprintf("step %d, %s after the last, %s for %s", step, now.Sub(before), key.Resource, pods[i])
 		switch what := draw.IntN(20); what {
 		case 0, 1, 2:
-			require.Equal(t, m.renew(key, pods[i], now), answer(c.Renew(t.Context(), key, pods[i], nil)), "renewed: %s", at)
+			require.Equal(t, m.renew(key, pods[i], now), renewed(c.Renew(t.Context(), key, pods[i], nil)), "renewed: %s", at)
 		case 3:
 			m.gone[pods[i]] = true
 			node.leave(pods[i])
@@ -297,11 +299,11 @@ func testModel(t *testing.T, draw *rand.Rand) {
 		for _, e := range stored(c) {
 			keys = append(keys, e.key)
 		}
-		require.EqualValues(t, m.stats.Fetches, up.asked(), "calls: %s", at)
+		require.EqualValues(t, fetches(m.stats), up.asked(), "calls: %s", at)
 		require.Equal(t, append([]Key{}, m.leastRecent()...), keys, "least recently used first: %s", at)
 		require.Equal(t, len(m.tokens), c.Stats().Entries, "%s", at)
 	}
 	s := c.Stats()
-	s = Stats{Fetches: s.Fetches, Refreshes: s.Refreshes, Renewals: s.Renewals, Evictions: s.Evictions, Failures: s.Failures}
+	s = Stats{Fetches: s.Fetches, Evictions: s.Evictions, Failures: s.Failures}
 	assert.Equal(t, m.stats, s)
 }

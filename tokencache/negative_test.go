@@ -26,7 +26,7 @@ func TestFailureRetryAfter(t *testing.T) {
 		}
 		assert.Equal(t, 1, up.asked())
 		s := c.Stats()
-		assert.Equal(t, Stats{Misses: 2, NegativeHits: 1, Fetches: 1, Failures: [3]uint64{Refused: 1}, Failing: 1}, s)
+		assert.Equal(t, Stats{Misses: 2, NegativeHits: 1, Fetches: [3]uint64{Miss: 1}, Failures: [3]uint64{Refused: 1}, Failing: 1}, s)
 	})
 }
 

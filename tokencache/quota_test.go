@@ -27,12 +27,12 @@ func throttledFor(t *testing.T, err error) time.Duration {
 // were fetched.
 func flood(t *testing.T, c *Cache, name string, caller netip.Addr, lasts time.Duration) (fetched int) {
 	t.Helper()
-	before := c.Stats().Fetches
+	before := fetches(c.Stats())
 	for n := range int(lasts / (10 * time.Millisecond)) {
 		_, _ = c.Get(t.Context(), numberedFor(name, n), caller)
 		time.Sleep(10 * time.Millisecond)
 	}
-	return int(c.Stats().Fetches - before)
+	return int(fetches(c.Stats()) - before)
 }
 
 func numberedFor(name string, i int) Key {
@@ -51,8 +51,8 @@ func TestCallerRate(t *testing.T) {
 		_, err := c.Get(t.Context(), numbered(callerBurst), alice)
 		assert.Equal(t, time.Second, throttledFor(t, err))
 		require.ErrorContains(t, err, "the pod asks for more than 5 new tokens a second")
-		assert.Equal(t, uint64(1), c.Stats().TurnedAway)
-		_, err = c.Renew(t.Context(), numbered(0), alice, nil)
+		assert.Equal(t, uint64(1), c.Stats().Rejections)
+		_, _, err = c.Renew(t.Context(), numbered(0), alice, nil)
 		throttledFor(t, err)
 		_, err = c.Get(t.Context(), numbered(0), alice)
 		require.NoError(t, err, "a token in memory costs nothing")

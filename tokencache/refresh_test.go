@@ -232,7 +232,7 @@ func TestRefreshDoesNotReplaceARenewal(t *testing.T) {
 			get(t, c)
 			time.Sleep(12 * time.Hour)
 			get(t, c) // sends off the refresh
-			token, err := c.Renew(t.Context(), key, alice, nil)
+			token, _, err := c.Renew(t.Context(), key, alice, nil)
 			require.NoError(t, err)
 			assert.Equal(t, fresh, token.AccessToken)
 			time.Sleep(time.Minute)

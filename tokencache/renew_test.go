@@ -15,7 +15,7 @@ import (
 
 func renew(t *testing.T, c *Cache, replace func(*Token) bool) string {
 	t.Helper()
-	token, err := c.Renew(t.Context(), key, alice, replace)
+	token, _, err := c.Renew(t.Context(), key, alice, replace)
 	require.NoError(t, err)
 	return token.AccessToken
 }
@@ -35,7 +35,7 @@ func TestRenewPause(t *testing.T) {
 		assert.Equal(t, "token-2", renew(t, c, nil))
 		time.Sleep(time.Nanosecond)
 		assert.Equal(t, "token-3", renew(t, c, nil))
-		assert.Equal(t, uint64(2), c.Stats().Renewals)
+		assert.Equal(t, uint64(2), c.Stats().Fetches[Renewal])
 	})
 }
 
@@ -90,7 +90,7 @@ func TestFailedRenewalKeepsTheToken(t *testing.T) {
 		get(t, c)
 		down := errors.New("down")
 		up.fail(down)
-		_, err := c.Renew(t.Context(), key, alice, nil)
+		_, _, err := c.Renew(t.Context(), key, alice, nil)
 		require.ErrorIs(t, err, down, "a caller that does not accept the token in memory is not given it")
 		assert.Equal(t, "token-1", get(t, c))
 		assert.Equal(t, "token-1", renew(t, c, nil), "too soon")
@@ -111,7 +111,7 @@ func TestRenewPauseAfterFailures(t *testing.T) {
 		for i := range 100 {
 			wg.Go(func() {
 				for time.Since(begin) < renewPause-time.Second {
-					if _, err := c.Renew(t.Context(), key, pod(i), nil); err == nil {
+					if _, _, err := c.Renew(t.Context(), key, pod(i), nil); err == nil {
 						time.Sleep(10 * time.Millisecond)
 					}
 				}
@@ -130,7 +130,7 @@ func TestRenewalOutlivesItsCaller(t *testing.T) {
 		get(t, c)
 		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		_, err := c.Renew(impatient, key, bob, nil)
+		_, _, err := c.Renew(impatient, key, bob, nil)
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		time.Sleep(time.Second)
 		assert.Equal(t, "token-2", renew(t, c, nil))
@@ -149,7 +149,7 @@ func TestRejectedRenewalDoesNotBlockOthers(t *testing.T) {
 			go func() { _, _ = c.Get(t.Context(), numbered(i), bob) }()
 		}
 		synctest.Wait()
-		_, err := c.Renew(t.Context(), key, bob, nil)
+		_, _, err := c.Renew(t.Context(), key, bob, nil)
 		require.ErrorIs(t, err, ErrBusy)
 		assert.NotEqual(t, "token-1", renew(t, c, nil))
 	})
@@ -167,7 +167,7 @@ func TestFailedRenewalsDoNotDelayRefreshes(t *testing.T) {
 		defer c.Close()
 		get(t, c)
 		for range 13 * time.Hour / renewPause {
-			_, _ = c.Renew(t.Context(), key, bob, nil)
+			_, _, _ = c.Renew(t.Context(), key, bob, nil)
 			time.Sleep(renewPause)
 		}
 		assert.Equal(t, 2, up.asked())
@@ -184,7 +184,7 @@ func TestFailedRenewalDoesNotShortenRetryAfter(t *testing.T) {
 		time.Sleep(12*time.Hour + time.Second)
 		assert.Equal(t, 2, up.asked())
 		up.fail(errors.New("down"))
-		_, err := c.Renew(t.Context(), key, alice, nil)
+		_, _, err := c.Renew(t.Context(), key, alice, nil)
 		require.Error(t, err)
 		time.Sleep(20*time.Minute - 2*time.Second)
 		assert.Equal(t, 3, up.asked())
@@ -201,7 +201,7 @@ func TestRefresherWakesAfterBackoff(t *testing.T) {
 		c = drawn(New(up.fetch, Config{InUse: func(netip.Addr, Key) bool {
 			once.Do(func() { // between its look at the key and the refresh
 				up.fail(classed{Throttled, time.Minute})
-				_, err := c.Renew(t.Context(), key, alice, nil)
+				_, _, err := c.Renew(t.Context(), key, alice, nil)
 				assert.Error(t, err)
 				up.fail(nil)
 			})
@@ -228,7 +228,7 @@ func TestRefreshDoesNotResetTheRenewPause(t *testing.T) {
 		defer c.Close()
 		get(t, c)
 		time.Sleep(12 * time.Hour)
-		_, err := c.Renew(t.Context(), key, alice, nil)
+		_, _, err := c.Renew(t.Context(), key, alice, nil)
 		require.Error(t, err)
 		get(t, c) // sends off the refresh
 		synctest.Wait()

@@ -2,6 +2,35 @@ package tokencache
 
 import "time"
 
+// Source is where the token of a request came from. The later ones take longer.
+type Source int
+
+const (
+	Memory     Source = iota // in memory, and fresh
+	Refreshing               // in memory, while a new one is due or fetched
+	Joined                   // from upstream, by a fetch that another request had started
+	Upstream                 // from upstream, by a fetch for this request
+)
+
+// String names the source as metrics do.
+func (s Source) String() string {
+	return [...]string{Memory: "memory", Refreshing: "refreshing", Joined: "joined", Upstream: "upstream"}[s]
+}
+
+// Reason is why a token is fetched.
+type Reason int
+
+const (
+	Miss    Reason = iota // no valid token is in memory
+	Refresh               // the one in memory is due
+	Renewal               // a request did not accept the one in memory
+)
+
+// String names the reason as metrics do.
+func (r Reason) String() string {
+	return [...]string{Miss: "miss", Refresh: "refresh", Renewal: "renewal"}[r]
+}
+
 // Stats is what the cache has done since it was made.
 type Stats struct {
 	// Requests answered from memory, by the freshness of the token.
@@ -9,15 +38,12 @@ type Stats struct {
 
 	Misses       uint64 // requests for a key without a token
 	NegativeHits uint64 // requests answered with a failure from memory
-	TurnedAway   uint64 // requests not served because too much is asked of the upstream
+	Rejections   uint64 // requests not served because too much is asked of the upstream
 	Joined       uint64 // requests that waited for a fetch which was under way
 
-	Fetches   uint64 // all of them, refreshes and renewals included
-	Refreshes uint64 // fetches to replace a token that was still valid
-	Renewals  uint64 // requests that did not accept the token in memory
-	Evictions uint64 // tokens removed to make room for others
-
-	Failures [3]uint64 // fetches that brought no token, by Class
+	Fetches   [3]uint64 // that were started, by Reason
+	Failures  [3]uint64 // fetches that brought no token, by Class
+	Evictions uint64    // tokens removed to make room for others
 
 	Entries int // tokens in memory now
 	Failing int // keys without a token whose last fetch failed, within the last minutes

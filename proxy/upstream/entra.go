@@ -93,10 +93,15 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 	if err != nil {
 		return nil, refusedCredential(p, err)
 	}
+	began := time.Now()
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{Scopes: []string{scopeOf(key.Resource)}})
 	now := time.Now()
 	if err != nil {
-		return nil, x.explain(ctx, err, now)
+		err = x.explain(ctx, err, now)
+	}
+	f.counts.record(ctx, now.Sub(began), err)
+	if err != nil {
+		return nil, err
 	}
 	return x.read(got, key, now)
 }

@@ -25,7 +25,7 @@ const (
 // perTry stands below azcore's retry policy, and so has each try of a fetch:
 //
 //  1. wait for a slot;
-//  2. have tryTimeout for request and answer, see wholeAnswers;
+//  2. have tryTimeout for request and answer, see wholeAnswers, and be counted;
 //  3. release the slot, and say for how long IMDS wants to be left alone.
 //
 // azcore's own TryTimeout would count the wait for the slot.
@@ -47,17 +47,23 @@ func (perTry) Do(req *policy.Request) (*http.Response, error) {
 
 	ctx, cancel := context.WithTimeout(whole, tryTimeout)
 	defer cancel()
+	began := time.Now()
 	resp, err := req.WithContext(ctx).Next()
+	took := time.Since(began)
 	f.tries++
 	switch {
 	case err != nil:
 		if whole.Err() == nil {
 			f.last = err
 		}
+		f.counts.record(whole, took, err)
 		return nil, err
-	case resp.StatusCode != http.StatusOK:
+	case resp.StatusCode == http.StatusOK:
+		f.counts.record(whole, took, nil)
+	default:
 		answer := asError(resp)
 		f.last = answer
+		f.counts.record(whole, took, answer)
 		if answer.Status == http.StatusTooManyRequests {
 			retryAfter = answer.Wait()
 		}

@@ -105,7 +105,7 @@ func TestFetchTimeout(t *testing.T) {
 func TestFetchSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		until := time.Now().Add(4 * time.Second)
-		ctx, f := newFetch(t.Context(), limiter.New(1, 1), tokencache.Request{Waiting: func() ([]netip.Addr, time.Time) {
+		ctx, f := newFetch(t.Context(), limiter.New(1, 1), new(counts), tokencache.Request{Waiting: func() ([]netip.Addr, time.Time) {
 			return []netip.Addr{podAddr(0)}, until
 		}})
 		defer f.end()

@@ -25,11 +25,13 @@ type slotLimiter interface {
 	PauseUntil(until time.Time)
 	SetLimits(perSecond, atOnce int)
 	Settle(ctx context.Context) error
+	Stats() limiter.Stats
 }
 
 // fetch is one fetch of a token: its slots and its deadline, and what its tries share.
 type fetch struct {
 	limiter slotLimiter
+	counts  *counts
 	waiting func() ([]netip.Addr, time.Time)
 	since   time.Time // the fetch has been wanted
 	cancel  context.CancelCauseFunc
@@ -43,9 +45,9 @@ type fetch struct {
 
 // newFetch returns a fetch and its context. fetchTimeout also bounds what comes before
 // its first slot, but for the wait.
-func newFetch(ctx context.Context, l slotLimiter, req tokencache.Request) (context.Context, *fetch) {
+func newFetch(ctx context.Context, l slotLimiter, c *counts, req tokencache.Request) (context.Context, *fetch) {
 	now := time.Now()
-	f := &fetch{limiter: l, waiting: req.Waiting, since: now, ends: now.Add(fetchTimeout)}
+	f := &fetch{limiter: l, counts: c, waiting: req.Waiting, since: now, ends: now.Add(fetchTimeout)}
 	ctx, f.cancel = context.WithCancelCause(ctx)
 	f.timer = time.AfterFunc(fetchTimeout, func() { f.cancel(errFetchTimeout) })
 	return ctx, f
@@ -54,7 +56,8 @@ func newFetch(ctx context.Context, l slotLimiter, req tokencache.Request) (conte
 // slot waits for a slot for the next try. release is limiter.Limiter's.
 func (f *fetch) slot(ctx context.Context) (release func(retryAfter time.Duration), err error) {
 	f.timer.Stop()
-	left := time.Until(f.ends)
+	began := time.Now()
+	left := f.ends.Sub(began)
 	spent := fetchTimeout - left // otherwise than in the queue
 	release, err = f.limiter.Acquire(ctx, f.since, func() ([]netip.Addr, time.Time) {
 		callers, until := f.waiting()
@@ -65,6 +68,7 @@ func (f *fetch) slot(ctx context.Context) (release func(retryAfter time.Duration
 		left = fetchTimeout
 	}
 	now := time.Now()
+	f.counts.waits.Record(now.Sub(began))
 	f.ends = now.Add(left)
 	f.timer.Reset(left)
 	var paused *limiter.PausedError

@@ -48,11 +48,11 @@ func newPipeline(transport *http.Transport) runtime.Pipeline {
 // or Entra, is an *Error, wrapped where the deadline ended the tries after it.
 func (u *Upstream) Token(ctx context.Context, req tokencache.Request) (token *tokencache.Token, err error) {
 	principal, ok := req.ServicePrincipal()
-	limiter := u.imdsLimiter
+	limiter, counts := u.imdsLimiter, &u.imdsCounts
 	if ok {
-		limiter = u.entraLimiter
+		limiter, counts = u.entraLimiter, &u.entraCounts
 	}
-	ctx, f := newFetch(ctx, limiter, req)
+	ctx, f := newFetch(ctx, limiter, counts, req)
 	defer f.end()
 	if ok {
 		token, err = u.entra.token(ctx, f, req.Key, principal)

@@ -70,6 +70,7 @@ type Upstream struct {
 	entra     *entra
 	// Two, so that fetches which hang at Entra delay none from IMDS.
 	imdsLimiter, entraLimiter slotLimiter
+	imdsCounts, entraCounts   counts
 	perSecond, atOnce         int         // of each, see Share
 	shared                    atomic.Bool // see Share
 

@@ -55,15 +55,15 @@ func (s snapshot) addPods(l *list) {
 }
 
 func (s snapshot) addServer(l *list) {
-	l.gauge("connections", "", "Connections that pods have open", of(s.connections.Open))
-	l.counter("fast_path.requests", "Requests for tokens that the fast path answered", of(s.fastPath))
-	l.counter("connections.refused", "Connections closed on arrival because there were too many", of(s.connections.Refused))
-	l.counter("connections.ended", "Connections closed in favour of others", of(s.connections.Evicted))
+	l.gauge("connections", "", "Connections that pods have open", of(s.server.Connections.Open))
+	l.counter("fast_path.requests", "Requests for tokens that the fast path answered", of(s.server.FastPath))
+	l.counter("connections.refused", "Connections closed on arrival because there were too many", of(s.server.Connections.Refused))
+	l.counter("connections.ended", "Connections closed in favour of others", of(s.server.Connections.Evicted))
 }
 
 func (s snapshot) addUpstream(l *list) {
-	l.gauge("imds.unavailable", "", "1 while IMDS gives no tokens, else 0", oneIf(s.unavailable))
-	l.gauge("imds.shared", "", "1 while another agent of the node has half of the limits on requests to IMDS, else 0", oneIf(s.shared))
+	l.gauge("imds.unavailable", "", "1 while IMDS gives no tokens, else 0", oneIf(!s.upstream.Available))
+	l.gauge("imds.shared", "", "1 while another agent of the node has half of the limits on requests to IMDS, else 0", oneIf(s.upstream.Shared))
 }
 
 func (s snapshot) addTokens(l *list) {
@@ -73,10 +73,10 @@ func (s snapshot) addTokens(l *list) {
 	l.counter("token.misses", "Requests for which no valid token was in memory", of(t.Misses))
 	l.counter("token.joined", "Requests that joined a fetch started by another", of(t.Joined))
 	l.counter("token.remembered_failures", "Requests answered with a failure from memory", of(t.NegativeHits))
-	l.counter("token.turned_away", "Requests refused because their pod asked too fast, or too many fetches from IMDS or Entra were waiting", of(t.TurnedAway))
-	l.counter("token.fetches", "Fetches from IMDS or Entra, refreshes included", of(t.Fetches))
-	l.counter("token.refreshes", "Fetches to replace a token that was still valid", of(t.Refreshes))
-	l.counter("token.renewals", "Requests for a new token in place of the one in memory", of(t.Renewals))
+	l.counter("token.turned_away", "Requests refused because their pod asked too fast, or too many fetches from IMDS or Entra were waiting", of(t.Rejections))
+	l.counter("token.fetches", "Fetches from IMDS or Entra, refreshes included", of(t.Fetches[tokencache.Miss]+t.Fetches[tokencache.Refresh]+t.Fetches[tokencache.Renewal]))
+	l.counter("token.refreshes", "Fetches to replace a token that was still valid", of(t.Fetches[tokencache.Refresh]))
+	l.counter("token.renewals", "Fetches of a new token in place of the one in memory, for a request", of(t.Fetches[tokencache.Renewal]))
 	l.counter("token.evictions", "Tokens evicted from memory for others", of(t.Evictions))
 	var failures []point
 	for class, n := range t.Failures {

@@ -3,7 +3,8 @@ package telemetry
 import (
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
-	"github.com/podidentity/nmi/proxy/listener"
+	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
 )
 
@@ -13,12 +14,10 @@ type snapshot struct {
 	ruleCounts     iptables.Stats
 	pods           podresolver.Stats
 	tokens         tokencache.Stats
-	connections    listener.Stats
-	fastPath       uint64
+	server         proxy.Stats
+	upstream       upstream.Stats
 	sourcesRefused uint64
 	withheld       bool // tokens are, because of a bridge
-	unavailable    bool // IMDS is
-	shared         bool // the limits on requests to IMDS are
 }
 
 func (p Parts) snapshot() snapshot {
@@ -27,11 +26,9 @@ func (p Parts) snapshot() snapshot {
 		ruleCounts:     p.Rules.Stats(),
 		pods:           p.Pods.Stats(),
 		tokens:         p.Tokens.Stats(),
-		connections:    p.Server.Connections(),
-		fastPath:       p.Server.FastPathRequests(),
+		server:         p.Server.Stats(),
+		upstream:       p.Upstream.Stats(),
 		sourcesRefused: p.Links.Stats().Refused,
 		withheld:       p.Links.Status().Unguarded != nil,
-		unavailable:    p.Upstream.Unavailable() != nil,
-		shared:         p.Upstream.Shared(),
 	}
 }
