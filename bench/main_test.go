@@ -16,7 +16,7 @@ func TestParseFastPath(t *testing.T) {
 nmi_fast_path_requests_total{from="keep-alive"} 12
 nmi_fast_path_requests_total{from="new"} 3
 nmi_fast_path_connections 7
-nmi_token_hits_total 15
+nmi_cache_hits_total 15
 `)
 	require.NoError(t, err)
 	before := map[string]float64{`nmi_fast_path_requests_total{from="keep-alive"}`: 10, `nmi_fast_path_requests_total{from="new"}`: 3}

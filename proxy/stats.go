@@ -34,11 +34,14 @@ type RequestStats struct {
 // semantic conventions for HTTP have it.
 const OtherMethod = "_OTHER"
 
+// MaxKinds is how many RequestStats there are at most.
+const MaxKinds = 2*maxKinds + 2
+
 const (
 	// maxKinds bounds the kinds of requests that are told apart, of GETs of the token path, and
 	// apart from them, so that no pod can hide their failures, of others: pods choose method and
 	// path, and each kind is 3 KiB of /metrics.
-	maxKinds = 20
+	maxKinds = 16
 )
 
 // requestKey is a kind of requests.

@@ -59,7 +59,7 @@ func (b *bench) idle(ctx context.Context, flags ...string) (used, checks float64
 				return 0, 0, err
 			}
 			tools, err := measure.ChildrenCPUTime(agent.PID())
-			return (own + tools).Seconds(), m["nmi_iptables_checks_total"], err
+			return (own + tools).Seconds(), m["nmi_rules_checks_total"], err
 		}
 		time.Sleep(min(2*time.Second, b.watch)) // the start is over
 		usedBefore, checksBefore, err := look()

@@ -61,7 +61,10 @@ func (a *agent) buildPages() {
 	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, confirm: expectSource(a.links)}
 	a.probes.handler = health
 	a.probeSocket.handler = explainer.handler(health)
-	a.metrics.handler = telemetry.Handler(telemetry.Parts{Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server})
+	a.metrics.handler = telemetry.Handler(telemetry.Parts{
+		Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server,
+		Ready: a.health.err, Version: version,
+	})
 	a.probeServer = &component{run: a.probeSocket.run}
 }
 

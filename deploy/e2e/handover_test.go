@@ -108,7 +108,7 @@ func TestUpgradeWhileRequestsWait(t *testing.T) {
 	// With nobody to take over, what was begun is finished.
 	world.IMDS.SetLatency(3 * time.Second)
 	const last = 10 // five at a time
-	before := s.metric("nmi_token_misses_total")
+	before := s.metric("nmi_cache_misses_total")
 	var asking sync.WaitGroup
 	for range last {
 		asking.Go(func() {
@@ -116,7 +116,7 @@ func TestUpgradeWhileRequestsWait(t *testing.T) {
 			assert.Equal(t, 200, got.status, got.body)
 		})
 	}
-	require.Eventually(t, func() bool { return s.metric("nmi_token_misses_total") == before+last }, patience, 10*time.Millisecond, "all wait")
+	require.Eventually(t, func() bool { return s.metric("nmi_cache_misses_total") == before+last }, patience, 10*time.Millisecond, "all wait")
 	require.NoError(t, a.Signal(syscall.SIGTERM))
 	require.Eventually(t, func() bool {
 		status, text := a.Ready(t.Context())

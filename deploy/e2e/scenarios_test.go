@@ -349,27 +349,35 @@ func TestInModeNoneSomebodyElseRedirectsAndOnlyThisNodesPodsAreServed(t *testing
 	assert.Zero(t, p.probes().status, "where the other redirect is missing, a fence refuses")
 }
 
-func TestMetricsTellOfTheRules(t *testing.T) {
+func TestMetrics(t *testing.T) {
 	s := begin(t)
-	s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
+	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	s.agent("--redirect-mode=redirect")
+	for range 4 {
+		require.Equal(t, http.StatusOK, p.asks(vault).status)
+	}
 	resp, err := http.Get("http://127.0.0.1:9090/metrics")
 	require.NoError(t, err)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	require.NoError(t, err)
+	const tokens = `http_server_request_duration_seconds_count{http_request_method="GET",http_response_status_code="200",http_route="/metadata/identity/oauth2/token",nmi_source=`
 	for _, line := range []string{
-		`nmi_redirect_mode{mode="redirect"} 1`, "nmi_iptables_in_place 1", "nmi_source_unguarded 0",
-		"nmi_iptables_checks_total [1-9]", "nmi_iptables_repairs_total 1", `nmi_rules_lost_total{part="redirect"} 0`, `nmi_rules_lost_total{part="routing"} 0`, "nmi_iptables_lock_contended_total 0", "nmi_connections_cut_total [0-9]",
+		tokens + `"upstream"} 1`, tokens + `"memory"} [1-3]`, `nmi_upstream_request_duration_seconds_count{outcome="ok",source="imds"} 1`,
+		`nmi_rules_info{backend="(nft|legacy)",mode="redirect"} 1`, `nmi_rules_in_place{component="redirect"} 1`, `nmi_rules_in_place{component="routing"} 1`,
+		"nmi_sources_withheld 0", "nmi_rules_checks_total [1-9]", "nmi_rules_repairs_total 1", `nmi_rules_lost_total{component="redirect"} 0`,
+		`nmi_rules_lost_total{component="routing"} 0`, `nmi_rules_errors_total{cause="permission"} 0`, "nmi_rules_lock_waits_total 0",
+		"nmi_rules_stale_flows_cut_total [0-9]", "nmi_ready 1", `nmi_pods_resolutions_total{outcome="(found|waited)"} [1-4]`,
 	} {
 		assert.Regexp(t, "(?m)^"+line, string(body))
 	}
 	doc, err := os.ReadFile("../../docs/metrics.md")
 	require.NoError(t, err)
 	for line := range strings.Lines(string(body)) {
-		if name, ok := strings.CutPrefix(line, "# TYPE nmi_"); ok {
-			name, _, _ = strings.Cut(name, " ")
-			assert.Contains(t, string(doc), "`nmi_"+name+"`")
+		name, ok := strings.CutPrefix(line, "# TYPE ")
+		name, _, _ = strings.Cut(name, " ")
+		if ok && (strings.HasPrefix(name, "nmi_") || strings.HasPrefix(name, "http_")) {
+			assert.Contains(t, string(doc), "`"+name+"`")
 		}
 	}
 }

@@ -40,7 +40,7 @@ func TestUpgradesKeepTheTokens(t *testing.T) {
 		})
 	}
 	warming.Wait()
-	require.Equal(t, pods*each, s.metric("nmi_tokens"))
+	require.Equal(t, pods*each, s.metric("nmi_cache_tokens"))
 	for i, p := range all {
 		var next atomic.Int64
 		loads = append(loads, startLoadOf(p, 1, 1, func() string { return tokenURL + resource(i, int(next.Add(1))%each) }))
@@ -54,7 +54,7 @@ func TestUpgradesKeepTheTokens(t *testing.T) {
 	}
 	s.stops(s.successor()) // and back
 	assert.Zero(t, world.IMDS.Requests(), "of IMDS during 6 upgrades")
-	assert.Equal(t, pods*each, s.metric("nmi_tokens"))
+	assert.Equal(t, pods*each, s.metric("nmi_cache_tokens"))
 
 	throttled := make([]imdstest.Fault, 1000)
 	for i := range throttled {
@@ -71,7 +71,7 @@ func TestUpgradesKeepTheTokens(t *testing.T) {
 		assert.NotEqual(t, http.StatusOK, all[0].asks(fmt.Sprintf("https://cold-%d.example", i+1)).status)
 	}
 	assert.Equal(t, asked, world.IMDS.Requests(), "IMDS is asked nothing while it wants no requests, whichever agent runs")
-	assert.Equal(t, pods*each, s.metric("nmi_tokens"))
+	assert.Equal(t, pods*each, s.metric("nmi_cache_tokens"))
 	var sent int64
 	for _, l := range loads {
 		l.losesNothing(t)
@@ -114,11 +114,11 @@ func TestUpgradeKeepsIMDSLimits(t *testing.T) {
 	_, text := next.Ready(t.Context())
 	const beside = "the agent that this one took over from still runs"
 	assert.Contains(t, text, beside)
-	assert.Equal(t, 1, s.metric("nmi_imds_shared"))
+	assert.Equal(t, 1, s.metric("nmi_upstream_limits_shared"))
 	asking.Wait()
 	assert.Equal(t, upstream.DefaultAtOnce, atOnce())
 	s.stops(a)
-	require.Eventually(t, func() bool { return s.metric("nmi_imds_shared") == 0 }, patience, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return s.metric("nmi_upstream_limits_shared") == 0 }, patience, 10*time.Millisecond)
 	_, text = next.Ready(t.Context())
 	assert.NotContains(t, text, beside)
 }

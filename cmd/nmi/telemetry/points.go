@@ -1,10 +1,13 @@
 package telemetry
 
 import (
+	"slices"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+
+	"github.com/podidentity/nmi/histogram"
 )
 
 // list is the metrics of one scrape.
@@ -33,6 +36,19 @@ func oneIf(yes bool, labels ...attribute.KeyValue) point {
 	return of(0, labels...)
 }
 
+// durations is a histogram with its labels.
+type durations struct {
+	histogram.Snapshot
+	labels []attribute.KeyValue
+}
+
+func spread(d histogram.Snapshot, labels ...attribute.KeyValue) durations {
+	return durations{d, labels}
+}
+
+// fastBuckets is how many of the first buckets say nothing of what takes 10 ms and more.
+const fastBuckets = 6
+
 // counter adds what only grows.
 func (l *list) counter(name, description string, points ...point) {
 	l.add(name, "", description, metricdata.Sum[float64]{
@@ -43,6 +59,26 @@ func (l *list) counter(name, description string, points ...point) {
 // gauge adds what grows and shrinks.
 func (l *list) gauge(name, unit, description string, points ...point) {
 	l.add(name, unit, description, metricdata.Gauge[float64]{DataPoints: l.dataPoints(points)})
+}
+
+// histogram adds durations. The first skip buckets are one with the next.
+func (l *list) histogram(name, description string, skip int, all ...durations) {
+	var bounds []float64
+	for _, bound := range histogram.Bounds()[skip:] {
+		bounds = append(bounds, bound.Seconds())
+	}
+	data := metricdata.Histogram[float64]{Temporality: metricdata.CumulativeTemporality}
+	for _, d := range all {
+		counts := slices.Clone(d.Buckets[skip:])
+		for _, n := range d.Buckets[:skip] {
+			counts[0] += n
+		}
+		data.DataPoints = append(data.DataPoints, metricdata.HistogramDataPoint[float64]{
+			Attributes: attribute.NewSet(d.labels...), StartTime: l.since, Time: l.now,
+			Count: d.Count(), Sum: d.Sum.Seconds(), Bounds: bounds, BucketCounts: counts,
+		})
+	}
+	l.add(name, "s", description, data)
 }
 
 func (l *list) add(name, unit, description string, data metricdata.Aggregation) {

@@ -1,6 +1,8 @@
 package telemetry
 
 import (
+	"runtime"
+
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
@@ -10,6 +12,9 @@ import (
 
 // snapshot is what the parts have counted, and how they are, at one time.
 type snapshot struct {
+	ready              bool
+	version, goVersion string
+
 	rules          iptables.Status
 	ruleCounts     iptables.Stats
 	pods           podresolver.Stats
@@ -22,6 +27,9 @@ type snapshot struct {
 
 func (p Parts) snapshot() snapshot {
 	return snapshot{
+		ready:          p.Ready() == nil,
+		version:        p.Version,
+		goVersion:      runtime.Version(),
 		rules:          p.Rules.Status(),
 		ruleCounts:     p.Rules.Stats(),
 		pods:           p.Pods.Stats(),

@@ -39,6 +39,9 @@ type Parts struct {
 	Upstream *upstream.Upstream
 	Tokens   *tokencache.Cache
 	Server   *proxy.Server
+
+	Ready   func() error // nil if the agent is
+	Version string       // of the agent
 }
 
 // Handler serves /metrics in Prometheus's format. docs/metrics.md lists them. An agent
@@ -50,6 +53,10 @@ func Handler(parts Parts) http.Handler {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 		})
 	}
+	return handlerOf(registry)
+}
+
+func handlerOf(registry *prometheus.Registry) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
 		Registry:           registry,
@@ -64,7 +71,6 @@ func newRegistry(from sdkmetric.Producer) (*prometheus.Registry, error) {
 	exporter, err := otelprometheus.New(
 		otelprometheus.WithRegisterer(registry),
 		otelprometheus.WithProducer(from),
-		otelprometheus.WithNamespace("nmi"),
 		otelprometheus.WithoutScopeInfo(),
 		otelprometheus.WithoutTargetInfo(),
 	)
