@@ -43,15 +43,14 @@ func (s *Server) fastPath(c *listener.Conn, timeout time.Duration) (handOver boo
 		if s.draining.Load() {
 			return true
 		}
-		began := time.Now()
-		c.AwaitTurn()
+		arrived := c.AwaitTurn()
 		a, ok := s.tokenInMemory(c, head.req)
 		if !ok {
 			return true
 		}
 		last := head.last || s.draining.Load() // which may have begun while the request was held back
 		err = s.respond(c, a.token, last, a.at)
-		s.requests.recordHit(a.source, time.Since(began))
+		s.requests.recordHit(a.source, time.Since(arrived))
 		if err != nil || last {
 			_ = c.Close()
 			return false

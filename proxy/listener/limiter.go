@@ -109,7 +109,7 @@ func (l *Limiter) admit(accepted net.Conn) net.Conn {
 	admitted := &Conn{Conn: accepted, limiter: l, caller: from, next: true, gone: make(chan struct{})}
 	admitted.reader = newReader(admitted)
 	admitted.place = from.conns.PushBack(admitted)
-	admitted.delay = l.delayLocked(from, connectionCost)
+	admitted.delay = l.delayLocked(from, connectionCost, time.Now())
 	admitted.busy = admitted.delay > 0 // or each new one would evict the last
 	l.callers[addr] = from             // again, if it has just lost its last
 	l.open++
@@ -191,18 +191,18 @@ func (l *Limiter) setBusy(c *Conn) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c.busy = true
-	return l.delayLocked(c.caller, serverCost*(1+c.head.size>>10))
+	return l.delayLocked(c.caller, serverCost*(1+c.head.size>>10), time.Now())
 }
 
-// nextRequest is setBusy for a request that Next has read. A connection whose request need not
-// wait stays idle: the response takes no time.
-func (l *Limiter) nextRequest(c *Conn) time.Duration {
+// nextRequest is setBusy for a request that Next has read by now. A connection whose request need
+// not wait stays idle: the response takes no time.
+func (l *Limiter) nextRequest(c *Conn, now time.Time) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c.place != nil {
 		c.caller.conns.MoveToBack(c.place)
 	}
-	delay := l.delayLocked(c.caller, 1)
+	delay := l.delayLocked(c.caller, 1, now)
 	c.busy = delay > 0
 	return delay
 }

@@ -42,7 +42,7 @@ func testCallersAreForgotten(t *testing.T) {
 	assert.Len(t, l.callers, 3, "they have connected just now")
 	turn := func() {
 		time.Sleep(paceWindow)
-		l.delayLocked(new(caller), 1)
+		l.delayLocked(new(caller), 1, time.Now())
 	}
 	turn()
 	turn()

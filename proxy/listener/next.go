@@ -97,12 +97,14 @@ func (c *Conn) dropRequest() {
 }
 
 // AwaitTurn holds the request that Next has returned back while its caller has had more than
-// its share, see pace.
-func (c *Conn) AwaitTurn() {
-	if delay := c.limiter.nextRequest(c); delay > 0 {
+// its share, see pace. It returns when the request arrived.
+func (c *Conn) AwaitTurn() (arrived time.Time) {
+	arrived = time.Now()
+	if delay := c.limiter.nextRequest(c, arrived); delay > 0 {
 		c.pause(delay)
 		c.limiter.setIdle(c)
 	}
+	return arrived
 }
 
 // Respond writes a response to what Next has returned. It makes one system call, and sets no

@@ -146,7 +146,7 @@ func TestAwaitTurn(t *testing.T) {
 		l := NewLimiter(1, 8)
 		l.pace.cpus = func() int { return 1 }
 		another := &caller{addr: netip.MustParseAddr("10.0.0.9")}
-		l.delayLocked(another, 1)
+		l.delayLocked(another, 1, time.Now())
 		server, client := net.Pipe()
 		defer client.Close()
 		c, ok := l.admit(addressed{server, greedy.String()}).(*Conn)
@@ -159,11 +159,11 @@ func TestAwaitTurn(t *testing.T) {
 		}
 		assert.InDelta(t, 10*each, time.Since(began), float64(time.Microsecond))
 
-		l.delayLocked(another, 1) // so that there are still two
+		l.delayLocked(another, 1, time.Now()) // so that there are still two
 		l.pace.delay(&c.caller.share, 1<<20, time.Now())
 		began = time.Now()
 		var waiting sync.WaitGroup
-		waiting.Go(c.AwaitTurn)
+		waiting.Go(func() { c.AwaitTurn() })
 		synctest.Wait()
 		assert.Equal(t, 1, l.Stats().Busy)
 		l.mu.Lock()

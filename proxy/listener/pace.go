@@ -132,8 +132,7 @@ func (p *pace) forgets(s *share, now time.Time) bool {
 }
 
 // delayLocked is pace.delay for a caller.
-func (l *Limiter) delayLocked(c *caller, cost int) time.Duration {
-	now := time.Now()
+func (l *Limiter) delayLocked(c *caller, cost int, now time.Time) time.Duration {
 	if l.pace.turn(now) {
 		for _, other := range l.callers {
 			l.forgetLocked(other, now)

@@ -223,7 +223,7 @@ func TestCallersThatAskNoMoreAreForgotten(t *testing.T) {
 			if c == nil {
 				c = &caller{addr: from}
 			}
-			l.delayLocked(c, 1)
+			l.delayLocked(c, 1, time.Now())
 			l.callers[from] = c
 		}
 		for i := range 1000 {
@@ -243,7 +243,7 @@ func TestCallersThatAskNoMoreAreForgotten(t *testing.T) {
 func TestConnectionsThatAreHeldBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLimiter(10, 8)
-		l.delayLocked(&caller{addr: netip.MustParseAddr("10.0.0.9")}, 1) // another is active
+		l.delayLocked(&caller{addr: netip.MustParseAddr("10.0.0.9")}, 1, time.Now()) // another is active
 		admit := func(from string) *Conn {
 			server, client := net.Pipe()
 			t.Cleanup(func() { _ = client.Close() })
@@ -282,7 +282,7 @@ func TestRequestsAreHeldBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLimiter(8, 8)
 		l.pace.cpus = func() int { return 1 }
-		l.delayLocked(&caller{addr: netip.MustParseAddr("10.0.0.9")}, 1) // another is active
+		l.delayLocked(&caller{addr: netip.MustParseAddr("10.0.0.9")}, 1, time.Now()) // another is active
 		server, client := net.Pipe()
 		defer client.Close()
 		c, ok := l.admit(addressed{server, greedy.String()}).(*Conn)
