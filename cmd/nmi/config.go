@@ -34,6 +34,7 @@ type config struct {
 
 	front, probes, metrics endpoint     // front is for redirected connections
 	probeSocket            string       // "" for none
+	legacyMetrics          bool         // see telemetry.Parts
 	handoverDir            string       // "" for no takeovers
 	startupTaint           corev1.Taint // without a key for none
 	bootGuardDir           string       // "" for no boot guard

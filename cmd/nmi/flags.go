@@ -105,6 +105,7 @@ func (c *config) addPageFlags(fs *pflag.FlagSet) {
 	c.addProbeSocket(fs)
 	parsedVar(fs, &c.metrics.addr, flagPrometheusPort, "9090", parsePortOf(&c.metrics.addr), "port of /metrics")
 	parsedVar(fs, &c.metrics.addr, "metrics-address", "0.0.0.0", parseAddrOf(&c.metrics.addr, parseBindAddress), "address that --prometheus-port is on, likewise")
+	fs.BoolVar(&c.legacyMetrics, "legacy-metrics", false, "serve the old NMI's metrics too, aadpodidentity_*, for dashboards and alerts that use them")
 }
 
 // addNodeFlags adds the flags of what an agent leaves to the next one, and of its node.

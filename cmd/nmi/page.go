@@ -63,7 +63,7 @@ func (a *agent) buildPages() {
 	a.probeSocket.handler = explainer.handler(health)
 	a.metrics.handler = telemetry.Handler(telemetry.Parts{
 		Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server,
-		Ready: a.health.err, Version: version,
+		Ready: a.health.err, Version: version, Legacy: a.cfg.legacyMetrics,
 	})
 	a.probeServer = &component{run: a.probeSocket.run}
 }

@@ -20,7 +20,7 @@ import (
 //	30 KiB  heap, measured: net/http's buffers, 4 KiB of head
 //	        and the page in a buffer that doubles when it grows: 60 KiB on the probe
 //	        port, which has less; 300 KiB on the metrics port, whose page has 40 KiB,
-//	        and 150 if pods send requests of all kinds
+//	        and 150 if pods send requests of all kinds (60 more with --legacy-metrics)
 //	13 KiB  stacks, measured
 //	40 KiB  socket buffers: twice what is asked for (socket(7), SO_RCVBUF)
 //	 4 KiB  the kernel's sock, file and inode

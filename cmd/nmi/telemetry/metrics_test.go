@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -105,6 +106,11 @@ func page(t *testing.T, s snapshot) string {
 	t.Helper()
 	registry, err := newRegistry(producer{func() snapshot { return s }, time.Now()})
 	require.NoError(t, err)
+	return scrape(t, registry)
+}
+
+func scrape(t *testing.T, registry *prometheus.Registry) string {
+	t.Helper()
 	w := httptest.NewRecorder()
 	handlerOf(registry).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	require.Equal(t, http.StatusOK, w.Code)

@@ -42,12 +42,16 @@ type Parts struct {
 
 	Ready   func() error // nil if the agent is
 	Version string       // of the agent
+	Legacy  bool         // export the old NMI's metrics, too
 }
 
 // Handler serves /metrics in Prometheus's format. docs/metrics.md lists them. An agent
 // without metrics is better than none: if they cannot be made, the page says why.
 func Handler(parts Parts) http.Handler {
 	registry, err := newRegistry(producer{parts.snapshot, time.Now()})
+	if err == nil && parts.Legacy {
+		err = registry.Register(legacy{parts.snapshot})
+	}
 	if err != nil {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
