@@ -48,7 +48,7 @@ func (s *Server) host(w *response, r *http.Request, conn *listener.Conn) error {
 	}
 	// It counts towards the pod's bounds. A pod without an address has none: it is about to
 	// start, and the kubelet limits how often the provider asks for it.
-	token, source, err := s.cached(r.Context(), keyOf(identity, req.resource), addr, tokenRequest{}, time.Now())
+	token, source, err := s.cached(s.traced(r), keyOf(identity, req.resource), addr, tokenRequest{}, time.Now())
 	if err != nil {
 		return fmt.Errorf("on behalf of %s/%s, identity %s/%s: %w", namespace, name, identity.Namespace, identity.Name, err)
 	}

@@ -75,6 +75,10 @@ type Config struct {
 	// address; 0 means DefaultMaxConnections and DefaultMaxConnectionsPerPod.
 	MaxConnections, MaxConnectionsPerPod int
 
+	// Trace returns a context with the span that a request says it is part of, for
+	// tokencache.Request. nil traces nothing.
+	Trace func(ctx context.Context, header http.Header) context.Context
+
 	Logger *slog.Logger // nil means slog.Default
 }
 

@@ -35,8 +35,9 @@ func (s *Server) token(w *response, r *http.Request) error {
 		return err
 	}
 	head, known := s.heads.of(conn, r, req)
+	ctx := s.traced(r)
 	r.Header = nil // from here on the request may wait, and holds no more memory than its query
-	a, err := s.tokens(r.Context(), pod, addr, req)
+	a, err := s.tokens(ctx, pod, addr, req)
 	if err != nil {
 		return err
 	}
@@ -50,6 +51,14 @@ func (s *Server) token(w *response, r *http.Request) error {
 	}
 	writeToken(w, a.token, a.auxiliary, time.Now())
 	return nil
+}
+
+// traced is the request's context, with its span if it is traced.
+func (s *Server) traced(r *http.Request) context.Context {
+	if s.cfg.Trace == nil {
+		return r.Context()
+	}
+	return s.cfg.Trace(r.Context(), r.Header)
 }
 
 // answer is what a request for a token gets.

@@ -137,7 +137,7 @@ func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now t
 		if err := c.refusedLocked(key, now); err != nil {
 			return nil, expired, nil, err
 		}
-		l, err := c.joinLocked(callID{Key: key}, nil, caller, now)
+		l, err := c.waitLocked(ctx, callID{Key: key}, nil, caller, now)
 		return nil, expired, l, err
 	}
 	e.addUser(caller)
@@ -147,10 +147,14 @@ func (c *Cache) getLocked(ctx context.Context, key Key, caller netip.Addr, now t
 			return nil, expiring, nil, ctx.Err()
 		}
 		c.stats.Expiring++
+		first := c.calls[callID{Key: key}] == nil
 		if !c.refreshLocked(e, caller, now) {
 			return e, expiring, nil, nil
 		}
-		l, err := c.joinLocked(callID{Key: key}, e, caller, now)
+		l, err := c.waitLocked(ctx, callID{Key: key}, e, caller, now)
+		if first && err == nil {
+			l.source = Upstream
+		}
 		return e, expiring, l, err
 	case due:
 		c.stats.Due++
@@ -214,7 +218,7 @@ func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace f
 		}
 	}
 	c.mu.Lock()
-	l, err := c.renewLocked(key, caller, time.Now())
+	l, err := c.renewLocked(ctx, key, caller, time.Now())
 	c.mu.Unlock()
 	switch {
 	case err != nil:
@@ -227,7 +231,7 @@ func (c *Cache) Renew(ctx context.Context, key Key, caller netip.Addr, replace f
 }
 
 // renewLocked joins or starts a renewal, and returns nil if it is too early for one.
-func (c *Cache) renewLocked(key Key, caller netip.Addr, now time.Time) (*loading, error) {
+func (c *Cache) renewLocked(ctx context.Context, key Key, caller netip.Addr, now time.Time) (*loading, error) {
 	id := callID{Key: key, renewal: true}
 	e, _ := c.lookupLocked(key, now)
 	if e == nil {
@@ -240,7 +244,7 @@ func (c *Cache) renewLocked(key Key, caller netip.Addr, now time.Time) (*loading
 		}
 		e.addUser(caller)
 	}
-	return c.joinLocked(id, e, caller, now)
+	return c.waitLocked(ctx, id, e, caller, now)
 }
 
 // Close ends all fetches and waits for them. Tokens in memory are still served.

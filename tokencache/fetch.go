@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Fetch asks the upstream for one token. It must end some seconds after the upstream was
@@ -23,6 +25,10 @@ type Request struct {
 	// the request may wait for the upstream's rate limit: 18 s after the last caller
 	// joined. Both may be more when it is called again.
 	Waiting func() (callers []netip.Addr, until time.Time)
+	// Requests returns how many requests wait for the token, 0 for a refresh in the background,
+	// and the spans that those are part of which were traced (see trace.SpanContextFromContext),
+	// the one that started the fetch first, maxTraced at most.
+	Requests func() (waiting int, traced []trace.SpanContext)
 }
 
 // Class says what a failure means for clients that ask again.

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/singleflight"
 )
 
@@ -25,6 +26,8 @@ const (
 	// maxUnattended bounds the fetches that go on when all their callers have left, some
 	// 20 KB each. The others are bounded by the connections that wait for them.
 	maxUnattended = 250
+	// maxTraced bounds what is kept of the requests that wait for a fetch.
+	maxTraced = 32
 )
 
 // callID is what singleflight runs one of: a fetch for a key. Renewals, which no cache on
@@ -53,7 +56,7 @@ func (id callID) reason(stale *entry) Reason {
 	}
 }
 
-// call is a fetch under way. The cache's mutex guards waiting, callers and until.
+// call is a fetch under way. The cache's mutex guards all fields from waiting on.
 type call struct {
 	id     callID
 	quota  *quota // of the caller that started it
@@ -61,7 +64,8 @@ type call struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 
-	waiting int // requests
+	waiting int                 // requests
+	traced  []trace.SpanContext // of those that wait or have waited
 	// callers are those that wait or have waited, the one that started it first. The limiter
 	// serves the call in the turn of whichever comes first.
 	callers []netip.Addr
@@ -126,6 +130,17 @@ func (c *Cache) startLocked(id callID, stale *entry, q *quota, now time.Time) (*
 		stale.renewedAt = now
 	}
 	return cl, nil
+}
+
+// waitLocked is joinLocked for a request that will wait.
+func (c *Cache) waitLocked(ctx context.Context, id callID, stale *entry, caller netip.Addr, now time.Time) (*loading, error) {
+	l, err := c.joinLocked(id, stale, caller, now)
+	if err == nil && len(l.call.traced) < maxTraced {
+		if span := trace.SpanContextFromContext(ctx); span.IsValid() {
+			l.call.traced = append(l.call.traced, span)
+		}
+	}
+	return l, err
 }
 
 // leave is for a caller that waits no more. A call that is left by all goes on, so that
@@ -215,11 +230,19 @@ func (c *Cache) fetchToken(cl *call) (token *Token, err error) {
 			token, err = nil, fmt.Errorf("fetching a token panicked: %v", p)
 		}
 	}()
-	token, err = c.fetch(cl.ctx, Request{Key: cl.id.Key, Fresh: cl.id.renewal, Waiting: func() ([]netip.Addr, time.Time) {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return cl.callers, cl.until
-	}})
+	token, err = c.fetch(cl.ctx, Request{
+		Key: cl.id.Key, Fresh: cl.id.renewal,
+		Waiting: func() ([]netip.Addr, time.Time) {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return cl.callers, cl.until
+		},
+		Requests: func() (int, []trace.SpanContext) {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return cl.waiting, cl.traced
+		},
+	})
 	if err == nil && !time.Now().Before(token.ExpiresOn) {
 		return nil, fmt.Errorf("the upstream's token expired at %s, before it arrived; check the node's clock",
 			token.ExpiresOn.UTC().Format(time.RFC3339))

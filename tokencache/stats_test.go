@@ -39,3 +39,17 @@ func TestSource(t *testing.T) {
 		assert.Equal(t, Upstream, renewal)
 	})
 }
+
+// A token that nobody asked for while it was due is refreshed for the first request.
+func TestSourceOfAnExpiringToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &fakeUpstream{life: time.Hour}
+		c := New(up.fetch, Config{})
+		defer c.Close()
+		get(t, c)
+		time.Sleep(56 * time.Minute)
+		_, source, err := c.GetAt(t.Context(), key, alice, time.Now())
+		require.NoError(t, err)
+		assert.Equal(t, Upstream, source)
+	})
+}

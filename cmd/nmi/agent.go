@@ -12,6 +12,7 @@ import (
 	"github.com/podidentity/nmi/cmd/nmi/bootguard"
 	"github.com/podidentity/nmi/cmd/nmi/handover"
 	"github.com/podidentity/nmi/cmd/nmi/startuptaint"
+	"github.com/podidentity/nmi/cmd/nmi/telemetry"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
@@ -35,6 +36,9 @@ type agent struct {
 	taint    *startuptaint.Manager // nil without --startup-taint
 	guard    *bootguard.Guard      // nil without --boot-guard-dir
 	front    *handover.Listener    // pods' connections arrive here; nil before start
+
+	traces      *telemetry.Traces // nil unless they are exported
+	stopMetrics func()            // ends their export by OTLP
 
 	health                       *health
 	probeSocket, probes, metrics *page
@@ -97,12 +101,21 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	}
 	cfg.upstream.Secret = cluster.secrets.read
 	a.upstream = upstream.New(cfg.upstream)
-	a.tokens = tokencache.New(a.upstream.Token, tokencache.Config{InUse: proxy.InUse(a.resolver)})
+	if a.traces, err = telemetry.NewTraces(ctx, version, cfg.resolver.Node, log); err != nil {
+		log.Warn("traces are not exported", "error", err)
+	}
+	if a.traces != nil {
+		cfg.proxy.Trace = a.traces.Context
+	}
+	a.tokens = tokencache.New(a.traces.Fetch(a.upstream.Token), tokencache.Config{InUse: proxy.InUse(a.resolver)})
 	cfg.proxy.Pods, cfg.proxy.Tokens, cfg.proxy.Upstream = a.resolver, a.tokens, a.upstream
 	cfg.proxy.CheckSource = checkSource(a.links)
 	a.server = proxy.New(cfg.proxy)
 	a.health = newHealth(ctx, a)
 	a.buildPages()
+	if a.stopMetrics, err = telemetry.PushMetrics(ctx, a.parts(), log); err != nil {
+		log.Warn("metrics are not exported by OTLP", "error", err)
+	}
 	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}}
 	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}}
 	if cfg.bootGuardDir != "" {
@@ -237,6 +250,8 @@ func (a *agent) stop() {
 	a.probeServer.Stop()
 	a.probeSocket.close()
 	a.upstream.Close()
+	a.traces.Close()
+	a.stopMetrics()
 }
 
 // reportSync logs when the agent is in sync.

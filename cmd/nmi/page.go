@@ -61,11 +61,16 @@ func (a *agent) buildPages() {
 	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, confirm: expectSource(a.links)}
 	a.probes.handler = health
 	a.probeSocket.handler = explainer.handler(health)
-	a.metrics.handler = telemetry.Handler(telemetry.Parts{
-		Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server,
-		Ready: a.health.err, Version: version, Legacy: a.cfg.legacyMetrics,
-	})
+	a.metrics.handler = telemetry.Handler(a.parts())
 	a.probeServer = &component{run: a.probeSocket.run}
+}
+
+// parts is what metrics are made from.
+func (a *agent) parts() telemetry.Parts {
+	return telemetry.Parts{
+		Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server,
+		Ready: a.health.err, Version: version, Node: a.cfg.resolver.Node, Legacy: a.cfg.legacyMetrics,
+	}
 }
 
 // pageListeners are those that a new agent is offered, see handover.

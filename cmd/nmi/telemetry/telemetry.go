@@ -7,6 +7,9 @@
 //  2. The producer reads the snapshot of each part once.
 //  3. It makes the data points of all metrics from them, see metrics.go.
 //  4. The exporter writes them in Prometheus's format.
+//
+// An exporter for OTLP does the same in intervals, see PushMetrics, and Traces makes a span for each
+// fetch of a token, if the environment asks for that.
 package telemetry
 
 import (
@@ -42,6 +45,7 @@ type Parts struct {
 
 	Ready   func() error // nil if the agent is
 	Version string       // of the agent
+	Node    string       // its name
 	Legacy  bool         // export the old NMI's metrics, too
 }
 
