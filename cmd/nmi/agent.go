@@ -42,6 +42,7 @@ type agent struct {
 
 	health                       *health
 	probeSocket, probes, metrics *page
+	profiles                     *page // with --enableProfile
 
 	probeServer *component   // on the probe socket, from first to last
 	background  []*component // from start to stop
@@ -118,6 +119,9 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	}
 	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}}
 	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}}
+	if cfg.profile {
+		a.background = append(a.background, &component{run: a.profiles.run})
+	}
 	if cfg.bootGuardDir != "" {
 		a.guard = bootguard.New(bootguard.Config{
 			Dir: cfg.bootGuardDir, Commands: iptables.RoutingFence(cfg.rules.Metadata.Addr()), Interval: cfg.rules.Interval, Logger: log,
@@ -242,6 +246,7 @@ func (a *agent) stop() {
 	}
 	a.probes.close()
 	a.metrics.close()
+	a.profiles.close()
 	a.tokens.Close()
 	if a.front != nil {
 		_ = a.front.Close()

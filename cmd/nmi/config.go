@@ -35,6 +35,7 @@ type config struct {
 	front, probes, metrics endpoint     // front is for redirected connections
 	probeSocket            string       // "" for none
 	legacyMetrics          bool         // see telemetry.Parts
+	profile                bool         // see newProfilePage
 	handoverDir            string       // "" for no takeovers
 	startupTaint           corev1.Taint // without a key for none
 	bootGuardDir           string       // "" for no boot guard
@@ -52,6 +53,7 @@ const (
 	flagProbePort          = "http-probe-port"
 	flagPrometheusPort     = "prometheus-port"
 	flagProbeSocket        = "probe-socket"
+	flagEnableProfile      = "enableProfile"
 	flagOperationMode      = "operation-mode"
 	flagBootGuardDir       = "boot-guard-dir"
 	flagInstanceNamespaces = "instance-metadata-namespaces"

@@ -105,6 +105,7 @@ func (c *config) addPageFlags(fs *pflag.FlagSet) {
 	c.addProbeSocket(fs)
 	parsedVar(fs, &c.metrics.addr, flagPrometheusPort, "9090", parsePortOf(&c.metrics.addr), "port of /metrics")
 	parsedVar(fs, &c.metrics.addr, "metrics-address", "0.0.0.0", parseAddrOf(&c.metrics.addr, parseBindAddress), "address that --prometheus-port is on, likewise")
+	fs.BoolVar(&c.profile, flagEnableProfile, false, "serve /debug/pprof, for go tool pprof, on "+profileAddress+", which only the node's own programs and pods on its network reach")
 	fs.BoolVar(&c.legacyMetrics, "legacy-metrics", false, "serve the old NMI's metrics too, aadpodidentity_*, for dashboards and alerts that use them")
 }
 
@@ -123,7 +124,6 @@ func addCompatibilityFlags(fs *pflag.FlagSet) {
 	fs.Int("retry-attempts-for-assigned", 4, accepted+"see --retry-attempts-for-created")
 	fs.Int("find-identity-retry-interval", 5, accepted+"see --retry-attempts-for-created")
 	fs.Bool("enableScaleFeatures", true, accepted+"always on")
-	fs.Bool("enableProfile", false, accepted+"no profiling endpoint is served yet")
 	fs.String("kubelet-config", "/etc/default/kubelet", accepted+"not read, the agent looks at the bridge itself")
 	fs.Bool("set-retry-after-header", false, accepted+"Retry-After is always set where asking again helps")
 	fs.Bool("enable-conntrack-deletion", false, accepted+"always on: connections from before the rules are cut")

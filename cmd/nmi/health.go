@@ -49,7 +49,7 @@ func newHealth(ctx context.Context, a *agent) *health {
 			if a.guard != nil {
 				notes = append(notes, a.guard.Status())
 			}
-			notes = append(notes, a.handover.Status(), a.probes.status(), a.metrics.status(), a.probeSocket.status())
+			notes = append(notes, a.handover.Status(), a.probes.status(), a.metrics.status(), a.profiles.status(), a.probeSocket.status())
 			return strings.Join(slices.DeleteFunc(notes, func(note string) bool { return note == "" }), "\n")
 		},
 	}

@@ -21,8 +21,10 @@ type page struct {
 	flag    string // that chooses the port or socket
 	listen  func(context.Context) (pageListener, error)
 	handler http.Handler // set before run
-	log     *slog.Logger
-	retry   chan struct{} // holds a value when it is worth trying again at once
+	// nodeOnly says that no pod reaches it: it has none of the limits of page_server.go.
+	nodeOnly bool
+	log      *slog.Logger
+	retry    chan struct{} // holds a value when it is worth trying again at once
 
 	mu  sync.Mutex // guards what follows
 	ln  pageListener
@@ -63,6 +65,7 @@ func (a *agent) buildPages() {
 	a.probeSocket.handler = explainer.handler(health)
 	a.metrics.handler = telemetry.Handler(a.parts())
 	a.probeServer = &component{run: a.probeSocket.run}
+	a.profiles = newProfilePage(profileAddress, a.log)
 }
 
 // parts is what metrics are made from.

@@ -56,8 +56,10 @@ const (
 // serve answers requests until ctx ends, when it returns nil, or the listener
 // fails. It leaves the listener open, and no connection.
 func (p *page) serve(ctx context.Context, ln pageListener) error {
-	if err := limitSocketBuffers(ln); err != nil {
-		return err
+	if !p.nodeOnly {
+		if err := limitSocketBuffers(ln); err != nil {
+			return err
+		}
 	}
 	file, err := ln.File() // a duplicate, for http.Server to close
 	if err != nil {
@@ -67,6 +69,9 @@ func (p *page) serve(ctx context.Context, ln pageListener) error {
 	_ = file.Close()
 	if err != nil {
 		return err
+	}
+	if p.nodeOnly {
+		return serveNodeOnly(ctx, duplicate, p.handler, p.log)
 	}
 	limited := &limitedListener{Listener: duplicate, ctx: ctx}
 	defer limited.open.Wait()
