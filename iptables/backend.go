@@ -74,6 +74,15 @@ func installed() []Backend {
 	})
 }
 
+// selectBackend returns the backend that was configured, or else the one that the node uses,
+// and the reason.
+func selectBackend(configured Backend) (Backend, string, error) {
+	if configured == BackendAuto || configured == "" {
+		return detect()
+	}
+	return configured, reasonFlag, nil
+}
+
 // detect returns the backend that the node uses, and the reason: the one in which the
 // kubelet has a chain, else the one with more rules, else that of the command iptables.
 func detect() (Backend, string, error) {

@@ -33,11 +33,11 @@ func ParseMode(name string) (Mode, error) {
 	return "", fmt.Errorf("%q is not a redirect mode: use %q, %q, %q or %q", name, ModeAuto, Redirect, DNAT, None)
 }
 
-// modeFor returns the mode that works for pods with these addresses, and the reason.
+// ModeFor returns the mode that works for pods with these addresses, and the reason.
 // DNAT works everywhere and is the choice when in doubt. A pod whose address leads to no
 // interface is ignored if others' do: its link is being added or removed. Without any
 // pod the mode is ModeAuto: unknown.
-func modeFor(pods []netip.Addr) (Mode, string) {
+func ModeFor(pods []netip.Addr) (Mode, string) {
 	finder := links.NewFinder()
 	known := 0
 	var lastErr string

@@ -51,10 +51,10 @@ type Config struct {
 	Interval time.Duration  // between two checks of the rules without an announced change
 	// Pods returns the addresses of this node's pods, and a channel that is closed when
 	// they have changed. ModeAuto requires it.
-	Pods            func() ([]netip.Addr, <-chan struct{})
-	Backend         Backend      // whose tables to use; "" means BackendAuto
-	BlockWireserver bool         // reject what pods send to 168.63.129.16, ports 80 and 32526
-	Logger          *slog.Logger // nil means slog.Default
+	Pods            func() ([]netip.Addr, <-chan struct{}) `json:"-"`
+	Backend         Backend                                // whose tables to use; "" means BackendAuto
+	BlockWireserver bool                                   // reject what pods send to 168.63.129.16, ports 80 and 32526
+	Logger          *slog.Logger                           `json:"-"` // nil means slog.Default
 }
 
 // Reconciler keeps the rules in place.
@@ -124,11 +124,9 @@ func (r *Reconciler) open() (err error) {
 	if r.runner != nil {
 		return nil
 	}
-	backend, reason := r.cfg.Backend, reasonFlag
-	if backend == BackendAuto || backend == "" {
-		if backend, reason, err = detect(); err != nil {
-			return err
-		}
+	backend, reason, err := selectBackend(r.cfg.Backend)
+	if err != nil {
+		return err
 	}
 	if r.runner, err = newRunner(backend, &r.counts.contended); err != nil {
 		return err
@@ -250,7 +248,7 @@ func (r *Reconciler) selectMode(last Status) (Status, <-chan struct{}) {
 	}
 	pods, changed := r.cfg.Pods()
 	if r.cfg.Mode == ModeAuto {
-		s.Mode, s.Reason = modeFor(pods)
+		s.Mode, s.Reason = ModeFor(pods)
 		if s.Mode == ModeAuto && last.Mode != "" { // no pods any more: unchanged
 			s.Mode, s.Reason = last.Mode, last.Reason
 		}

@@ -36,7 +36,7 @@ func (t *Tracker) Status() Status { return *t.status.Load() }
 // survey updates the Status. The channel is closed when pods have changed.
 func (t *Tracker) survey() (changed <-chan struct{}) {
 	pods, changed := t.cfg.Pods()
-	unguarded, pinned := sharedLinks(pods)
+	unguarded, pinned := SharedLinks(pods)
 	var s Status
 	if len(pinned) > 0 {
 		s.Notes = append(s.Notes, "pods' addresses are pinned to their hardware addresses, but pods with NET_RAW or NET_ADMIN can take those over too, and not every attempt is noticed, on: "+some(pinned))
@@ -55,9 +55,9 @@ func (t *Tracker) survey() (changed <-chan struct{}) {
 	return changed
 }
 
-// sharedLinks names the links that pods share: those with addresses that can be taken
+// SharedLinks names the links that these pods share: those with addresses that can be taken
 // over, and those with pinned ones.
-func sharedLinks(pods []netip.Addr) (unguarded, pinned []string) {
+func SharedLinks(pods []netip.Addr) (unguarded, pinned []string) {
 	finder := NewFinder()
 	open, pins := map[string]bool{}, map[string]bool{}
 	for _, pod := range pods {
