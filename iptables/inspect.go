@@ -24,13 +24,16 @@ type Inspector struct {
 }
 
 // Inspect selects a backend as New does. Its errors say which commands are missing.
-func Inspect(cfg Config) (i *Inspector, err error) {
-	i = &Inspector{cfg: cfg}
-	if i.Backend, i.Reason, err = selectBackend(cfg.Backend); err != nil {
+func Inspect(cfg Config) (*Inspector, error) {
+	backend, reason, err := selectBackend(cfg.Backend)
+	if err != nil {
 		return nil, err
 	}
-	i.runner, err = newRunner(i.Backend, new(atomic.Uint64))
-	return i, err
+	run, err := newRunner(backend, new(atomic.Uint64))
+	if err != nil {
+		return nil, err
+	}
+	return &Inspector{Backend: backend, Reason: reason, cfg: cfg, runner: run}, nil
 }
 
 // Privileges says which capabilities this process lacks to read and write the rules; nil if it

@@ -85,7 +85,7 @@ func podInfoFor(node, micNamespace string) func(*corev1.Pod) *podInfo {
 		}
 		info := &podInfo{
 			ObjectName: cache.MetaObjectToName(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels,
-			mic: isMICPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: workloadIdentity(pod),
+			mic: isMICPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: WorkloadIdentity(pod),
 		}
 		if pod.DeletionTimestamp != nil {
 			info.until = pod.DeletionTimestamp.Time
@@ -138,10 +138,10 @@ func containerSummary(status *corev1.PodStatus) (started time.Time, running, any
 	return started, running, any
 }
 
-// workloadIdentity names the environment variable that the webhook of Azure Workload Identity
+// WorkloadIdentity names the environment variable that the webhook of Azure Workload Identity
 // has set in a pod, or the label that asks for it; "" for neither. AZURE_CLIENT_ID alone does
 // not count: applications that use IMDS set it, too.
-func workloadIdentity(pod *corev1.Pod) string {
+func WorkloadIdentity(pod *corev1.Pod) string {
 	const variable, label = "AZURE_FEDERATED_TOKEN_FILE", "azure.workload.identity/use"
 	for _, containers := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
 		for _, c := range containers {

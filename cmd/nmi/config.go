@@ -49,6 +49,7 @@ type config struct {
 
 // Names of flags that are used elsewhere, too.
 const (
+	flagNode               = "node"
 	flagPort               = handover.FrontPort
 	flagProbePort          = "http-probe-port"
 	flagPrometheusPort     = "prometheus-port"

@@ -9,20 +9,22 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/podidentity/nmi/cmd/nmi/doctor"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 )
 
-// Pages for nmi explain, on the probe socket alone, which is root's: they name identities.
+// Pages for nmi explain and nmi doctor, on the probe socket alone, which is root's: they name identities.
 const (
-	explainPage = "/explain" // ?pod=<namespace>/<name>: text; 404 if the pod is not on this node
-	configPage  = "/config"  // podresolver.Config as JSON
+	explainPage = "/explain"        // ?pod=<namespace>/<name>: text; 404 if the pod is not on this node
+	configPage  = doctor.ConfigPage // podresolver.Config and doctor.AgentPage as JSON
 )
 
 // explainer explains the agent's decisions by the agent's own state.
 type explainer struct {
 	resolver *podresolver.Resolver
 	config   podresolver.Config
+	settings doctor.Settings
 	confirm  func(netip.Addr, *podresolver.Pod) error // nil away from the node, whose interfaces it needs
 }
 
@@ -59,7 +61,10 @@ func (e *explainer) handler(next http.Handler) http.Handler {
 	})
 	mux.HandleFunc("GET "+configPage, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(e.config) // fails when the client has gone
+		_ = json.NewEncoder(w).Encode(struct { // fails when the client has gone
+			podresolver.Config
+			doctor.AgentPage
+		}{e.config, doctor.AgentPage{Doctor: e.settings}})
 	})
 	return mux
 }

@@ -54,7 +54,7 @@ func (c *config) addFlags(fs *pflag.FlagSet) {
 }
 
 func (c *config) addAgentFlags(fs *pflag.FlagSet) {
-	fs.StringVar(&c.resolver.Node, "node", "", "name of the node that the agent runs on: required; in a DaemonSet $(NODE_NAME) from spec.nodeName")
+	fs.StringVar(&c.resolver.Node, flagNode, "", "name of the node that the agent runs on: required; in a DaemonSet $(NODE_NAME) from spec.nodeName")
 	fs.StringVar(&c.userAgent, "custom-user-agent", "", "text to append to the user agent of requests to IMDS, Entra and the API server")
 	c.addLogFlags(fs)
 	fs.BoolVar(&c.version, "version", false, "print the version and exit")
@@ -174,5 +174,5 @@ const defaultProbeSocket = "/run/nmi-probe/probe.sock"
 
 func (c *config) addProbeSocket(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.probeSocket, flagProbeSocket, defaultProbeSocket, parseAbsolutePath,
-		`Unix socket of /healthz and /readyz, for "nmi probe" and "nmi explain", in a directory of this pod alone. The default is used only where its directory exists, as in the image; "" for none`)
+		`Unix socket of /healthz and /readyz, for "nmi probe", "nmi explain" and "nmi doctor", in a directory of this pod alone. The default is used only where its directory exists, as in the image; "" for none`)
 }

@@ -23,8 +23,9 @@ const module = "github.com/podidentity/nmi/"
 // project that it may import. Data flows one way: tokencache never meets a pod,
 // podresolver never meets a token, iptables meets neither. "*" is any.
 var rooms = map[string][]string{
-	"cmd/nmi":                    {"cmd/nmi/bootguard", "cmd/nmi/handover", "cmd/nmi/startuptaint", "cmd/nmi/telemetry", "iptables", "iptables/links", "podresolver", "proxy", "proxy/listener", "proxy/upstream", "tokencache"},
+	"cmd/nmi":                    {"cmd/nmi/bootguard", "cmd/nmi/doctor", "cmd/nmi/handover", "cmd/nmi/startuptaint", "cmd/nmi/telemetry", "iptables", "iptables/links", "podresolver", "proxy", "proxy/listener", "proxy/upstream", "tokencache"},
 	"cmd/nmi/bootguard":          {},
+	"cmd/nmi/doctor":             {"cmd/nmi/handover", "iptables", "iptables/links", "podresolver", "podresolver/aadpodidentity"},
 	"cmd/nmi/handover":           {},
 	"cmd/nmi/startuptaint":       {},
 	"cmd/nmi/telemetry":          {"histogram", "iptables", "iptables/links", "podresolver", "proxy", "proxy/listener", "proxy/upstream", "tokencache"},

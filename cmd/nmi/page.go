@@ -60,7 +60,7 @@ func (a *agent) buildPages() {
 		return listenUnix(ctx, a.cfg.probeSocket)
 	})
 	health := a.health.handler()
-	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, confirm: expectSource(a.links)}
+	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, settings: a.cfg.doctorSettings(), confirm: expectSource(a.links)}
 	a.probes.handler = health
 	a.probeSocket.handler = explainer.handler(health)
 	a.metrics.handler = telemetry.Handler(a.parts())

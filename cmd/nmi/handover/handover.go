@@ -74,6 +74,15 @@ func New(dir string, log *slog.Logger) *Handover {
 	return h
 }
 
+// Shared returns an error that says what to do if no other pod sees a directory, so that no
+// agent can take over from this container's.
+func Shared(dir string) error {
+	if inContainerFS(dir) {
+		return errPrivate
+	}
+	return nil
+}
+
 // Status is what an operator should know of takeovers, a sentence; "" for nothing.
 func (h *Handover) Status() string {
 	switch lastError := h.lastError.Load(); {

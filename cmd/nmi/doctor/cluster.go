@@ -1,0 +1,340 @@
+package doctor
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+)
+
+// maxSkew is how far the node's clock may be from the API server's. Date is in whole seconds
+// (RFC 9110, section 5.6.7).
+const maxSkew = 10 * time.Second
+
+// cluster is what the checks ask of the API server, with plain requests: the clients of
+// client-go hide the header Date.
+type cluster struct {
+	*doctor
+	client *http.Client // nil until it is connected
+	err    error        // why the API server does not answer, after the check for it
+	pods   []corev1.Pod // of the node; nil until they are listed
+}
+
+func (d *doctor) clusterChecks() []check {
+	c := d.cluster
+	checks := []check{
+		{"api-server", "the API server answers", c.answers},
+		{"clock", "the node's clock is right", c.clock},
+	}
+	if !d.cfg.Pre { // another account is asked then
+		checks = append(checks, check{"definitions", "the custom resources are served", c.definitions})
+		for _, r := range d.rights() {
+			checks = append(checks, check{"rights", "the agent's account may " + r.String(), func(ctx context.Context) (string, error) { return "", c.may(ctx, r) }})
+		}
+	}
+	return append(checks, check{"workload-identity", "no pod expects tokens of both this agent and Azure Workload Identity", c.workloadIdentity})
+}
+
+// do sends a request, and decodes the response into a value unless that is nil.
+func (c *cluster) do(ctx context.Context, method, path string, body, into any) (http.Header, error) {
+	if c.cfg.API == nil {
+		return nil, c.cfg.APIErr
+	}
+	if c.client == nil {
+		client, err := rest.HTTPClientFor(c.cfg.API)
+		if err != nil {
+			return nil, err
+		}
+		c.client = client
+	}
+	base, _, err := rest.DefaultServerUrlFor(c.cfg.API)
+	if err != nil {
+		return nil, err
+	}
+	var content io.Reader
+	if body != nil {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		content = bytes.NewReader(text)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, strings.TrimSuffix(base.String(), "/")+path, content)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", c.cfg.API.UserAgent)
+	resp, err := c.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	const maxBody = 64 << 20
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode >= http.StatusBadRequest {
+		var status metav1.Status
+		if json.Unmarshal(text, &status) != nil || status.Message == "" {
+			status.Message = resp.Status
+		}
+		status.Code = int32(resp.StatusCode) //nolint:gosec // it has three digits
+		return nil, &apierrors.StatusError{ErrStatus: status}
+	}
+	if into != nil {
+		err = json.Unmarshal(text, into)
+	}
+	return resp.Header, err
+}
+
+// answers asks for the version, which every account may.
+func (c *cluster) answers(ctx context.Context) (string, error) {
+	if c.cfg.API == nil {
+		c.err = c.cfg.APIErr
+		if c.cfg.Pre {
+			return "", skipped(c.err.Error())
+		}
+		return "", c.err
+	}
+	var version struct {
+		GitVersion string `json:"gitVersion"`
+	}
+	if _, c.err = c.do(ctx, http.MethodGet, "/version", nil, &version); c.err != nil {
+		return "", c.err
+	}
+	return version.GitVersion, nil
+}
+
+// unreachable is why other checks cannot be made.
+func (c *cluster) unreachable() error {
+	if c.err != nil || c.cfg.API == nil {
+		return skipf("the API server does not answer")
+	}
+	return nil
+}
+
+func (c *cluster) clock(ctx context.Context) (string, error) {
+	if err := c.unreachable(); err != nil {
+		return "", err
+	}
+	begin := time.Now()
+	header, err := c.do(ctx, http.MethodGet, "/version", nil, nil)
+	end := time.Now()
+	if err != nil {
+		return "", err
+	}
+	date, err := http.ParseTime(header.Get("Date"))
+	if err != nil {
+		return "", skipf("the API server's response has no date")
+	}
+	return skew(begin, end, date)
+}
+
+// skew compares the node's time before and after a request with the date in the response.
+func skew(begin, end, date time.Time) (string, error) {
+	var behind time.Duration
+	switch {
+	case end.Before(date):
+		behind = date.Sub(end)
+	case begin.After(date.Add(time.Second)):
+		behind = date.Add(time.Second).Sub(begin)
+	}
+	if behind.Abs() <= maxSkew {
+		return fmt.Sprintf("within %s of the API server's", maxSkew), nil
+	}
+	return "", warnf("it is %s off the API server's: tokens are refreshed too late or too early, and certificates may count as expired. See the node's time synchronization (chronyd)", behind.Abs().Round(time.Second))
+}
+
+func (c *cluster) definitions(ctx context.Context) (string, error) {
+	if err := c.unreachable(); err != nil {
+		return "", err
+	}
+	var served metav1.APIResourceList
+	if _, err := c.do(ctx, http.MethodGet, "/apis/"+aadpodidentity.GroupVersion.String(), nil, &served); err != nil && !apierrors.IsNotFound(err) {
+		return "", err
+	}
+	var missing, optional []string
+	for _, resource := range c.resources() {
+		there := false
+		for _, s := range served.APIResources {
+			there = there || s.Name == resource.Resource
+		}
+		switch {
+		case there:
+		case resource == aadpodidentity.AzurePodIdentityExceptions:
+			optional = append(optional, resource.Resource)
+		default:
+			missing = append(missing, resource.Resource)
+		}
+	}
+	const advice = "apply deploy/manifests/crds.yaml, or the chart's crds"
+	switch {
+	case len(missing) > 0:
+		return "", fmt.Errorf("the API server does not serve %s: %s", strings.Join(append(missing, optional...), ", "), advice)
+	case len(optional) > 0:
+		return "", warnf("the API server does not serve %s, and no pod is excepted: %s", strings.Join(optional, ", "), advice)
+	}
+	return "", nil
+}
+
+// resources are the custom resources that the agent reads.
+func (d *doctor) resources() []schema.GroupVersionResource {
+	all := []schema.GroupVersionResource{aadpodidentity.AzureIdentities, aadpodidentity.AzureIdentityBindings, aadpodidentity.AzurePodIdentityExceptions}
+	if d.settings.Mode == podresolver.Standard {
+		all = append(all, aadpodidentity.AzureAssignedIdentities)
+	}
+	return all
+}
+
+// right is one verb on one resource.
+type right struct {
+	group, resource, verb string
+	optional              bool   // the agent serves pods without it
+	apply                 string // what gives it
+}
+
+func (r right) String() string { return r.verb + " " + r.resource }
+
+// rights are those that the agent needs with its flags.
+func (d *doctor) rights() (all []right) {
+	role := "deploy/manifests/account.yaml"
+	if d.settings.Mode == podresolver.Standard {
+		role = "deploy/manifests/standard"
+	}
+	for _, verb := range []string{"list", "watch"} {
+		all = append(all, right{resource: "pods", verb: verb, apply: role})
+	}
+	for _, resource := range d.resources() {
+		for _, verb := range []string{"list", "watch"} {
+			all = append(all, right{group: resource.Group, resource: resource.Resource, verb: verb, apply: role})
+		}
+	}
+	if d.settings.StartupTaint.Key != "" {
+		for _, verb := range []string{"list", "watch", "patch"} {
+			all = append(all, right{resource: "nodes", verb: verb, optional: true, apply: "deploy/admission/startup-taint.yaml"})
+		}
+	}
+	return all
+}
+
+// may asks whether this process's account, which is the agent's in its pod, has a right. Every
+// account may ask that of itself.
+func (c *cluster) may(ctx context.Context, r right) error {
+	if err := c.unreachable(); err != nil {
+		return err
+	}
+	review := authorizationv1.SelfSubjectAccessReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SelfSubjectAccessReview"},
+		Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
+			Group: r.group, Resource: r.resource, Verb: r.verb,
+		}},
+	}
+	_, err := c.do(ctx, http.MethodPost, "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review, &review)
+	switch {
+	case apierrors.IsForbidden(err):
+		return skipf("%s", err)
+	case err != nil:
+		return err
+	case review.Status.Allowed:
+		return nil
+	case r.optional:
+		return warnf("it may not: apply %s", r.apply)
+	}
+	return fmt.Errorf("it may not: apply its ClusterRole (%s)", r.apply)
+}
+
+// listPods lists the node's pods, once.
+func (c *cluster) listPods(ctx context.Context) ([]corev1.Pod, error) {
+	switch {
+	case c.pods != nil:
+		return c.pods, nil
+	case c.cfg.API == nil:
+		return nil, skipf("needs the API server")
+	case c.settings.Node == "":
+		return nil, skipf("give --node, the node's name, to look at its pods")
+	}
+	sources, err := podresolver.FromAPIServer(c.cfg.API, c.settings.Node)
+	if err != nil {
+		return nil, err
+	}
+	list, err := cache.ToListerWatcherWithContext(sources.Pods).ListWithContext(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, skipf("listing the node's pods: %s", err)
+	}
+	pods, ok := list.(*corev1.PodList)
+	if !ok {
+		return nil, errors.New("listing the node's pods: malformed response")
+	}
+	c.pods = append([]corev1.Pod{}, pods.Items...)
+	return c.pods, nil
+}
+
+// podAddresses returns the IPv4 addresses of the node's pods that run and have their own.
+func (c *cluster) podAddresses(ctx context.Context) (addrs []netip.Addr, err error) {
+	pods, err := c.listPods(ctx)
+	for _, pod := range pods {
+		if pod.Spec.HostNetwork || pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
+			continue
+		}
+		if addr, err := netip.ParseAddr(pod.Status.PodIP); err == nil && addr.Is4() {
+			addrs = append(addrs, addr)
+		}
+	}
+	return addrs, err
+}
+
+func (c *cluster) workloadIdentity(ctx context.Context) (string, error) {
+	pods, err := c.listPods(ctx)
+	if err != nil {
+		return "", err
+	}
+	var both []string
+	others := 0
+	for _, pod := range pods {
+		if podresolver.WorkloadIdentity(&pod) == "" {
+			continue
+		}
+		if pod.Labels[aadpodidentity.BindingLabel] == "" {
+			others++
+			continue
+		}
+		both = append(both, pod.Namespace+"/"+pod.Name)
+	}
+	if len(both) > 0 {
+		return "", warnf("%s: most Azure SDKs prefer Azure Workload Identity (the variable AZURE_FEDERATED_TOKEN_FILE), and never ask the agent: remove the pods' label %s, or that of Azure Workload Identity",
+			some(both), aadpodidentity.BindingLabel)
+	}
+	if others > 0 {
+		return fmt.Sprintf("%d of the node's pods use Azure Workload Identity alone", others), nil
+	}
+	return "", nil
+}
+
+// some lists the first few names.
+func some(names []string) string {
+	const few = 5
+	if more := len(names) - few; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:few], ", "), more)
+	}
+	return strings.Join(names, ", ")
+}

@@ -1,0 +1,353 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/iptables"
+)
+
+// situation is a node with one fault, and what the checks say of it.
+type situation struct {
+	breaks func(*node) // or healthy
+	anchor string
+	result string
+	says   string // in the error, or in the description of a check that succeeds
+}
+
+var healthy func(*node) // nothing: one report is enough for all of these
+
+var situations = map[string]situation{
+	"no agent": {
+		func(n *node) {
+			n.cfg.Ask = func(context.Context, string) (int, string, error) { return 0, "", errors.New("no agent listens") }
+		},
+		"agent", Error, "no agent listens. The other checks use this command's flags",
+	},
+	"an agent of another version": {
+		func(n *node) {
+			n.cfg.Ask = func(context.Context, string) (int, string, error) { return 200, `{"Node":"node1"}`, nil }
+		}, "agent", Error, "of another version than this program",
+	},
+	"an agent":           {healthy, "agent", Success, "node node1, managed mode, --redirect-mode=dnat"},
+	"an agent not ready": {func(n *node) { n.status, n.ready = 503, "not ready:\n- the rules are missing\n- and more\n" }, "ready", Error, "- the rules are missing\n- and more"},
+	"a ready agent":      {healthy, "ready", Success, "redirect mode dnat: set by flag"},
+	"a quiet agent":      {healthy, "notes", Success, ""},
+	"an agent with news": {func(n *node) { n.ready += "IMDS gives no tokens\n" }, "notes", Warning, "IMDS gives no tokens"},
+
+	"a shared directory": {healthy, "handover", Success, "--handover-dir"},
+	"a private directory": {func(n *node) {
+		n.t.Setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+		n.settings.HandoverDir = "/nmi-nowhere"
+	}, "handover", Warning, "mount a hostPath of the node there"},
+	"no directory":       {func(n *node) { n.settings.HandoverDir = "" }, "handover", Warning, "--handover-dir is empty"},
+	"its ports":          {(*node).agentServes, "ports", Success, ""},
+	"nobody on the port": {healthy, "ports", Error, "nothing listens on port 2579 (--nmi-port)"},
+	"another program on a port": {
+		func(n *node) { n.listens("0.0.0.0:2579", ""); n.listens("127.0.0.1:8085", "welcome") },
+		"ports", Warning, "--http-probe-port: something else than an agent answers 200 at http://127.0.0.1:8085/healthz",
+	},
+	"a free port":  {func(n *node) { n.cfg.Pre = true }, "ports", Success, "port 2579 is free"},
+	"a taken port": {func(n *node) { n.cfg.Pre = true; n.listens("127.0.0.1:2579", "") }, "ports", Error, "a program of user 0 listens on port 2579"},
+
+	"privileges":              {healthy, "privileges", Success, "NET_ADMIN and NET_RAW"},
+	"a backend":               {healthy, "backend", Success, "the backend is nft: set by flag"},
+	"no iptables":             {func(n *node) { n.t.Setenv("PATH", "/nowhere") }, "backend", Error, "iptables-nft is not installed"},
+	"no iptables, other rows": {func(n *node) { n.t.Setenv("PATH", "/nowhere") }, "guard", Skipped, "iptables is not usable"},
+	"rules are admitted":      {healthy, "writable", Success, ""},
+
+	"routing":                {healthy, "routing", Success, ""},
+	"guard":                  {healthy, "guard", Success, ""},
+	"redirect":               {healthy, "redirect", Success, ""},
+	"wireserver":             {healthy, "wireserver", Success, ""},
+	"input":                  {healthy, "input", Success, ""},
+	"antispoof":              {healthy, "antispoof", Success, ""},
+	"a routing rule deleted": {func(n *node) { n.command("ip rule del pref 11") }, "routing", Error, "missing policy routing rules: 11:"},
+	"the guard not first": {func(n *node) {
+		n.command("iptables-nft -t mangle -I FORWARD -j ACCEPT")
+		n.later("iptables-nft -t mangle -D FORWARD -j ACCEPT")
+	}, "guard", Error, "is not first"},
+	"the redirect flushed":     {func(n *node) { n.command("iptables-nft -t nat -F PREROUTING") }, "redirect", Error, "nothing jumps to chain aad-metadata"},
+	"the wireserver open":      {func(n *node) { n.command("iptables-nft -F nmi-wireserver") }, "wireserver", Error, "other rules"},
+	"the input chain flushed":  {func(n *node) { n.command("iptables-nft -t mangle -F nmi-input") }, "input", Warning, "other rules"},
+	"the antispoof chain gone": {func(n *node) { n.command("iptables-nft -t raw -F") }, "antispoof", Warning, "other rules"},
+	"the address gone":         {func(n *node) { n.command("ip addr del 169.254.169.252/32 dev lo") }, "redirect", Error, "lo does not have the address"},
+
+	"no earlier rule": {healthy, "earlier-rules", Success, ""},
+	"a table that runs before ours": {func(n *node) {
+		n.nft("table ip other {\nchain first {\ntype nat hook prerouting priority -110;\nip daddr 169.254.169.254 tcp dport 80 dnat to 169.254.169.254:80\n}\n}\n")
+	}, "earlier-rules", Warning, "nftables table ip other (chain first, type nat, priority -110)"},
+	"an earlier routing rule": {func(n *node) { n.command("ip rule add pref 5 lookup main"); n.later("ip rule del pref 5") }, "earlier-rules", Warning, "ip rule 5: lookup 254"},
+	"no restriction":          {healthy, "imds-restriction", Success, "nothing, so that pods reach"},
+	"a restriction": {
+		func(n *node) {
+			n.command("iptables-nft -I FORWARD -d 169.254.169.254 -p tcp --dport 80 -j DROP")
+			n.later("iptables-nft -F FORWARD")
+		},
+		"imds-restriction", Success, "iptables-nft -t filter -A FORWARD -d 169.254.169.254/32",
+	},
+
+	"no pods":               {healthy, "interfaces", Skipped, "no pod's interface is known yet"},
+	"interfaces for dnat":   {func(n *node) { n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Success, "has no IPv4 address"},
+	"none without API":      {func(n *node) { n.cfg.API, n.cfg.APIErr = nil, errors.New("no kubeconfig") }, "interfaces", Skipped, "needs the API server"},
+	"mode redirect, wrong":  {func(n *node) { n.settings.Rules.Mode = iptables.Redirect; n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Error, "has no IPv4 address"},
+	"mode redirect, right":  {func(n *node) { n.settings.Rules.Mode = iptables.Redirect; n.addPod("10.244.0.7", testbed.Ptp) }, "interfaces", Success, "every interface that leads to a pod has an IPv4 address"},
+	"mode auto, wrong rule": {func(n *node) { n.auto(iptables.Redirect); n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Error, "the redirect is that of mode redirect"},
+	"mode auto, dnat":       {func(n *node) { n.auto(iptables.DNAT); n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Success, "--redirect-mode=auto"},
+	"mode none":             {func(n *node) { n.settings.Rules.Mode = iptables.None }, "interfaces", Skipped, "another program redirects"},
+
+	"links of their own": {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp) }, "arp-spoofing", Success, "each has a link of its own"},
+	"a bridge":           {func(n *node) { n.addPod("10.244.0.7", testbed.Bridge) }, "arp-spoofing", Error, "pods on cbr0 can take each other's addresses"},
+	"a bridge, allowed":  {func(n *node) { n.settings.AllowUnguarded = true; n.addPod("10.244.0.7", testbed.Bridge) }, "arp-spoofing", Warning, "handed out all the same"},
+	"a bridge with pinned neighbours": {func(n *node) {
+		n.addPod("10.244.0.7", testbed.Bridge)
+		n.command("ip neigh replace 10.244.0.7 lladdr 0a:58:0a:f4:00:07 nud permanent dev cbr0")
+	}, "arp-spoofing", Warning, "Their addresses are pinned"},
+
+	"no bypass":               {healthy, "dataplane", Success, ""},
+	"a bypass":                {func(n *node) { n.cilium(); n.auto(iptables.DNAT) }, "dataplane", Error, "has a tcx ingress program: use --redirect-mode=none"},
+	"a bypass, and mode dnat": {(*node).cilium, "dataplane", Warning, "works only if Cilium routes through iptables"},
+	"a bypass, and mode none": {func(n *node) { n.cilium(); n.settings.Rules.Mode = iptables.None }, "dataplane", Success, "they need not"},
+
+	"IMDS": {healthy, "imds", Success, "it answered in "},
+	"IMDS out of reach": {func(n *node) {
+		n.command("ip route add blackhole 169.254.169.254")
+		n.later("ip route del 169.254.169.254")
+	}, "imds", Error, "is there a firewall"},
+	"IMDS slow": {func(n *node) {
+		n.imds = func(http.ResponseWriter, *http.Request) { <-time.After(slow + 100*time.Millisecond) }
+	}, "imds", Warning, "to answer: is another program"},
+	"IMDS broken":     {func(n *node) { n.imds = func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) } }, "imds", Warning, "it answers 500"},
+	"IMDS behind GPA": {func(n *node) { n.imds = func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) } }, "imds", Error, "a proxy before it answers 403"},
+
+	"no metadata proxy": {healthy, "metadata-proxy", Success, ""},
+	"a metadata proxy":  {func(n *node) { n.listens("127.0.0.1:3080", "") }, "metadata-proxy", Warning, "GuestProxyAgent"},
+	"no cgroup v2":      {healthy, "connect4", Skipped, "no cgroup v2"},
+
+	"the API server":        {healthy, "api-server", Success, "v1.37.0"},
+	"no API server":         {func(n *node) { n.cfg.API.Host = "http://127.0.0.1:1" }, "api-server", Error, "connection refused"},
+	"no API server, others": {func(n *node) { n.cfg.API.Host = "http://127.0.0.1:1" }, "rights", Skipped, "the API server does not answer"},
+	"a node without a kubeconfig, before an installation": {func(n *node) { n.cfg.Pre, n.cfg.API, n.cfg.APIErr = true, nil, errors.New("set KUBECONFIG") }, "api-server", Skipped, "set KUBECONFIG"},
+	"a clock that is right":                               {healthy, "clock", Success, "within 10s"},
+	"a clock that is fast":                                {func(n *node) { n.date = time.Now().Add(-time.Hour) }, "clock", Warning, "it is 1h0m0s off"},
+	"a clock that is slow":                                {func(n *node) { n.date = time.Now().Add(time.Minute) }, "clock", Warning, "off the API server's"},
+	"no workload identity":                                {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp) }, "workload-identity", Success, ""},
+	"workload identity alone":                             {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
+	"workload identity, and a binding's label":            {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp, federated, labelled) }, "workload-identity", Warning, "shop/p-10.244.0.7: most Azure SDKs prefer"},
+}
+
+func federated(p *corev1.Pod) {
+	p.Spec.Containers = []corev1.Container{{Name: "app", Env: []corev1.EnvVar{{Name: "AZURE_FEDERATED_TOKEN_FILE", Value: "/token"}}}}
+}
+
+func labelled(p *corev1.Pod) { p.Labels = map[string]string{"aadpodidbinding": "cart"} }
+
+// later runs a command when the test ends.
+func (n *node) later(line string) { n.t.Cleanup(func() { n.command(line) }) }
+
+// auto is an agent in mode auto that has selected a mode.
+func (n *node) auto(mode iptables.Mode) {
+	n.settings.Rules.Mode = mode
+	n.redirect(n.settings.Rules)
+	n.settings.Rules.Mode = iptables.ModeAuto
+}
+
+// cilium is a node whose pods have eBPF programs, as with Cilium.
+func (n *node) cilium() {
+	host, err := testbed.AddCiliumHost()
+	require.NoError(n.t, err)
+	n.t.Cleanup(func() { assert.NoError(n.t, netlink.LinkDel(host)) })
+	p, err := n.network.AddPod("10.244.0.9", testbed.Routed)
+	require.NoError(n.t, err)
+	n.t.Cleanup(func() { assert.NoError(n.t, p.Close()) })
+	link, err := netlink.LinkByName(p.Link)
+	require.NoError(n.t, err)
+	require.NoError(n.t, testbed.AttachTCX(link))
+}
+
+func TestChecks(t *testing.T) {
+	var fine Report
+	t.Run("healthy", func(t *testing.T) { n := newNode(t); fine = Run(t.Context(), n.cfg, Silent{}) })
+	for name, s := range situations {
+		t.Run(name, func(t *testing.T) {
+			report := fine
+			if s.breaks != nil {
+				n := newNode(t)
+				s.breaks(n)
+				report = Run(t.Context(), n.cfg, Silent{})
+			}
+			found := about(t, report, s.anchor)
+			assert.Equal(t, s.result, found[0].Result, "%+v", found[0])
+			if s.result == Success {
+				assert.Contains(t, found[0].Description, s.says)
+				assert.Empty(t, found[0].Error)
+			} else {
+				assert.Contains(t, found[0].Error, s.says)
+			}
+		})
+	}
+}
+
+// about returns the results that have an anchor.
+func about(t *testing.T, report Report, anchor string) (found []Result) {
+	t.Helper()
+	for _, category := range report.Categories {
+		for _, r := range category.Checks {
+			if r.Hint == hintPage+anchor {
+				found = append(found, r)
+			}
+		}
+	}
+	require.NotEmpty(t, found, "no check has the hint %s", anchor)
+	return found
+}
+
+func TestPrivilegesAreMissing(t *testing.T) {
+	n := newNode(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and its capabilities
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData
+		if !assert.NoError(t, unix.Capset(&header, &none[0])) {
+			return
+		}
+		report := Run(t.Context(), n.cfg, Silent{})
+		for anchor, result := range map[string]string{"privileges": Error, "backend": Skipped, "writable": Skipped, "guard": Skipped, "earlier-rules": Skipped} {
+			found := about(t, report, anchor)[0]
+			assert.Equal(t, result, found.Result, anchor)
+			assert.Contains(t, found.Error, "NET_ADMIN", anchor)
+		}
+	}()
+	<-done
+}
+
+func TestConnect4(t *testing.T) {
+	parent, child := ownCgroup(t)
+	found, err := otherConnect4([]string{"/proc", child})
+	require.NoError(t, err)
+	assert.Empty(t, found)
+
+	detach := attachConnect4(t, parent, "cil_sock4")
+	found, err = otherConnect4([]string{child})
+	require.NoError(t, err)
+	assert.Equal(t, "Cilium's alone: cil_sock4", found)
+	detach()
+
+	attachConnect4(t, parent, "redirect_imds")
+	_, err = otherConnect4([]string{child})
+	assert.ErrorAs(t, err, new(warning))
+	assert.ErrorContains(t, err, "attached to connect4 of "+child+" or above: redirect_imds")
+
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData
+		err := unix.Capset(&header, &none[0])
+		if err == nil {
+			_, err = otherConnect4([]string{child})
+		}
+		done <- err
+	}()
+	err = <-done
+	assert.ErrorAs(t, err, new(skipped))
+	assert.ErrorContains(t, err, "needs CAP_BPF")
+}
+
+// A check that fails is repeated until it does not, or until the time is over.
+func TestWait(t *testing.T) {
+	attempts := 0
+	c := check{anchor: "x", run: func(context.Context) (string, error) {
+		attempts++
+		if attempts < 3 {
+			return "", errors.New("not yet")
+		}
+		return "now", nil
+	}}
+	assert.Equal(t, Success, c.repeat(t.Context(), time.Now().Add(time.Minute)).Result)
+	assert.Equal(t, 3, attempts)
+	attempts = 0
+	assert.Equal(t, Error, c.repeat(t.Context(), time.Now()).Result)
+	assert.Equal(t, 1, attempts, "without --wait")
+	for _, err := range []error{warnf("x"), skipf("x")} {
+		attempts = 0
+		c.run = func(context.Context) (string, error) { attempts++; return "", err }
+		c.repeat(t.Context(), time.Now().Add(time.Minute))
+		assert.Equal(t, 1, attempts, "only what fails is repeated")
+	}
+}
+
+func TestSkew(t *testing.T) {
+	at := time.Date(2026, 11, 27, 12, 0, 0, 500e6, time.UTC)
+	for after, fine := range map[time.Duration]bool{
+		0: true, -500 * time.Millisecond: true, 9 * time.Second: true, -10 * time.Second: true, 12 * time.Second: false, -12 * time.Second: false,
+	} {
+		_, err := skew(at, at.Add(100*time.Millisecond), at.Add(after).Truncate(time.Second))
+		assert.Equal(t, fine, err == nil, "%s: %v", after, err)
+	}
+}
+
+// attachConnect4 attaches a program that changes nothing to a cgroup, until the test ends or
+// detach is called.
+func attachConnect4(t *testing.T, dir, name string) (detach func()) {
+	t.Helper()
+	program, err := loadConnect4(name)
+	require.NoError(t, err)
+	cgroup, err := os.Open(dir)
+	require.NoError(t, err)
+	require.NoError(t, progAttach(unix.BPF_PROG_ATTACH, cgroup, program))
+	done := false
+	detach = func() {
+		if !done {
+			done = true
+			assert.NoError(t, progAttach(unix.BPF_PROG_DETACH, cgroup, program))
+			assert.NoError(t, errors.Join(cgroup.Close(), unix.Close(program)))
+		}
+	}
+	t.Cleanup(detach)
+	return detach
+}
+
+func TestHints(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/doctor.md")
+	require.NoError(t, err)
+	anchors := make(map[string]bool)
+	for _, pre := range []bool{false, true} {
+		d := &doctor{cfg: Config{Pre: pre}}
+		d.settings.StartupTaint.Key, d.settings.Rules.BlockWireserver = "k", true
+		d.settings.Ports = []Port{{Flag: "nmi-port"}}
+		d.cluster = &cluster{doctor: d}
+		for _, checks := range [][]check{d.agentChecks(), d.ruleChecks(), d.networkChecks(), d.metadataChecks(), d.clusterChecks(), d.nodeChecks()} {
+			for _, c := range checks {
+				anchors[c.anchor] = true
+			}
+		}
+	}
+	for anchor := range anchors {
+		assert.Contains(t, string(page), fmt.Sprintf("\n### %s\n", anchor))
+	}
+	documented := headings(string(page))
+	for _, heading := range documented {
+		assert.True(t, anchors[heading], "docs/doctor.md has %s, and no check does", heading)
+	}
+	assert.Len(t, documented, len(anchors))
+	for _, s := range situations {
+		assert.True(t, anchors[s.anchor], s.anchor)
+	}
+}
