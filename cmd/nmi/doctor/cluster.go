@@ -46,7 +46,7 @@ func (d *doctor) clusterChecks() []check {
 	if !d.cfg.Pre { // another account is asked then
 		checks = append(checks, check{"definitions", "the custom resources are served", c.definitions})
 		for _, r := range d.rights() {
-			checks = append(checks, check{"rights", "the agent's account may " + r.String(), func(ctx context.Context) (string, error) { return "", c.may(ctx, r) }})
+			checks = append(checks, check{"rights", "this account may " + r.String(), func(ctx context.Context) (string, error) { return "", c.may(ctx, r) }})
 		}
 	}
 	return append(checks, check{"workload-identity", "no pod expects tokens of both this agent and Azure Workload Identity", c.workloadIdentity})
@@ -88,7 +88,7 @@ func (c *cluster) do(ctx context.Context, method, path string, body, into any) (
 		return nil, err
 	}
 	defer resp.Body.Close()
-	const maxBody = 64 << 20
+	const maxBody = 4 << 20 // this process shares the memory limit of the agent's container
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
 	if err != nil {
 		return nil, err

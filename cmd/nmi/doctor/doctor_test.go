@@ -143,7 +143,7 @@ var situations = map[string]situation{
 	"no API server, others": {func(n *node) { n.cfg.API.Host = "http://127.0.0.1:1" }, "rights", Skipped, "the API server does not answer"},
 	"a node without a kubeconfig, before an installation": {func(n *node) { n.cfg.Pre, n.cfg.API, n.cfg.APIErr = true, nil, errors.New("set KUBECONFIG") }, "api-server", Skipped, "set KUBECONFIG"},
 	"a clock that is right":                               {healthy, "clock", Success, "within 10s"},
-	"a clock that is fast":                                {func(n *node) { n.date = time.Now().Add(-time.Hour) }, "clock", Warning, "it is 1h0m0s off"},
+	"a clock that is fast":                                {func(n *node) { n.date = time.Now().Add(-time.Hour) }, "clock", Warning, "off the API server's"},
 	"a clock that is slow":                                {func(n *node) { n.date = time.Now().Add(time.Minute) }, "clock", Warning, "off the API server's"},
 	"no workload identity":                                {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp) }, "workload-identity", Success, ""},
 	"workload identity alone":                             {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
