@@ -14,7 +14,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/podidentity/nmi/deploy/testbed"
@@ -102,19 +101,19 @@ var situations = map[string]situation{
 	},
 
 	"no pods":               {healthy, "interfaces", Skipped, "no pod's interface is known yet"},
-	"interfaces for dnat":   {func(n *node) { n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Success, "has no IPv4 address"},
+	"interfaces for dnat":   {func(n *node) { n.addPod(testbed.Routed) }, "interfaces", Success, "has no IPv4 address"},
 	"none without API":      {func(n *node) { n.cfg.API, n.cfg.APIErr = nil, errors.New("no kubeconfig") }, "interfaces", Skipped, "needs the API server"},
-	"mode redirect, wrong":  {func(n *node) { n.settings.Rules.Mode = iptables.Redirect; n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Error, "has no IPv4 address"},
-	"mode redirect, right":  {func(n *node) { n.settings.Rules.Mode = iptables.Redirect; n.addPod("10.244.0.7", testbed.Ptp) }, "interfaces", Success, "every interface that leads to a pod has an IPv4 address"},
-	"mode auto, wrong rule": {func(n *node) { n.auto(iptables.Redirect); n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Error, "the redirect is that of mode redirect"},
-	"mode auto, dnat":       {func(n *node) { n.auto(iptables.DNAT); n.addPod("10.244.0.7", testbed.Routed) }, "interfaces", Success, "--redirect-mode=auto"},
+	"mode redirect, wrong":  {func(n *node) { n.settings.Rules.Mode = iptables.Redirect; n.addPod(testbed.Routed) }, "interfaces", Error, "has no IPv4 address"},
+	"mode redirect, right":  {func(n *node) { n.settings.Rules.Mode = iptables.Redirect; n.addPod(testbed.Ptp) }, "interfaces", Success, "every interface that leads to a pod has an IPv4 address"},
+	"mode auto, wrong rule": {func(n *node) { n.auto(iptables.Redirect); n.addPod(testbed.Routed) }, "interfaces", Error, "the redirect is that of mode redirect"},
+	"mode auto, dnat":       {func(n *node) { n.auto(iptables.DNAT); n.addPod(testbed.Routed) }, "interfaces", Success, "--redirect-mode=auto"},
 	"mode none":             {func(n *node) { n.settings.Rules.Mode = iptables.None }, "interfaces", Skipped, "another program redirects"},
 
-	"links of their own": {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp) }, "arp-spoofing", Success, "each has a link of its own"},
-	"a bridge":           {func(n *node) { n.addPod("10.244.0.7", testbed.Bridge) }, "arp-spoofing", Error, "pods on cbr0 can take each other's addresses"},
-	"a bridge, allowed":  {func(n *node) { n.settings.AllowUnguarded = true; n.addPod("10.244.0.7", testbed.Bridge) }, "arp-spoofing", Warning, "handed out all the same"},
+	"links of their own": {func(n *node) { n.addPod(testbed.Ptp) }, "arp-spoofing", Success, "each has a link of its own"},
+	"a bridge":           {func(n *node) { n.addPod(testbed.Bridge) }, "arp-spoofing", Error, "pods on cbr0 can take each other's addresses"},
+	"a bridge, allowed":  {func(n *node) { n.settings.AllowUnguarded = true; n.addPod(testbed.Bridge) }, "arp-spoofing", Warning, "handed out all the same"},
 	"a bridge with pinned neighbours": {func(n *node) {
-		n.addPod("10.244.0.7", testbed.Bridge)
+		n.addPod(testbed.Bridge)
 		n.command("ip neigh replace 10.244.0.7 lladdr 0a:58:0a:f4:00:07 nud permanent dev cbr0")
 	}, "arp-spoofing", Warning, "Their addresses are pinned"},
 
@@ -145,9 +144,9 @@ var situations = map[string]situation{
 	"a clock that is right":                               {healthy, "clock", Success, "within 10s"},
 	"a clock that is fast":                                {func(n *node) { n.date = time.Now().Add(-time.Hour) }, "clock", Warning, "off the API server's"},
 	"a clock that is slow":                                {func(n *node) { n.date = time.Now().Add(time.Minute) }, "clock", Warning, "off the API server's"},
-	"no workload identity":                                {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp) }, "workload-identity", Success, ""},
-	"workload identity alone":                             {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
-	"workload identity, and a binding's label":            {func(n *node) { n.addPod("10.244.0.7", testbed.Ptp, federated, labelled) }, "workload-identity", Warning, "shop/p-10.244.0.7: most Azure SDKs prefer"},
+	"no workload identity":                                {func(n *node) { n.addPod(testbed.Ptp) }, "workload-identity", Success, ""},
+	"workload identity alone":                             {func(n *node) { n.addPod(testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
+	"workload identity, and a binding's label":            {func(n *node) { n.addPod(testbed.Ptp, federated, labelled) }, "workload-identity", Warning, "shop/p-10.244.0.7: most Azure SDKs prefer"},
 }
 
 func federated(p *corev1.Pod) {
@@ -218,23 +217,32 @@ func about(t *testing.T, report Report, anchor string) (found []Result) {
 
 func TestPrivilegesAreMissing(t *testing.T) {
 	n := newNode(t)
-	done := make(chan struct{})
+	var report Report
+	require.NoError(t, powerless(func() error {
+		report = Run(t.Context(), n.cfg, Silent{})
+		return nil
+	}))
+	for anchor, result := range map[string]string{"privileges": Error, "backend": Skipped, "writable": Skipped, "guard": Skipped, "earlier-rules": Skipped} {
+		found := about(t, report, anchor)[0]
+		assert.Equal(t, result, found.Result, anchor)
+		assert.Contains(t, found.Error, "NET_ADMIN", anchor)
+	}
+}
+
+// powerless runs fn on a thread without capabilities.
+func powerless(fn func() error) error {
+	done := make(chan error)
 	go func() {
-		defer close(done)
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and its capabilities
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 		var none [2]unix.CapUserData
-		if !assert.NoError(t, unix.Capset(&header, &none[0])) {
-			return
+		err := unix.Capset(&header, &none[0])
+		if err == nil {
+			err = fn()
 		}
-		report := Run(t.Context(), n.cfg, Silent{})
-		for anchor, result := range map[string]string{"privileges": Error, "backend": Skipped, "writable": Skipped, "guard": Skipped, "earlier-rules": Skipped} {
-			found := about(t, report, anchor)[0]
-			assert.Equal(t, result, found.Result, anchor)
-			assert.Contains(t, found.Error, "NET_ADMIN", anchor)
-		}
+		done <- err
 	}()
-	<-done
+	return <-done
 }
 
 func TestConnect4(t *testing.T) {
@@ -254,18 +262,10 @@ func TestConnect4(t *testing.T) {
 	assert.ErrorAs(t, err, new(warning))
 	assert.ErrorContains(t, err, "attached to connect4 of "+child+" or above: redirect_imds")
 
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked
-		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-		var none [2]unix.CapUserData
-		err := unix.Capset(&header, &none[0])
-		if err == nil {
-			_, err = otherConnect4([]string{child})
-		}
-		done <- err
-	}()
-	err = <-done
+	err = powerless(func() error {
+		_, err := otherConnect4([]string{child})
+		return err
+	})
 	assert.ErrorAs(t, err, new(skipped))
 	assert.ErrorContains(t, err, "needs CAP_BPF")
 }

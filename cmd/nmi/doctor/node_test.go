@@ -91,11 +91,11 @@ func (n *node) handler() http.HandlerFunc {
 	return n.imds
 }
 
-func (n *node) serve(ln net.Listener, handler http.HandlerFunc) (stop func()) {
+// serve serves until the test ends.
+func (n *node) serve(ln net.Listener, handler http.HandlerFunc) {
 	srv := &http.Server{Handler: handler}
 	go func() { _ = srv.Serve(ln) }()
 	n.t.Cleanup(func() { _ = srv.Close() })
-	return func() { _ = srv.Close() }
 }
 
 // agentServes serves the agent's ports.
@@ -105,12 +105,12 @@ func (n *node) agentServes() {
 	}
 }
 
-// listens serves a text on a port, until the test ends or stop is called.
-func (n *node) listens(addr, text string) (stop func()) {
+// listens serves a text on a port until the test ends.
+func (n *node) listens(addr, text string) {
 	n.t.Helper()
 	ln, err := net.Listen("tcp4", addr)
 	require.NoError(n.t, err)
-	return n.serve(ln, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, text) })
+	n.serve(ln, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, text) })
 }
 
 // ask is what the agent says.
@@ -165,8 +165,9 @@ func (n *node) redirect(cfg iptables.Config) {
 }
 
 // addPod adds a pod to the node and to the API server.
-func (n *node) addPod(addr string, shape testbed.Shape, changes ...func(*corev1.Pod)) {
+func (n *node) addPod(shape testbed.Shape, changes ...func(*corev1.Pod)) {
 	n.t.Helper()
+	const addr = "10.244.0.7"
 	p, err := n.network.AddPod(addr, shape)
 	require.NoError(n.t, err)
 	n.t.Cleanup(func() { assert.NoError(n.t, p.Close()) })

@@ -33,15 +33,15 @@ var marks = map[string]struct{ mark, color string }{
 // Category implements Printer.
 func (t *Table) Category(name string) {
 	if t.begun {
-		fmt.Fprintln(t.Out)
+		t.printf("\n")
 	}
 	t.begun = true
-	fmt.Fprintf(t.Out, "%s\n%s\n", name, strings.Repeat("-", len(name)))
+	t.printf("%s\n%s\n", name, strings.Repeat("-", len(name)))
 }
 
 // Result implements Printer.
 func (t *Table) Result(r Result) {
-	fmt.Fprintf(t.Out, "%s %s\n", t.mark(r.Result), r.Description)
+	t.printf("%s %s\n", t.mark(r.Result), r.Description)
 	if r.Error == "" {
 		return
 	}
@@ -49,9 +49,9 @@ func (t *Table) Result(r Result) {
 	if r.Result == Skipped {
 		text = "skipped: " + text
 	}
-	fmt.Fprintf(t.Out, "    %s\n", strings.ReplaceAll(text, "\n", "\n    "))
+	t.printf("    %s\n", strings.ReplaceAll(text, "\n", "\n    "))
 	if r.Result != Skipped {
-		fmt.Fprintf(t.Out, "    see %s\n", r.Hint)
+		t.printf("    see %s\n", r.Hint)
 	}
 }
 
@@ -61,9 +61,12 @@ func (t *Table) Summary(r Report) {
 	if !r.Success {
 		result = Error
 	}
-	fmt.Fprintf(t.Out, "\n%s %d checks succeeded, %d warned, %d failed, %d were skipped\n", t.mark(result),
+	t.printf("\n%s %d checks succeeded, %d warned, %d failed, %d were skipped\n", t.mark(result),
 		r.Count(Success), r.Count(Warning), r.Count(Error), r.Count(Skipped))
 }
+
+// printf prints. Nobody hears of what cannot be printed.
+func (t *Table) printf(format string, args ...any) { _, _ = fmt.Fprintf(t.Out, format, args...) }
 
 func (t *Table) mark(result string) string {
 	m := marks[result]
