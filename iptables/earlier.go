@@ -54,6 +54,7 @@ const natPriority = -100
 
 // Attributes of linux/netfilter/nf_tables.h.
 const (
+	nftTableName   = 1  // NFTA_TABLE_NAME
 	nftChainTable  = 1  // NFTA_CHAIN_TABLE
 	nftChainName   = 3  // NFTA_CHAIN_NAME
 	nftChainHook   = 4  // NFTA_CHAIN_HOOK
@@ -66,6 +67,7 @@ const (
 	nftElemTable   = 1  // NFTA_SET_ELEM_LIST_TABLE
 	nftElemSet     = 2  // NFTA_SET_ELEM_LIST_SET
 	nftDataValue   = 1  // NFTA_DATA_VALUE
+	nftGetTable    = 1  // NFT_MSG_GETTABLE
 	nftGetChain    = 4  // NFT_MSG_GETCHAIN
 	nftGetRule     = 7  // NFT_MSG_GETRULE
 	nftGetSet      = 10 // NFT_MSG_GETSET

@@ -138,14 +138,29 @@ func routingFenceInPlace(cfg Config) error {
 
 // TryWriting writes a chain that nothing jumps to, with a rule, and removes it in the same
 // transaction. So it fails where the node forbids rules, and leaves nothing behind, however it
-// ends.
+// ends; but on a node without any table one stays, which is empty.
 func (i *Inspector) TryWriting(ctx context.Context) error {
 	const scratch = "nmi-doctor"
+	tables, _ := i.Backend.existing() // the write says what is wrong
 	table := guardChain.table
-	if !i.Backend.has(table) { // a read would load the kernel's module for it, and so change the node
-		table = "filter"
+	for _, candidate := range []string{"filter", "nat", guardChain.table} { // the last that is there
+		if slices.Contains(tables, candidate) {
+			table = candidate
+		}
 	}
 	return i.runner.apply(ctx, fmt.Sprintf("*%s\n:%[2]s - [0:0]\n-A %[2]s -j RETURN\n-F %[2]s\n-X %[2]s\nCOMMIT\n", table, scratch))
+}
+
+// existing lists the backend's tables.
+func (b Backend) existing() (names []string, err error) {
+	if b == Legacy {
+		return slices.DeleteFunc([]string{"filter", "nat", "mangle", "raw"}, func(table string) bool { return !b.has(table) }), nil
+	}
+	tables, err := listNFT(nftGetTable, unix.NFPROTO_IPV4)
+	for _, table := range tables {
+		names = append(names, nftText(table, nftTableName))
+	}
+	return names, err
 }
 
 // Restrictions lists other programs' rules that drop what pods send to the metadata service:
