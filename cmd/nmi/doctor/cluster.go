@@ -1,24 +1,16 @@
 package doctor
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"net/netip"
 	"strings"
 	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
@@ -27,15 +19,6 @@ import (
 // maxSkew is how far the node's clock may be from the API server's. Date is in whole seconds
 // (RFC 9110, section 5.6.7).
 const maxSkew = 10 * time.Second
-
-// cluster is what the checks ask of the API server, with plain requests: the clients of
-// client-go hide the header Date.
-type cluster struct {
-	*doctor
-	client *http.Client // nil until it is connected
-	err    error        // why the API server does not answer, after the check for it
-	pods   []corev1.Pod // of the node; nil until they are listed
-}
 
 func (d *doctor) clusterChecks() []check {
 	c := d.cluster
@@ -50,61 +33,6 @@ func (d *doctor) clusterChecks() []check {
 		}
 	}
 	return append(checks, check{"workload-identity", "no pod expects tokens of both this agent and Azure Workload Identity", c.workloadIdentity})
-}
-
-// do sends a request, and decodes the response into a value unless that is nil.
-func (c *cluster) do(ctx context.Context, method, path string, body, into any) (http.Header, error) {
-	if c.cfg.API == nil {
-		return nil, c.cfg.APIErr
-	}
-	if c.client == nil {
-		client, err := rest.HTTPClientFor(c.cfg.API)
-		if err != nil {
-			return nil, err
-		}
-		c.client = client
-	}
-	base, _, err := rest.DefaultServerUrlFor(c.cfg.API)
-	if err != nil {
-		return nil, err
-	}
-	var content io.Reader
-	if body != nil {
-		text, err := json.Marshal(body)
-		if err != nil {
-			return nil, err
-		}
-		content = bytes.NewReader(text)
-	}
-	req, err := http.NewRequestWithContext(ctx, method, strings.TrimSuffix(base.String(), "/")+path, content)
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Accept", "application/json")
-	req.Header.Set("User-Agent", c.cfg.API.UserAgent)
-	resp, err := c.client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	const maxBody = 4 << 20 // this process shares the memory limit of the agent's container
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
-	if err != nil {
-		return nil, err
-	}
-	if resp.StatusCode >= http.StatusBadRequest {
-		var status metav1.Status
-		if json.Unmarshal(text, &status) != nil || status.Message == "" {
-			status.Message = resp.Status
-		}
-		status.Code = int32(resp.StatusCode) //nolint:gosec // it has three digits
-		return nil, &apierrors.StatusError{ErrStatus: status}
-	}
-	if into != nil {
-		err = json.Unmarshal(text, into)
-	}
-	return resp.Header, err
 }
 
 // answers asks for the version, which every account may.
@@ -261,46 +189,6 @@ func (c *cluster) may(ctx context.Context, r right) error {
 		return warnf("it may not: apply %s", r.apply)
 	}
 	return fmt.Errorf("it may not: apply its ClusterRole (%s)", r.apply)
-}
-
-// listPods lists the node's pods, once.
-func (c *cluster) listPods(ctx context.Context) ([]corev1.Pod, error) {
-	switch {
-	case c.pods != nil:
-		return c.pods, nil
-	case c.cfg.API == nil:
-		return nil, skipf("needs the API server")
-	case c.settings.Node == "":
-		return nil, skipf("give --node, the node's name, to look at its pods")
-	}
-	sources, err := podresolver.FromAPIServer(c.cfg.API, c.settings.Node)
-	if err != nil {
-		return nil, err
-	}
-	list, err := cache.ToListerWatcherWithContext(sources.Pods).ListWithContext(ctx, metav1.ListOptions{})
-	if err != nil {
-		return nil, skipf("listing the node's pods: %s", err)
-	}
-	pods, ok := list.(*corev1.PodList)
-	if !ok {
-		return nil, errors.New("listing the node's pods: malformed response")
-	}
-	c.pods = append([]corev1.Pod{}, pods.Items...)
-	return c.pods, nil
-}
-
-// podAddresses returns the IPv4 addresses of the node's pods that run and have their own.
-func (c *cluster) podAddresses(ctx context.Context) (addrs []netip.Addr, err error) {
-	pods, err := c.listPods(ctx)
-	for _, pod := range pods {
-		if pod.Spec.HostNetwork || pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
-			continue
-		}
-		if addr, err := netip.ParseAddr(pod.Status.PodIP); err == nil && addr.Is4() {
-			addrs = append(addrs, addr)
-		}
-	}
-	return addrs, err
 }
 
 func (c *cluster) workloadIdentity(ctx context.Context) (string, error) {
