@@ -80,6 +80,7 @@ func matchedLabel(have, want map[string]string) (matched string) {
 type candidate struct {
 	Identity
 	binding  *bindingInfo
+	missing  bool   // there is no such AzureIdentity
 	unusable string // why the pod cannot use it; "" if it can
 }
 
@@ -103,7 +104,7 @@ func (r *Resolver) candidatesLocked(info *podInfo) []candidate {
 		c := candidate{binding: binding}
 		switch {
 		case id == nil:
-			c.unusable = "does not exist in the binding's namespace"
+			c.missing, c.unusable = true, "does not exist in the binding's namespace"
 		case binding.Namespace != info.Namespace && (r.cfg.Namespaced || id.namespaced):
 			c.unusable = "is limited to pods of its own namespace"
 		default:
@@ -192,16 +193,21 @@ func (r *Resolver) decideManagedLocked(p *Pod) {
 
 // refusal is why a pod has no identity.
 func (r *Resolver) refusal(p *Pod) error {
-	label := p.info.labels[aadpodidentity.BindingLabel]
-	switch {
-	case p.unusable != "":
+	if p.unusable != "" {
 		return fmt.Errorf("%w: %s", ErrNoIdentity, p.unusable)
+	}
+	return fmt.Errorf("%w: %s", ErrNoIdentity, r.unbound(p))
+}
+
+// unbound is why no binding gives a pod anything.
+func (r *Resolver) unbound(p *Pod) string {
+	switch label := p.info.labels[aadpodidentity.BindingLabel]; {
 	case label == "":
-		return fmt.Errorf("%w: it has no label %q", ErrNoIdentity, aadpodidentity.BindingLabel)
+		return fmt.Sprintf("it has no label %q", aadpodidentity.BindingLabel)
 	case r.objects.acrossNamespaces:
-		return fmt.Errorf("%w: no AzureIdentityBinding has the selector %q", ErrNoIdentity, label)
+		return fmt.Sprintf("no AzureIdentityBinding has the selector %q", label)
 	default:
-		return fmt.Errorf("%w: no AzureIdentityBinding in namespace %q has the selector %q", ErrNoIdentity, p.Namespace, label)
+		return fmt.Sprintf("no AzureIdentityBinding in namespace %q has the selector %q", p.Namespace, label)
 	}
 }
 

@@ -154,30 +154,30 @@ func TestExplainLimits(t *testing.T) {
 	deny := denyList(t, kubeletClient)
 	kubelet, b := resolvertest.Identity("kubelet", kubeletClient, ""), resolvertest.Binding("b", "x", "kubelet")
 
-	assert.Equal(t, `pod shop/p, 10.0.0.1
-has no identity
-because
-- AzureIdentityBinding "b" names AzureIdentity "kubelet", which has client ID `+kubeletClient+`, denied by --deny-identity
+	const served = `ok requests: it is on the pod network, where requests to IMDS are redirected to the agent
+ok address: 10.0.0.1 is its own
+`
+	assert.Equal(t, served+`ok exception: none applies
+failed binding: AzureIdentityBinding "b" names AzureIdentity "kubelet", which has client ID `+kubeletClient+`, denied by --deny-identity
+IdentityUnusable: correct AzureIdentity shop/kubelet, or bind another one
 `, explain(Config{Deny: deny}, kubelet, b))
 
 	assert.Contains(t, explain(Config{Mode: Standard, Deny: deny}, resolvertest.Assigned("a", "p", "Assigned", kubelet, b)),
-		`- AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which has client ID `+kubeletClient+", denied by --deny-identity\n")
+		`failed assignment: AzureAssignedIdentity default/a names AzureIdentity shop/kubelet, which has client ID `+kubeletClient+", denied by --deny-identity\n")
 
 	byResource := resolvertest.Identity("kubelet", "", kubeletResource)
 	for _, text := range []string{
 		explain(Config{Deny: deny}, byResource, b),
 		explain(Config{Mode: Standard, Deny: deny}, byResource, b, resolvertest.Assigned("a", "p", "Assigned", byResource, b)),
 	} {
-		assert.Equal(t, 1, strings.Count(text, `- AzureIdentity "kubelet" has no client ID; if its tokens are for a client ID in --deny-identity, requests for them are refused`), text)
+		assert.Equal(t, 1, strings.Count(text, `: AzureIdentity "kubelet" has no client ID; if its tokens are for a client ID in --deny-identity, requests for them are refused`), text)
 	}
 	assert.NotContains(t, explain(Config{}, byResource, b), "deny-identity")
 
 	excepting := resolvertest.Exception("e", map[string]string{aadpodidentity.BindingLabel: "x"})
-	assert.Equal(t, `pod shop/p, 10.0.0.1
-has no identity
-because
-- AzurePodIdentityException "e" is ignored: namespace "shop" is not in --exception-namespaces
-- no AzureIdentityBinding in namespace "shop" has the selector "x"
+	assert.Equal(t, served+`warning exception: AzurePodIdentityException "e" is ignored: namespace "shop" is not in --exception-namespaces
+failed binding: no AzureIdentityBinding in namespace "shop" has the selector "x"
+NoIdentityBound: create an AzureIdentityBinding with the selector "x" in namespace "shop", or correct the pod's label
 `, explain(Config{ExceptionNamespaces: []string{"kube-system"}}, excepting))
 	assert.Contains(t, explain(Config{ExceptionNamespaces: []string{"shop"}}, excepting), `is excepted by "e"`)
 }

@@ -16,70 +16,59 @@ import (
 
 // Decision is what a pod gets and why, for an operator.
 type Decision struct {
-	Pod       string       // namespace/name
-	Addresses []netip.Addr // of its status
+	Namespace, Name string
+	Addresses       []netip.Addr // of its status
 	// HostNetwork means that the pod's requests are not redirected to the agent.
 	HostNetwork bool
-	// Refusal is the error that a request without a selector gets now, from Resolve or
+	// Labelled means that somebody wants the pod to have an identity: it has the label of
+	// bindings.
+	Labelled bool
+	// Refusal is the error that a request with the selector gets now, from Resolve or
 	// (*Pod).Identity. It is nil if there is none, and for an excepted pod that resolves.
-	Refusal error
-	// Answer describes the response to such a request. The caller sets it; "" is left out.
-	Answer     string
-	Exception  string     // name of the exception that applies; "" for none
-	Identities []Identity // that the pod may use, the default first
-	Pending    []Identity // that it may use once MIC has assigned them
-	Reasons    []string   // a sentence for each object that matters, or nearly matches
+	// Reason is its reason, see Reason, and Fix what to do about it.
+	Refusal     error
+	Reason, Fix string
+	Exception   string     // name of the exception that applies; "" for none
+	Chosen      *Identity  // that the request gets, or would get but for its address; nil for none
+	Identities  []Identity // that the pod may use, the default first
+	Pending     []Identity // that it may use once MIC has assigned them
+	Steps       []Step     // on the way of a request, in its order
 }
 
-// String is the text that nmi explain prints.
-func (d Decision) String() string {
-	var b strings.Builder
-	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
-	line("pod %s", strings.Join(append([]string{d.Pod}, texts(d.Addresses)...), ", "))
-	if d.HostNetwork {
-		line("is on the host network: its requests go to IMDS directly, which gives it the identities of the node")
-	} else if d.Answer != "" {
-		line("is answered %s", d.Answer)
-	}
-	switch {
-	case d.HostNetwork:
-	case d.Exception != "":
-		line("is excepted by %q: its requests are passed through to IMDS, which gives it the identities of the node", d.Exception)
-	case len(d.Identities)+len(d.Pending) == 0:
-		line("has no identity")
-	}
-	for i, id := range d.Identities {
-		which := "may use"
-		switch {
-		case i > 0:
-		case d.Refusal == nil:
-			which = "gets by default"
-		case errors.Is(d.Refusal, ErrMultipleIdentities):
-			which = "may use, if requested by ID,"
-		default:
-			which = "would get by default"
-		}
-		line("%s %s", which, id)
-	}
-	for _, id := range d.Pending {
-		if !slices.ContainsFunc(d.Identities, func(has Identity) bool { return has.Namespace == id.Namespace && has.Name == id.Name }) {
-			line("will get %s once MIC has assigned it", id)
-		}
-	}
-	if len(d.Reasons) > 0 {
-		line("because")
-	}
-	for _, reason := range d.Reasons {
-		line("- %s", reason)
-	}
-	return b.String()
+// State is how a step went.
+type State string
+
+// States of a step.
+const (
+	OK      State = "ok"
+	Warning State = "warning" // the request is served, but perhaps not as somebody intends
+	Failed  State = "failed"  // the request is refused for it
+)
+
+// Step is a step of a decision.
+type Step struct {
+	Name  string
+	State State
+	Texts []string // a sentence for each object that matters, or nearly matches
+	Fix   string   // what to do; "" for nothing
 }
 
-func texts(addrs []netip.Addr) (all []string) {
-	for _, addr := range addrs {
-		all = append(all, addr.String())
-	}
-	return all
+// Names of steps. Those after a step in which the request leaves the agent are left out.
+const (
+	stepRequests   = "requests"
+	stepAddress    = "address"
+	stepException  = "exception"
+	stepBinding    = "binding"
+	stepAssignment = "assignment" // in Standard mode
+	stepIdentity   = "identity"
+)
+
+// String is the pod's namespace and name.
+func (d *Decision) String() string { return d.Namespace + "/" + d.Name }
+
+// add adds a step.
+func (d *Decision) add(name string, state State, fix string, texts ...string) {
+	d.Steps = append(d.Steps, Step{Name: name, State: state, Texts: texts, Fix: fix})
 }
 
 // String describes the identity for a log line or explanation.
@@ -97,53 +86,65 @@ func (id Identity) String() string {
 	return text + ")"
 }
 
-// Explain returns what a pod of the node gets now, and why. confirm is as for ResolveCaller;
-// nil confirms every pod. Its error is ErrNotSynced or ErrUnknownPod. It looks at every
-// binding, and is too slow for requests.
-func (r *Resolver) Explain(namespace, podName string, confirm func(netip.Addr, *Pod) error) (Decision, error) {
+// Explain returns what a request with a selector gets now, if a pod of the node sends it, and
+// why. confirm is as for ResolveCaller; nil confirms every pod. Its error is ErrNotSynced or
+// ErrUnknownPod. It looks at every binding, and is too slow for requests.
+func (r *Resolver) Explain(namespace, podName string, want Selector, confirm func(netip.Addr, *Pod) error) (*Decision, error) {
 	if !closed(r.synced) {
-		return Decision{}, r.notSynced()
+		return nil, r.notSynced()
 	}
 	s := r.current.Load()
 	r.objects.mu.Lock()
 	defer r.objects.mu.Unlock()
 	info := r.objects.pods[cache.NewObjectName(namespace, podName)]
 	if info == nil {
-		return Decision{}, fmt.Errorf("%w: %s/%s", ErrUnknownPod, namespace, podName)
+		return nil, fmt.Errorf("%w: %s/%s", ErrUnknownPod, namespace, podName)
 	}
-	d := Decision{
-		Pod: info.String(), Addresses: info.addrs, HostNetwork: info.hostNetwork,
+	d := &Decision{
+		Namespace: info.Namespace, Name: info.Name, Addresses: info.addrs, HostNetwork: info.hostNetwork,
+		Labelled: info.labels[aadpodidentity.BindingLabel] != "",
 	}
-	say := func(format string, args ...any) { d.Reasons = append(d.Reasons, fmt.Sprintf(format, args...)) }
-	p, unserved := r.explainAddressesLocked(s, info, confirm)
-	d.Exception, d.Identities, d.Pending = p.exception, p.identities, p.pending
-	if info.hostNetwork {
-		d.Exception, d.Identities, d.Pending = "", nil, nil
+	if d.explainRequests(info); info.hostNetwork {
 		return d, nil
 	}
-	if info.workloadIdentity != "" {
-		say("it is set up for Azure Workload Identity (%s): most Azure SDKs then get tokens from Entra, and never send requests to IMDS or this agent", info.workloadIdentity)
+	p := r.explainAddressesLocked(d, s, info, confirm)
+	d.Exception, d.Identities, d.Pending = p.exception, p.identities, p.pending
+	if r.explainExceptionLocked(d, info); p.exception != "" {
+		return d, nil
 	}
-	for _, err := range unserved {
-		say("%s", err)
-	}
-	if len(unserved) > 0 {
-		d.Refusal = unserved[0]
-	} else if p.exception == "" {
-		_, d.Refusal = p.Identity(Selector{})
-	}
-	if errors.Is(d.Refusal, ErrMultipleIdentities) {
-		say("it has several identities, and with --strict-identity-selection a request must name one")
-	}
-	r.explainIdentitiesLocked(p, info, say)
+	r.explainIdentitiesLocked(d, p, want)
 	return d, nil
 }
 
-// explainAddressesLocked resolves the pod's addresses, as a request does. unserved has an error
-// for each address that does not resolve to the pod, IPv4 addresses first, because IMDS has no
-// IPv6 address.
-func (r *Resolver) explainAddressesLocked(s *snapshot, info *podInfo, confirm func(netip.Addr, *Pod) error) (p *Pod, unserved []error) {
+// PodNames returns the names of the node's pods, in any order.
+func (r *Resolver) PodNames() (names []cache.ObjectName) {
+	r.objects.mu.Lock()
+	defer r.objects.mu.Unlock()
+	for name := range r.objects.pods {
+		names = append(names, name)
+	}
+	return names
+}
+
+// explainRequests says whether the pod's requests come to the agent.
+func (d *Decision) explainRequests(info *podInfo) {
+	switch {
+	case info.hostNetwork:
+		d.add(stepRequests, Warning, "if it is to have an identity of its own, run it without hostNetwork",
+			"it is on the host network: its requests go to IMDS directly, which gives it the identities of the node")
+	case info.workloadIdentity != "":
+		d.add(stepRequests, Warning, "if it is to get its tokens here, take it out of Azure Workload Identity",
+			fmt.Sprintf("it is set up for Azure Workload Identity (%s): most Azure SDKs then get tokens from Entra, and never send requests to IMDS or this agent", info.workloadIdentity))
+	default:
+		d.add(stepRequests, OK, "", "it is on the pod network, where requests to IMDS are redirected to the agent")
+	}
+}
+
+// explainAddressesLocked resolves the pod's addresses, as a request does. The first that does not
+// resolve to the pod is the refusal, of IPv4 addresses first, because IMDS has no IPv6 address.
+func (r *Resolver) explainAddressesLocked(d *Decision, s *snapshot, info *podInfo, confirm func(netip.Addr, *Pod) error) (p *Pod) {
 	p = r.decideLocked(info)
+	var unserved []error
 	if r.expired.Load() {
 		unserved = append(unserved, ErrStale)
 	}
@@ -152,6 +153,7 @@ func (r *Resolver) explainAddressesLocked(s *snapshot, info *podInfo, confirm fu
 	}
 	addrs := slices.Clone(info.addrs)
 	slices.SortStableFunc(addrs, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
+	var own []string
 	for _, addr := range addrs {
 		found, err := s.resolve(addr, func(p *Pod) error {
 			if confirm == nil || p.UID != info.uid {
@@ -164,6 +166,7 @@ func (r *Resolver) explainAddressesLocked(s *snapshot, info *podInfo, confirm fu
 			err = fmt.Errorf("%w: %s no longer belongs to it: %s", ErrUnknownAddress, addr, info.noClaim)
 		case err == nil && found.UID == info.uid:
 			p = found
+			own = append(own, addr.String())
 		case err == nil:
 			err = fmt.Errorf("%w: %s belongs to %s, which is newer", ErrUnconfirmed, addr, found)
 		case errors.Is(err, ErrUnknownAddress) && info.expired(time.Now()):
@@ -173,67 +176,58 @@ func (r *Resolver) explainAddressesLocked(s *snapshot, info *podInfo, confirm fu
 			unserved = append(unserved, err)
 		}
 	}
-	return p, unserved
+	if len(unserved) == 0 {
+		d.add(stepAddress, OK, "", strings.Join(own, " and ")+" is its own")
+		return p
+	}
+	why := causeOf(unserved[0])
+	if info.noClaim != "" || info.expired(time.Now()) {
+		why.fix = "nothing: the pod is at its end"
+	}
+	d.refuse(unserved[0], why)
+	var texts []string
+	for _, err := range unserved {
+		texts = append(texts, err.Error())
+	}
+	d.add(stepAddress, Failed, why.fix, texts...)
+	return p
 }
 
-// explainIdentitiesLocked describes what gives a pod its identities, and what nearly does.
-func (r *Resolver) explainIdentitiesLocked(p *Pod, info *podInfo, say func(string, ...any)) {
-	if p.exception != "" {
-		r.explainExceptionLocked(info, p.exception, say)
-		return
+// refuse notes the first error that a request meets.
+func (d *Decision) refuse(err error, why cause) {
+	if d.Refusal == nil {
+		d.Refusal, d.Reason, d.Fix = err, why.reason, why.fix
 	}
-	if _, ignored := r.exceptionLocked(info); ignored != "" {
-		say("%s", ignored)
-	}
-	label := info.labels[aadpodidentity.BindingLabel]
-	if label == "" {
-		say("it has no label %q", aadpodidentity.BindingLabel)
-	}
-	bound, given := r.candidatesLocked(info), false
-	if r.cfg.Mode == Standard {
-		for _, a := range r.assignmentsLocked(info) {
-			given = true
-			switch _, why := r.fromAssignment(a, info, bound); {
-			case why != "":
-				say("%s", a.describe(why))
-			case !a.assigned:
-				say("AzureAssignedIdentity %s is for AzureIdentity %s, but its state is not Assigned", a.ObjectName, a.identity.ObjectName)
-			default:
-				say("AzureAssignedIdentity %s assigns AzureIdentity %s to it", a.ObjectName, a.identity.ObjectName)
+}
+
+func (r *Resolver) explainExceptionLocked(d *Decision, info *podInfo) {
+	if d.Exception != "" {
+		texts := []string{fmt.Sprintf("it is excepted by %q: its requests are passed through to IMDS, which gives it the identities of the node", d.Exception)}
+		for _, e := range r.objects.exceptionsByNS[info.Namespace] {
+			if key := matchedLabel(info.labels, e.labels); e.Name == d.Exception && key != "" {
+				texts = append(texts, fmt.Sprintf("AzurePodIdentityException %q lists its label %s=%s", d.Exception, key, info.labels[key]))
 			}
 		}
+		if d.Exception == micException {
+			texts = append(texts, fmt.Sprintf("it is a pod of the Deployment mic in namespace %q", info.Namespace))
+		}
+		d.add(stepException, OK, "", texts...)
+		return
 	}
-	for _, c := range bound {
-		given = true
-		if c.unusable != "" {
-			say("%s", c)
-		} else {
-			say("AzureIdentityBinding %q has the selector %q and gives it AzureIdentity %q", c.Binding, label, c.Name)
+	state, fix := OK, ""
+	var texts []string
+	if _, ignored := r.exceptionLocked(info); ignored != "" {
+		texts = append(texts, ignored)
+		state, fix = Warning, fmt.Sprintf("if it is to have the identities of the node, add %s to --exception-namespaces", info.Namespace)
+	}
+	for _, near := range r.nearExceptionsLocked(info) {
+		texts = append(texts, near.text)
+		if near.fix != "" && fix == "" {
+			state, fix = Warning, "if it is to have the identities of the node, "+near.fix
 		}
 	}
-	if label != "" && !given {
-		say("%s", strings.TrimPrefix(r.refusal(p).Error(), ErrNoIdentity.Error()+": "))
+	if len(texts) == 0 {
+		texts = []string{"none applies"}
 	}
-	for _, near := range r.nearMissesLocked(info) {
-		say("%s", near)
-	}
-	var all []Identity
-	for _, id := range slices.Concat(p.identities, p.pending) {
-		all = appendIdentity(all, id)
-	}
-	for _, id := range all {
-		if id.ClientID == "" && len(r.cfg.Deny.ClientIDs) > 0 {
-			say("AzureIdentity %q has no client ID; if its tokens are for a client ID in --deny-identity, requests for them are refused", id.Name)
-		}
-	}
-}
-
-func (r *Resolver) explainExceptionLocked(info *podInfo, name string, say func(string, ...any)) {
-	for _, e := range r.objects.exceptionsByNS[info.Namespace] {
-		if key := matchedLabel(info.labels, e.labels); e.Name == name && key != "" {
-			say("AzurePodIdentityException %q lists its label %s=%s", name, key, info.labels[key])
-			return
-		}
-	}
-	say("it is a pod of the Deployment mic in namespace %q", info.Namespace)
+	d.add(stepException, state, fix, texts...)
 }

@@ -1,8 +1,10 @@
 package podresolver
 
 import (
+	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -77,13 +79,23 @@ func (d *harness) storeOf(object any) store {
 // decide is the decision for a pod now.
 func (d *harness) decide(pod *corev1.Pod) *Pod { return d.decideLocked(d.trimPod(pod)) }
 
-// explain is the text of Explain for pod "shop/p".
+// explain is what Explain says of pod "shop/p": the state, name and text of each step, a line
+// for each text, and the reason and the fix of a refusal.
 func (d *harness) explain(tb testing.TB) string {
 	tb.Helper()
 	d.update()
-	told, err := d.Explain("shop", "p", nil)
+	told, err := d.Explain("shop", "p", Selector{}, nil)
 	require.NoError(tb, err)
-	return told.String()
+	var b strings.Builder
+	for _, step := range told.Steps {
+		for _, text := range step.Texts {
+			fmt.Fprintf(&b, "%s %s: %s\n", step.State, step.Name, text)
+		}
+	}
+	if told.Refusal != nil {
+		fmt.Fprintf(&b, "%s: %s\n", told.Reason, told.Fix)
+	}
+	return b.String()
 }
 
 // names are the names of identities.

@@ -13,60 +13,94 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Hint describes objects that nearly give the pod an identity, for an error that wraps
-// ErrNoIdentity; "" if there are none. It looks at every binding: use it for log lines only.
-func (r *Resolver) Hint(err error) string {
+// Hint says more of an error that wraps ErrNoIdentity: the precise reason, and the objects that
+// nearly give the pod an identity, "" if there are none. For other errors the reason is
+// Reason's. It looks at every binding: use it for log lines only.
+func (r *Resolver) Hint(err error) (reason, nearMisses string) {
 	var refusal *refusalError
 	if !errors.As(err, &refusal) {
-		return ""
+		return Reason(err), ""
 	}
 	r.objects.mu.Lock()
 	defer r.objects.mu.Unlock()
-	return joinFirst(r.nearMissesLocked(refusal.pod.info))
+	near := r.nearMissesLocked(refusal.pod.info)
+	var texts []string
+	for _, miss := range near {
+		texts = append(texts, miss.text)
+	}
+	return r.noIdentityLocked(refusal.pod, near).reason, joinFirst(texts)
 }
 
-// nearMissesLocked describes objects that would match the pod if they did not differ in case or
+// nearMiss describes an object that would match the pod if it did not differ in case or
 // namespace.
-func (r *Resolver) nearMissesLocked(info *podInfo) []string {
-	var near []string
-	label := info.labels[aadpodidentity.BindingLabel]
+type nearMiss struct {
+	text string
+	cause
+}
+
+// nearMissesLocked lists them: those of the pod's label, of exceptions, of bindings and of
+// identities.
+func (r *Resolver) nearMissesLocked(info *podInfo) []nearMiss {
+	near, label := nearLabels(info)
+	near = append(near, r.nearExceptionsLocked(info)...)
+	return append(near, r.nearBindingsLocked(info, label)...)
+}
+
+// nearLabels is for keys that differ in case from BindingLabel. label is the value that the pod
+// seems to be meant to have.
+func nearLabels(info *podInfo) (near []nearMiss, label string) {
+	label = info.labels[aadpodidentity.BindingLabel]
 	for _, key := range slices.Sorted(maps.Keys(info.labels)) {
 		if key != aadpodidentity.BindingLabel && strings.EqualFold(key, aadpodidentity.BindingLabel) {
-			near = append(near, fmt.Sprintf("its label %q differs in case from %q", key, aadpodidentity.BindingLabel))
+			near = append(near, nearMiss{
+				fmt.Sprintf("its label %q differs in case from %q", key, aadpodidentity.BindingLabel),
+				cause{SelectorCaseDiffers, fmt.Sprintf("rename the pod's label %q (in its controller's template) to %q", key, aadpodidentity.BindingLabel)},
+			})
 			label = cmp.Or(label, info.labels[key])
 		}
 	}
-	near = append(near, r.nearExceptionsLocked(info)...)
-	if label == "" {
-		return near
-	}
-	near = append(near, r.nearBindingsLocked(info, label)...)
-	for _, c := range r.candidatesLocked(info) {
-		if r.objects.identities[cache.NewObjectName(c.binding.Namespace, c.binding.identity)] == nil {
-			near = append(near, r.nearIdentitiesLocked(c.binding)...)
-		}
-	}
-	return near
+	return near, label
 }
 
-func (r *Resolver) nearBindingsLocked(info *podInfo, label string) []string {
+// nearBindingsLocked is for a label's value; "" for a pod without.
+func (r *Resolver) nearBindingsLocked(info *podInfo, label string) (all []nearMiss) {
+	if label == "" {
+		return nil
+	}
 	var near []*bindingInfo
 	for _, b := range r.objects.bindings {
 		if strings.EqualFold(b.selector, label) && (b.selector != label || b.Namespace != info.Namespace && !r.objects.acrossNamespaces) {
 			near = append(near, b)
 		}
 	}
-	slices.SortFunc(near, compareBindings)
-	return describeFirst(near, func(b *bindingInfo) string {
-		if b.selector != label {
-			return fmt.Sprintf("AzureIdentityBinding %s does not match: its selector %q differs in case", b.ObjectName, b.selector)
+	elsewhere := func(b *bindingInfo) bool { return b.Namespace != info.Namespace && !r.objects.acrossNamespaces }
+	slices.SortFunc(near, func(a, b *bindingInfo) int {
+		if elsewhere(a) != elsewhere(b) { // one in the pod's namespace is more likely to be meant
+			return map[bool]int{true: 1, false: -1}[elsewhere(a)]
 		}
-		return fmt.Sprintf("AzureIdentityBinding %s does not match: it is in another namespace", b.ObjectName)
+		return compareBindings(a, b)
 	})
+	all = describeFirst(near, func(b *bindingInfo) (miss nearMiss) {
+		miss.text = fmt.Sprintf("AzureIdentityBinding %s does not match: its selector %q differs in case", b.ObjectName, b.selector)
+		miss.cause = cause{SelectorCaseDiffers, fmt.Sprintf("set the pod's label %s (in its controller's template) to %q, the selector of AzureIdentityBinding %s", aadpodidentity.BindingLabel, b.selector, b.ObjectName)}
+		if b.selector == label {
+			miss.text = fmt.Sprintf("AzureIdentityBinding %s does not match: it is in another namespace", b.ObjectName)
+		}
+		if elsewhere(b) {
+			miss.cause = cause{BindingInOtherNamespace, fmt.Sprintf("create the AzureIdentityBinding, and its AzureIdentity, in namespace %q, with the selector %q: those of namespace %q count for its own pods alone", info.Namespace, label, b.Namespace)}
+		}
+		return miss
+	})
+	for _, c := range r.candidatesLocked(info) {
+		if c.missing {
+			all = append(all, r.nearIdentitiesLocked(c.binding)...)
+		}
+	}
+	return all
 }
 
 // nearIdentitiesLocked is for a binding whose AzureIdentity does not exist.
-func (r *Resolver) nearIdentitiesLocked(b *bindingInfo) []string {
+func (r *Resolver) nearIdentitiesLocked(b *bindingInfo) []nearMiss {
 	var near []*identityInfo
 	for _, id := range r.objects.identities {
 		if strings.EqualFold(id.Name, strings.TrimSpace(b.identity)) {
@@ -74,33 +108,37 @@ func (r *Resolver) nearIdentitiesLocked(b *bindingInfo) []string {
 		}
 	}
 	slices.SortFunc(near, func(a, b *identityInfo) int { return compareNames(a.ObjectName, b.ObjectName) })
-	return describeFirst(near, func(id *identityInfo) string {
+	return describeFirst(near, func(id *identityInfo) nearMiss {
 		if id.Namespace != b.Namespace {
-			return fmt.Sprintf("AzureIdentity %s does not match AzureIdentityBinding %q: it is in another namespace", id.ObjectName, b.Name)
+			return nearMiss{text: fmt.Sprintf("AzureIdentity %s does not match AzureIdentityBinding %q: it is in another namespace", id.ObjectName, b.Name)}
 		}
-		return fmt.Sprintf("AzureIdentity %s does not match AzureIdentityBinding %q, which names %q", id.ObjectName, b.Name, b.identity)
+		return nearMiss{text: fmt.Sprintf("AzureIdentity %s does not match AzureIdentityBinding %q, which names %q", id.ObjectName, b.Name, b.identity)}
 	})
 }
 
-// nearExceptionsLocked is for a pod that is not excepted.
-func (r *Resolver) nearExceptionsLocked(info *podInfo) []string {
+// nearExceptionsLocked is for a pod that is not excepted. One of another namespace is nothing to
+// fix: it is meant for other pods.
+func (r *Resolver) nearExceptionsLocked(info *podInfo) []nearMiss {
 	type miss struct {
 		*exceptionInfo
-		text string
+		nearMiss
 	}
 	var near []miss
 	for _, e := range r.objects.exceptions {
 		switch key := matchedLabel(info.labels, e.labels); {
 		case key != "" && e.Namespace != info.Namespace:
-			near = append(near, miss{e, fmt.Sprintf("AzurePodIdentityException %s lists its label %s=%s but does not apply: it is in another namespace", e.ObjectName, key, info.labels[key])})
+			near = append(near, miss{e, nearMiss{text: fmt.Sprintf("AzurePodIdentityException %s lists its label %s=%s but does not apply: it is in another namespace", e.ObjectName, key, info.labels[key])}})
 		case key == "" && e.Namespace == info.Namespace:
 			if key, wanted := foldedLabel(info.labels, e.labels); key != "" {
-				near = append(near, miss{e, fmt.Sprintf("AzurePodIdentityException %s does not apply: the pod's label %q differs in case from %q", e.ObjectName, key, wanted)})
+				near = append(near, miss{e, nearMiss{
+					fmt.Sprintf("AzurePodIdentityException %s does not apply: the pod's label %q differs in case from %q", e.ObjectName, key, wanted),
+					cause{SelectorCaseDiffers, fmt.Sprintf("rename the pod's label %q to %q, as AzurePodIdentityException %s has it", key, wanted, e.ObjectName)},
+				}})
 			}
 		}
 	}
 	slices.SortFunc(near, func(a, b miss) int { return compareNames(a.ObjectName, b.ObjectName) })
-	return describeFirst(near, func(m miss) string { return m.text })
+	return describeFirst(near, func(m miss) nearMiss { return m.nearMiss })
 }
 
 // foldedLabel is matchedLabel for keys that only differ in case; it also returns the wanted
@@ -117,11 +155,11 @@ func foldedLabel(have, want map[string]string) (key, wanted string) {
 }
 
 // describeFirst describes the first few objects, and says how many more there are.
-func describeFirst[T any](objects []T, describe func(T) string) []string {
-	var all []string
+func describeFirst[T any](objects []T, describe func(T) nearMiss) []nearMiss {
+	var all []nearMiss
 	for i, o := range objects {
 		if i == maxDescribed {
-			return append(all, fmt.Sprintf("%d more do not match either", len(objects)-maxDescribed))
+			return append(all, nearMiss{text: fmt.Sprintf("%d more do not match either", len(objects)-maxDescribed)})
 		}
 		all = append(all, describe(o))
 	}

@@ -111,7 +111,7 @@ func TestMaxStaleness(t *testing.T) {
 				require.ErrorContains(t, w.resolver.Ready(), tc.says)
 				synctest.Wait()
 				assert.Equal(t, 1, strings.Count(log.String(), "pod and identity data is stale; refusing"), log.String())
-				decision, err := w.resolver.Explain("shop", "p", nil)
+				decision, err := w.resolver.Explain("shop", "p", podresolver.Selector{}, nil)
 				require.NoError(t, err)
 				require.ErrorIs(t, decision.Refusal, podresolver.ErrStale)
 

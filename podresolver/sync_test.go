@@ -49,7 +49,7 @@ func TestNoDecisionBeforeSync(t *testing.T) {
 				_, _, err = w.resolver.NamedIdentity(t.Context(), "shop", "p", podresolver.Selector{})
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
 				require.ErrorContains(t, err, name+": ")
-				_, err = w.resolver.Explain("shop", "p", nil)
+				_, err = w.resolver.Explain("shop", "p", podresolver.Selector{}, nil)
 				require.ErrorIs(t, err, podresolver.ErrNotSynced)
 				assert.Empty(t, w.api.pods.lookups(), "no lookups before sync")
 				addrs, _ := w.resolver.Addresses()
