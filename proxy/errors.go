@@ -153,20 +153,7 @@ func noToken(f *tokencache.Failure) *httpError {
 	}
 }
 
-// withHint adds, for the log, what an operator can do: if IMDS's words, which the pod is told,
-// read as if no identity were bound to it, and if a binding or an identity nearly matches.
-func (s *Server) withHint(err error) error {
-	var upstreamErr *upstream.Error
-	if errors.As(err, &upstreamErr) && upstreamErr.UnknownIdentity() {
-		return fmt.Errorf("%w (bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity)", err)
-	}
-	if hint := s.cfg.Pods.Hint(err); hint != "" {
-		return fmt.Errorf("%w; near misses: %s", err, hint)
-	}
-	return err
-}
-
-// refuse writes an error response, and logs it if an operator may have to act.
+// refuse writes an error response, and logs and remembers it if an operator may have to act.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	e := asHTTP(err)
 	var httpErr *httpError
@@ -174,8 +161,8 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case r.Context().Err() != nil: // the client has gone, or finished sending
 	case errors.As(err, &httpErr): // the client's mistake, and the response has all there is to say
 		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
-	case s.logLimit.allow(callerOf(r)):
-		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", e.status, "error", s.withHint(err))
+	default:
+		s.notServed(r, e.status, err)
 	}
 	if e.retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int((e.retryAfter+time.Second-1)/time.Second)))
@@ -189,4 +176,20 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	r.Header = nil // the client may be slow to read
 	writeJSON(w, e.status, body)
+}
+
+// notServed logs and remembers a refusal that an operator may have to do something about.
+func (s *Server) notServed(r *http.Request, status int, err error) {
+	caller, now := callerOf(r), time.Now()
+	refusal := Refusal{Status: status, Reason: Reason(err), First: now, Last: now, cause: err.Error()}
+	if pod := s.cfg.Pods.Owner(caller); pod != nil {
+		refusal.Pod = pod.String()
+	}
+	logged := s.logLimit.allow(caller)
+	if logged {
+		refusal.Reason, err = s.diagnose(err)
+		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", status, "reason", refusal.Reason, "error", err)
+	}
+	refusal.Text = err.Error()
+	s.refusals.add(caller, refusal, logged)
 }

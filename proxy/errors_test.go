@@ -69,7 +69,7 @@ func TestFailureResponses(t *testing.T) {
 			w := httptest.NewRecorder()
 			r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, tokenURL, nil)
 			err := fmt.Errorf("pod shop/cart-0: %w", &tokencache.Failure{Class: tc.class, RetryAfter: 1200 * time.Millisecond, Err: tc.err})
-			New(Config{Logger: slog.New(slog.DiscardHandler)}).refuse(w, r, err)
+			New(Config{Pods: newResolver(t, podresolver.Config{}), Logger: slog.New(slog.DiscardHandler)}).refuse(w, r, err)
 			assert.Equal(t, tc.status, w.Code)
 			assert.Equal(t, tc.text, asHTTP(err).Error())
 			after := "2" // not before the upstream is asked again

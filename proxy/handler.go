@@ -43,6 +43,8 @@ func (s *Server) handle(w *response, r *http.Request) error {
 	switch kind := route(r.RequestURI); {
 	case kind == routeToken:
 		return s.token(w, r)
+	case kind == routePresence:
+		return s.presence(w, r)
 	case kind == routePublic, kind == routeInstance && !s.cfg.BlockInstanceMetadata:
 		return s.servePublic(w, r, s.cfg.PodsOnly)
 	case kind == routeInstance:

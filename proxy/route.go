@@ -12,6 +12,7 @@ type kind int
 const (
 	routeNone      kind = iota // not on the list: 404
 	routeToken                 // served by the agent
+	routePresence              // served by the agent: says that it is there
 	routeInstance              // passed through, unless blocked
 	routePublic                // passed through: says nothing about identities
 	routeSensitive             // passed through for known pods, where Config.Allow has the path
@@ -56,6 +57,8 @@ func route(target string) kind {
 		return routeNone
 	case rest == "versions", rest == "loadbalancer":
 		return routePublic
+	case rest == "nmi":
+		return routePresence
 	case sensitive(path) != "":
 		return routeSensitive
 	case rest == "instance":

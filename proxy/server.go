@@ -71,6 +71,9 @@ type Config struct {
 	// by name, at /host/token over loopback. If empty, the path is 404.
 	HostTokenUIDs []uint32
 
+	// Version is the agent's, for /metadata/nmi.
+	Version string
+
 	// MaxConnections and MaxConnectionsPerPod bound the open connections, in all and of one
 	// address; 0 means DefaultMaxConnections and DefaultMaxConnectionsPerPod.
 	MaxConnections, MaxConnectionsPerPod int
@@ -93,6 +96,7 @@ type Server struct {
 	stopping     bool        // the context of Serve has ended
 
 	logLimit logLimit
+	refusals *refusals
 	conns    *listener.Limiter
 
 	front    *front      // once Serve runs
@@ -130,7 +134,7 @@ func New(cfg Config) *Server {
 		cfg.Logger = slog.Default()
 	}
 	s := &Server{
-		cfg: cfg, log: cfg.Logger, logLimit: newLogLimit(), heads: newKnownHeads(),
+		cfg: cfg, log: cfg.Logger, logLimit: newLogLimit(), refusals: newRefusals(), heads: newKnownHeads(),
 		conns: listener.NewLimiter(cfg.MaxConnections, cfg.MaxConnectionsPerPod),
 	}
 	s.reverseProxy = s.newReverseProxy()

@@ -1,0 +1,84 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/upstream"
+	"github.com/podidentity/nmi/tokencache"
+)
+
+// Reasons why a request is not served, beside those of podresolver. See there what they are for.
+const (
+	IdentityUnknownToIMDS  = "IdentityUnknownToIMDS"  // the node does not have the identity
+	IMDSRefused            = "IMDSRefused"            // for another reason
+	IMDSUnavailable        = "IMDSUnavailable"        // or it did not answer in time
+	EntraRefused           = "EntraRefused"           // the service principal, or the resource
+	EntraUnavailable       = "EntraUnavailable"       // or it did not answer in time
+	CredentialUnusable     = "CredentialUnusable"     // the service principal's secret is missing or is not what it should be
+	Throttled              = "Throttled"              // by IMDS or Entra, or by this agent for the pod's own requests
+	TooManyWaiting         = "TooManyWaiting"         // the pod's turn for a new token did not come in time
+	TokensWithheldOnBridge = "TokensWithheldOnBridge" // pods can take each other's addresses
+	RequestInvalid         = "RequestInvalid"         // the response says all that there is to say
+)
+
+// Reason returns why a request with this error is not served.
+func Reason(err error) string {
+	if reason := podresolver.Reason(err); reason != "" {
+		return reason
+	}
+	var failure *tokencache.Failure
+	var httpErr *httpError
+	switch {
+	case errors.Is(err, ErrSource):
+		return TokensWithheldOnBridge
+	case errors.As(err, &failure):
+		return reasonOfFailure(failure)
+	case errors.As(err, &httpErr), errors.Is(err, tokencache.ErrKeyTooLong):
+		return RequestInvalid
+	default:
+		return IMDSUnavailable
+	}
+}
+
+func reasonOfFailure(f *tokencache.Failure) string {
+	var answer *upstream.Error
+	var credential *upstream.CredentialError
+	fromEntra := errors.Is(f, upstream.ErrEntra) || errors.As(f, &answer) && answer.Source == "Entra"
+	switch {
+	case f.Class == tokencache.Throttled:
+		return Throttled
+	case errors.As(f, &credential):
+		return CredentialUnusable
+	case errors.Is(f, tokencache.ErrBusy):
+		return TooManyWaiting
+	case fromEntra && f.Class == tokencache.Refused:
+		return EntraRefused
+	case fromEntra:
+		return EntraUnavailable
+	case f.Class != tokencache.Refused:
+		return IMDSUnavailable
+	case answer != nil && answer.UnknownIdentity():
+		return IdentityUnknownToIMDS
+	default:
+		return IMDSRefused
+	}
+}
+
+// diagnose returns why a request is not served, and the error with what an operator can do, for
+// the log: IMDS's words, which the pod is told, may read as if no identity were bound to it, and
+// a binding or an identity may nearly match. It takes a look at every binding.
+func (s *Server) diagnose(err error) (reason string, _ error) {
+	reason, nearMisses := s.cfg.Pods.Hint(err)
+	if reason == "" {
+		reason = Reason(err)
+	}
+	switch {
+	case reason == IdentityUnknownToIMDS:
+		err = fmt.Errorf("%w (bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity)", err)
+	case nearMisses != "":
+		err = fmt.Errorf("%w; near misses: %s", err, nearMisses)
+	}
+	return reason, err
+}
