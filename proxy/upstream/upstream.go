@@ -143,6 +143,10 @@ func (u *Upstream) Unshare() {
 	u.setLimits(u.perSecond, u.atOnce)
 }
 
+// Limits returns what Config allows each service: requests a second, and at once. Half of both
+// while Shared.
+func (u *Upstream) Limits() (perSecond, atOnce int) { return u.perSecond, u.atOnce }
+
 // Shared reports whether the limits are halved now.
 func (u *Upstream) Shared() bool { return u.shared.Load() }
 
