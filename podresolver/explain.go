@@ -66,8 +66,14 @@ const (
 // String is the pod's namespace and name.
 func (d *Decision) String() string { return d.Namespace + "/" + d.Name }
 
+// maxTexts bounds the texts of a step, whose number authors of bindings have a say in.
+const maxTexts = 2 * maxDescribed
+
 // add adds a step.
 func (d *Decision) add(name string, state State, fix string, texts ...string) {
+	if more := len(texts) - maxTexts; more > 0 {
+		texts = append(texts[:maxTexts:maxTexts], fmt.Sprintf("and %d more", more))
+	}
 	d.Steps = append(d.Steps, Step{Name: name, State: state, Texts: texts, Fix: fix})
 }
 

@@ -2,6 +2,7 @@ package podresolver
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -78,6 +79,21 @@ func TestReasonsAndFixes(t *testing.T) {
 		})
 	}
 	assert.Empty(t, Reason(errors.New("another's")))
+}
+
+// Who may write bindings can write any number.
+func TestExplanationsAreBounded(t *testing.T) {
+	objects := []any{resolvertest.Pod("p", "10.0.0.1", "x")}
+	for i := range 100 {
+		objects = append(objects, resolvertest.Binding(fmt.Sprint("b", i), "x", "gone"))
+	}
+	h := newHarness(t, Config{}, objects...)
+	h.update()
+	d, err := h.Explain("shop", "p", Selector{}, nil)
+	require.NoError(t, err)
+	texts := d.Steps[len(d.Steps)-1].Texts
+	assert.Len(t, texts, maxTexts+1)
+	assert.Equal(t, "and 80 more", texts[maxTexts])
 }
 
 func TestExplainStopsWhereRequestsLeave(t *testing.T) {

@@ -214,15 +214,15 @@ func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm f
 	pod, err := r.resolveIn(s, addr, confirm)
 	switch {
 	case err == nil || !retriable(err):
-		r.counts.resolved(Found, err)
+		r.counts.resolved(OutcomeFound, err)
 		return pod, err
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
 	}
 	began := time.Now()
 	pod, err = r.waitForPod(ctx, addr, s, err, confirm)
-	r.counts.waits.Record(time.Since(began))
-	r.counts.resolved(Waited, err)
+	r.counts.waited.Add(int64(time.Since(began)))
+	r.counts.resolved(OutcomeWaited, err)
 	return pod, err
 }
 

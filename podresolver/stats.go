@@ -5,39 +5,37 @@ import (
 	"errors"
 	"sync/atomic"
 	"time"
-
-	"github.com/podidentity/nmi/histogram"
 )
 
 // Outcome is what came of a call of Resolve or ResolveCaller.
 type Outcome int
 
-// The outcomes. Those after Waited are of requests that no pod was found for.
+// The outcomes. Those after OutcomeWaited are of requests that no pod was found for.
 const (
-	Found       Outcome = iota // at once
-	Waited                     // after a wait
-	Unknown                    // ErrUnknownAddress
-	Ambiguous                  // ErrAmbiguousAddress
-	Unconfirmed                // ErrUnconfirmed
-	Untrusted                  // confirm returned another error
-	Stale                      // ErrStale
-	NotSynced                  // ErrNotSynced
-	Abandoned                  // the request's context ended during the wait
-	outcomes    = iota
+	OutcomeFound       Outcome = iota // at once
+	OutcomeWaited                     // after a wait
+	OutcomeUnknown                    // ErrUnknownAddress
+	OutcomeAmbiguous                  // ErrAmbiguousAddress
+	OutcomeUnconfirmed                // ErrUnconfirmed
+	OutcomeUntrusted                  // confirm returned another error
+	OutcomeStale                      // ErrStale
+	OutcomeNotSynced                  // ErrNotSynced
+	OutcomeAbandoned                  // the request's context ended during the wait
+	outcomes           = iota
 )
 
 // String names the outcome as metrics do.
 func (o Outcome) String() string {
 	return [...]string{
-		Found: "found", Waited: "waited", Unknown: "unknown", Ambiguous: "ambiguous", Unconfirmed: "unconfirmed",
-		Untrusted: "untrusted", Stale: "stale", NotSynced: "not_synced", Abandoned: "abandoned",
+		OutcomeFound: "found", OutcomeWaited: "waited", OutcomeUnknown: "unknown", OutcomeAmbiguous: "ambiguous", OutcomeUnconfirmed: "unconfirmed",
+		OutcomeUntrusted: "untrusted", OutcomeStale: "stale", OutcomeNotSynced: "not_synced", OutcomeAbandoned: "abandoned",
 	}[o]
 }
 
 // counts is what Stats returns of the past.
 type counts struct {
 	resolutions                                  [outcomes]atomic.Uint64
-	waits                                        histogram.Histogram
+	waited                                       atomic.Int64 // nanoseconds
 	ambiguous, lookups, lookupHits, lookupErrors atomic.Uint64
 }
 
@@ -47,32 +45,32 @@ func (c *counts) resolved(success Outcome, err error) {
 	switch {
 	case err == nil:
 	case errors.Is(err, ErrUnconfirmed):
-		outcome = Unconfirmed
+		outcome = OutcomeUnconfirmed
 	case errors.Is(err, ErrUnknownAddress):
-		outcome = Unknown
+		outcome = OutcomeUnknown
 	case errors.Is(err, ErrAmbiguousAddress):
-		outcome = Ambiguous
+		outcome = OutcomeAmbiguous
 	case errors.Is(err, ErrStale):
-		outcome = Stale
+		outcome = OutcomeStale
 	case errors.Is(err, ErrNotSynced):
-		outcome = NotSynced
+		outcome = OutcomeNotSynced
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		outcome = Abandoned
+		outcome = OutcomeAbandoned
 	default:
-		outcome = Untrusted
+		outcome = OutcomeUntrusted
 	}
 	c.resolutions[outcome].Add(1)
 }
 
 // Stats are counts since New, and the state of the watches.
 type Stats struct {
-	Addresses    int                // that pods of this node claim, ambiguous ones included
-	Ambiguous    uint64             // times that an address became ambiguous
-	Lookups      uint64             // times that the API server was asked for the pod of an address
-	Found        uint64             // lookups that found a pod before the watch delivered it
-	LookupErrors uint64             // lookups that failed
-	Resolutions  [outcomes]uint64   // by Outcome
-	Waits        histogram.Snapshot // of requests, for their pods
+	Addresses    int              // that pods of this node claim, ambiguous ones included
+	Ambiguous    uint64           // times that an address became ambiguous
+	Lookups      uint64           // times that the API server was asked for the pod of an address
+	Found        uint64           // lookups that found a pod before the watch delivered it
+	LookupErrors uint64           // lookups that failed
+	Resolutions  [outcomes]uint64 // by Outcome
+	WaitTime     time.Duration    // of all requests for their pods, in vain or not
 	Watches      []Watch
 }
 
@@ -86,7 +84,7 @@ type Watch struct {
 func (r *Resolver) Stats() Stats {
 	c := &r.counts
 	s := Stats{
-		Addresses: len(r.current.Load().byAddr), Ambiguous: c.ambiguous.Load(), Waits: c.waits.Snapshot(),
+		Addresses: len(r.current.Load().byAddr), Ambiguous: c.ambiguous.Load(), WaitTime: time.Duration(c.waited.Load()),
 		Lookups: c.lookups.Load(), Found: c.lookupHits.Load(), LookupErrors: c.lookupErrors.Load(),
 	}
 	for outcome := range c.resolutions {

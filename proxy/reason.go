@@ -82,3 +82,28 @@ func (s *Server) diagnose(err error) (reason string, _ error) {
 	}
 	return reason, err
 }
+
+// Fix returns what to do about a reason of this package; "" for podresolver's, whose
+// Resolver.Explain says more.
+func Fix(reason string) string {
+	switch reason {
+	case IdentityUnknownToIMDS:
+		return "assign the identity to the node's scale set or virtual machine (az vmss identity assign), or correct the IDs of the AzureIdentity"
+	case IMDSRefused:
+		return "correct what IMDS names, mostly the resource that the application requests"
+	case IMDSUnavailable:
+		return "see whether the node reaches 169.254.169.254: docs/troubleshooting.md#when-imds-gives-no-tokens"
+	case EntraRefused:
+		return "correct what Entra names: the application, its credential, or the resource that is requested"
+	case EntraUnavailable:
+		return "see whether the node reaches the authority of the AzureIdentity"
+	case CredentialUnusable:
+		return "correct the secret that the AzureIdentity names, or the agent's right to read it: docs/service-principals.md#errors"
+	case Throttled, TooManyWaiting:
+		return "find out who asks for too much: docs/troubleshooting.md#why-does-my-pod-get-429"
+	case TokensWithheldOnBridge:
+		return "use a network plugin that gives each pod a link of its own, or take NET_RAW and NET_ADMIN from all pods and set --allow-network-plugin-kubenet"
+	default:
+		return ""
+	}
+}

@@ -5,7 +5,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/podidentity/nmi/histogram"
+	"github.com/podidentity/nmi/proxy/histogram"
 	"github.com/podidentity/nmi/proxy/listener"
 	"github.com/podidentity/nmi/tokencache"
 )

@@ -110,7 +110,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	}
 	a.tokens = tokencache.New(a.traces.Fetch(a.upstream.Token), tokencache.Config{InUse: proxy.InUse(a.resolver)})
 	cfg.proxy.Pods, cfg.proxy.Tokens, cfg.proxy.Upstream = a.resolver, a.tokens, a.upstream
-	cfg.proxy.CheckSource = checkSource(a.links)
+	cfg.proxy.CheckSource, cfg.proxy.Version = checkSource(a.links), version
 	a.server = proxy.New(cfg.proxy)
 	a.health = newHealth(ctx, a)
 	a.buildPages()

@@ -3,24 +3,15 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
-	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/nmi/cmd/nmi/doctor"
 	"github.com/podidentity/nmi/podresolver"
-)
-
-// Formats of --output.
-const (
-	outputTable = "table"
-	outputJSON  = "json"
 )
 
 // doctorCommand looks for what keeps the agent from serving its pods.
@@ -67,14 +58,6 @@ this process's privileges and rights. Only a check that fails makes the exit cod
 	return cmd
 }
 
-// addOutput adds --output, -o.
-func addOutput(fs *pflag.FlagSet, output *string) {
-	one := pflag.NewFlagSet("", pflag.ContinueOnError)
-	parsedVar(one, output, "output", outputTable, oneOf(outputTable, outputJSON), `"table" or "json"`)
-	one.Lookup("output").Shorthand = "o"
-	fs.AddFlagSet(one)
-}
-
 // examine makes the checks and prints them. Its error counts those that failed.
 func examine(ctx context.Context, cfg doctor.Config, output string, out io.Writer) error {
 	var report doctor.Report
@@ -111,15 +94,4 @@ func (c *config) doctorSettings() doctor.Settings {
 		},
 		HandoverDir: c.handoverDir, StartupTaint: c.startupTaint,
 	}
-}
-
-// isTerminal reports whether somebody reads what is written, on a terminal that may have colors
-// (https://no-color.org).
-func isTerminal(out io.Writer) bool {
-	file, ok := out.(*os.File)
-	if !ok || os.Getenv("NO_COLOR") != "" {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS) //nolint:gosec // a descriptor is small
-	return !errors.Is(err, unix.ENOTTY) && err == nil
 }

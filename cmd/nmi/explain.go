@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -18,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 	"k8s.io/klog/v2"
 
+	"github.com/podidentity/nmi/cmd/nmi/status"
 	"github.com/podidentity/nmi/podresolver"
 )
 
@@ -28,11 +30,15 @@ const explainTimeout = 30 * time.Second
 // decides with the agent's flags.
 func explainCommand(c *config) *cobra.Command {
 	var resolving *pflag.FlagSet
+	var q question
+	var output string
 	cmd := &cobra.Command{
 		Use:   "explain <namespace>/<pod>",
 		Short: "Say which identities a pod gets, and why",
-		Long: `explain says what a pod is answered and which identities it gets, and why: which
-exception applies by which label, which bindings match and which nearly do.
+		Long: `explain follows a pod's request for a token step by step: whether it comes to the
+agent, whose its address is, which exception applies by which label, which bindings match
+and which nearly do, and which identity it gets. It ends with what the pod is answered, and
+with what to do if that is a refusal.
 
 In the agent's pod it asks the agent, over --probe-socket, and needs no other flag. It
 reads the cluster itself for a pod of another node, with that agent's flags; where no
@@ -54,14 +60,16 @@ the agent's flags: --operation-mode is required then.`,
 					given = append(given, f.Name)
 				}
 			})
-			text, err := explain(ctx, args[0], c.probeSocket, c.resolver, given, func(note string) { cmd.PrintErrln("note:", note) })
+			q.pod = args[0]
+			answer, err := explain(ctx, q, c.probeSocket, c.resolver, given, func(note string) { cmd.PrintErrln("note:", note) })
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprint(cmd.OutOrStdout(), text)
-			return err
+			return answer.print(cmd.OutOrStdout(), output)
 		},
 	}
+	cmd.Flags().StringVar(&q.clientID, "client-id", "", "client ID that the request names; by default it names no identity")
+	addOutput(cmd.Flags(), &output)
 	resolving = pflag.NewFlagSet("", pflag.ContinueOnError)
 	c.addResolverFlags(resolving)
 	// explain must not guess the mode: another one decides otherwise.
@@ -73,24 +81,48 @@ the agent's flags: --operation-mode is required then.`,
 	return cmd
 }
 
+// question is a request that a pod might send.
+type question struct {
+	pod      string // <namespace>/<name>
+	clientID string // that it names; "" for none
+}
+
+// explanation answers a question. remark says where it is from, if not from the agent.
+type explanation struct {
+	status.Pod
+	remark string
+}
+
+// print prints the explanation as a table or as JSON.
+func (e *explanation) print(out io.Writer, output string) error {
+	if output == outputJSON {
+		return writeIndented(out, e.Pod)
+	}
+	status.Printer{Out: out, Color: isTerminal(out)}.Pod(&e.Pod, time.Now())
+	if e.remark != "" {
+		fmt.Fprintln(out, e.remark)
+	}
+	return nil
+}
+
 // explain asks the agent that listens on the socket, or reads the cluster. given are the
 // names of the flags that cfg was made of; note is called with what to know of the answer.
-func explain(ctx context.Context, pod, socket string, cfg podresolver.Config, given []string, note func(string)) (string, error) {
+func explain(ctx context.Context, q question, socket string, cfg podresolver.Config, given []string, note func(string)) (*explanation, error) {
 	agentCfg, askErr := agentConfig(ctx, socket)
 	switch {
 	case askErr != nil && !slices.Contains(given, flagOperationMode):
-		return "", fmt.Errorf("%w. Run this in an agent's pod (kubectl -n kube-system exec daemonset/nmi -- nmi explain %s), or give --%s and the agents' other flags, to read the cluster from here", askErr, pod, flagOperationMode)
+		return nil, fmt.Errorf("%w. Run this in an agent's pod (kubectl -n kube-system exec daemonset/nmi -- nmi explain %s), or give --%s and the agents' other flags, to read the cluster from here", askErr, q.pod, flagOperationMode)
 	case askErr != nil:
 	case len(given) == 0 || reflect.DeepEqual(decisive(cfg), decisive(agentCfg)):
-		text, err := askAgent(ctx, socket, pod)
+		pod, err := askAgent(ctx, socket, q)
 		if !errors.Is(err, errNotHere) {
-			return text, err
+			return pod, err
 		}
 		cfg = agentCfg
 	default:
 		note(fmt.Sprintf("the agent of this pod runs with other flags than these (--%s); leave them out to see its decision", strings.Join(given, ", --")))
 	}
-	return readCluster(ctx, pod, cfg)
+	return readCluster(ctx, q, cfg)
 }
 
 // decisive is the part of a configuration that decides what a pod gets.
@@ -120,45 +152,52 @@ func agentConfig(ctx context.Context, socket string) (cfg podresolver.Config, er
 // errNotHere means that a pod is not on the node of the agent that was asked.
 var errNotHere = errors.New("the pod is not on this node")
 
-func askAgent(ctx context.Context, socket, pod string) (string, error) {
-	var page bytes.Buffer
-	switch status, err := getPage(ctx, socket, explainPage+"?pod="+url.QueryEscape(pod), &page); {
-	case err != nil:
-		return "", err
-	case status == http.StatusNotFound:
-		return "", errNotHere
-	case status != http.StatusOK:
-		return "", errors.New(strings.TrimSpace(page.String()))
+func askAgent(ctx context.Context, socket string, q question) (*explanation, error) {
+	query := url.Values{"pod": {q.pod}}
+	if q.clientID != "" {
+		query.Set("client_id", q.clientID)
 	}
-	return page.String(), nil
+	var page bytes.Buffer
+	switch status, err := getPage(ctx, socket, explainPage+"?"+query.Encode(), &page); {
+	case err != nil:
+		return nil, err
+	case status == http.StatusNotFound:
+		return nil, errNotHere
+	case status != http.StatusOK:
+		return nil, errors.New(strings.TrimSpace(page.String()))
+	}
+	answer := new(explanation)
+	if err := json.Unmarshal(page.Bytes(), &answer.Pod); err != nil {
+		return nil, fmt.Errorf("%s: %w", explainPage, err)
+	}
+	return answer, nil
 }
 
 // readCluster explains by the objects of the cluster as they are now.
-func readCluster(ctx context.Context, pod string, cfg podresolver.Config) (string, error) {
+func readCluster(ctx context.Context, q question, cfg podresolver.Config) (*explanation, error) {
 	restConfig, err := apiServer("nmi/" + version)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	namespace, name, _ := strings.Cut(pod, "/")
+	namespace, name, _ := strings.Cut(q.pod, "/")
 	if cfg.Node, err = podresolver.NodeOf(ctx, restConfig, namespace, name); err != nil {
-		return "", err
+		return nil, err
 	}
 	from, err := podresolver.FromAPIServer(restConfig, cfg.Node)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	if !slog.Default().Enabled(ctx, slog.LevelDebug) {
-		cfg.Logger = slog.New(slog.DiscardHandler) // what it would warn of is in the text
+		cfg.Logger = slog.New(slog.DiscardHandler) // what it would warn of is in the steps
 		klog.SetSlogLogger(cfg.Logger)
 	}
 	resolver, err := podresolver.Read(ctx, from, cfg)
 	if err != nil {
-		return "", fmt.Errorf("reading the cluster:\n%s", list(err))
+		return nil, fmt.Errorf("reading the cluster:\n%s", list(err))
 	}
-	e := &explainer{resolver: resolver}
-	text, err := e.explain(pod)
+	pod, err := status.Parts{Pods: resolver}.Pod(namespace, name, podresolver.Selector{ClientID: q.clientID})
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	return text + fmt.Sprintf("(by the objects of the cluster, in %s mode; what the agent of node %s knows besides, such as over which link the pod's requests come, it says itself)\n", cfg.Mode, cfg.Node), nil
+	return &explanation{pod, fmt.Sprintf("(by the objects of the cluster, in %s mode; what the agent of node %s knows besides, such as over which link the pod's requests come, it says itself)", cfg.Mode, cfg.Node)}, nil
 }

@@ -25,6 +25,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/podidentity/nmi/cmd/nmi/status"
 	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
@@ -66,7 +67,7 @@ type situation struct {
 	objects []runtime.Object // beside AzureIdentity and AzureIdentityBinding "cart"
 	breaks  func(*podresolver.Sources)
 	doubt   error  // what the node's links say
-	asks    string // in the pod's query
+	asks    string // client ID
 
 	answer  string // as proxy.Answer has it; or "200 " and the token's client ID
 	log     []string
@@ -77,17 +78,17 @@ type situation struct {
 var situations = map[string]situation{
 	"all is well": {
 		objects: []runtime.Object{aPod()}, answer: "200 " + cartID,
-		explain: []string{"gets by default AzureIdentity shop/cart", `AzureIdentityBinding "cart" has the selector "cart"`, "counts only if the node has it"},
+		explain: []string{"gets by default AzureIdentity shop/cart", `AzureIdentityBinding "cart" has the selector "cart"`, "tokens      https://vault.azure.net/ for another "},
 	},
 	"IMDS does not know the identity": {
 		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), resolvertest.Identity("odd", unknownID, ""), resolvertest.Binding("odd", "odd", "odd")},
 		answer:  "400 invalid_request: Identity not found", log: []string{"identity shop/odd", "IMDS answered 400 invalid_request: Identity not found"},
-		explain: []string{"gets by default AzureIdentity shop/odd", "where an identity is not assigned to its virtual machine (scale set), IMDS refuses the token"},
+		explain: []string{"gets by default AzureIdentity shop/odd", "reason: IdentityUnknownToIMDS", "fix: assign the identity to the node's scale set"},
 	},
 	"past its grace": {
 		objects: []runtime.Object{aPod(deleted(-time.Minute))}, answer: "503 temporarily_unavailable: The pod of this address is not known yet",
 		log:     []string{"no pod on this node has this address"},
-		explain: []string{"would get by default AzureIdentity shop/cart", podAddr + " no longer belongs to it: it is being deleted, and its grace period ended at"},
+		explain: []string{"would get AzureIdentity shop/cart", podAddr + " no longer belongs to it: it is being deleted, and its grace period ended at"},
 		not:     []string{"\ngets"},
 	},
 	"terminating, its containers have ended": {
@@ -162,14 +163,14 @@ var situations = map[string]situation{
 		log: []string{"AzurePodIdentityException bank/e lists its label app=x but does not apply: it is in another namespace"}, explain: []string{"AzurePodIdentityException bank/e lists its label app=x"},
 	},
 	"another ID than is bound": {
-		objects: []runtime.Object{aPod()}, asks: "&client_id=" + reportID, answer: "400 invalid_request: Identity not found",
+		objects: []runtime.Object{aPod()}, asks: reportID, answer: "400 invalid_request: Identity not found",
 		log:     []string{`none of those bound to it has the requested client ID "` + reportID + `": AzureIdentity shop/cart (user-assigned managed identity, client ID ` + cartID + ")"},
-		explain: []string{"gets by default AzureIdentity shop/cart"},
+		explain: []string{`requests client ID "` + reportID + `"`, "may use AzureIdentity shop/cart", "reason: RequestedIdentityMissing", "fix: request an identity that the pod has"},
 	},
 	"several, strictly": {
 		config: podresolver.Config{StrictSelection: true}, objects: []runtime.Object{aPod(), resolvertest.Identity("report", reportID, ""), resolvertest.Binding("report", "cart", "report")},
 		answer: "400 invalid_request: Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request",
-		log:    []string{"the pod has several identities and the request names none"}, explain: []string{"may use, if requested by ID, AzureIdentity shop/cart", "may use AzureIdentity shop/report", "a request must name one"},
+		log:    []string{"the pod has several identities and the request names none"}, explain: []string{"may use AzureIdentity shop/cart", "may use AzureIdentity shop/report", "a request must name one"},
 	},
 	"a malformed client ID": {
 		objects: []runtime.Object{aPod(label("aadpodidbinding", "odd")), resolvertest.Identity("odd", "cart", ""), resolvertest.Binding("odd", "odd", "odd")}, answer: "400 invalid_request: Identity not found",
@@ -275,10 +276,10 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 				}),
 				CheckSource: func(addr netip.Addr, _ int, pod *podresolver.Pod) error { return confirm(addr, pod) },
 			})
-			agent := &explainer{resolver: resolver, config: cfg, confirm: confirm}
+			agent := status.Parts{Pods: resolver, Confirm: confirm, Tokens: tokens, Server: server}
 			socket := filepath.Join(t.TempDir(), "probe.sock")
 			page := newPage(flagProbeSocket, logger, func(ctx context.Context) (pageListener, error) { return listenUnix(ctx, socket) })
-			page.handler = agent.handler(http.NotFoundHandler())
+			page.handler = explainHandler(agent, cfg, http.NotFoundHandler())
 			var running sync.WaitGroup
 			running.Go(func() { page.run(ctx) })
 			running.Go(func() { resolver.Run(ctx) })
@@ -297,18 +298,24 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 				require.Eventually(t, func() bool { return resolver.Ready() != nil }, 30*time.Second, time.Millisecond)
 			}
 
-			answer := agentAnswer(t, server, tc.asks)
+			query := ""
+			if tc.asks != "" {
+				query = "&client_id=" + tc.asks
+			}
+			answer := agentAnswer(t, server, query)
 			assert.Equal(t, tc.answer, answer)
 			for _, text := range tc.log {
 				assert.Contains(t, unescaped(log), text)
 			}
 
-			explained, err := explain(ctx, "shop/p", socket, podresolver.Config{}, nil, func(note string) { t.Error(note) })
+			var explained string
+			pod, err := explain(ctx, question{"shop/p", tc.asks}, socket, podresolver.Config{}, nil, func(note string) { t.Error(note) })
 			if tc.breaks != nil {
 				require.Error(t, err)
 				explained = err.Error()
 			} else {
 				require.NoError(t, err)
+				explained = printed(t, pod)
 			}
 			for _, text := range tc.explain {
 				assert.Contains(t, explained, text)
@@ -317,7 +324,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 				assert.NotContains(t, unescaped(log)+explained, text)
 			}
 			differs := strings.HasPrefix(name, "an address that is a younger pod's") || // the request is that pod's
-				tc.breaks != nil || tc.asks != "" || strings.HasPrefix(name, "IMDS") || strings.HasPrefix(name, "on the host network")
+				tc.breaks != nil || strings.HasPrefix(name, "IMDS") || strings.HasPrefix(name, "on the host network")
 			switch status, id, _ := strings.Cut(answer, " "); {
 			case differs:
 			case id == nodeToken:
@@ -327,6 +334,8 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			default:
 				assert.Contains(t, explained, "\nis answered "+answer+"\n")
 				assert.NotRegexp(t, "(?m)^gets", explained)
+				assert.Contains(t, explained, "\nreason: "+pod.Reason+"\nfix: ")
+				assert.Contains(t, log.String(), "reason="+pod.Reason+" ", "the same word")
 			}
 
 			// Reading the cluster says the same, as far as the objects show it.
@@ -337,10 +346,21 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 					return
 				}
 				require.NoError(t, err)
-				text, err := (&explainer{resolver: read}).explain("shop/p")
+				text, err := status.Parts{Pods: read}.Pod("shop", "p", podresolver.Selector{ClientID: tc.asks})
 				require.NoError(t, err)
-				assert.Equal(t, explained, text)
+				if !strings.HasPrefix(name, "IMDS") { // which answered the agent
+					pod.Tokens, pod.TokensHeld, pod.Refusals, pod.State = nil, 0, nil, text.State
+					assert.Equal(t, printed(t, pod), printed(t, &explanation{Pod: text}))
+				}
 			}
 		})
 	}
+}
+
+// printed is what nmi explain prints.
+func printed(t *testing.T, e *explanation) string {
+	t.Helper()
+	var out strings.Builder
+	require.NoError(t, e.print(&out, outputTable))
+	return out.String()
 }

@@ -100,7 +100,7 @@ func (c *config) addLimitFlags(fs *pflag.FlagSet) {
 
 // addPageFlags adds the flags of the pages for probes and metrics.
 func (c *config) addPageFlags(fs *pflag.FlagSet) {
-	parsedVar(fs, &c.probes.addr, flagProbePort, "8080", parsePortOf(&c.probes.addr), "port of /healthz and /readyz")
+	parsedVar(fs, &c.probes.addr, flagProbePort, "8080", parsePortOf(&c.probes.addr), "port of /healthz and /readyz, and on a loopback address of /statusz")
 	parsedVar(fs, &c.probes.addr, "http-probe-address", "0.0.0.0", parseAddrOf(&c.probes.addr, parseBindAddress), "address that --http-probe-port is on; 127.0.0.1 keeps it to the node, :: is all IPv4 and IPv6 addresses")
 	c.addProbeSocket(fs)
 	parsedVar(fs, &c.metrics.addr, flagPrometheusPort, "9090", parsePortOf(&c.metrics.addr), "port of /metrics")
@@ -174,5 +174,5 @@ const defaultProbeSocket = "/run/nmi-probe/probe.sock"
 
 func (c *config) addProbeSocket(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.probeSocket, flagProbeSocket, defaultProbeSocket, parseAbsolutePath,
-		`Unix socket of /healthz and /readyz, for "nmi probe", "nmi explain" and "nmi doctor", in a directory of this pod alone. The default is used only where its directory exists, as in the image; "" for none`)
+		`Unix socket of /healthz, /readyz and /statusz, for "nmi probe", "nmi status", "nmi explain" and "nmi doctor", in a directory of this pod alone. The default is used only where its directory exists, as in the image; "" for none`)
 }

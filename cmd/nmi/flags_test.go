@@ -258,7 +258,7 @@ func TestNoAgent(t *testing.T) {
 func TestProbes(t *testing.T) {
 	notYet := errors.New("pods: waiting\nbindings: waiting")
 	var trouble error
-	h := &health{checks: []func() error{func() error { return trouble }, func() error { return nil }}, notes: func() string { return "redirect mode dnat: why" }}
+	h := &health{checks: []func() error{func() error { return trouble }, func() error { return nil }}, mode: func() string { return "redirect mode dnat: why" }, notes: func() []string { return nil }}
 	get := func(path string) (int, string) {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequestWithContext(context.Background(), http.MethodGet, path, nil)

@@ -11,8 +11,9 @@ import (
 
 // health serves /healthz and /readyz.
 type health struct {
-	checks []func() error // each error says what to do
-	notes  func() string  // shown when no check fails
+	checks []func() error  // each error says what to do
+	mode   func() string   // of the redirect, and why; shown when no check fails
+	notes  func() []string // likewise
 }
 
 var errStopping = errors.New("the agent is stopping")
@@ -34,9 +35,12 @@ func newHealth(ctx context.Context, a *agent) *health {
 			func() error { return a.links.Status().Unguarded },
 			func() error { return a.rules.Status().Bypass },
 		},
-		notes: func() string {
+		mode: func() string {
 			s := a.rules.Status()
-			notes := append([]string{fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Reason)}, slices.Concat(s.Notes, a.links.Status().Notes)...)
+			return fmt.Sprintf("redirect mode %s: %s", s.Mode, s.Reason)
+		},
+		notes: func() []string {
+			notes := slices.Concat(a.rules.Status().Notes, a.links.Status().Notes)
 			if err := a.resolver.Stale(); err != nil {
 				notes = append(notes, "decisions may be out of date:\n"+list(err))
 			}
@@ -50,7 +54,7 @@ func newHealth(ctx context.Context, a *agent) *health {
 				notes = append(notes, a.guard.Status())
 			}
 			notes = append(notes, a.handover.Status(), a.probes.status(), a.metrics.status(), a.profiles.status(), a.probeSocket.status())
-			return strings.Join(slices.DeleteFunc(notes, func(note string) bool { return note == "" }), "\n")
+			return slices.DeleteFunc(notes, func(note string) bool { return note == "" })
 		},
 	}
 }
@@ -84,7 +88,7 @@ func (h *health) handler() http.Handler {
 			fmt.Fprintf(w, "not ready:\n%s\n", list(err))
 			return
 		}
-		fmt.Fprintf(w, "ready\n%s\n", h.notes())
+		fmt.Fprintf(w, "ready\n%s\n", strings.Join(append([]string{h.mode()}, h.notes()...), "\n"))
 	})
 	return mux
 }

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/podidentity/nmi/cmd/nmi/status"
 	"github.com/podidentity/nmi/cmd/nmi/telemetry"
 )
 
@@ -59,10 +60,16 @@ func (a *agent) buildPages() {
 	a.probeSocket = newPage(flagProbeSocket, a.log, func(ctx context.Context) (pageListener, error) {
 		return listenUnix(ctx, a.cfg.probeSocket)
 	})
+	parts := status.Parts{
+		Version: version, Node: a.cfg.resolver.Node, Mode: a.cfg.resolver.Mode, Started: time.Now(), Ready: a.health.err, Notes: a.health.notes,
+		Rules: a.rules.Status, Pods: a.resolver, Confirm: expectSource(a.links), Upstream: a.upstream, Tokens: a.tokens, Server: a.server,
+	}
 	health := a.health.handler()
-	explainer := &explainer{resolver: a.resolver, config: a.cfg.resolver, settings: a.cfg.doctorSettings(), confirm: expectSource(a.links)}
 	a.probes.handler = health
-	a.probeSocket.handler = explainer.handler(health)
+	if a.cfg.probes.addr.Addr().IsLoopback() {
+		a.probes.handler = status.LoopbackHandler(parts.Snapshot, health)
+	}
+	a.probeSocket.handler = explainHandler(parts, a.cfg.resolver, a.cfg.doctorSettings(), status.Handler(parts.Snapshot, health))
 	a.metrics.handler = telemetry.Handler(a.parts())
 	a.probeServer = &component{run: a.probeSocket.run}
 	a.profiles = newProfilePage(profileAddress, a.log)

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/cmd/nmi/status"
 )
 
 // Limits of a page's server. Every pod can reach those that listen on the node's
@@ -77,7 +79,7 @@ func (p *page) serve(ctx context.Context, ln pageListener) error {
 	defer limited.open.Wait()
 	// TimeoutHandler keeps a page in memory until it is complete, so that a client
 	// that reads slowly does not hold up the next.
-	handler := http.TimeoutHandler(oneAtATime(p.handler), pageConnTimeout, "")
+	handler := limitStatus(http.TimeoutHandler(oneAtATime(p.handler), pageConnTimeout, ""))
 	server := http.Server{
 		// Without the context of net/http, which ends when the client closes its side:
 		// some do that as soon as they have sent the request (busybox nc).
@@ -109,6 +111,23 @@ func limitSocketBuffers(ln syscall.Conn) error {
 			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, pageSendBuffer))
 	})
 	return errors.Join(err, failure)
+}
+
+// limitStatus has one status page in memory at a time, until its client has received it, and
+// answers 503 to another request meanwhile. That page is larger than all others: 4 MiB if each of
+// a node's 250 pods does what it can to make it long.
+func limitStatus(handler http.Handler) http.Handler {
+	var mu sync.Mutex // held while a page is in memory
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == status.Page {
+			if !mu.TryLock() {
+				http.Error(w, "somebody else is reading the status; try again", http.StatusServiceUnavailable)
+				return
+			}
+			defer mu.Unlock()
+		}
+		handler.ServeHTTP(w, r)
+	})
 }
 
 // oneAtATime calls the handler for one request after another, with a pause between them.

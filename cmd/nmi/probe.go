@@ -14,7 +14,7 @@ import (
 
 const (
 	probeTimeout = 2 * time.Second
-	maxPage      = 64 << 10 // bytes
+	maxPage      = 16 << 20 // bytes: several times the status of a node with 250 pods
 )
 
 // probeCommand is what the kubelet runs in the agent's pod. During an

@@ -88,7 +88,7 @@ func TestExplainSaysWhatThePodIsAnswered(t *testing.T) {
 	got := p.asks(vault)
 	require.Equal(t, 503, got.status)
 	_, output = s.explains(world.Kubeconfig, socket, "shop/twin-a")
-	assert.Contains(t, output, "\nis answered 503 temporarily_unavailable: The address is claimed by more than one pod\nwould get")
+	assert.Contains(t, output, "\nis answered 503 temporarily_unavailable: The address is claimed by more than one pod\nwould get AzureIdentity shop/cart")
 	assert.Contains(t, output, "): shop/twin-")
 	_, output = s.explains(world.Kubeconfig, "--operation-mode=managed", "shop/twin-a")
 	assert.Contains(t, output, "\nis answered 503 temporarily_unavailable: The address is claimed by more than one pod\n", "without the agent, too")

@@ -249,9 +249,9 @@ func TestExplainSaysWhoMayUseWhatAndWhy(t *testing.T) {
 	for _, line := range []string{
 		"pod shop/explained, 10.244.0.48\n",
 		"gets by default AzureIdentity shop/cart (user-assigned managed identity, client ID " + cart.ClientID,
-		`- AzureIdentityBinding "cart" has the selector "cart" and gives it AzureIdentity "cart"`,
-		`- AzureIdentityBinding shop/shouting does not match: its selector "CART" differs in case`,
-		`- AzureIdentityBinding kube-system/elsewhere does not match: it is in another namespace`,
+		`√ binding     AzureIdentityBinding "cart" has the selector "cart" and gives it AzureIdentity "cart"`,
+		`              AzureIdentityBinding shop/shouting does not match: its selector "CART" differs in case`,
+		`              AzureIdentityBinding kube-system/elsewhere does not match: it is in another namespace`,
 	} {
 		assert.Contains(t, output, line)
 	}

@@ -33,7 +33,7 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `"magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
-		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, doctor, explain, probe and version`},
+		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, doctor, explain, probe, status and version`},
 		"a taken port":         {[]string{kubeconfig}, good, "port 2579 is taken"},
 		"no kubeconfig":        {[]string{"KUBECONFIG=/nowhere"}, good, "reading KUBECONFIG=/nowhere"},
 		"an empty kubeconfig":  {[]string{"KUBECONFIG=/dev/null"}, good, "KUBECONFIG=/dev/null has no current context"},

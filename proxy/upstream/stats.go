@@ -5,7 +5,7 @@ import (
 	"errors"
 	"time"
 
-	"github.com/podidentity/nmi/histogram"
+	"github.com/podidentity/nmi/proxy/histogram"
 	"github.com/podidentity/nmi/tokencache"
 )
 

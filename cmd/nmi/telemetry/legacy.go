@@ -5,7 +5,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/podidentity/nmi/histogram"
+	"github.com/podidentity/nmi/proxy/histogram"
 	"github.com/podidentity/nmi/proxy/upstream"
 )
 

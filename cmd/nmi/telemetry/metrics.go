@@ -111,9 +111,9 @@ func (s snapshot) addTokens(l *list) {
 
 func (s snapshot) addPods(l *list) {
 	p := s.pods
-	p.Resolutions[podresolver.Found] += s.server.FastPath // see ResolveNow
+	p.Resolutions[podresolver.OutcomeFound] += s.server.FastPath // see ResolveNow
 	l.counter("nmi.pods.resolutions", "Times that the pod of a request's address was asked for", each("outcome", p.Resolutions[:], podresolver.Outcome.String)...)
-	l.histogram("nmi.pods.wait.duration", "Time that requests waited for their pods to be known", fastBuckets, spread(p.Waits))
+	l.counter("nmi.pods.wait.seconds", "Time that requests waited for their pods to be known, in vain or not", of(p.WaitTime.Seconds()))
 	l.gauge("nmi.pods.addresses", "", "Addresses that pods of this node have", of(p.Addresses))
 	l.counter("nmi.pods.ambiguous_addresses", "Times that an address came to have more than one owner", of(p.Ambiguous))
 	l.counter("nmi.pods.lookups", "Lookups of an address's pod at the API server",

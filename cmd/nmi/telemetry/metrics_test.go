@@ -16,7 +16,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podidentity/nmi/histogram"
+	"github.com/podidentity/nmi/proxy/histogram"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
@@ -43,7 +43,7 @@ func everything() snapshot {
 		}},
 		version: "v1.2.3", goVersion: "go1.26",
 	}
-	s.pods.Resolutions[podresolver.Found] = 4
+	s.pods.Resolutions[podresolver.OutcomeFound] = 4
 	s.upstream.IMDS.Waits = took(time.Microsecond)
 	s.upstream.IMDS.Durations[upstream.Throttled] = took(80 * time.Millisecond)
 	return s

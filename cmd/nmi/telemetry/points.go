@@ -7,7 +7,7 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
-	"github.com/podidentity/nmi/histogram"
+	"github.com/podidentity/nmi/proxy/histogram"
 )
 
 // list is the metrics of one scrape.

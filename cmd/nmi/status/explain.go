@@ -1,0 +1,102 @@
+package status
+
+import (
+	"slices"
+	"strings"
+	"time"
+)
+
+// Pod prints what nmi explain prints: the steps of a request, and then the verdict.
+func (p Printer) Pod(pod *Pod, now time.Time) {
+	p.line("pod %s", strings.Join(append([]string{pod.String()}, pod.Addresses...), ", "))
+	if pod.Requested != "" {
+		p.line("requests %s", pod.Requested)
+	}
+	p.line("")
+	for _, step := range pod.Steps {
+		p.step(step.Name, step.State, step.Texts...)
+	}
+	p.history(pod, now)
+	p.line("")
+	p.verdict(pod)
+	if pod.Reason != "" {
+		p.line("reason: %s", p.paint(pod.State, pod.Reason))
+	}
+	p.fix(pod.Fix)
+	for _, step := range pod.Steps {
+		if step.State == Warning && step.Fix != pod.Fix {
+			p.fix(step.Fix)
+		}
+	}
+}
+
+// step prints a step, in as many lines as it has texts.
+func (p Printer) step(name string, state State, texts ...string) {
+	for i, text := range texts {
+		if i == 0 {
+			p.line("%s %-10s  %s", p.mark(state), name, text)
+		} else {
+			p.line("  %-10s  %s", "", text)
+		}
+	}
+}
+
+// history prints the tokens in memory, and what was refused.
+func (p Printer) history(pod *Pod, now time.Time) {
+	var texts []string
+	for _, t := range pod.Tokens {
+		text := t.Resource + " for another " + human(t.ExpiresOn.Sub(now))
+		if t.NextRefresh != nil {
+			text += ", refreshed in " + human(t.NextRefresh.Sub(now))
+		}
+		if t.FailedRefreshes > 0 {
+			text += ", after failed refreshes"
+		}
+		texts = append(texts, text)
+	}
+	if len(pod.Tokens) < pod.TokensHeld {
+		texts = append(texts, "and more")
+	}
+	if len(texts) > 0 {
+		p.step("tokens", OK, texts...)
+	} else if pod.Answer == "" && slices.ContainsFunc(pod.Identities, func(id Identity) bool { return id.Chosen }) {
+		p.step("tokens", None, "none in memory; where an identity is not assigned to the node's virtual machine (scale set), IMDS refuses the token")
+	}
+	texts = nil
+	for _, r := range pod.Refusals {
+		texts = append(texts, human(now.Sub(r.Last))+" ago: "+r.Reason+": "+r.Text)
+	}
+	p.step("refusals", Warning, texts...)
+}
+
+// verdict prints what the pod is answered.
+func (p Printer) verdict(pod *Pod) {
+	switch {
+	case pod.HostNetwork:
+		p.line("its requests go to IMDS directly, which gives it the identities of the node")
+		return
+	case pod.Answer != "":
+		p.line("is answered %s", p.paint(Failed, pod.Answer))
+	}
+	if pod.Exception != "" {
+		p.line("is excepted by %q: its requests are passed through to IMDS", pod.Exception)
+		return
+	}
+	if len(pod.Identities) == 0 {
+		p.line("has no identity")
+	}
+	for _, id := range pod.Identities {
+		switch {
+		case id.Pending:
+			p.line("will get %s once MIC has assigned it", id.Text)
+		case id.Chosen && pod.Answer == "" && pod.Requested == "":
+			p.line("gets by default %s", p.paint(OK, id.Text))
+		case id.Chosen && pod.Answer == "":
+			p.line("gets %s", p.paint(OK, id.Text))
+		case id.Chosen:
+			p.line("would get %s", id.Text)
+		default:
+			p.line("may use %s", id.Text)
+		}
+	}
+}
