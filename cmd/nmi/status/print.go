@@ -146,7 +146,11 @@ func (p Printer) trouble(s *Snapshot, pod *Pod) {
 // refusals prints them, and the text of those with another reason than has been said already.
 func (p Printer) refusals(s *Snapshot, all []Refusal, said string) {
 	for _, r := range all {
-		p.line("    %d times in %s, the last %s ago: %d %s", r.Count, human(r.Last.Sub(r.First)), human(s.Time.Sub(r.Last)), r.Status, r.Reason)
+		when := human(s.Time.Sub(r.Last)) + " ago"
+		if r.Count > 1 {
+			when = fmt.Sprintf("%d times in %s, the last %s", r.Count, human(r.Last.Sub(r.First)), when)
+		}
+		p.line("    %s: %d %s", when, r.Status, r.Reason)
 		if r.Reason != said {
 			p.line("      %s", r.Text)
 		}
