@@ -36,6 +36,7 @@ vuln: ## known vulnerabilities of what the agent is built from, by https://vuln.
 # The tests of iptables run in namespaces of their own, hence root. The model test
 # tries fewer seeds with -race, hence again.
 unit: root packages ## unit tests, those on the real kernel included
+	@deploy/packages.sh chromium # shows the status page
 	@go tool -modfile=.ci/helm/go.mod -n helm >/dev/null # builds it, so that no test's time limit has to cover that
 	go test -race ./...
 	go test -run '^TestModel$$' ./tokencache

@@ -149,3 +149,28 @@ func TestAnchors(t *testing.T) {
 	got := anchorsIn("# A `b`, c/d: [e](f)?\n```\n# not\n```\n## Redirect modes\n<a id=\"x-y\"></a>\n")
 	assert.Equal(t, map[string]bool{"a-b-cd-e": true, "redirect-modes": true, "x-y": true}, got)
 }
+
+// TestReasonsAreDocumented requires docs/status.md to list each reason of a refusal, and no other.
+func TestReasonsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile(repository + "/docs/status.md")
+	require.NoError(t, err)
+	_, table, _ := strings.Cut(string(page), "## Reasons")
+	documented := make(map[string]bool)
+	for _, row := range regexp.MustCompile("(?m)^\\| `[^|]*").FindAllString(table, -1) {
+		for _, word := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(row, -1) {
+			documented[word[1]] = true
+		}
+	}
+	for _, source := range []string{"/podresolver/reason.go", "/proxy/reason.go"} {
+		text, err := os.ReadFile(repository + source)
+		require.NoError(t, err)
+		reasons := regexp.MustCompile(`(?m)^\t(\w+) += "(\w+)"`).FindAllSubmatch(text, -1)
+		require.NotEmpty(t, reasons, source)
+		for _, reason := range reasons {
+			assert.Equal(t, string(reason[1]), string(reason[2]), source)
+			assert.True(t, documented[string(reason[2])], "docs/status.md lacks %s of %s", reason[2], source)
+			delete(documented, string(reason[2]))
+		}
+	}
+	assert.Empty(t, documented, "docs/status.md has reasons that there are not")
+}

@@ -1,6 +1,7 @@
 package status
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -9,11 +10,13 @@ import (
 	"image/color"
 	"image/png"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -21,7 +24,10 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-var screenshots = flag.String("screenshots", "", "directory to keep the screenshots in")
+var (
+	screenshots = flag.String("screenshots", "", "directory to keep the screenshots in")
+	update      = flag.Bool("update", false, "write docs/images/status.png")
+)
 
 // TestInABrowser shows the page in headless Chromium, in two themes and on two widths: nothing is
 // wider than the screen, each theme has its own background, no script of a pod's name runs, and
@@ -57,6 +63,11 @@ func TestInABrowser(t *testing.T) {
 			})
 		}
 	}
+	if *update {
+		file := filepath.Join(dir, "status.png")
+		take(t, chromium, server.URL+Page+"?refresh=off", file, 1280, "light")
+		writePalette(t, "../../../docs/images/status.png", open(t, file), 1205)
+	}
 	for _, uri := range asked {
 		assert.Contains(t, []string{Page + "?refresh=off", "/favicon.ico"}, uri)
 	}
@@ -80,7 +91,7 @@ func take(t *testing.T, chromium, url, file string, width int, theme string) {
 	defer cancel()
 	args := []string{
 		"--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-extensions", "--disable-background-networking", "--no-proxy-server",
-		"--user-data-dir=" + t.TempDir(), fmt.Sprintf("--window-size=%d,%d", width, map[int]int{375: 4200, 1280: 1900}[width]), "--screenshot=" + file, "--virtual-time-budget=2000",
+		"--user-data-dir=" + t.TempDir(), fmt.Sprintf("--window-size=%d,%d", width, map[int]int{375: 2900, 1280: 1750}[width]), "--screenshot=" + file, "--virtual-time-budget=2000",
 	}
 	if theme == "dark" {
 		args = append(args, "--blink-settings=preferredColorScheme=0")
@@ -99,4 +110,28 @@ func open(t *testing.T, file string) image.Image {
 	shot, err := png.Decode(f)
 	require.NoError(t, err)
 	return shot
+}
+
+// writePalette writes the upper part of a screenshot with its most frequent colors alone: a third
+// of the bytes.
+func writePalette(t *testing.T, file string, shot image.Image, height int) {
+	t.Helper()
+	count := make(map[color.Color]int)
+	bounds := image.Rect(0, 0, shot.Bounds().Dx(), height)
+	for y := range height {
+		for x := range bounds.Dx() {
+			count[shot.At(x, y)]++
+		}
+	}
+	colors := slices.SortedFunc(maps.Keys(count), func(a, b color.Color) int { return count[b] - count[a] })
+	small := image.NewPaletted(bounds, colors[:min(len(colors), 64)])
+	for y := range height {
+		for x := range bounds.Dx() {
+			small.Set(x, y, shot.At(x, y))
+		}
+	}
+	var b bytes.Buffer
+	require.NoError(t, (&png.Encoder{CompressionLevel: png.BestCompression}).Encode(&b, small))
+	require.Less(t, b.Len(), 120<<10)
+	require.NoError(t, os.WriteFile(file, b.Bytes(), 0o644)) //nolint:gosec // a page for everybody
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"strings"
 	"time"
 )
@@ -82,7 +83,16 @@ var source string
 var pageTemplate = template.Must(template.New("statusz").Parse(source))
 
 // Lines are for the template, as are the following.
-func (v view) Lines() []line { return v.lines() }
+func (v view) Lines() []line {
+	lines := v.lines()
+	for i := range lines {
+		lines[i].Text = amount.ReplaceAllString(lines[i].Text, "$1\u00a0$2")
+	}
+	return lines
+}
+
+// amount is a number and its unit, which stay on one line.
+var amount = regexp.MustCompile(`(\d) (d|h|min|s)\b`)
 
 // Verdict is the agent in a word.
 func (v view) Verdict() line { return v.verdict() }

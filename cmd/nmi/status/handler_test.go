@@ -34,7 +34,7 @@ func TestPage(t *testing.T) {
 	page := w.Body.String()
 	for _, text := range []string{
 		`<meta http-equiv="refresh" content="30">`, "<title>ready · aks-user-31415926-vmss000003 · nmi</title>", "nmi v0.1.0 · standard mode · up 3 d 4 h",
-		"guard and routing in place", "throttles this node for another 42 s", "2 refused, 1 refused recently, 2 served, 3 without an identity",
+		"guard and routing in place", "throttles this node for another 42\u00a0s", "2 refused, 1 refused recently, 2 served, 3 without an identity",
 		"10.244.0.12", "SelectorCaseDiffers", "<b>Fix:</b>set the pod&#39;s label aadpodidbinding", "400 invalid_request: Identity not found",
 		"https://vault.azure.net", "expires in", "4 h 31 min", "refresh in 12 min", "2 refreshes failed", "212 times", "3 s</time> ago", "no pod on this node has this address",
 	} {
