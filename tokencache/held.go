@@ -34,7 +34,9 @@ func (c *Cache) HeldBy(caller netip.Addr, most int) (held []Held, total int) {
 		}
 		held = append(held, h)
 	}
-	slices.SortFunc(held, func(a, b Held) int { return cmp.Or(a.ExpiresOn.Compare(b.ExpiresOn), cmp.Compare(a.Key.Resource, b.Key.Resource)) })
+	slices.SortFunc(held, func(a, b Held) int {
+		return cmp.Or(a.ExpiresOn.Compare(b.ExpiresOn), cmp.Compare(a.Key.Resource, b.Key.Resource))
+	})
 	total = len(held)
 	return held[:min(total, most)], total
 }

@@ -99,10 +99,11 @@ func (e *explanation) print(out io.Writer, output string) error {
 		return writeIndented(out, e.Pod)
 	}
 	status.Printer{Out: out, Color: isTerminal(out)}.Pod(&e.Pod, time.Now())
-	if e.remark != "" {
-		fmt.Fprintln(out, e.remark)
+	if e.remark == "" {
+		return nil
 	}
-	return nil
+	_, err := fmt.Fprintln(out, e.remark)
+	return err
 }
 
 // explain asks the agent that listens on the socket, or reads the cluster. given are the

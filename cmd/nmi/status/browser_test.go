@@ -52,7 +52,7 @@ func TestInABrowser(t *testing.T) {
 				take(t, chromium, server.URL+Page+"?refresh=off", file, width, theme)
 				shot := open(t, file)
 				assert.Equal(t, width, shot.Bounds().Dx())
-				background := color.GrayModel.Convert(shot.At(1, 1)).(color.Gray).Y //nolint:errcheck // it is one
+				background := color.GrayModel.Convert(shot.At(1, 1)).(color.Gray).Y
 				assert.Equal(t, theme == "dark", background < 64, "the background is %d", background)
 				// The margins are empty from top to bottom: nothing runs out of the screen.
 				for y := range shot.Bounds().Dy() {

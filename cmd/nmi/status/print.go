@@ -43,7 +43,7 @@ func (p Printer) line(format string, args ...any) {
 			args[i] = clean(text)
 		}
 	}
-	fmt.Fprintf(p.Out, format+"\n", args...)
+	_, _ = fmt.Fprintf(p.Out, format+"\n", args...) // it fails when nobody reads any more
 }
 
 // clean replaces what could control a terminal, or show as another text than it is.
