@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -36,6 +37,11 @@ func TestInABrowser(t *testing.T) {
 	chromium := browser(t)
 	var asked []string
 	s := sample()
+	if *screenshots == "" { // nobody looks
+		s.Pods[0].Name, s.Pods[0].Fix = strings.Repeat("long", 60), `<script>document.body.style.background = "red"</script><style>body { background: red }</style>`
+		s.Pods[3].Tokens[0].Resource, s.Agent.Node = strings.Repeat("x", maxResource), strings.Repeat("node", 20)
+		s.Pods[5].Name = strings.Repeat("quiet", 50)
+	}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked = append(asked, r.URL.RequestURI())
 		Handler(func() Snapshot { return s }, http.NotFoundHandler()).ServeHTTP(w, r)
@@ -64,6 +70,7 @@ func TestInABrowser(t *testing.T) {
 		}
 	}
 	if *update {
+		s = sample()
 		file := filepath.Join(dir, "status.png")
 		take(t, chromium, server.URL+Page+"?refresh=off", file, 1280, "light")
 		writePalette(t, "../../../docs/images/status.png", open(t, file), 1205)
