@@ -210,8 +210,12 @@ func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
 // confirm returns ErrUnconfirmed is treated like an unknown one: the request waits. The last
 // error of confirm is returned. It may be called several times.
 func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
+	if r.expired.Load() {
+		r.counts.resolved(Found, ErrStale)
+		return nil, ErrStale
+	}
 	s := r.current.Load()
-	pod, err := r.resolveIn(s, addr, confirm)
+	pod, err := s.resolve(addr, confirm)
 	switch {
 	case err == nil || !retriable(err):
 		r.counts.resolved(OutcomeFound, err)
@@ -229,14 +233,10 @@ func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm f
 // ResolveNow is ResolveCaller for a request that does not wait. Its caller counts it, because that
 // would take longer than the rest: it is not in Stats.
 func (r *Resolver) ResolveNow(addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
-	return r.resolveIn(r.current.Load(), addr, confirm)
-}
-
-func (r *Resolver) resolveIn(s *snapshot, addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
 	if r.expired.Load() {
 		return nil, ErrStale
 	}
-	return s.resolve(addr, confirm)
+	return r.current.Load().resolve(addr, confirm)
 }
 
 // retriable reports whether an event may resolve the error.

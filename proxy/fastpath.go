@@ -70,7 +70,7 @@ func (s *Server) tokenInMemory(c *listener.Conn, req tokenRequest) (a answer, ok
 }
 
 // respond writes the response with a token that http.Server would write, byte for byte.
-func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool, at time.Time) error {
+func (s *Server) respond(c *listener.Conn, token *tokencache.Token, last bool, at int64) error {
 	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is put there
 	defer putBuffer(buffer)
 	const maxHeader = 256
@@ -107,7 +107,7 @@ func (s *Server) takeBack(w *response, c *listener.Conn, token *tokencache.Token
 	serve := func() {
 		last := s.draining.Load()
 		switch {
-		case s.respond(c, token, last, time.Now()) != nil || last:
+		case s.respond(c, token, last, time.Now().Unix()) != nil || last:
 			_ = c.Close()
 		case mine:
 			s.front.serve(c, idleTimeout)

@@ -342,6 +342,7 @@ func answersFast(tb testing.TB) (answer func()) {
 	tb.Helper()
 	s, c, head := knownRequest(tb)
 	request := []byte(withID(2))
+	arrived := time.Now()
 	return func() {
 		if !head.matches(request) {
 			tb.Fatal("another head")
@@ -350,7 +351,7 @@ func answersFast(tb testing.TB) (answer func()) {
 		if !ok || s.respond(c, a.token, false, a.at) != nil {
 			tb.Fatal("not answered")
 		}
-		s.requests.recordHit(a.source, time.Since(a.at))
+		s.requests.recordHit(a.source, time.Since(arrived))
 	}
 }
 

@@ -138,6 +138,10 @@ func (s *Server) confirm(pod *podresolver.Pod, caller netip.Addr, ingress int) e
 	if s.cfg.CheckSource == nil {
 		return nil
 	}
+	return s.checkSource(pod, caller, ingress)
+}
+
+func (s *Server) checkSource(pod *podresolver.Pod, caller netip.Addr, ingress int) error {
 	err := s.cfg.CheckSource(caller, ingress, pod)
 	switch {
 	case err == nil:

@@ -49,7 +49,7 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // writeToken writes a token; if there are tokens of auxiliary tenants, an array of it and
 // those, as the old NMI did.
-func writeToken(w http.ResponseWriter, t *tokencache.Token, auxiliary []*tokencache.Token, now time.Time) {
+func writeToken(w http.ResponseWriter, t *tokencache.Token, auxiliary []*tokencache.Token, now int64) {
 	buffer := buffers.Get().(*[]byte) //nolint:errcheck // nothing else is put there
 	b := (*buffer)[:0]
 	if len(auxiliary) == 0 {
@@ -73,19 +73,18 @@ func putBuffer(buffer *[]byte) {
 }
 
 // appendToken appends the eight fields in IMDS's order, all of them strings: some
-// SDKs cannot read numbers, none needs them.
-func appendToken(b []byte, t *tokencache.Token, now time.Time) []byte {
-	seconds := now.Unix()
+// SDKs cannot read numbers, none needs them. now is in Unix time.
+func appendToken(b []byte, t *tokencache.Token, now int64) []byte {
 	b = append(b, `{"access_token":"`...)
 	b = append(b, t.AccessToken...) // a b64token: nothing to escape
 	b = append(b, `","client_id":`...)
 	b = appendString(b, t.ClientID)
 	b = append(b, `,"expires_in":"`...)
-	b = appendSeconds(b, t.ExpiresOn.Unix()-seconds)
+	b = appendSeconds(b, t.ExpiresOn.Unix()-now)
 	b = append(b, `","expires_on":"`...)
 	b = appendSeconds(b, t.ExpiresOn.Unix())
 	b = append(b, `","ext_expires_in":"`...)
-	b = appendSeconds(b, t.ExtExpiresOn.Unix()-seconds)
+	b = appendSeconds(b, t.ExtExpiresOn.Unix()-now)
 	b = append(b, `","not_before":"`...)
 	b = appendSeconds(b, t.NotBefore.Unix())
 	b = append(b, `","resource":`...)
@@ -118,10 +117,10 @@ type dateText struct {
 	text string
 }
 
-func (d *httpDate) format(now time.Time) string {
+func (d *httpDate) format(now int64) string {
 	last := d.last.Load()
-	if last == nil || last.unix != now.Unix() {
-		last = &dateText{now.Unix(), now.UTC().Format(http.TimeFormat)}
+	if last == nil || last.unix != now {
+		last = &dateText{now, time.Unix(now, 0).UTC().Format(http.TimeFormat)}
 		d.last.Store(last)
 	}
 	return last.text

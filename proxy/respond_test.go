@@ -23,7 +23,7 @@ func TestExpiresIn(t *testing.T) {
 	} {
 		want := `{"access_token":"a.b","client_id":"\"quoted\"","expires_in":"` + left[0] + `","expires_on":"1800003600","ext_expires_in":"` + left[1] +
 			`","not_before":"1800000000","resource":"r\\\n` + "\x7f\u00e9" + `","token_type":"Bearer"}`
-		assert.Equal(t, want, string(appendToken(nil, token, made.Add(later))), "%s later", later)
+		assert.Equal(t, want, string(appendToken(nil, token, made.Add(later).Unix())), "%s later", later)
 	}
 }
 

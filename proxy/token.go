@@ -49,7 +49,7 @@ func (s *Server) token(w *response, r *http.Request) error {
 	case !head.last && !conn.Pipelined() && s.takeBack(w, conn, a.token): // not for one that may never come again
 		return nil
 	}
-	writeToken(w, a.token, a.auxiliary, time.Now())
+	writeToken(w, a.token, a.auxiliary, time.Now().Unix())
 	return nil
 }
 
@@ -61,12 +61,14 @@ func (s *Server) traced(r *http.Request) context.Context {
 	return s.cfg.Trace(r.Context(), r.Header)
 }
 
-// answer is what a request for a token gets.
+// answer is what a request for a token gets. It is small enough to be returned in registers.
 type answer struct {
 	token     *tokencache.Token
 	auxiliary []*tokencache.Token // of auxiliary tenants
 	source    tokencache.Source   // of the token that took longest
-	at        time.Time           // when it was looked for: to read the clock takes as long as to find a token in memory
+	// at is when it was looked for, in Unix time: to read the clock takes as long as to find a
+	// token in memory.
+	at int64
 }
 
 // tokens decides which identity a pod's request gets, and returns its tokens. The pod must be the
@@ -76,8 +78,9 @@ func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.
 	if err != nil {
 		return a, fmt.Errorf("pod %s: %w", pod, err)
 	}
-	a.at = time.Now() // not before: the identity may have been waited for
-	a.token, a.source, err = s.cached(ctx, keyOf(identity, req.resource), caller, req, a.at)
+	at := time.Now() // not before: the identity may have been waited for
+	a.at = at.Unix()
+	a.token, a.source, err = s.cached(ctx, keyOf(identity, req.resource), caller, req, at)
 	if err == nil && identity.Principal != nil {
 		err = s.addAuxiliary(ctx, &a, identity, caller, req)
 	}
