@@ -211,7 +211,7 @@ func (r *Resolver) Resolve(ctx context.Context, addr netip.Addr) (*Pod, error) {
 // error of confirm is returned. It may be called several times.
 func (r *Resolver) ResolveCaller(ctx context.Context, addr netip.Addr, confirm func(*Pod) error) (*Pod, error) {
 	if r.expired.Load() {
-		r.counts.resolved(Found, ErrStale)
+		r.counts.resolved(OutcomeFound, ErrStale)
 		return nil, ErrStale
 	}
 	s := r.current.Load()

@@ -25,6 +25,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/podidentity/nmi/cmd/nmi/doctor"
 	"github.com/podidentity/nmi/cmd/nmi/status"
 	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/podresolver"
@@ -279,7 +280,7 @@ func TestExplainAndTheAgentAgree(t *testing.T) {
 			agent := status.Parts{Pods: resolver, Confirm: confirm, Tokens: tokens, Server: server}
 			socket := filepath.Join(t.TempDir(), "probe.sock")
 			page := newPage(flagProbeSocket, logger, func(ctx context.Context) (pageListener, error) { return listenUnix(ctx, socket) })
-			page.handler = explainHandler(agent, cfg, http.NotFoundHandler())
+			page.handler = explainHandler(agent, cfg, doctor.Settings{}, http.NotFoundHandler())
 			var running sync.WaitGroup
 			running.Go(func() { page.run(ctx) })
 			running.Go(func() { resolver.Run(ctx) })

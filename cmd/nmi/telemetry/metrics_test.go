@@ -16,10 +16,10 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/podidentity/nmi/proxy/histogram"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/histogram"
 	"github.com/podidentity/nmi/proxy/upstream"
 )
 
