@@ -5,6 +5,7 @@ import "time"
 // Source is where the token of a request came from. The later ones take longer.
 type Source int
 
+// The sources of tokens.
 const (
 	Memory     Source = iota // in memory, and fresh
 	Refreshing               // in memory, while a new one is due or fetched
@@ -20,6 +21,7 @@ func (s Source) String() string {
 // Reason is why a token is fetched.
 type Reason int
 
+// The reasons to fetch a token.
 const (
 	Miss    Reason = iota // no valid token is in memory
 	Refresh               // the one in memory is due

@@ -29,11 +29,11 @@ func of[N number](value N, labels ...attribute.KeyValue) point {
 	return point{float64(value), labels} // a counter that is exact no more has counted for thousands of years
 }
 
-func oneIf(yes bool, labels ...attribute.KeyValue) point {
+func oneIf(yes bool) point {
 	if yes {
-		return of(1, labels...)
+		return of(1)
 	}
-	return of(0, labels...)
+	return of(0)
 }
 
 // durations is a histogram with its labels.
