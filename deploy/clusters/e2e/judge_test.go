@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -118,9 +117,6 @@ func (s *scenario) answers(pod, container string) ([]answers.Answer, answers.Sum
 			}
 			some, last, err := answers.Read(log)
 			_ = log.Close()
-			if previous && errors.Is(err, answers.ErrRemoved) {
-				continue
-			}
 			assert.NoError(s.t, err, "log of %s/%s", pod, container)
 			all = append(all, some...)
 			sum.Right += last.Right

@@ -5,10 +5,8 @@ package answers
 import (
 	"bufio"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 )
 
@@ -40,21 +38,11 @@ type Line struct {
 	Summary *Summary `json:",omitempty"`
 }
 
-// ErrRemoved means that the kubelet has removed the container with its log: it keeps one
-// ended container of each, and of a pod that has ended not even that.
-var ErrRemoved = errors.New("the container has been removed")
-
-// removed is what the kubelet sends in the place of such a log.
-const removed = "unable to retrieve container logs for "
-
 // Read reads a log: the answers, and the last summary.
 func Read(log io.Reader) (all []Answer, last Summary, err error) {
 	lines := bufio.NewScanner(log)
 	for lines.Scan() {
 		var line Line
-		if strings.HasPrefix(lines.Text(), removed) {
-			return nil, Summary{}, ErrRemoved
-		}
 		if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
 			return nil, Summary{}, fmt.Errorf("not a line of an asker's: %q: %w", lines.Text(), err)
 		}
