@@ -43,9 +43,8 @@ func TestRebootsWithTheBootGuard(t *testing.T) {
 	s.run(world.script, "reboot")
 	s.awaitContainers(before, 0)
 
-	for _, p := range s.pods {
-		s.end(p.name) // before it reaches the metadata service
-	}
+	s.judgePods()
+	s.kubectl("-n", s.namespace, "delete", "pods", "--all") // before they reach the metadata service
 	s.cleanUp()
 	assert.Empty(t, s.agentRules())
 	_, err := world.command(t.Context(), world.script, "exec", "test", "-e", unit)

@@ -22,11 +22,7 @@ const tooLong = 30 * time.Second
 // ones and for leaks.
 func (s *scenario) judge() {
 	s.t.Helper()
-	for _, p := range s.pods {
-		for container, a := range p.askerOf {
-			s.judgeContainer(p.name, container, a)
-		}
-	}
+	s.judgePods()
 	r := s.result
 	if r.Retried > 0 {
 		s.note("requests that took more than one try: %d", r.Retried)
@@ -43,6 +39,17 @@ func (s *scenario) judge() {
 		return
 	}
 	assert.Zero(s.t, r.Failed, "failed requests: %v", r.Failures)
+}
+
+// judgePods counts the answers of the pods so far, and then forgets the pods.
+func (s *scenario) judgePods() {
+	s.t.Helper()
+	for _, p := range s.pods {
+		for container, a := range p.askerOf {
+			s.judgeContainer(p.name, container, a)
+		}
+	}
+	s.pods = nil
 }
 
 func (s *scenario) judgeContainer(pod, container string, a asker) {
