@@ -31,6 +31,7 @@ func TestProfiles(t *testing.T) {
 		resp.Body.Close()
 		assert.Equal(t, http.StatusOK, resp.StatusCode, path)
 		assert.Contains(t, string(body), want, path)
+		assert.False(t, resp.Close, "as it would be with the limits of a page that pods reach")
 	}
 	resp, err := http.Get(url + "/metrics")
 	require.NoError(t, err)
