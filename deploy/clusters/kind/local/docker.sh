@@ -88,9 +88,24 @@ remove_cgroups() {
 	done
 }
 
+# thaw lets go what is frozen. In version 1 of cgroups runc freezes a container to change its
+# devices; if it is killed just then, nothing in there can end, and neither can the daemon's
+# namespace of processes.
+thaw() {
+	local frozen
+	shopt -s nullglob globstar
+	for frozen in /sys/fs/cgroup/*freezer*/nmi-kind/**/freezer.state; do
+		echo THAWED >"$frozen" || true
+	done
+} 2>/dev/null # what has been removed meanwhile
+
 down() {
 	if running; then
-		end_process "$(cat "$state/docker.pid")"
+		end_process "$(cat "$state/docker.pid")" &
+		while kill -0 $! 2>/dev/null; do
+			thaw
+			sleep 0.5
+		done
 	fi
 	rm -f "$state/docker.pid"
 	remove_cgroups
