@@ -35,13 +35,14 @@ type RequestStats struct {
 const OtherMethod = "_OTHER"
 
 // MaxKinds is how many RequestStats there are at most.
-const MaxKinds = 2*maxKinds + 2
+const MaxKinds = maxTokenKinds + maxOtherKinds + 2
 
 const (
-	// maxKinds bounds the kinds of requests that are told apart, of GETs of the token path, and
-	// apart from them, so that no pod can hide their failures, of others: pods choose method and
-	// path, and each kind is 3 KiB of /metrics.
-	maxKinds = 16
+	// maxTokenKinds and maxOtherKinds bound the kinds of requests that are told apart, of GETs of
+	// the token path, and apart from them, so that no pod can hide their failures, of others: pods
+	// choose method and path, and each kind is 3 KiB of /metrics.
+	maxTokenKinds = 10
+	maxOtherKinds = 8
 )
 
 // requestKey is a kind of requests.
@@ -74,14 +75,14 @@ func (s *requests) record(key requestKey, took time.Duration) {
 func (s *requests) kind(key requestKey) *histogram.Histogram {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	kinds := &s.others
+	kinds, most := &s.others, maxOtherKinds
 	if key.method == http.MethodGet && key.route == tokenPath {
-		kinds = &s.token
+		kinds, most = &s.token, maxTokenKinds
 	}
 	if *kinds == nil {
 		*kinds = make(map[requestKey]*histogram.Histogram)
 	}
-	if (*kinds)[key] == nil && len(*kinds) >= maxKinds {
+	if (*kinds)[key] == nil && len(*kinds) >= most {
 		key = requestKey{overflow: true}
 	}
 	if (*kinds)[key] == nil {

@@ -75,8 +75,8 @@ func TestKindsAreBounded(t *testing.T) {
 	for status := range 1000 {
 		all.record(requestKey{method: OtherMethod, status: status}, time.Second)
 	}
-	assert.Len(t, all.others, maxKinds+1)
-	assert.Equal(t, uint64(1000-maxKinds), all.others[requestKey{overflow: true}].Snapshot().Count())
+	assert.Len(t, all.others, maxOtherKinds+1)
+	assert.Equal(t, uint64(1000-maxOtherKinds), all.others[requestKey{overflow: true}].Snapshot().Count())
 	token := requestKey{method: http.MethodGet, route: tokenPath, status: http.StatusServiceUnavailable}
 	all.record(token, time.Second)
 	assert.Equal(t, uint64(1), all.token[token].Snapshot().Count(), "still told apart")

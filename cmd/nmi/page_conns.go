@@ -11,11 +11,11 @@ import (
 )
 
 const (
-	maxPageConns = 24
+	maxPageConns = 32
 	// The last are kept for the node itself, whose kubelet may probe by the port.
 	pageConnsForNode = 2
 	// One address may have so many connections, but only one when more than a
-	// quarter of all are in use: it takes 18 addresses to keep others out.
+	// quarter of all are in use: it takes 24 addresses to keep others out.
 	maxPageConnsPerAddr = 4
 	scarcePageConns     = maxPageConns / 4
 

@@ -21,14 +21,14 @@ import (
 //
 //	30 KiB  heap, measured: net/http's buffers, 4 KiB of head
 //	        and the page in a buffer that doubles when it grows: 60 KiB on the probe
-//	        port, which has less; 300 KiB on the metrics port, whose page has 40 KiB,
-//	        and 150 if pods send requests of all kinds (60 more with --legacy-metrics)
+//	        port, which has less; 210 KiB on the metrics port, whose page has 40 KiB,
+//	        and 105 if pods send requests of all kinds (60 more with --legacy-metrics)
 //	13 KiB  stacks, measured
 //	40 KiB  socket buffers: twice what is asked for (socket(7), SO_RCVBUF)
 //	 4 KiB  the kernel's sock, file and inode
 //
-// which is 147 KiB and 387 KiB, and 3.4 MiB and 9.1 MiB for 24 connections. Pods can reach
-// both ports: 12.5 MiB together. The probe socket is a third, for root in the agent's own
+// which is 147 KiB and 297 KiB, and 4.6 MiB and 9.3 MiB for 32 connections. Pods can reach
+// both ports: 13.9 MiB together. The probe socket is a third, for root in the agent's own
 // pod alone.
 //
 // Connections that have not been accepted hold kernel memory outside the container's
@@ -45,7 +45,7 @@ const (
 
 	// After a page that took a while to render the next waits for 19 times as long, so
 	// that clients that ask without end get about a twentieth of a core: /metrics
-	// takes some milliseconds. The pause is bounded, since all 24 connections may
+	// takes some milliseconds. The pause is bounded, since all 32 connections may
 	// have to wait for their turns, and Prometheus waits for 10 s.
 	renderPause    = 19
 	maxRenderPause = 100 * time.Millisecond

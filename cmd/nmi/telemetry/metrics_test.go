@@ -157,6 +157,6 @@ func TestPageIsBounded(t *testing.T) {
 			Method: "_OTHER", Route: "/metadata/identity/oauth2/token", Status: 100 + i, Source: "refreshing", Duration: took(time.Second),
 		})
 	}
-	assert.Less(t, len(page(t, s)), 150<<10)
+	assert.Less(t, len(page(t, s)), 105<<10)
 	assert.Less(t, len(page(t, everything())), 45<<10)
 }
