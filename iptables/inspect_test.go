@@ -98,7 +98,7 @@ func TestRestrictions(t *testing.T) {
 			require.NoError(t, err)
 			found, err := i.Restrictions()
 			require.NoError(t, err)
-			assert.Empty(t, found, "the agent's own guard is none")
+			assert.Empty(t, found, "the agent's own guard is not listed")
 			rule := "FORWARD -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -m comment --comment restriction -j DROP"
 			for _, table := range []string{"filter", "mangle"} {
 				n.iptablesOn(backend, table, strings.Fields("-I "+rule)...)

@@ -14,7 +14,7 @@ import (
 )
 
 // Hint says more of an error that wraps ErrNoIdentity: the precise reason, and the objects that
-// nearly give the pod an identity, "" if there are none. For other errors the reason is
+// nearly give the pod an identity, "" without any. For other errors the reason is
 // Reason's. It looks at every binding: use it for log lines only.
 func (r *Resolver) Hint(err error) (reason, nearMisses string) {
 	var refusal *refusalError

@@ -100,7 +100,7 @@ func Fix(reason string) string {
 	case CredentialUnusable:
 		return "correct the secret that the AzureIdentity names, or the agent's right to read it: docs/service-principals.md#errors"
 	case Throttled, TooManyWaiting:
-		return "find out who asks for too much: docs/troubleshooting.md#why-does-my-pod-get-429"
+		return "find the pod or program that requests too many tokens: docs/troubleshooting.md#why-does-my-pod-get-429"
 	case TokensWithheldOnBridge:
 		return "use a network plugin that gives each pod a link of its own, or take NET_RAW and NET_ADMIN from all pods and set --allow-network-plugin-kubenet"
 	default:

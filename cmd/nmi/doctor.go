@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/podidentity/nmi/cmd/nmi/doctor"
+	"github.com/podidentity/nmi/cmd/nmi/terminal"
 	"github.com/podidentity/nmi/podresolver"
 )
 
@@ -63,11 +64,11 @@ func examine(ctx context.Context, cfg doctor.Config, output string, out io.Write
 	var report doctor.Report
 	if output == outputJSON {
 		report = doctor.Run(ctx, cfg, doctor.Silent{})
-		if err := report.WriteJSON(out); err != nil {
+		if err := writeIndented(out, report); err != nil {
 			return err
 		}
 	} else {
-		table := &doctor.Table{Out: out, Color: isTerminal(out)}
+		table := &doctor.Table{Printer: terminal.New(out)}
 		report = doctor.Run(ctx, cfg, table)
 		table.Summary(report)
 	}

@@ -20,6 +20,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/podidentity/nmi/cmd/nmi/status"
+	"github.com/podidentity/nmi/cmd/nmi/terminal"
 	"github.com/podidentity/nmi/podresolver"
 )
 
@@ -98,7 +99,7 @@ func (e *explanation) print(out io.Writer, output string) error {
 	if output == outputJSON {
 		return writeIndented(out, e.Pod)
 	}
-	status.Printer{Out: out, Color: isTerminal(out)}.Pod(&e.Pod, time.Now())
+	status.Printer{Printer: terminal.New(out)}.Pod(&e.Pod, time.Now())
 	if e.remark == "" {
 		return nil
 	}

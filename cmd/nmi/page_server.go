@@ -121,7 +121,7 @@ func limitStatus(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == status.Page {
 			if !mu.TryLock() {
-				http.Error(w, "somebody else is reading the status; try again", http.StatusServiceUnavailable)
+				http.Error(w, "another client is reading the status; try again in some seconds", http.StatusServiceUnavailable)
 				return
 			}
 			defer mu.Unlock()

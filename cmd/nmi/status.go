@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/podidentity/nmi/cmd/nmi/status"
+	"github.com/podidentity/nmi/cmd/nmi/terminal"
 )
 
 // statusCommand prints what the agent of the same pod knows.
@@ -44,6 +47,8 @@ func agentStatus(ctx context.Context, socket string) (*status.Snapshot, error) {
 	switch code, err := getPage(ctx, socket, status.Page+"?format=json", &page); {
 	case err != nil:
 		return nil, fmt.Errorf("%w. Run this in an agent's pod: kubectl -n kube-system exec <agent's pod> -- nmi status", err)
+	case code == http.StatusServiceUnavailable: // see limitStatus
+		return nil, errors.New(strings.TrimSpace(page.String()))
 	case code != http.StatusOK:
 		return nil, fmt.Errorf("the agent that listens on %s is of another version: %s says %d", socket, status.Page, code)
 	}
@@ -58,6 +63,6 @@ func printStatus(out io.Writer, snapshot *status.Snapshot, output string) error 
 	if output == outputJSON {
 		return writeIndented(out, snapshot)
 	}
-	status.Printer{Out: out, Color: isTerminal(out)}.Snapshot(snapshot)
+	status.Printer{Printer: terminal.New(out)}.Snapshot(snapshot)
 	return nil
 }

@@ -35,7 +35,8 @@ func TestStatusCommand(t *testing.T) {
 	p := newPage(flagProbeSocket, slog.New(slog.DiscardHandler), nil)
 	p.ln = ln
 	snapshot := status.Snapshot{Agent: status.Agent{Node: "node1", Version: "v1", Ready: true}, Pods: []status.Pod{{Namespace: "shop", Name: strings.Repeat("n", 200<<10), State: status.OK}}}
-	p.handler = status.Handler(func() status.Snapshot { return snapshot }, http.NotFoundHandler())
+	meanwhile := func() {} // while a client is served
+	p.handler = status.Handler(func() status.Snapshot { meanwhile(); return snapshot }, http.NotFoundHandler())
 	running := &component{run: p.run}
 	running.Start(t.Context())
 	t.Cleanup(func() { running.Stop(); p.close() })
@@ -50,6 +51,11 @@ func TestStatusCommand(t *testing.T) {
 	var got status.Snapshot
 	require.NoError(t, json.Unmarshal([]byte(out), &got))
 	assert.Equal(t, snapshot.Pods, got.Pods)
+	meanwhile = func() { _, err = run() } // which does not get so far
+	_, firstErr := run()
+	require.NoError(t, firstErr)
+	require.EqualError(t, err, "another client is reading the status; try again in some seconds")
+	meanwhile = func() {}
 	_, err = run("-o", "yaml")
 	require.ErrorContains(t, err, "want table or json")
 	_, err = run("else")

@@ -1,47 +1,31 @@
 package doctor
 
 import (
-	"encoding/json"
-	"fmt"
-	"io"
 	"strings"
-)
 
-// WriteJSON writes the report as JSON.
-func (r Report) WriteJSON(out io.Writer) error {
-	encoder := json.NewEncoder(out)
-	encoder.SetIndent("", "  ")
-	encoder.SetEscapeHTML(false)
-	return encoder.Encode(r)
-}
+	"github.com/podidentity/nmi/cmd/nmi/terminal"
+)
 
 // Table prints results as text, a line each, and why a check does not succeed below it.
 type Table struct {
-	Out   io.Writer
-	Color bool
+	terminal.Printer
 	begun bool
 }
 
-// marks are the first words of lines, and their colors (ECMA-48, SGR).
-var marks = map[string]struct{ mark, color string }{
-	Success: {"√", "\x1b[32m"},
-	Warning: {"‼", "\x1b[33m"},
-	Error:   {"×", "\x1b[31m"},
-	Skipped: {"-", "\x1b[2m"},
-}
+var marks = map[string]terminal.Mark{Success: terminal.OK, Warning: terminal.Warning, Error: terminal.Failed, Skipped: terminal.None}
 
 // Category implements Printer.
 func (t *Table) Category(name string) {
 	if t.begun {
-		t.printf("\n")
+		t.Line("")
 	}
 	t.begun = true
-	t.printf("%s\n%s\n", name, strings.Repeat("-", len(name)))
+	t.Line("%s\n%s", name, strings.Repeat("-", len(name)))
 }
 
 // Result implements Printer.
 func (t *Table) Result(r Result) {
-	t.printf("%s %s\n", t.mark(r.Result), r.Description)
+	t.Line("%s %s", t.Mark(marks[r.Result]), r.Description)
 	if r.Error == "" {
 		return
 	}
@@ -49,9 +33,11 @@ func (t *Table) Result(r Result) {
 	if r.Result == Skipped {
 		text = "skipped: " + text
 	}
-	t.printf("    %s\n", strings.ReplaceAll(text, "\n", "\n    "))
+	for line := range strings.SplitSeq(text, "\n") {
+		t.Line("    %s", line)
+	}
 	if r.Result != Skipped {
-		t.printf("    see %s\n", r.Hint)
+		t.Line("    see %s", r.Hint)
 	}
 }
 
@@ -61,19 +47,8 @@ func (t *Table) Summary(r Report) {
 	if !r.Success {
 		result = Error
 	}
-	t.printf("\n%s %d checks succeeded, %d warned, %d failed, %d were skipped\n", t.mark(result),
+	t.Line("\n%s %d checks succeeded, %d warned, %d failed, %d were skipped", t.Mark(marks[result]),
 		r.Count(Success), r.Count(Warning), r.Count(Error), r.Count(Skipped))
-}
-
-// printf prints. Nobody hears of what cannot be printed.
-func (t *Table) printf(format string, args ...any) { _, _ = fmt.Fprintf(t.Out, format, args...) }
-
-func (t *Table) mark(result string) string {
-	m := marks[result]
-	if !t.Color {
-		return m.mark
-	}
-	return m.color + m.mark + "\x1b[0m"
 }
 
 // Silent prints nothing.

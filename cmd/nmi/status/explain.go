@@ -8,19 +8,19 @@ import (
 
 // Pod prints what nmi explain prints: the steps of a request, and then the verdict.
 func (p Printer) Pod(pod *Pod, now time.Time) {
-	p.line("pod %s", strings.Join(append([]string{pod.String()}, pod.Addresses...), ", "))
+	p.Line("pod %s", strings.Join(append([]string{pod.String()}, pod.Addresses...), ", "))
 	if pod.Requested != "" {
-		p.line("requests %s", pod.Requested)
+		p.Line("requests %s", pod.Requested)
 	}
-	p.line("")
+	p.Line("")
 	for _, step := range pod.Steps {
 		p.step(step.Name, step.State, step.Texts...)
 	}
 	p.history(pod, now)
-	p.line("")
+	p.Line("")
 	p.verdict(pod)
 	if pod.Reason != "" {
-		p.line("reason: %s", p.paint(pod.State, pod.Reason))
+		p.Line("reason: %s", p.paint(pod.State, pod.Reason))
 	}
 	p.fix(pod.Fix)
 	for _, step := range pod.Steps {
@@ -34,9 +34,9 @@ func (p Printer) Pod(pod *Pod, now time.Time) {
 func (p Printer) step(name string, state State, texts ...string) {
 	for i, text := range texts {
 		if i == 0 {
-			p.line("%s %-10s  %s", p.mark(state), name, text)
+			p.Line("%s %-10s  %s", p.mark(state), name, text)
 		} else {
-			p.line("  %-10s  %s", "", text)
+			p.Line("  %-10s  %s", "", text)
 		}
 	}
 }
@@ -73,30 +73,30 @@ func (p Printer) history(pod *Pod, now time.Time) {
 func (p Printer) verdict(pod *Pod) {
 	switch {
 	case pod.HostNetwork:
-		p.line("its requests go to IMDS directly, which gives it the identities of the node")
+		p.Line("its requests go to IMDS directly, which gives it the identities of the node")
 		return
 	case pod.Answer != "":
-		p.line("is answered %s", p.paint(Failed, pod.Answer))
+		p.Line("is answered %s", p.paint(Failed, pod.Answer))
 	}
 	if pod.Exception != "" {
-		p.line("is excepted by %q: its requests are passed through to IMDS", pod.Exception)
+		p.Line("is excepted by %q: its requests are passed through to IMDS", pod.Exception)
 		return
 	}
 	if len(pod.Identities) == 0 {
-		p.line("has no identity")
+		p.Line("has no identity")
 	}
 	for _, id := range pod.Identities {
 		switch {
 		case id.Pending:
-			p.line("will get %s once MIC has assigned it", id.Text)
+			p.Line("will get %s once MIC has assigned it", id.Text)
 		case id.Chosen && pod.Answer == "" && pod.Requested == "":
-			p.line("gets by default %s", p.paint(OK, id.Text))
+			p.Line("gets by default %s", p.paint(OK, id.Text))
 		case id.Chosen && pod.Answer == "":
-			p.line("gets %s", p.paint(OK, id.Text))
+			p.Line("gets %s", p.paint(OK, id.Text))
 		case id.Chosen:
-			p.line("would get %s", id.Text)
+			p.Line("would get %s", id.Text)
 		default:
-			p.line("may use %s", id.Text)
+			p.Line("may use %s", id.Text)
 		}
 	}
 }

@@ -12,6 +12,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/cmd/nmi/terminal"
 )
 
 func get(handler http.Handler, target string, change ...func(*http.Request)) *httptest.ResponseRecorder {
@@ -152,7 +154,7 @@ func TestLoopbackHandler(t *testing.T) {
 func TestPrintedSnapshot(t *testing.T) {
 	s := sample()
 	var out strings.Builder
-	Printer{Out: &out}.Snapshot(&s)
+	Printer{terminal.Printer{Out: &out}}.Snapshot(&s)
 	assert.Equal(t, `nmi v0.1.0 on node aks-user-31415926-vmss000003 is ready, standard mode, up 3 d 4 h
 
 √ redirect     dnat, by iptables-nft: interface azv7c1a2, which leads to pod address 10.244.0.11, has no IPv4 address
@@ -181,7 +183,7 @@ fix: set the pod's label aadpodidbinding (in its controller's template) to "repo
 `, out.String()[:strings.Index(out.String(), "\n× bank/")])
 	s.Agent.Ready, s.Agent.Problems = false, []string{"the iptables rules are not in place yet"}
 	out.Reset()
-	Printer{Out: &out, Color: true}.Snapshot(&s)
+	Printer{terminal.Printer{Out: &out, Color: true}}.Snapshot(&s)
 	assert.Contains(t, out.String(), "\x1b[31mnot ready\x1b[0m")
 	assert.True(t, strings.HasSuffix(out.String(), "\n\x1b[31m×\x1b[0m the iptables rules are not in place yet\n"), "errors last")
 }
@@ -191,9 +193,9 @@ func TestPrintedTextIsHarmless(t *testing.T) {
 	s := sample()
 	hostile(reflect.ValueOf(&s).Elem(), "a\x1b]0;x\x07\x1b[2J\u202eb\nc\xff")
 	var out strings.Builder
-	Printer{Out: &out}.Snapshot(&s)
+	Printer{terminal.Printer{Out: &out}}.Snapshot(&s)
 	for i := range s.Pods {
-		Printer{Out: &out}.Pod(&s.Pods[i], s.Time)
+		Printer{terminal.Printer{Out: &out}}.Pod(&s.Pods[i], s.Time)
 	}
 	for _, r := range out.String() {
 		require.False(t, r != '\n' && (r < ' ' || r == 0x7f || r == '\u202e'), "%q", r)

@@ -50,7 +50,7 @@ func sample() Snapshot {
 				Refusals: []Refusal{{Status: 400, Reason: "IdentityUnknownToIMDS", Count: 9, First: ago(2 * time.Minute), Last: ago(11 * time.Second), Text: "pod bank/ledger-0, identity bank/ledger: no token (refused, retry after 10s): IMDS answered 400 invalid_request: Identity not found (bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity)"}},
 			},
 			{
-				Namespace: "shop", Name: "search-0", Addresses: []string{"10.244.0.13"}, State: Warning, Reason: "Throttled", Fix: "find out who asks for too much: docs/troubleshooting.md#why-does-my-pod-get-429",
+				Namespace: "shop", Name: "search-0", Addresses: []string{"10.244.0.13"}, State: Warning, Reason: "Throttled", Fix: "find the pod or program that requests too many tokens: docs/troubleshooting.md#why-does-my-pod-get-429",
 				Identities: identity("shop", "cart", cart), Steps: served("10.244.0.13", "cart"), TokensHeld: 1,
 				Tokens:   []Token{{Identity: cart, Resource: "https://search.azure.com", ExpiresOn: *at(22 * time.Hour), NextRefresh: at(10 * time.Hour)}},
 				Refusals: []Refusal{{Status: 429, Reason: "Throttled", Count: 3, First: ago(time.Minute), Last: ago(50 * time.Second), Text: "pod shop/search-0, identity shop/cart: no token (throttled, retry after 42s): IMDS answered 429 invalid_request: Temporarily throttled, too many requests"}},

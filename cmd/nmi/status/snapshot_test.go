@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/podidentity/nmi/cmd/nmi/terminal"
 	"github.com/podidentity/nmi/deploy/testlog"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
@@ -136,7 +137,7 @@ func TestSnapshot(t *testing.T) {
 
 	// No token is in any form of it.
 	var text strings.Builder
-	Printer{Out: &text}.Snapshot(&s)
+	Printer{terminal.Printer{Out: &text}}.Snapshot(&s)
 	handler := Handler(func() Snapshot { return s }, http.NotFoundHandler())
 	for _, shown := range []string{get(handler, Page).Body.String(), get(handler, Page+"?format=json").Body.String(), text.String()} {
 		assert.Contains(t, shown, "odd")
@@ -171,7 +172,7 @@ func TestFromObjectsAlone(t *testing.T) {
 	pod, err := Parts{Pods: p.Pods}.Pod("shop", "cart", podresolver.Selector{ClientID: cart.ClientID})
 	require.NoError(t, err)
 	var out strings.Builder
-	Printer{Out: &out}.Pod(&pod, time.Now())
+	Printer{terminal.Printer{Out: &out}}.Pod(&pod, time.Now())
 	assert.Equal(t, `pod shop/cart, 10.244.0.1
 requests client ID "`+cart.ClientID+`"
 

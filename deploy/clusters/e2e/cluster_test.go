@@ -27,8 +27,8 @@ type cluster struct {
 	kube   kubernetes.Interface
 	custom dynamic.Interface
 	root   string          // the project's folder
-	script string          // cluster.sh; "" where there is none
-	imds   *control.Client // nil where there is none
+	script string          // cluster.sh; "" without one
+	imds   *control.Client // nil without one
 }
 
 // The identities that the fake metadata service and the fake Entra know.

@@ -35,7 +35,7 @@ func (s *scenario) nodeToken() request {
 	return request{tokenPath("https://" + s.namespace), 200, imdstest.Node}
 }
 
-// refused asks for a token, and must be told that there is none: SDKs do not try again.
+// refused asks for a token, and must be refused for good: SDKs do not try again.
 func (s *scenario) refused(query ...string) request {
 	return request{tokenPath("https://"+s.namespace, query...), 400, ""}
 }
