@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/validate/content"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
@@ -33,7 +34,9 @@ func newSecrets(restConfig *rest.Config) (*secrets, error) {
 	c := rest.CopyConfig(restConfig)
 	c.GroupVersion, c.APIPath = &corev1.SchemeGroupVersion, "/api"
 	c.ContentType, c.AcceptContentTypes = runtime.ContentTypeJSON, runtime.ContentTypeJSON
-	c.NegotiatedSerializer = serializer.NewCodecFactory(runtime.NewScheme()).WithoutConversion()
+	known := runtime.NewScheme()
+	metav1.AddToGroupVersion(known, corev1.SchemeGroupVersion) // Status, with the API server's words
+	c.NegotiatedSerializer = serializer.NewCodecFactory(known).WithoutConversion()
 	c.QPS, c.Burst = secretsPerSecond, secretsAtOnce
 	client, err := rest.RESTClientFor(c)
 	if err != nil {

@@ -60,10 +60,10 @@ func TestReadingASecret(t *testing.T) {
 		forGood bool
 	}{
 		"gone":      {"it cannot be read: there is no such secret", true},
-		"forbidden": {"apply deploy/service-principals/rbac.yaml to namespace shop, with the secret's name in it", true},
+		"forbidden": {"apply deploy/service-principals/rbac.yaml to namespace shop, with the secret's name in it (User \"nmi\" cannot get)", true},
 		"../sp":     {`"../sp" cannot be part of a secret's name`, true},
 		"":          {`"" cannot be part`, true},
-		"broken":    {"asking the API server for it: ", false},
+		"broken":    {"asking the API server for it: etcd is away", false},
 		"half":      {"not the JSON of a secret", false},
 		"other":     {"not the JSON of a secret", false},
 		"odd":       {"not the JSON of a secret", false},

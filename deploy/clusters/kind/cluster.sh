@@ -16,6 +16,17 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 verb=${1:-}
 
+# thawing runs a command that ends containers, see local/docker.sh.
+thawing() {
+	local thaw status=0
+	"$here/local/docker.sh" thaw &
+	thaw=$!
+	"$@" || status=$?
+	kill "$thaw"
+	wait "$thaw" 2>/dev/null || true
+	return "$status"
+}
+
 # Where the node image is a local one, there is no docker either: local/docker.sh runs one in
 # namespaces of its own, and this script once more in there.
 if [ -z "${NMI_KIND_INSIDE:-}" ]; then
@@ -27,8 +38,8 @@ if [ -z "${NMI_KIND_INSIDE:-}" ]; then
 			exec "$here/local/docker.sh" enter "$here/cluster.sh" "$@"
 		fi
 		status=0
-		"$here/local/docker.sh" enter "$here/cluster.sh" down || status=$?
-		"$here/local/docker.sh" down
+		thawing "$here/local/docker.sh" enter "$here/cluster.sh" down || status=$?
+		thawing "$here/local/docker.sh" down
 		exit "$status"
 	fi
 fi
@@ -125,7 +136,7 @@ run() {
 # reboot kills all of the node at once, and with it the kernel's rules, whose network namespace
 # ends. The metadata service's link is there again before systemd has started the kubelet.
 reboot() {
-	docker kill "$node" >/dev/null
+	thawing docker kill "$node" >/dev/null
 	docker start "$node" >/dev/null
 	"$here/imds.sh" connect
 	eventually docker exec "$node" systemctl is-active kubelet

@@ -6,6 +6,7 @@
 #	docker.sh up            start it, unless it runs
 #	docker.sh running       does it run?
 #	docker.sh enter CMD...  run a command where it runs: "docker" works there as anywhere
+#	docker.sh thaw          for a minute, let go what is frozen
 #	docker.sh down          end it, and put back what it changed
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
@@ -88,24 +89,23 @@ remove_cgroups() {
 	done
 }
 
-# thaw lets go what is frozen. In version 1 of cgroups runc freezes a container to change its
-# devices; if it is killed just then, nothing in there can end, and neither can the daemon's
-# namespace of processes.
+# thaw lets go what is frozen, for a minute at most. In version 1 of cgroups runc freezes a
+# container to change its devices. If it is killed just then, nothing in there can end, and docker
+# can neither kill nor remove the node.
 thaw() {
-	local frozen
+	local deadline=$((SECONDS + 60)) frozen
 	shopt -s nullglob globstar
-	for frozen in /sys/fs/cgroup/*freezer*/nmi-kind/**/freezer.state; do
-		echo THAWED >"$frozen" || true
+	while [ $SECONDS -lt $deadline ]; do
+		for frozen in /sys/fs/cgroup/*freezer*/nmi-kind/**/freezer.state; do
+			echo THAWED >"$frozen" || true
+		done 2>/dev/null # what has been removed meanwhile
+		sleep 0.5
 	done
-} 2>/dev/null # what has been removed meanwhile
+}
 
 down() {
 	if running; then
-		end_process "$(cat "$state/docker.pid")" &
-		while kill -0 $! 2>/dev/null; do
-			thaw
-			sleep 0.5
-		done
+		end_process "$(cat "$state/docker.pid")"
 	fi
 	rm -f "$state/docker.pid"
 	remove_cgroups
@@ -120,7 +120,7 @@ down() {
 }
 
 case ${1:-} in
-up | running | init | down) "$1" ;;
+up | running | init | thaw | down) "$1" ;;
 enter) enter "${@:2}" ;;
 *)
 	sed -n 's/^#\tdocker/docker/p' "$here/local/docker.sh" >&2
