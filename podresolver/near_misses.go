@@ -13,13 +13,20 @@ import (
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
-// Hint says more of an error that wraps ErrNoIdentity: the precise reason, and the objects that
-// nearly give the pod an identity, "" without any. For other errors the reason is
-// Reason's. It looks at every binding: use it for log lines only.
-func (r *Resolver) Hint(err error) (reason, nearMisses string) {
+// Hint says more of an error of a request.
+type Hint struct {
+	Reason     string // see Reason; "" for errors of other packages
+	Fix        string // what to do; "" if that is not known
+	NearMisses string // the objects that nearly give the pod an identity; "" if there are none
+}
+
+// Hint says the precise reason of an error that wraps ErrNoIdentity, and what nearly matches. It
+// looks at every binding: use it for log lines only.
+func (r *Resolver) Hint(err error) Hint {
 	var refusal *refusalError
 	if !errors.As(err, &refusal) {
-		return Reason(err), ""
+		why := causeOf(err)
+		return Hint{Reason: why.reason, Fix: why.fix}
 	}
 	r.objects.mu.Lock()
 	defer r.objects.mu.Unlock()
@@ -28,7 +35,8 @@ func (r *Resolver) Hint(err error) (reason, nearMisses string) {
 	for _, miss := range near {
 		texts = append(texts, miss.text)
 	}
-	return r.noIdentityLocked(refusal.pod, near).reason, joinFirst(texts)
+	why := r.noIdentityLocked(refusal.pod, near)
+	return Hint{Reason: why.reason, Fix: why.fix, NearMisses: joinFirst(texts)}
 }
 
 // nearMiss describes an object that would match the pod if it did not differ in case or
@@ -87,7 +95,7 @@ func (r *Resolver) nearBindingsLocked(info *podInfo, label string) (all []nearMi
 			miss.text = fmt.Sprintf("AzureIdentityBinding %s does not match: it is in another namespace", b.ObjectName)
 		}
 		if elsewhere(b) {
-			miss.cause = cause{BindingInOtherNamespace, fmt.Sprintf("create the AzureIdentityBinding, and its AzureIdentity, in namespace %q, with the selector %q: those of namespace %q count for its own pods alone", info.Namespace, label, b.Namespace)}
+			miss.cause = cause{BindingInOtherNamespace, fmt.Sprintf("create the AzureIdentityBinding, and its AzureIdentity, in namespace %q, with the selector %q: those of another namespace count for its own pods alone", info.Namespace, label)} // it names no other namespace: see package events
 		}
 		return miss
 	})

@@ -71,7 +71,7 @@ func TestReasonsAndFixes(t *testing.T) {
 			require.NoError(t, err)
 			_, err = pod.Identity(tc.want)
 			require.Equal(t, tc.reason == "", err == nil)
-			reason, _ := h.Hint(err)
+			reason := h.Hint(err).Reason
 			assert.Equal(t, tc.reason, reason, "to the log")
 			if err != nil {
 				assert.NotEmpty(t, Reason(err))

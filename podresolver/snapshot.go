@@ -2,10 +2,12 @@ package podresolver
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"iter"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -81,8 +83,37 @@ func resolveOwner(addr netip.Addr, claims []*Pod) owner {
 	slices.SortFunc(claims, compareClaims)
 	for _, older := range claims[1:] {
 		if !older.info.terminating() {
-			return owner{err: fmt.Errorf("%w (%s): %s and %s", ErrAmbiguousAddress, addr, claims[0], older)}
+			return owner{err: &ambiguousError{addr, claims}}
 		}
 	}
 	return owner{pod: claims[0]}
+}
+
+// ambiguousError is ErrAmbiguousAddress, with the pods, youngest first.
+type ambiguousError struct {
+	addr   netip.Addr
+	claims []*Pod
+}
+
+func (e *ambiguousError) Error() string {
+	var names []string
+	for _, p := range e.claims {
+		if (!p.info.terminating() || p == e.claims[0]) && len(names) < maxDescribed {
+			names = append(names, p.String())
+		}
+	}
+	return fmt.Sprintf("%s (%s): %s", ErrAmbiguousAddress, e.addr, strings.Join(names, " and "))
+}
+
+// Unwrap returns ErrAmbiguousAddress.
+func (e *ambiguousError) Unwrap() error { return ErrAmbiguousAddress }
+
+// Claimants returns the pods that claim the address of an error that wraps ErrAmbiguousAddress;
+// nil for other errors.
+func Claimants(err error) []*Pod {
+	var ambiguous *ambiguousError
+	if !errors.As(err, &ambiguous) {
+		return nil
+	}
+	return ambiguous.claims
 }

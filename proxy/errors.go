@@ -186,10 +186,15 @@ func (s *Server) notServed(r *http.Request, status int, err error) {
 		refusal.Pod = pod.String()
 	}
 	logged := s.logLimit.allow(caller)
+	cause := err
+	var fix string
 	if logged {
-		refusal.Reason, err = s.diagnose(err)
+		refusal.Reason, fix, err = s.diagnose(err)
 		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", status, "reason", refusal.Reason, "error", err)
 	}
 	refusal.Text = err.Error()
-	s.refusals.add(caller, refusal, logged)
+	count := s.refusals.add(caller, refusal, logged)
+	if logged && s.cfg.Refused != nil {
+		s.deny(caller, cause, Denial{Reason: refusal.Reason, Fix: fix, Count: count})
+	}
 }

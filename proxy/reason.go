@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 
@@ -66,21 +67,19 @@ func reasonOfFailure(f *tokencache.Failure) string {
 	}
 }
 
-// diagnose returns why a request is not served, and the error with what an operator can do, for
-// the log: IMDS's words, which the pod is told, may read as if no identity were bound to it, and
-// a binding or an identity may nearly match. It takes a look at every binding.
-func (s *Server) diagnose(err error) (reason string, _ error) {
-	reason, nearMisses := s.cfg.Pods.Hint(err)
-	if reason == "" {
-		reason = Reason(err)
-	}
+// diagnose returns why a request is not served and what to do, and the error with what an operator
+// can do, for the log: IMDS's words, which the pod is told, may read as if no identity were bound
+// to it, and a binding or an identity may nearly match. It takes a look at every binding.
+func (s *Server) diagnose(err error) (reason, fix string, _ error) {
+	hint := s.cfg.Pods.Hint(err)
+	reason = cmp.Or(hint.Reason, Reason(err))
 	switch {
 	case reason == IdentityUnknownToIMDS:
 		err = fmt.Errorf("%w (bound, but IMDS does not know this identity on this node: assign it to the scale set (VM) or correct the AzureIdentity)", err)
-	case nearMisses != "":
-		err = fmt.Errorf("%w; near misses: %s", err, nearMisses)
+	case hint.NearMisses != "":
+		err = fmt.Errorf("%w; near misses: %s", err, hint.NearMisses)
 	}
-	return reason, err
+	return reason, cmp.Or(hint.Fix, Fix(reason)), err
 }
 
 // Fix returns what to do about a reason of this package; "" for podresolver's, whose

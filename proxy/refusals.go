@@ -28,7 +28,8 @@ type Refusal struct {
 	Count       uint64
 	First, Last time.Time
 
-	cause string // the error's text, without what diagnose adds
+	cause    string // the error's text, without what diagnose adds
+	reported uint64 // of Count, as Denials
 }
 
 // refusals remembers the last refusals of each address: pods can make up any number of them.
@@ -46,8 +47,9 @@ func newRefusals() *refusals {
 }
 
 // add counts a refusal. One of the same cause counts with the earlier one, and takes its place
-// among the last; precise means that r.Reason and r.Text say more than the error itself.
-func (m *refusals) add(caller netip.Addr, r Refusal, precise bool) {
+// among the last; precise means that r.Reason and r.Text say more than the error itself. It
+// returns how many there have been since the last precise one.
+func (m *refusals) add(caller netip.Addr, r Refusal, precise bool) (since uint64) {
 	r.cause, r.Text = cut(r.cause), cut(r.Text)
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -58,7 +60,7 @@ func (m *refusals) add(caller netip.Addr, r Refusal, precise bool) {
 	switch {
 	case i >= 0:
 		known := all[i]
-		r.Count, r.First = known.Count, known.First
+		r.Count, r.First, r.reported = known.Count, known.First, known.reported
 		if !precise {
 			r.Reason, r.Text = known.Reason, known.Text
 		}
@@ -67,7 +69,12 @@ func (m *refusals) add(caller netip.Addr, r Refusal, precise bool) {
 		all = slices.Delete(all, 0, 1)
 	}
 	r.Count++
+	since = r.Count - r.reported
+	if precise {
+		r.reported = r.Count
+	}
 	m.byCaller.Add(caller, append(all, r))
+	return since
 }
 
 // of returns the refusals of an address, the last first.

@@ -82,6 +82,10 @@ type Config struct {
 	// tokencache.Request. nil traces nothing.
 	Trace func(ctx context.Context, header http.Header) context.Context
 
+	// Refused is called, as often as the log has a line, for pods that are not served. It must
+	// not wait. nil calls nothing.
+	Refused func(Denial)
+
 	Logger *slog.Logger // nil means slog.Default
 }
 
