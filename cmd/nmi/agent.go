@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/podidentity/nmi/cmd/nmi/bootguard"
+	"github.com/podidentity/nmi/cmd/nmi/events"
 	"github.com/podidentity/nmi/cmd/nmi/handover"
 	"github.com/podidentity/nmi/cmd/nmi/startuptaint"
 	"github.com/podidentity/nmi/cmd/nmi/telemetry"
@@ -33,6 +34,7 @@ type agent struct {
 	tokens   *tokencache.Cache
 	server   *proxy.Server
 	handover *handover.Handover
+	events   *events.Writer
 	taint    *startuptaint.Manager // nil without --startup-taint
 	guard    *bootguard.Guard      // nil without --boot-guard-dir
 	front    *handover.Listener    // pods' connections arrive here; nil before start
@@ -111,14 +113,18 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	a.tokens = tokencache.New(a.traces.Fetch(a.upstream.Token), tokencache.Config{InUse: proxy.InUse(a.resolver)})
 	cfg.proxy.Pods, cfg.proxy.Tokens, cfg.proxy.Upstream = a.resolver, a.tokens, a.upstream
 	cfg.proxy.CheckSource, cfg.proxy.Version = checkSource(a.links), version
+	if a.events, err = events.New(cluster.config, events.Config{Node: cfg.resolver.Node, Logger: log}); err != nil {
+		return nil, err
+	}
+	cfg.proxy.Refused = a.events.Refused
 	a.server = proxy.New(cfg.proxy)
 	a.health = newHealth(ctx, a)
 	a.buildPages()
 	if a.stopMetrics, err = telemetry.PushMetrics(ctx, a.parts(), log); err != nil {
 		log.Warn("metrics are not exported by OTLP", "error", err)
 	}
-	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}}
-	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}}
+	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}, {run: a.events.Run}}
+	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}, {run: a.watchRules}}
 	if cfg.profile {
 		a.background = append(a.background, &component{run: a.profiles.run})
 	}
@@ -268,3 +274,6 @@ func (a *agent) reportSync(ctx context.Context) {
 	case <-ctx.Done():
 	}
 }
+
+// watchRules has an Event on the node say that its rules cannot be written.
+func (a *agent) watchRules(ctx context.Context) { a.events.WatchRules(ctx, a.rules.Status) }

@@ -78,7 +78,7 @@ func (a *agent) buildPages() {
 // parts is what metrics are made from.
 func (a *agent) parts() telemetry.Parts {
 	return telemetry.Parts{
-		Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server,
+		Rules: a.rules, Links: a.links, Pods: a.resolver, Upstream: a.upstream, Tokens: a.tokens, Server: a.server, Events: a.events,
 		Ready: a.health.err, Version: version, Node: a.cfg.resolver.Node, Legacy: a.cfg.legacyMetrics,
 	}
 }

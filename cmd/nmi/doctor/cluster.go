@@ -157,6 +157,9 @@ func (d *doctor) rights() (all []right) {
 			all = append(all, right{group: resource.Group, resource: resource.Resource, verb: verb, apply: role})
 		}
 	}
+	for _, verb := range []string{"create", "patch"} {
+		all = append(all, right{group: "events.k8s.io", resource: "events", verb: verb, optional: true, apply: role})
+	}
 	if d.settings.StartupTaint.Key != "" {
 		for _, verb := range []string{"list", "watch", "patch"} {
 			all = append(all, right{resource: "nodes", verb: verb, optional: true, apply: "deploy/admission/startup-taint.yaml"})

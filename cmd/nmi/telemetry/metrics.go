@@ -30,6 +30,8 @@ func (s snapshot) metrics(since, now time.Time) []metricdata.Metrics {
 }
 
 func (s snapshot) addAgent(l *list) {
+	l.counter("nmi.events.written", "Kubernetes Events created or updated", of(s.events.Written))
+	l.counter("nmi.events.dropped", "Kubernetes Events for which there was no room, no rate or no right", of(s.events.Dropped))
 	l.gauge("nmi.ready", "", "1 if the agent is ready, as /readyz says, else 0", oneIf(s.ready))
 	l.gauge("nmi.build_info", "", "1 for the version that runs",
 		of(1, attribute.String("version", s.version), attribute.String("goversion", s.goVersion)))

@@ -3,6 +3,7 @@ package telemetry
 import (
 	"runtime"
 
+	"github.com/podidentity/nmi/cmd/nmi/events"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
@@ -21,6 +22,7 @@ type snapshot struct {
 	tokens         tokencache.Stats
 	server         proxy.Stats
 	upstream       upstream.Stats
+	events         events.Stats
 	sourcesRefused uint64
 	withheld       bool // tokens are, because of a bridge
 }
@@ -36,6 +38,7 @@ func (p Parts) snapshot() snapshot {
 		tokens:         p.Tokens.Stats(),
 		server:         p.Server.Stats(),
 		upstream:       p.Upstream.Stats(),
+		events:         p.Events.Stats(),
 		sourcesRefused: p.Links.Stats().Refused,
 		withheld:       p.Links.Status().Unguarded != nil,
 	}

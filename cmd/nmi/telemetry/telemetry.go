@@ -26,6 +26,7 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
+	"github.com/podidentity/nmi/cmd/nmi/events"
 	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
@@ -42,6 +43,7 @@ type Parts struct {
 	Upstream *upstream.Upstream
 	Tokens   *tokencache.Cache
 	Server   *proxy.Server
+	Events   *events.Writer
 
 	Ready   func() error // nil if the agent is
 	Version string       // of the agent

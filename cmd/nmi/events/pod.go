@@ -1,0 +1,45 @@
+package events
+
+import (
+	"regexp"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy"
+)
+
+// Refused records that requests of a pod were not served, if there is something to change for
+// those who run the pod or its cluster. What passes by itself, or is the same for all pods (such
+// as IMDS being down), has metrics and the status page.
+func (w *Writer) Refused(d proxy.Denial) {
+	switch d.Reason {
+	case podresolver.NoIdentityBound, podresolver.SelectorCaseDiffers, podresolver.BindingInOtherNamespace,
+		podresolver.IdentityMissing, podresolver.IdentityUnusable, podresolver.RequestedIdentityMissing,
+		podresolver.SeveralIdentities, podresolver.NotAssigned, podresolver.AddressAmbiguous,
+		proxy.IdentityUnknownToIMDS, proxy.IMDSRefused, proxy.EntraRefused, proxy.CredentialUnusable, proxy.TokensWithheldOnBridge:
+	default:
+		return
+	}
+	w.Record(Event{
+		Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: d.Pod.Namespace, Name: d.Pod.Name, UID: types.UID(d.Pod.UID)},
+		Reason:    d.Reason, Action: "RequestToken", Note: noteOf(d), Count: d.Count,
+	})
+}
+
+// passing is what Entra adds to its texts and is another for each request. The log has it.
+var passing = regexp.MustCompile(`\s*(Trace ID|Correlation ID|Timestamp): \S+( \d\d:\d\d:\d\dZ)?`)
+
+// noteOf says why, and what to do, which is never cut.
+func noteOf(d proxy.Denial) string {
+	text := strings.TrimPrefix(d.Text, "pod "+d.Pod.String())
+	text = passing.ReplaceAllString(strings.TrimLeft(text, ":, "), "")
+	fix := clean(d.Fix, maxNote/2)
+	if fix == "" {
+		return clean(text, maxNote)
+	}
+	fix = ". Fix: " + fix
+	return clean(text, maxNote-len(fix)) + fix
+}
