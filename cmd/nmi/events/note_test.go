@@ -67,6 +67,7 @@ func TestWatchRules(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go w.WatchRules(ctx, func() iptables.Status { return *status.Load() })
+		time.Sleep(time.Second) // between two checks
 		failing := &iptables.Status{Err: errors.Join(fmt.Errorf("no routing: %w", unix.EPERM), errors.New("no chain")), InPlace: map[string]bool{"guard": false}}
 		for range 10 { // another program holds the lock for a while, again and again
 			status.Store(failing)
