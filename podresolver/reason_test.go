@@ -113,3 +113,25 @@ func TestExplainStopsWhereRequestsLeave(t *testing.T) {
 	assert.Equal(t, "requests address exception", steps(pod, resolvertest.Exception("e", pod.Labels)))
 	assert.Equal(t, "requests", steps(resolvertest.With(resolvertest.Pod("p", "10.0.0.1", "cart"), func(p *corev1.Pod) { p.Spec.HostNetwork = true })))
 }
+
+// What a pod's namespace may read names no object of another one.
+func TestHint(t *testing.T) {
+	p := resolvertest.Pod("p", "10.0.0.1", "cart")
+	h := newHarness(t, Config{}, resolvertest.In("bank", resolvertest.Binding("far", "cart", "cart")), p)
+	h.update()
+	pod, err := h.Resolve(t.Context(), netip.MustParseAddr("10.0.0.1"))
+	require.NoError(t, err)
+	_, err = pod.Identity(Selector{})
+	hint := h.Hint(err)
+	assert.Equal(t, BindingInOtherNamespace, hint.Reason)
+	assert.Contains(t, hint.NearMisses, "bank/far", "for the log")
+	assert.NotContains(t, hint.Fix+err.Error(), "bank")
+	assert.Empty(t, Claimants(err))
+
+	h.put(resolvertest.Pod("q", "10.0.0.1", ""))
+	h.update()
+	_, err = h.Resolve(t.Context(), netip.MustParseAddr("10.0.0.1"))
+	require.ErrorIs(t, err, ErrAmbiguousAddress)
+	assert.ElementsMatch(t, []string{"shop/p", "shop/q"}, []string{Claimants(err)[0].String(), Claimants(err)[1].String()})
+	assert.Contains(t, h.Hint(err).Fix, "delete all of these pods but one")
+}

@@ -183,7 +183,9 @@ func TestEachRightIsNeeded(t *testing.T) {
 			a := s.agentOf(kubeconfig, "--operation-mode=standard", "--pod-wait=100ms", startupTaintFlag)
 			s.says(a, "iptables rules put in place")
 			unknown := s.network("10.244.0.93", testbed.Ptp)
+			refused := s.pod("refused-0", "10.244.0.94", testbed.Ptp, "nothing") // has an Event
 			require.Eventually(t, func() bool {
+				refused.probes()
 				unknown.probes() // a pod that is not known is looked up, if the agent is in sync
 				_, text := a.Ready(t.Context())
 				for _, line := range strings.Split(a.Log()+text, "\n") {
