@@ -94,7 +94,8 @@ type Resolver struct {
 	expired atomic.Bool   // a resource has been silent for longer than MaxStaleness
 	waiters waiters
 
-	decided map[cache.ObjectName]*Pod // owned by the deciding goroutine
+	decided map[cache.ObjectName]*Pod // owned by the deciding goroutine, as is changes
+	changes changeLog
 
 	podLister   cache.ListerWatcherWithContext // for lookups
 	trimPod     func(*corev1.Pod) *podInfo
@@ -123,7 +124,7 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 	}
 	o := newObjects(standard && !cfg.Namespaced)
 	r := &Resolver{
-		cfg: cfg, objects: o, synced: make(chan struct{}), decided: make(map[cache.ObjectName]*Pod),
+		cfg: cfg, objects: o, synced: make(chan struct{}), decided: make(map[cache.ObjectName]*Pod), changes: newChangeLog(cfg.Logger),
 		podLister: cache.ToListerWatcherWithContext(from.Pods), trimPod: podInfoFor(cfg.Node, cfg.MICNamespace),
 		lookupLimit: rate.NewLimiter(lookupRate, lookupBurst),
 	}
@@ -320,10 +321,16 @@ func (r *Resolver) Addresses() ([]netip.Addr, <-chan struct{}) {
 // update is due because a grace period ends; it is nil if none does.
 func (r *Resolver) update() (expiry <-chan time.Time) {
 	o := r.objects
+	var changes []change
+	first := !closed(r.synced) // what there is at the start is no change
 	o.mu.Lock()
 	for name := range o.dirty {
 		if info := o.pods[name]; info != nil && len(info.claims()) > 0 {
-			r.decided[name] = r.decideLocked(info)
+			before, after := r.decided[name], r.decideLocked(info)
+			r.decided[name] = after
+			if c := (change{before, after}); !first && c.matters() {
+				changes = append(changes, c)
+			}
 		} else {
 			delete(r.decided, name)
 		}
@@ -343,6 +350,9 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	r.current.Store(next)
 	r.waiters.wake(before, next)
 	close(before.replaced)
+	for _, c := range changes {
+		r.changes.report(c)
+	}
 	if !expires.IsZero() {
 		expiry = time.After(expires.Sub(now))
 	}
