@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -42,7 +43,8 @@ func TestNotes(t *testing.T) {
 }
 
 func TestRefused(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		for _, passing := range []string{
 			podresolver.PodUnknown, podresolver.PodUnconfirmed, podresolver.PodDataStale, podresolver.NotSynced, proxy.RequestInvalid,
 			proxy.IMDSUnavailable, proxy.EntraUnavailable, proxy.Throttled, proxy.TooManyWaiting, "",
@@ -61,7 +63,8 @@ func TestRefused(t *testing.T) {
 }
 
 func TestWatchRules(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		var status atomic.Pointer[iptables.Status]
 		status.Store(&iptables.Status{})
 		ctx, cancel := context.WithCancel(t.Context())

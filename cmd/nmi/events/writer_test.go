@@ -103,19 +103,17 @@ func (w *world) sent() []request {
 	return sent
 }
 
-// in runs a test with a Writer, in a bubble.
-func in(t *testing.T, test func(t *testing.T, w *world)) {
+// newWorld is for tests in a bubble.
+func newWorld(t *testing.T) *world {
 	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		w := &world{began: time.Now()}
-		var err error
-		w.Writer, err = New(&rest.Config{Host: "http://api", Transport: w}, Config{Node: "node1", Logger: slog.New(slog.NewTextHandler(&w.log, nil))})
-		require.NoError(t, err)
-		done := make(chan struct{})
-		go func() { w.Run(t.Context()); close(done) }()
-		t.Cleanup(func() { <-done }) // t's context ends before
-		test(t, w)
-	})
+	w := &world{began: time.Now()}
+	var err error
+	w.Writer, err = New(&rest.Config{Host: "http://api", Transport: w}, Config{Node: "node1", Logger: slog.New(slog.NewTextHandler(&w.log, nil))})
+	require.NoError(t, err)
+	done := make(chan struct{})
+	go func() { w.Run(t.Context()); close(done) }()
+	t.Cleanup(func() { <-done }) // t's context ends before
+	return w
 }
 
 func pod(name string) corev1.ObjectReference {
@@ -127,7 +125,8 @@ func event(name, reason, note string) Event {
 }
 
 func TestEventIsCreated(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		w.Record(event("cart-0", "NoIdentityBound", "why\nand what to do"))
 		sent := w.sent()
 		require.Len(t, sent, 1)
@@ -145,7 +144,8 @@ func TestEventIsCreated(t *testing.T) {
 }
 
 func TestSeries(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		for range 3600 { // an hour
 			w.Record(event("cart-0", "NoIdentityBound", "why"))
 			time.Sleep(time.Second)
@@ -187,7 +187,8 @@ func seconds(all []time.Duration) (out []time.Duration) {
 }
 
 func TestAnotherNote(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		for i := range 100 {
 			w.Record(event("cart-0", "EntraRefused", fmt.Sprint("cause ", i)))
 		}
@@ -216,7 +217,8 @@ func forbidden(v string) *metav1.Status {
 }
 
 func TestWithoutTheRight(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		w.set(func(request) *metav1.Status { return forbidden("create") })
 		for i := range 3600 {
 			w.Record(event(fmt.Sprint("cart-", i), "NoIdentityBound", "why"))
@@ -236,7 +238,8 @@ func TestWithoutTheRight(t *testing.T) {
 }
 
 func TestWithoutTheRightToPatch(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		w.set(func(r request) *metav1.Status {
 			if r.method == "PATCH" {
 				return forbidden("patch")
@@ -268,7 +271,8 @@ func TestFailures(t *testing.T) {
 		"the namespace terminates": {&metav1.Status{Code: 403, Reason: metav1.StatusReasonForbidden, Details: &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: corev1.NamespaceTerminatingCause}}}}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			in(t, func(t *testing.T, w *world) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
 				w.set(func(request) *metav1.Status { return tc.answer.DeepCopy() })
 				w.Record(event("cart-0", "NoIdentityBound", "why"))
 				time.Sleep(30 * time.Second)
@@ -290,7 +294,8 @@ func TestFailures(t *testing.T) {
 }
 
 func TestExpiredEvent(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		w.set(func(r request) *metav1.Status {
 			if r.method == "PATCH" {
 				return &metav1.Status{Code: 404, Reason: metav1.StatusReasonNotFound}
@@ -312,7 +317,8 @@ func TestExpiredEvent(t *testing.T) {
 
 // An API server that does not answer, and any number of pods, keep nobody waiting.
 func TestBounds(t *testing.T) {
-	in(t, func(t *testing.T, w *world) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
 		w.hangs = make(chan struct{})
 		const pods = 10_000
 		for i := range pods { // at one moment of the bubble's clock
