@@ -39,6 +39,7 @@ unit: root packages ## unit tests, those on the real kernel included
 	@deploy/packages.sh chromium # shows the status page
 	@go tool -modfile=.ci/helm/go.mod -n helm >/dev/null # builds it, so that no test's time limit has to cover that
 	go test -race ./...
+	cd deploy/monitoring && go test ./... # builds promtool; some minutes the first time
 	go test -run '^TestModel$$' ./tokencache
 
 e2e: root packages build kube definitions sdks ## the real binary against a real API server
@@ -101,6 +102,7 @@ $(KUBE)/etcd: deploy/testbed/kube/go.mod
 # The kinds of others that the chart has objects of, for TestForeignKinds: <module>@<version>//<path>.
 DEFINITIONS := \
 	github.com/prometheus-operator/prometheus-operator@v0.85.0//example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml \
+	github.com/prometheus-operator/prometheus-operator@v0.85.0//example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml \
 	github.com/cilium/cilium@v1.20.2//pkg/k8s/apis/cilium.io/client/crds/v2/ciliumlocalredirectpolicies.yaml \
 	github.com/cilium/cilium@v1.20.2//pkg/k8s/apis/cilium.io/client/crds/v2/ciliumnetworkpolicies.yaml \
 	github.com/openshift/api@v0.0.0-20251015095338-264e80a2b6e7//security/v1/zz_generated.crd-manifests/0000_03_config-operator_01_securitycontextconstraints.crd.yaml

@@ -151,7 +151,7 @@ func objects(t *testing.T, text string) []string {
 // TestTwoReleases have no object in common, but for those that both are told to make.
 func TestTwoReleases(t *testing.T) {
 	all := "--set=admissionPolicies.warnings=true,admissionPolicies.exceptions=true,admissionPolicies.allowedIdentities.shop={a},startupTaint=example.com/a:NoSchedule," +
-		"operationMode=standard,rbac.createUserFacingClusterRoles=true,rbac.secrets.shop={a},serviceMonitor.enabled=true,openshift.securityContextConstraints=true"
+		"operationMode=standard,rbac.createUserFacingClusterRoles=true,rbac.secrets.shop={a},serviceMonitor.enabled=true,prometheusRule.enabled=true,grafanaDashboard.enabled=true,openshift.securityContextConstraints=true"
 	one, err := render(t, all)
 	require.NoError(t, err, one)
 	other, err := render(t, all, "--set=fullnameOverride=agent")

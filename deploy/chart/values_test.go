@@ -72,6 +72,7 @@ func TestRefusedValues(t *testing.T) {
 		"cilium.localRedirectPolicy=true":                               "cilium.localRedirectPolicy needs nmi.redirectMode=none",
 		"nmi.updateStrategy.type=Recreate":                              "at '/nmi/updateStrategy/type': value must be one of 'RollingUpdate', 'OnDelete'",
 		"serviceMonitor.interval=30":                                    "at '/serviceMonitor/interval'",
+		"prometheusRule.severity=a":                                     "at '/prometheusRule': additional properties 'severity' not allowed",
 		"startupTaint=nmi":                                              `startupTaint: "nmi" is not a taint that keeps pods off: want <key>[=<value>]:NoSchedule`,
 		"startupTaint=nmi:PreferNoSchedule":                             `startupTaint: "nmi:PreferNoSchedule" is not a taint`,
 		"startupTaint=a/b/c:NoSchedule":                                 `startupTaint: "a/b/c:NoSchedule" is not a taint`,
@@ -147,6 +148,8 @@ rbac:
 admissionPolicies: {warnings: true, exceptions: true, allowedIdentities: {WORD: [WORD]}}
 startupTaint: example.com/agent:NoExecute
 serviceMonitor: {enabled: true, labels: {WORD: WORD}}
+prometheusRule: {enabled: true, labels: {WORD: WORD}}
+grafanaDashboard: {enabled: true, labels: {WORD: WORD}}
 openshift: {securityContextConstraints: true}
 `
 

@@ -39,7 +39,7 @@ func TestForeignKinds(t *testing.T) {
 	require.NoError(t, err, out)
 
 	objects := h.succeeds(t, "template", "nmi", chartForTestbed(t), "--kube-version=1.37",
-		"--set=serviceMonitor.enabled=true,openshift.securityContextConstraints=true,nmi.redirectMode=none,cilium.localRedirectPolicy=true,serviceMonitor.labels.release=prometheus")
+		"--set=serviceMonitor.enabled=true,prometheusRule.enabled=true,grafanaDashboard.enabled=true,openshift.securityContextConstraints=true,nmi.redirectMode=none,cilium.localRedirectPolicy=true,serviceMonitor.labels.release=prometheus")
 	for _, sample := range []string{"cilium/local-redirect-policy.yaml", "network-policies/ciliumnetworkpolicy.yaml", "network-policies/networkpolicy.yaml"} {
 		text, err := os.ReadFile(filepath.Join("..", sample))
 		require.NoError(t, err)
@@ -49,7 +49,8 @@ func TestForeignKinds(t *testing.T) {
 	out, err = kubectl(objects, validate...)
 	require.NoError(t, err, out)
 	for _, object := range []string{
-		"servicemonitor.monitoring.coreos.com/nmi", "securitycontextconstraints.security.openshift.io/nmi",
+		"servicemonitor.monitoring.coreos.com/nmi", "prometheusrule.monitoring.coreos.com/nmi", "configmap/nmi-dashboard",
+		"securitycontextconstraints.security.openshift.io/nmi",
 		"ciliumlocalredirectpolicy.cilium.io/nmi", "ciliumnetworkpolicy.cilium.io/nmi", "networkpolicy.networking.k8s.io/nmi",
 	} {
 		assert.Contains(t, out, object+" created (server dry run)")
