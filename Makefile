@@ -7,7 +7,7 @@ KUBE    := .cache/bin
 ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -pyflakes=
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint vuln unit e2e docs manifests image image-test conformance sdks clients kube definitions e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint vuln unit promtool e2e docs manifests image image-test conformance sdks clients kube definitions e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,12 +35,18 @@ vuln: ## known vulnerabilities of what the agent is built from, by https://vuln.
 
 # The tests of iptables run in namespaces of their own, hence root. The model test
 # tries fewer seeds with -race, hence again.
-unit: root packages ## unit tests, those on the real kernel included
+unit: root packages promtool ## unit tests, those on the real kernel included
 	@deploy/packages.sh chromium # shows the status page
 	@go tool -modfile=.ci/helm/go.mod -n helm >/dev/null # builds it, so that no test's time limit has to cover that
 	go test -race ./...
-	cd deploy/monitoring && go test ./... # builds promtool; some minutes the first time
+	cd deploy/monitoring && go test ./...
 	go test -run '^TestModel$$' ./tokencache
+
+# To install the package would start a server.
+promtool:
+	@command -v promtool >/dev/null || [ -x .cache/bin/promtool ] || { echo "taking promtool from Debian's package of Prometheus"; \
+		dir=$$(mktemp -d) && chown _apt $$dir && cd $$dir && apt-get update -qq && apt-get download -qq prometheus && dpkg-deb --extract prometheus_*.deb . && \
+		install -D usr/bin/promtool $(CURDIR)/.cache/bin/promtool && rm -r $$dir; } || { echo "Install promtool, which is part of Prometheus, then run this again." >&2; exit 1; }
 
 e2e: root packages build kube definitions sdks ## the real binary against a real API server
 	go test -tags e2e -count=1 -timeout 40m ./deploy/e2e

@@ -92,7 +92,7 @@ func memoryController() (*MemoryLimit, error) {
 }
 
 // NewManifestMemoryLimit makes a cgroup with the limit that the DaemonSet's
-// manifest sets, and returns the container's GOMEMLIMIT, as "GOMEMLIMIT=100MiB",
+// manifest sets, and returns the container's GOMEMLIMIT, as "GOMEMLIMIT=110MiB",
 // for the agent's environment.
 func NewManifestMemoryLimit() (m *MemoryLimit, env []string, err error) {
 	container, err := manifestContainer()

@@ -14,7 +14,7 @@ func TestMemoryLimit(t *testing.T) {
 	m, env, err := NewManifestMemoryLimit()
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, m.Close()) })
-	assert.Equal(t, []string{"GOMEMLIMIT=100MiB"}, env)
+	assert.Equal(t, []string{"GOMEMLIMIT=110MiB"}, env)
 	run := func(block string) int {
 		t.Helper()
 		command := append(m.launcher(), "dd", "if=/dev/zero", "of=/dev/null", "bs="+block, "count=1")
@@ -36,6 +36,6 @@ func TestMemoryLimit(t *testing.T) {
 	}
 	assert.Zero(t, run("64M"))
 	check(0, 64<<20, 80<<20)
-	assert.Equal(t, -1, run("160M"), "killed")
-	check(1, 120<<20, 128<<20)
+	assert.Equal(t, -1, run("192M"), "killed")
+	check(1, 150<<20, 160<<20)
 }
