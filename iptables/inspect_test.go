@@ -115,6 +115,7 @@ func TestEarlier(t *testing.T) {
 	for _, backend := range backends {
 		t.Run(string(backend), func(t *testing.T) {
 			n := newNode(t, backend, testbed.Ptp)
+			t.Cleanup(n.forgetRules) // after the agent has ended
 			n.redirect(iptables.DNAT)
 			i, err := iptables.Inspect(n.config(iptables.DNAT))
 			require.NoError(t, err)
@@ -123,7 +124,6 @@ func TestEarlier(t *testing.T) {
 				require.NoError(t, err)
 				return found
 			}
-			t.Cleanup(n.forgetRules)
 			n.kubeProxyNFT()
 			n.kubeProxy()
 			n.calico()

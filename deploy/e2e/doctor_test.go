@@ -241,6 +241,9 @@ func TestDoctorFindsEachMissingRight(t *testing.T) {
 				case missing.resource == "nodes":
 					assert.Equal(t, "warning", f.Result, "%+v", f)
 					assert.Contains(t, f.Error, "deploy/admission/startup-taint.yaml")
+				case missing.resource == "events":
+					assert.Equal(t, "warning", f.Result, "%+v", f)
+					assert.Contains(t, f.Error, "apply its ClusterRole (deploy/manifests/standard)")
 				default:
 					assert.Equal(t, "error", f.Result, "%+v", f)
 					assert.Contains(t, f.Error, "apply its ClusterRole (deploy/manifests/standard)")

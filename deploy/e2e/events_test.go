@@ -32,14 +32,14 @@ func (s *scenario) eventsOn(namespace, name string) map[string]eventsv1.Event {
 	return byReason
 }
 
-// awaitEvent waits for an Event about an object, with these words and at least as many occurrences.
-func (s *scenario) awaitEvent(namespace, name, reason, words string, count int32) (event eventsv1.Event) {
+// awaitEvent waits for an Event about a pod of namespace shop, with these words and at least as many occurrences.
+func (s *scenario) awaitEvent(name, reason, words string, count int32) (event eventsv1.Event) {
 	s.t.Helper()
 	require.Eventually(s.t, func() bool {
 		var there bool
-		event, there = s.eventsOn(namespace, name)[reason]
+		event, there = s.eventsOn("shop", name)[reason]
 		return there && (count < 2 || event.Series != nil && event.Series.Count >= count)
-	}, patience, 50*time.Millisecond, "%s on %s/%s: there are %v", reason, namespace, name, s.eventsOn(namespace, name))
+	}, patience, 50*time.Millisecond, "%s on %s: there are %v", reason, name, s.eventsOn("shop", name))
 	assert.Contains(s.t, event.Note, words)
 	return event
 }
@@ -64,7 +64,7 @@ func TestEvents(t *testing.T) {
 		name := fmt.Sprintf("refused-%d", i)
 		p := s.pod(name, fmt.Sprintf("10.244.0.%d", 100+i), testbed.Ptp, tc.binding)
 		require.Eventually(t, func() bool { return p.asks(vault).status == 400 }, patience, 10*time.Millisecond) // 503 until it is known
-		event := s.awaitEvent("shop", name, tc.reason, tc.words, 1)
+		event := s.awaitEvent(name, tc.reason, tc.words, 1)
 		assert.Contains(t, event.Note, ". Fix: ")
 		assert.Contains(t, event.Note, tc.fix)
 		assert.NotContains(t, event.Note, "kube-system", "a pod's namespace may not read of another one")
@@ -74,11 +74,11 @@ func TestEvents(t *testing.T) {
 	// The same again counts in the same Event.
 	again := s.pod("refused-again", "10.244.0.110", testbed.Ptp, "nothing")
 	require.Eventually(t, func() bool { return again.asks(vault).status == 400 }, patience, 10*time.Millisecond)
-	first := s.awaitEvent("shop", "refused-again", "NoIdentityBound", "nothing", 1)
+	first := s.awaitEvent("refused-again", "NoIdentityBound", "nothing", 1)
 	for range 2 {
 		assert.Equal(t, 400, again.asks(vault).status)
 	}
-	last := s.awaitEvent("shop", "refused-again", "NoIdentityBound", "nothing", 3)
+	last := s.awaitEvent("refused-again", "NoIdentityBound", "nothing", 3)
 	assert.Equal(t, first.Name, last.Name)
 	assert.Equal(t, int32(3), last.Series.Count)
 
@@ -86,7 +86,7 @@ func TestEvents(t *testing.T) {
 	unknown := s.pod("unknown-0", "10.244.0.111", testbed.Ptp, "cart")
 	world.IMDS.Inject(imdstest.Fault{Status: 400, Body: `{"error":"invalid_request","error_description":"Identity not found"}`})
 	require.Eventually(t, func() bool { return unknown.asks(vault).status == 400 }, patience, 10*time.Millisecond)
-	s.awaitEvent("shop", "unknown-0", "IdentityUnknownToIMDS", "assign the identity", 1)
+	s.awaitEvent("unknown-0", "IdentityUnknownToIMDS", "assign the identity", 1)
 
 	assert.NotContains(t, a.Log(), "may not write events")
 }

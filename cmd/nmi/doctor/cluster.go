@@ -145,9 +145,9 @@ func (r right) String() string { return r.verb + " " + r.resource }
 
 // rights are those that the agent needs with its flags.
 func (d *doctor) rights() (all []right) {
-	role := "deploy/manifests/account.yaml"
+	role := "its ClusterRole (deploy/manifests/account.yaml)"
 	if d.settings.Mode == podresolver.Standard {
-		role = "deploy/manifests/standard"
+		role = "its ClusterRole (deploy/manifests/standard)"
 	}
 	for _, verb := range []string{"list", "watch"} {
 		all = append(all, right{resource: "pods", verb: verb, apply: role})
@@ -191,7 +191,7 @@ func (c *cluster) may(ctx context.Context, r right) error {
 	case r.optional:
 		return warnf("it may not: apply %s", r.apply)
 	}
-	return fmt.Errorf("it may not: apply its ClusterRole (%s)", r.apply)
+	return fmt.Errorf("it may not: apply %s", r.apply)
 }
 
 func (c *cluster) workloadIdentity(ctx context.Context) (string, error) {
