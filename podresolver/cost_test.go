@@ -156,3 +156,22 @@ func BenchmarkPodEvent(b *testing.B) {
 		h.update()
 	}
 }
+
+// BenchmarkExplain is one pod of the status page, in a cluster of 10,000 identities: for so long, new
+// pods and bindings wait.
+func BenchmarkExplain(b *testing.B) {
+	for label, identities := range map[string]int{"x": 2, "nothing": 0} {
+		b.Run(fmt.Sprintf("%d identities", identities), func(b *testing.B) {
+			h := filled(b, Config{}, 250, 10_000)
+			h.put(resolvertest.Pod("asked", "10.245.0.2", label))
+			h.update()
+			b.ReportAllocs()
+			for b.Loop() {
+				d, err := h.Explain("shop", "asked", Selector{}, nil)
+				if err != nil || len(d.Identities) != identities {
+					b.Fatal(d, err)
+				}
+			}
+		})
+	}
+}
