@@ -65,6 +65,7 @@ func TestRefusedValues(t *testing.T) {
 		"forceNamespaced=yes":                                           "at '/forceNamespaced': value must be one of true, false, 'true', 'false'",
 		"azureIdentities.a.clientID=a":                                  "at '/azureIdentities/a': missing property 'type'",
 		"rbac.secrets.shop=credentials":                                 "at '/rbac/secrets/shop': got string, want array",
+		`nmi.podLabels.app\.kubernetes\.io/name=x`:                      "nmi.podLabels: the chart gives app.kubernetes.io/name itself",
 		"mic.image=mic":                                                 "mic: this chart does not install MIC",
 		"adminsecret.cloud=a":                                           "adminsecret: it is MIC's",
 		"rbac.allowAccessToSecrets=true":                                "Name those of service principals in rbac.secrets",

@@ -113,6 +113,7 @@ func (s *scenario) agentNotReady(flags ...string) *testbed.Agent {
 // Then its rules are removed.
 func (s *scenario) endsWell(a *testbed.Agent) {
 	s.t.Helper()
+	noUnits := s.t.TempDir() // instead of this machine's own
 	s.t.Cleanup(func() {
 		select {
 		case <-a.Done():
@@ -124,7 +125,7 @@ func (s *scenario) endsWell(a *testbed.Agent) {
 		if s.t.Failed() {
 			s.t.Log("the agent's log:\n" + a.Log())
 		}
-		s.nmi("cleanup")
+		s.nmi("cleanup", "--boot-guard-dir="+noUnits)
 	})
 }
 
