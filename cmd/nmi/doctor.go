@@ -25,20 +25,24 @@ func doctorCommand(c *config) *cobra.Command {
 		Short: "Look for what keeps the agent from serving pods",
 		Long: `doctor checks the agent, the node's rules and network, the metadata service, the API
 server and the node, and says of each check what is wrong, and where docs/doctor.md says
-what to do. It changes nothing.
+what to do. It changes nothing, but for a chain that it makes and removes with --pre.
 
 Run it in the agent's pod: kubectl -n kube-system exec <agent's pod> -- nmi doctor. There it
 asks the agent over --probe-socket, and needs no other flag.
 
 With --pre it makes the checks that make sense before an installation, in a pod on the host
 network with the agent's capabilities, or on the node. It takes all of the agent's flags
-then (nmi --help): give it those that the agent will have.
+then (nmi --help): give it those that the agent will have. Without --operation-mode it
+looks for what managed mode needs.
 
 A check succeeds (√), warns (‼), fails (×), or is skipped (-) where it cannot be made with
 this process's privileges and rights. Only a check that fails makes the exit code 1.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c.logger(cmd.ErrOrStderr())
+			if !cmd.Flags().Changed(flagOperationMode) {
+				c.resolver.Mode = podresolver.Managed // as chart and manifest say, unlike the flag's own default
+			}
 			cfg := doctor.Config{Pre: pre, Wait: wait, Socket: c.probeSocket, Settings: c.doctorSettings(), Ask: func(ctx context.Context, page string) (int, string, error) {
 				var text bytes.Buffer
 				status, err := getPage(ctx, c.probeSocket, page, &text)
@@ -82,12 +86,8 @@ func examine(ctx context.Context, cfg doctor.Config, output string, out io.Write
 func (c *config) doctorSettings() doctor.Settings {
 	rules := c.rules
 	rules.Port = c.front.addr.Port()
-	mode := c.resolver.Mode
-	if mode == "" {
-		mode = podresolver.Managed
-	}
 	return doctor.Settings{
-		Node: c.resolver.Node, Mode: mode, Rules: rules, AllowUnguarded: c.links.AllowUnguarded,
+		Node: c.resolver.Node, Mode: c.resolver.Mode, Rules: rules, AllowUnguarded: c.links.AllowUnguarded,
 		Ports: []doctor.Port{
 			{Flag: c.front.flag, Addr: c.front.addr},
 			{Flag: c.probes.flag, Addr: c.probes.addr, Page: "/healthz"},

@@ -27,7 +27,12 @@ rules, the API server, IMDS, its tokens, and the pods of its node with what they
 needs attention comes last, with what to do.
 
 It fails only if no agent answers; nmi probe ready is for scripts.`,
-		Args: noArguments,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 && strings.Contains(args[0], "/") {
+				return fmt.Errorf("unexpected argument %q: nmi explain %s says why that pod gets what it gets", args[0], args[0])
+			}
+			return noArguments(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			snapshot, err := agentStatus(cmd.Context(), c.probeSocket)
 			if err != nil {

@@ -60,6 +60,8 @@ func TestStatusCommand(t *testing.T) {
 	require.ErrorContains(t, err, "want table or json")
 	_, err = run("else")
 	require.ErrorContains(t, err, `unexpected argument "else"`)
+	_, err = run("shop/cart")
+	require.ErrorContains(t, err, `unexpected argument "shop/cart": nmi explain shop/cart says`)
 }
 
 // One client that does not read holds up the status for others, and no other page.

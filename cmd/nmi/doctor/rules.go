@@ -149,7 +149,7 @@ func (d *doctor) restriction(context.Context) (string, error) {
 	case err != nil:
 		return "", err
 	case len(found) == 0:
-		return "nothing, so that pods reach the metadata service until the first agent's fences", nil
+		return "", skipf("nothing: pods reach the metadata service until the first agent's fences")
 	}
 	return strings.Join(slices.Compact(found), "; "), nil
 }
