@@ -25,7 +25,7 @@ func doctorCommand(c *config) *cobra.Command {
 		Short: "Look for what keeps the agent from serving pods",
 		Long: `doctor checks the agent, the node's rules and network, the metadata service, the API
 server and the node, and says of each check what is wrong, and where docs/doctor.md says
-what to do. It changes nothing, but for a chain that it makes and removes with --pre.
+what to do. It changes nothing, but for a chain that it writes and removes at once.
 
 Run it in the agent's pod: kubectl -n kube-system exec <agent's pod> -- nmi doctor. There it
 asks the agent over --probe-socket, and needs no other flag.
