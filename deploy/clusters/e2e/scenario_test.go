@@ -29,6 +29,8 @@ type scenario struct {
 	result    *result
 	// failuresAllowed is why requests may fail; "" if none may.
 	failuresAllowed string
+	addresses       *addresses // nil if pods must be served however late the kubelet reports them
+	early           int        // failed requests that addresses allows
 }
 
 // need is what a scenario needs besides Kubernetes's API.

@@ -19,6 +19,7 @@ func TestInitContainer(t *testing.T) {
 func TestTwentyPodsInTheirFirstSecond(t *testing.T) {
 	s := begin(t, "20 pods that start together and ask all through their first second get every token.", theIMDS)
 	s.bind("cart", cart)
+	s.watchAddresses()
 	for i := range 20 {
 		s.start(pod{name: fmt.Sprintf("cart-%d", i), binding: "cart", askers: []asker{{requests: []request{s.token(cart)}, n: 10, every: 100 * time.Millisecond}}})
 	}
