@@ -42,6 +42,15 @@ func (r *Resolver) decideIdentitiesLocked(p *Pod) {
 	if len(p.identities)+len(p.pending) == 0 {
 		p.refusal = r.refusal(p)
 	}
+	p.foreign = r.cfg.Mode == Standard && r.foreignLocked(p.info)
+}
+
+// foreignLocked is Pod.Foreign.
+func (r *Resolver) foreignLocked(info *podInfo) bool {
+	return slices.ContainsFunc(r.candidatesLocked(info), func(c candidate) bool { return c.binding.Namespace != info.Namespace }) ||
+		slices.ContainsFunc(r.assignmentsLocked(info), func(a *assignmentInfo) bool {
+			return a.identity.Namespace != info.Namespace || a.Namespace != info.Namespace && a.Namespace != micAssignments
+		})
 }
 
 // exceptionLocked returns the name of the exception that applies to a pod, "" if none does; of

@@ -59,6 +59,9 @@ func (r *Resolver) nearMissesLocked(info *podInfo) []nearMiss {
 func nearLabels(info *podInfo) (near []nearMiss, label string) {
 	label = info.labels[aadpodidentity.BindingLabel]
 	for _, key := range slices.Sorted(maps.Keys(info.labels)) {
+		if len(near) == maxDescribed { // there are 32,767 other spellings
+			break
+		}
 		if key != aadpodidentity.BindingLabel && strings.EqualFold(key, aadpodidentity.BindingLabel) {
 			near = append(near, nearMiss{
 				fmt.Sprintf("its label %q differs in case from %q", key, aadpodidentity.BindingLabel),
@@ -90,7 +93,11 @@ func (r *Resolver) nearBindingsLocked(info *podInfo, label string) (all []nearMi
 	})
 	all = describeFirst(near, func(b *bindingInfo) (miss nearMiss) {
 		miss.text = fmt.Sprintf("AzureIdentityBinding %s does not match: its selector %q differs in case", b.ObjectName, b.selector)
-		miss.cause = cause{SelectorCaseDiffers, fmt.Sprintf("set the pod's label %s (in its controller's template) to %q, the selector of AzureIdentityBinding %s", aadpodidentity.BindingLabel, b.selector, b.ObjectName)}
+		whose := "AzureIdentityBinding " + b.ObjectName.String()
+		if b.Namespace != info.Namespace {
+			whose = "an AzureIdentityBinding of another namespace"
+		}
+		miss.cause = cause{SelectorCaseDiffers, fmt.Sprintf("set the pod's label %s (in its controller's template) to %q, the selector of %s", aadpodidentity.BindingLabel, b.selector, whose)}
 		if b.selector == label {
 			miss.text = fmt.Sprintf("AzureIdentityBinding %s does not match: it is in another namespace", b.ObjectName)
 		}
@@ -99,8 +106,10 @@ func (r *Resolver) nearBindingsLocked(info *podInfo, label string) (all []nearMi
 		}
 		return miss
 	})
+	missing := 0
 	for _, c := range r.candidatesLocked(info) {
-		if c.missing {
+		if c.missing && missing < maxDescribed { // each looks at every identity
+			missing++
 			all = append(all, r.nearIdentitiesLocked(c.binding)...)
 		}
 	}
@@ -110,8 +119,9 @@ func (r *Resolver) nearBindingsLocked(info *podInfo, label string) (all []nearMi
 // nearIdentitiesLocked is for a binding whose AzureIdentity does not exist.
 func (r *Resolver) nearIdentitiesLocked(b *bindingInfo) []nearMiss {
 	var near []*identityInfo
+	name := strings.TrimSpace(b.identity)
 	for _, id := range r.objects.identities {
-		if strings.EqualFold(id.Name, strings.TrimSpace(b.identity)) {
+		if strings.EqualFold(id.Name, name) {
 			near = append(near, id)
 		}
 	}
@@ -132,12 +142,19 @@ func (r *Resolver) nearExceptionsLocked(info *podInfo) []nearMiss {
 		nearMiss
 	}
 	var near []miss
+	folded := make(map[string]string, len(info.labels)) // the pod's keys by their lower case
+	for key := range info.labels {
+		lower := strings.ToLower(key)
+		if other, ok := folded[lower]; !ok || key < other {
+			folded[lower] = key
+		}
+	}
 	for _, e := range r.objects.exceptions {
 		switch key := matchedLabel(info.labels, e.labels); {
 		case key != "" && e.Namespace != info.Namespace:
 			near = append(near, miss{e, nearMiss{text: fmt.Sprintf("AzurePodIdentityException %s lists its label %s=%s but does not apply: it is in another namespace", e.ObjectName, key, info.labels[key])}})
 		case key == "" && e.Namespace == info.Namespace:
-			if key, wanted := foldedLabel(info.labels, e.labels); key != "" {
+			if key, wanted := foldedLabel(info.labels, folded, e.labels); key != "" {
 				near = append(near, miss{e, nearMiss{
 					fmt.Sprintf("AzurePodIdentityException %s does not apply: the pod's label %q differs in case from %q", e.ObjectName, key, wanted),
 					cause{SelectorCaseDiffers, fmt.Sprintf("rename the pod's label %q to %q, as AzurePodIdentityException %s has it", key, wanted, e.ObjectName)},
@@ -150,16 +167,16 @@ func (r *Resolver) nearExceptionsLocked(info *podInfo) []nearMiss {
 }
 
 // foldedLabel is matchedLabel for keys that only differ in case; it also returns the wanted
-// key.
-func foldedLabel(have, want map[string]string) (key, wanted string) {
-	for _, wanted := range slices.Sorted(maps.Keys(want)) {
-		for _, key := range slices.Sorted(maps.Keys(have)) {
-			if strings.EqualFold(key, wanted) && strings.EqualFold(have[key], want[wanted]) {
-				return key, wanted
-			}
+// key. folded has the keys of have by their lower case. Authors of pods and of exceptions have any
+// number of labels, so it looks at each once.
+func foldedLabel(have, folded, want map[string]string) (key, wanted string) {
+	for name, value := range want {
+		k, ok := folded[strings.ToLower(name)]
+		if ok && strings.EqualFold(have[k], value) && (wanted == "" || name < wanted) {
+			key, wanted = k, name
 		}
 	}
-	return "", ""
+	return key, wanted
 }
 
 // describeFirst describes the first few objects, and says how many more there are.

@@ -88,6 +88,7 @@ type Pod struct {
 	unusable   string     // why it may not use other bound identities; "" if there are none
 	refusal    error      // wraps ErrNoIdentity; if identities and pending are empty
 	strict     bool       // Config.StrictSelection
+	foreign    bool       // see Foreign
 }
 
 // String is the pod's namespace and name.
@@ -96,6 +97,10 @@ func (p *Pod) String() string { return p.Namespace + "/" + p.Name }
 // Exception returns the name of the AzurePodIdentityException that applies to the pod, or "".
 // Requests of an excepted pod are passed through.
 func (p *Pod) Exception() string { return p.exception }
+
+// Foreign reports whether objects of another namespace have a say in the pod's identities, so that
+// errors may name them, and quote what their authors wrote: they are not for the pod's namespace.
+func (p *Pod) Foreign() bool { return p.foreign }
 
 // Identities returns the identities that the pod may use, the default first.
 func (p *Pod) Identities() iter.Seq[Identity] { return slices.Values(p.identities) }
@@ -136,10 +141,13 @@ func (e *refusalError) Unwrap() error { return e.error }
 // notAmong is the error for a requested identity that is not among those of the pod.
 func (p *Pod) notAmong(has []Identity, want Selector) error {
 	var ids []string
-	for _, id := range has {
+	for _, id := range has[:min(len(has), maxDescribed)] {
 		ids = append(ids, id.String())
 	}
-	err := fmt.Errorf("%w: none of those bound to it has the requested %s: %s", ErrNoIdentity, want, joinFirst(ids))
+	if more := len(has) - len(ids); more > 0 {
+		ids = append(ids, fmt.Sprintf("and %d more", more))
+	}
+	err := fmt.Errorf("%w: none of those bound to it has the requested %s: %s", ErrNoIdentity, want, strings.Join(ids, "; "))
 	if p.unusable != "" {
 		err = fmt.Errorf("%w; %s", err, p.unusable)
 	}

@@ -168,12 +168,25 @@ func isMICPod(pod *corev1.Pod, micNamespace string) bool {
 		owner.Kind == "ReplicaSet" && owner.APIVersion == "apps/v1" && owner.Name == "mic-"+hash
 }
 
+// maxField bounds the strings that are kept of an object, in bytes: their authors choose them, the
+// definitions of the custom resources bound none, and texts quote them. Nothing that has a meaning
+// is as long: names have 253, selectors 63, resource IDs some 400.
+const maxField = 1024
+
+// bounded cuts a string that is too long, and makes it one that matches nothing.
+func bounded(text string) string {
+	if len(text) <= maxField {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxField], "") + "…"
+}
+
 // newIdentityInfo trims an AzureIdentity. White space around values, from YAML block scalars
 // or copying, is removed: in a request to IMDS it would be a part of the value.
 func newIdentityInfo(in *aadpodidentity.AzureIdentity) *identityInfo {
 	return &identityInfo{
-		ObjectName: cache.MetaObjectToName(in), kind: in.Spec.Type, unreadable: in.Spec.Unreadable,
-		clientID: strings.ToLower(strings.TrimSpace(in.Spec.ClientID)), resourceID: strings.ToLower(strings.TrimSpace(in.Spec.ResourceID)),
+		ObjectName: cache.MetaObjectToName(in), kind: in.Spec.Type, unreadable: bounded(in.Spec.Unreadable),
+		clientID: strings.ToLower(bounded(strings.TrimSpace(in.Spec.ClientID))), resourceID: strings.ToLower(bounded(strings.TrimSpace(in.Spec.ResourceID))),
 		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
 		principal:  principalOf(in),
 	}
@@ -184,7 +197,7 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 	if in.Spec.Type != aadpodidentity.ServicePrincipal && in.Spec.Type != aadpodidentity.ServicePrincipalCertificate {
 		return nil
 	}
-	trim := strings.TrimSpace
+	trim := func(text string) string { return bounded(strings.TrimSpace(text)) }
 	p := &Principal{
 		TenantID:        trim(in.Spec.TenantID),
 		Authority:       strings.TrimRight(cmp.Or(trim(in.Spec.ADEndpoint), defaultAuthority), "/"),
@@ -193,6 +206,9 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 		Certificate:     in.Spec.Type == aadpodidentity.ServicePrincipalCertificate,
 	}
 	for _, tenant := range in.Spec.AuxiliaryTenantIDs {
+		if len(p.AuxiliaryTenantIDs) > maxAuxiliaryTenants {
+			break // which makes it unusable
+		}
 		if tenant = trim(tenant); tenant != "" && tenant != p.TenantID && !slices.Contains(p.AuxiliaryTenantIDs, tenant) {
 			p.AuxiliaryTenantIDs = append(p.AuxiliaryTenantIDs, tenant)
 		}
@@ -202,7 +218,7 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 
 func newBindingInfo(in *aadpodidentity.AzureIdentityBinding) *bindingInfo {
 	return &bindingInfo{
-		ObjectName: cache.MetaObjectToName(in), identity: in.Spec.AzureIdentity, selector: in.Spec.Selector,
+		ObjectName: cache.MetaObjectToName(in), identity: bounded(in.Spec.AzureIdentity), selector: bounded(in.Spec.Selector),
 		created: in.CreationTimestamp.Unix(),
 	}
 }

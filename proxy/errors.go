@@ -181,8 +181,8 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 // notServed logs and remembers a refusal that an operator may have to do something about.
 func (s *Server) notServed(r *http.Request, status int, err error) {
 	caller, now := callerOf(r), time.Now()
-	refusal := Refusal{Status: status, Reason: Reason(err), First: now, Last: now, cause: err.Error()}
-	if pod := s.cfg.Pods.Owner(caller); pod != nil {
+	refusal := Refusal{Status: status, Reason: Reason(err), First: now, Last: now, cause: steady(cut(err.Error()))}
+	if pod := s.podOf(err, caller); pod != nil {
 		refusal.Pod = pod.String()
 	}
 	logged := s.logLimit.allow(caller)

@@ -149,5 +149,5 @@ func (s *Server) checkSource(pod *podresolver.Pod, caller netip.Addr, ingress in
 	case errors.Is(err, podresolver.ErrUnconfirmed):
 		return fmt.Errorf("pod %s: %w", pod, err)
 	}
-	return fmt.Errorf("pod %s: %w: %w", pod, ErrSource, err)
+	return &podError{pod, fmt.Errorf("pod %s: %w: %w", pod, ErrSource, err)}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -19,6 +20,9 @@ import (
 // token serves one request for a token, from its headers to its response.
 func (s *Server) token(w *response, r *http.Request) error {
 	if err := s.checkHeaders(r); err != nil { // SDKs' probes end here, without any lookup
+		if errors.Is(err, errMetadataHeader) {
+			w.source = probe
+		}
 		return err
 	}
 	conn := listener.FromContext(r.Context())
@@ -76,7 +80,7 @@ type answer struct {
 func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.Addr, req tokenRequest) (a answer, err error) {
 	identity, err := s.cfg.Pods.Identity(ctx, caller, pod, req.selector)
 	if err != nil {
-		return a, fmt.Errorf("pod %s: %w", pod, err)
+		return a, &podError{pod, fmt.Errorf("pod %s: %w", pod, err)}
 	}
 	at := time.Now() // not before: the identity may have been waited for
 	a.at = at.Unix()
@@ -85,7 +89,7 @@ func (s *Server) tokens(ctx context.Context, pod *podresolver.Pod, caller netip.
 		err = s.addAuxiliary(ctx, &a, identity, caller, req)
 	}
 	if err != nil {
-		return a, fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)
+		return a, &podError{pod, fmt.Errorf("pod %s, identity %s/%s: %w", pod, identity.Namespace, identity.Name, err)}
 	}
 	if s.log.Enabled(ctx, slog.LevelDebug) { // boxing the arguments costs more than the lookup
 		s.log.DebugContext(ctx, "token", "pod", pod, "identity", identity.Name, "resource", req.resource)

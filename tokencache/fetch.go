@@ -66,9 +66,8 @@ type Failure struct {
 	Err        error
 }
 
-func (f *Failure) Error() string {
-	return fmt.Sprintf("no token (%s, retry after %s): %v", f.Class, f.RetryAfter.Round(time.Second), f.Err)
-}
+// Error leaves out RetryAfter, which is another each time: one cause has one text.
+func (f *Failure) Error() string { return fmt.Sprintf("no token (%s): %v", f.Class, f.Err) }
 
 // Unwrap returns the fetch's error.
 func (f *Failure) Unwrap() error { return f.Err }

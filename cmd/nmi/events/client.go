@@ -115,10 +115,13 @@ func (w *Writer) write(ctx context.Context, s *series) bool {
 		})
 	case s.verb() == patch && apierrors.IsNotFound(err): // it has expired, or was deleted
 		w.done(s, func(now *series) { now.name, now.written = nameOf(s.Regarding.Name, time.Now()), 0 })
-	case apierrors.IsForbidden(err) && !apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
+	case apierrors.IsForbidden(err) && strings.Contains(err.Error(), "cannot "+string(s.verb())+" resource"):
+		// The words of k8s.io/apiserver's forbiddenMessage. Without them it is admission (a quota, a
+		// policy, a namespace that terminates), which is about one namespace.
 		w.forbidden(s.verb(), err)
 	case temporary(err):
 		w.cfg.Logger.DebugContext(ctx, "event not written; trying again", "reason", s.Reason, "error", err)
+		w.done(s, func(now *series) { now.due = time.Now() }) // after the others: it may be its namespace alone
 		return false
 	default: // its namespace is gone, or nothing like it will ever be accepted
 		w.cfg.Logger.DebugContext(ctx, "event not written", "reason", s.Reason, "error", err)

@@ -1,7 +1,6 @@
 package events
 
 import (
-	"regexp"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -29,13 +28,10 @@ func (w *Writer) Refused(d proxy.Denial) {
 	})
 }
 
-// passing is what Entra adds to its texts and is another for each request. The log has it.
-var passing = regexp.MustCompile(`\s*(Trace ID|Correlation ID|Timestamp): \S+( \d\d:\d\d:\d\dZ)?`)
-
 // noteOf says why, and what to do, which is never cut.
 func noteOf(d proxy.Denial) string {
 	text := strings.TrimPrefix(d.Text, "pod "+d.Pod.String())
-	text = passing.ReplaceAllString(strings.TrimLeft(text, ":, "), "")
+	text = strings.TrimLeft(text, ":, ")
 	fix := clean(d.Fix, maxNote/2)
 	if fix == "" {
 		return clean(text, maxNote)

@@ -11,11 +11,11 @@ import (
 
 // key is what the Events of a series have in common.
 type key struct {
-	uid    types.UID
-	reason string
+	uid          types.UID
+	reason, note string
 }
 
-// series is Events about one object, for one reason, with the first one's note.
+// series is Events about one object, for one reason, with one note.
 type series struct {
 	Event
 	name        string // of the Event's object
@@ -25,7 +25,7 @@ type series struct {
 	pause       time.Duration // before the next update
 }
 
-func (s *series) key() key { return key{s.Regarding.UID, s.Reason} }
+func (s *series) key() key { return key{s.Regarding.UID, s.Reason, s.Note} }
 
 // verb is how a series is written.
 type verb string
@@ -43,23 +43,21 @@ func (s *series) verb() verb {
 }
 
 // count adds an Event to its series, or begins one. It returns false if the object has had too
-// many. Another note begins a new series, since a note cannot be changed and the cause may
-// have been; if the object has had too many, the old series goes on.
+// many. Another note is another series, since a note cannot be changed; a pod may have several causes
+// in turn.
 func (w *Writer) count(e Event, now time.Time) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := key{e.Regarding.UID, e.Reason}
-	s, _ := w.series.Get(k)
-	goesOn := s != nil && now.Sub(s.last) <= seriesEnd
+	k := key{e.Regarding.UID, e.Reason, e.Note}
+	s, ok := w.series.Get(k)
 	switch {
-	case goesOn && s.Note == e.Note:
+	case ok && now.Sub(s.last) <= seriesEnd:
+		s.Count, s.last = s.Count+e.Count, now
 	case w.allowLocked(k.uid, now):
 		w.series.Add(k, &series{Event: e, name: nameOf(e.Regarding.Name, now), first: now, last: now, due: now})
-		return true
-	case !goesOn:
+	default:
 		return false
 	}
-	s.Count, s.last = s.Count+e.Count, now
 	return true
 }
 

@@ -1,6 +1,7 @@
 package status
 
 import (
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -139,10 +140,12 @@ func (p *Pod) fixFailed() {
 
 // addHistory adds what the agent has in memory of the pod's requests.
 func (p Parts) addHistory(pod *Pod, addrs []netip.Addr) {
+	mayHave := proxy.InUse(p.Pods)
 	for _, addr := range addrs {
-		held, total := p.Tokens.HeldBy(addr, maxTokens)
-		pod.TokensHeld += total
-		for _, h := range held {
+		held, _ := p.Tokens.HeldBy(addr, math.MaxInt)
+		held = slices.DeleteFunc(held, func(h tokencache.Held) bool { return !mayHave(addr, h.Key) }) // an earlier pod's with the address
+		pod.TokensHeld += len(held)
+		for _, h := range held[:min(len(held), maxTokens)] {
 			pod.Tokens = append(pod.Tokens, tokenOf(h))
 		}
 		for _, r := range p.Server.Refusals(addr) {
@@ -158,7 +161,8 @@ func (p Parts) addHistory(pod *Pod, addrs []netip.Addr) {
 // asks for one.
 func (p *Pod) judge(d *podresolver.Decision, now time.Time) {
 	var last *Refusal
-	if len(p.Refusals) > 0 && now.Sub(p.Refusals[0].Last) < recently {
+	never := d.Chosen != nil && p.TokensHeld == 0 // it may have an identity, and has no token of it
+	if len(p.Refusals) > 0 && (never || now.Sub(p.Refusals[0].Last) < recently) {
 		last = &p.Refusals[0]
 	}
 	switch {

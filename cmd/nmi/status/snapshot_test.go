@@ -195,3 +195,30 @@ func TestHuman(t *testing.T) {
 		assert.Equal(t, want, human(d), d)
 	}
 }
+
+// The tokens that an earlier pod with the address has asked for are not shown as the next one's.
+func TestTokensOfAnEarlierPod(t *testing.T) {
+	p, cluster, _ := parts(t, resolvertest.Pod("cart", "10.244.0.1", "cart"))
+	require.NotEmpty(t, p.ask(t, "10.244.0.1", "https://vault.azure.net"))
+	cluster.Delete(resolvertest.Pod("cart", "10.244.0.1", "cart"))
+	cluster.Add(resolvertest.In("bank", resolvertest.Pod("ledger", "10.244.0.1", "")))
+	require.Eventually(t, func() bool {
+		owner := p.Pods.Owner(netip.MustParseAddr("10.244.0.1"))
+		return owner != nil && owner.Name == "ledger"
+	}, 10*time.Second, time.Millisecond)
+	pod, err := p.Pod("bank", "ledger", podresolver.Selector{})
+	require.NoError(t, err)
+	assert.Zero(t, pod.TokensHeld)
+	assert.Empty(t, pod.Tokens)
+}
+
+// A pod that has been refused whenever it asked is no less so because it has not asked for a while.
+func TestRefusedWheneverItAsked(t *testing.T) {
+	p, _, _ := parts(t, resolvertest.Pod("odd", "10.244.0.2", "odd"))
+	p.ask(t, "10.244.0.2", "r") // IMDS does not know the identity
+	for _, later := range []time.Duration{0, time.Hour} {
+		pod, err := p.pod("shop", "odd", podresolver.Selector{}, time.Now().Add(later))
+		require.NoError(t, err)
+		assert.Equal(t, proxy.IdentityUnknownToIMDS, pod.Reason, later)
+	}
+}

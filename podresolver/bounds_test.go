@@ -1,0 +1,114 @@
+package podresolver
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/podresolver/resolvertest"
+)
+
+// refused returns the error of the pod of 10.0.0.1.
+func (h *harness) refused(t *testing.T, want Selector) error {
+	t.Helper()
+	h.update()
+	pod, err := h.Resolve(t.Context(), netip.MustParseAddr("10.0.0.1"))
+	require.NoError(t, err)
+	_, err = pod.Identity(want)
+	require.Error(t, err)
+	return err
+}
+
+// Fields as long as an object may be: what is kept and said of them is short. Whoever may write
+// bindings in one namespace could otherwise fill the agent's memory, and hold its lock.
+func TestLongFields(t *testing.T) {
+	long := strings.Repeat(" ", 1000) + strings.Repeat("A", 1<<20)
+	objects := []any{resolvertest.Pod("p", "10.0.0.1", "x")}
+	for i := range 10 {
+		principal := resolvertest.Identity(fmt.Sprint("i", i), resolvertest.GUID(fmt.Sprint(i)), "")
+		principal.Spec.Type, principal.Spec.TenantID = aadpodidentity.ServicePrincipal, long
+		principal.Spec.ClientPassword = aadpodidentity.SecretReference{Name: "s"}
+		for j := range 100 {
+			principal.Spec.AuxiliaryTenantIDs = append(principal.Spec.AuxiliaryTenantIDs, fmt.Sprint(long, j))
+		}
+		objects = append(objects, principal, resolvertest.Binding(fmt.Sprint("b", i), "x", fmt.Sprint("i", i)),
+			resolvertest.Binding(fmt.Sprint("missing", i), "x", long), resolvertest.Binding(fmt.Sprint("selector", i), long, "x"))
+	}
+	h := newHarness(t, Config{}, objects...)
+	err := h.refused(t, Selector{ClientID: "other"})
+	assert.Less(t, len(err.Error()), 64<<10)
+	hint := h.Hint(err)
+	assert.Less(t, len(hint.Fix)+len(hint.NearMisses), 64<<10)
+	d, err := h.Explain("shop", "p", Selector{}, nil)
+	require.NoError(t, err)
+	said := 0
+	for _, step := range d.Steps {
+		said += len(strings.Join(step.Texts, ""))
+	}
+	assert.Less(t, said, 128<<10)
+}
+
+// A binding whose selector was cut matches no label that begins like it.
+func TestCutFieldsMatchNothing(t *testing.T) {
+	assert.Equal(t, strings.Repeat("a", maxField), bounded(strings.Repeat("a", maxField)))
+	cut := bounded(strings.Repeat("a", maxField+1))
+	assert.NotEqual(t, strings.Repeat("a", maxField), cut)
+	assert.LessOrEqual(t, len(cut), maxField+len("…"))
+}
+
+// Bindings whose identity is missing are looked at up to a number, since each is compared with every
+// AzureIdentity.
+func TestManyMissingIdentities(t *testing.T) {
+	objects := []any{resolvertest.Pod("p", "10.0.0.1", "x")}
+	for i := range 300 {
+		objects = append(objects, resolvertest.Binding(fmt.Sprint("b", i), "x", "GONE"), resolvertest.In(fmt.Sprint("ns", i), resolvertest.Identity("gone", resolvertest.GUID(fmt.Sprint(i)), "")))
+	}
+	h := newHarness(t, Config{}, objects...)
+	h.update()
+	h.objects.mu.Lock()
+	defer h.objects.mu.Unlock()
+	for _, info := range h.objects.pods {
+		assert.LessOrEqual(t, len(h.nearBindingsLocked(info, "x")), (maxDescribed+1)*(maxDescribed+1))
+	}
+}
+
+// Labels of a pod and of an exception are compared once each: 3000 and 10,000 of them took 1.5 GiB.
+func TestManyLabels(t *testing.T) {
+	want := make(map[string]string)
+	for i := range 10_000 {
+		want[fmt.Sprint("w", i)] = "x"
+	}
+	p := resolvertest.Pod("p", "10.0.0.1", "")
+	p.Labels = make(map[string]string)
+	for i := range 3000 {
+		p.Labels[fmt.Sprint("h", i)] = "y"
+	}
+	h := newHarness(t, Config{ExceptionNamespaces: []string{}}, resolvertest.Exception("e", want), p)
+	err := h.refused(t, Selector{})
+	assert.Less(t, testing.AllocsPerRun(1, func() { h.Hint(err) }), 20_000.0)
+}
+
+// In mode standard bindings of any namespace count. What they say is not for the namespace of the pod.
+func TestForeign(t *testing.T) {
+	inBank := func(o *aadpodidentity.AzureIdentityBinding) any { return resolvertest.In("bank", o) }
+	for name, tc := range map[string]struct {
+		mode    Mode
+		binding any
+		foreign bool
+	}{
+		"its own":               {Standard, resolvertest.Binding("b", "cart", "gone"), false},
+		"of another namespace":  {Standard, inBank(resolvertest.Binding("b", "cart", "gone")), true},
+		"another, mode managed": {Managed, inBank(resolvertest.Binding("b", "cart", "gone")), false},
+	} {
+		h := newHarness(t, Config{Mode: tc.mode}, tc.binding, resolvertest.Pod("p", "10.0.0.1", "cart"))
+		h.update()
+		pod, err := h.Resolve(t.Context(), netip.MustParseAddr("10.0.0.1"))
+		require.NoError(t, err)
+		assert.Equal(t, tc.foreign, pod.Foreign(), name)
+	}
+}
