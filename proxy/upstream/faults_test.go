@@ -90,7 +90,7 @@ func TestFaults(t *testing.T) {
 		"500 for ever":      {always(fault{Status: 500}), outcome{unavailable, "after 10 tries, the last of which failed: IMDS answered 500", 10, patience, 0, 0}},
 		"410 for ever":      {always(fault{Status: 410}), outcome{unavailable, "IMDS answered 410", 5, patience, goneWait, 0}},
 		"hangs once":        {once(fault{Hang: true}), outcome{requests: 2, took: 5 * s}},
-		"hangs":             {always(fault{Hang: true}), outcome{unavailable, "the last of which failed: Get", 2, patience, 0, 0}},
+		"hangs":             {always(fault{Hang: true}), outcome{unavailable, "after 2 tries, the last of which failed: no answer within 5s", 2, patience, 0, 0}},
 		"slow body":         {once(fault{Slow: s}), outcome{requests: 1, took: s}},
 		"too slow a body":   {once(fault{Slow: 10 * s}), outcome{requests: 2, took: 5 * s}},
 		"cut body once":     {once(fault{Cut: true}), outcome{requests: 2}},

@@ -59,7 +59,7 @@ func (u *Upstream) Token(ctx context.Context, req tokencache.Request) (token *to
 	} else {
 		token, err = u.imdsToken(ctx, f, req)
 	}
-	if err != nil && errors.Is(context.Cause(ctx), errFetchTimeout) {
+	if err != nil && errors.Is(context.Cause(ctx), errFetchTimeout) && !errors.Is(err, errFetchTimeout) {
 		return nil, fmt.Errorf("%w: %w", errFetchTimeout, err)
 	}
 	return token, err
@@ -97,7 +97,11 @@ func (u *Upstream) imdsToken(ctx context.Context, f *fetch, ask tokencache.Reque
 	}
 	switch {
 	case err != nil && f.last != nil && !errors.Is(err, f.last):
-		return nil, fmt.Errorf("asking IMDS for a token: %w after %d tries, the last of which failed: %w", err, f.tries, f.last)
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		// What is wrong comes first, and without the URL: long texts are cut at their end.
+		return nil, fmt.Errorf("asking IMDS for a token: after %d tries, the last of which failed: %w (%w)", f.tries, causeOf(f.last), err)
 	case err != nil:
 		return nil, fmt.Errorf("asking IMDS for a token: %w", err)
 	}

@@ -65,7 +65,7 @@ func (o *outage) err() error {
 	if o.began.IsZero() {
 		return nil
 	}
-	return fmt.Errorf("IMDS has given no tokens since %s (failed fetches: %d): %w",
+	return fmt.Errorf("IMDS has given no tokens since %s (failed fetches: %d; what to do: docs/troubleshooting.md#when-imds-gives-no-tokens): %w",
 		o.began.UTC().Format(time.RFC3339), o.failed, o.cause)
 }
 
