@@ -53,6 +53,9 @@ func containsFold(list []string, id string) bool {
 	return false
 }
 
+// errDeniedToken means that only the token tells that its identity is denied.
+var errDeniedToken = fmt.Errorf("%w: the token is", ErrNoIdentity)
+
 // CheckToken returns an error that wraps [ErrNoIdentity] if Config.Deny denies the client ID of
 // a token. It must be called for every token before it is returned, cached ones included.
 func (r *Resolver) CheckToken(clientID string) error {
@@ -60,9 +63,9 @@ func (r *Resolver) CheckToken(clientID string) error {
 	case len(denied.ClientIDs) == 0:
 		return nil
 	case containsFold(denied.ClientIDs, clientID):
-		return fmt.Errorf("%w: the token is for client ID %s, denied by --deny-identity", ErrNoIdentity, clientID)
+		return fmt.Errorf("%w for client ID %s, denied by --deny-identity", errDeniedToken, clientID)
 	case !isGUID(clientID):
-		return fmt.Errorf("%w: the token is for client ID %.100q, which is not a GUID and cannot be compared with --deny-identity", ErrNoIdentity, clientID)
+		return fmt.Errorf("%w for client ID %.100q, which is not a GUID and cannot be compared with --deny-identity", errDeniedToken, clientID)
 	}
 	return nil
 }

@@ -126,6 +126,15 @@ func TestDeniedIdentityAmongOthers(t *testing.T) {
 	}
 }
 
+func TestReasonOfADeniedToken(t *testing.T) {
+	h := newHarness(t, Config{Deny: denyList(t, kubeletClient)})
+	for _, id := range []string{kubeletClient, "not a GUID"} {
+		hint := h.Hint(h.CheckToken(id))
+		assert.Equal(t, IdentityUnusable, hint.Reason)
+		assert.Contains(t, hint.Fix, "--deny-identity")
+	}
+}
+
 func TestCheckToken(t *testing.T) {
 	denying := newHarness(t, Config{Deny: denyList(t, kubeletClient, kubeletResource)})
 	for clientID, want := range map[string]string{

@@ -25,6 +25,14 @@ const (
 	NotSynced                = "NotSynced"                // the agent has not read everything yet
 )
 
+// Reasons lists them.
+func Reasons() []string {
+	return []string{
+		NoIdentityBound, SelectorCaseDiffers, BindingInOtherNamespace, IdentityMissing, IdentityUnusable, RequestedIdentityMissing,
+		SeveralIdentities, NotAssigned, PodUnknown, PodUnconfirmed, AddressAmbiguous, PodDataStale, NotSynced,
+	}
+}
+
 // Reason returns the reason of an error of this package; "" for other errors. It is
 // NoIdentityBound for what takes a look at all bindings to tell more precisely, see
 // Resolver.Hint.
@@ -33,6 +41,7 @@ func Reason(err error) string {
 		err    error
 		reason string
 	}{
+		{errDeniedToken, IdentityUnusable},
 		{ErrNoIdentity, NoIdentityBound},
 		{ErrNotAssigned, NotAssigned},
 		{ErrMultipleIdentities, SeveralIdentities},
@@ -58,6 +67,8 @@ type cause struct{ reason, fix string }
 func causeOf(err error) cause {
 	c := cause{reason: Reason(err)}
 	switch c.reason {
+	case IdentityUnusable:
+		c.fix = "bind an identity that --deny-identity does not withhold, and give its client ID in the AzureIdentity"
 	case NotAssigned:
 		c.fix = "see whether MIC runs, and its log: it assigns identities in standard mode"
 	case SeveralIdentities:
@@ -70,6 +81,8 @@ func causeOf(err error) cause {
 		c.fix = "wait until the pod's status has an address that is its own: kubectl get pod -o wide"
 	case PodDataStale:
 		c.fix = "see what keeps the node from the API server: /readyz lists the resources"
+	case NotSynced:
+		c.fix = "if it lasts, do what the error says of the resource that is missing: /readyz lists them"
 	}
 	return c
 }

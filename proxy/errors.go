@@ -182,19 +182,19 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 func (s *Server) notServed(r *http.Request, status int, err error) {
 	caller, now := callerOf(r), time.Now()
 	refusal := Refusal{Status: status, Reason: Reason(err), First: now, Last: now, cause: steady(cut(err.Error()))}
+	refusal.Fix = Fix(refusal.Reason)
 	if pod := s.podOf(err, caller); pod != nil {
 		refusal.Pod = pod.String()
 	}
 	logged := s.logLimit.allow(caller)
 	cause := err
-	var fix string
 	if logged {
-		refusal.Reason, fix, err = s.diagnose(err)
-		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "status", status, "reason", refusal.Reason, "error", err)
+		refusal.Reason, refusal.Fix, err = s.diagnose(err)
+		s.log.InfoContext(r.Context(), "not served", "pod", refusal.Pod, "from", r.RemoteAddr, "status", status, "reason", refusal.Reason, "error", err, "fix", refusal.Fix)
 	}
 	refusal.Text = err.Error()
 	count := s.refusals.add(caller, refusal, logged)
 	if logged && s.cfg.Refused != nil {
-		s.deny(caller, cause, Denial{Reason: refusal.Reason, Fix: fix, Count: count})
+		s.deny(caller, cause, Denial{Reason: refusal.Reason, Fix: refusal.Fix, Count: count})
 	}
 }

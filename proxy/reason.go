@@ -24,6 +24,12 @@ const (
 	RequestInvalid         = "RequestInvalid"         // the response says all that there is to say
 )
 
+// Reasons lists all that Reason and Refusal.Reason can be.
+func Reasons() []string {
+	return append(podresolver.Reasons(), IdentityUnknownToIMDS, IMDSRefused, IMDSUnavailable, EntraRefused, EntraUnavailable,
+		CredentialUnusable, Throttled, TooManyWaiting, TokensWithheldOnBridge, RequestInvalid)
+}
+
 // Reason returns why a request with this error is not served.
 func Reason(err error) string {
 	if reason := podresolver.Reason(err); reason != "" {
@@ -102,6 +108,8 @@ func Fix(reason string) string {
 		return "find the pod or program that requests too many tokens: docs/troubleshooting.md#why-does-my-pod-get-429"
 	case TokensWithheldOnBridge:
 		return "use a network plugin that gives each pod a link of its own, or take NET_RAW and NET_ADMIN from all pods and set --allow-network-plugin-kubenet"
+	case RequestInvalid:
+		return "correct the application's request, as the response says"
 	default:
 		return ""
 	}

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -13,7 +14,7 @@ import (
 const (
 	// maxRefusals bounds the different refusals that are remembered of an address, and
 	// maxRefusedCallers the addresses: more than a node has pods. With maxRefusalText they come to
-	// 1.5 MiB at most, see TestRefusalsAreBounded.
+	// 2 MiB at most, see TestRefusalsAreBounded.
 	maxRefusals       = 4
 	maxRefusedCallers = 256
 	maxRefusalText    = 400 // bytes of each text
@@ -25,6 +26,7 @@ type Refusal struct {
 	Status      int    // HTTP
 	Reason      string // a word that stays the same, see Reason
 	Text        string // for operators
+	Fix         string // what to do; "" if that is not known
 	Count       uint64
 	First, Last time.Time
 
@@ -32,10 +34,12 @@ type Refusal struct {
 	reported uint64 // of Count, as Denials
 }
 
-// refusals remembers the last refusals of each address: pods can make up any number of them.
+// refusals counts refusals, and remembers the last ones of each address: pods can make up any
+// number of them.
 type refusals struct {
-	mu       sync.Mutex // guards byCaller and the refusals in it
+	mu       sync.Mutex // guards byCaller, the refusals in it, and byReason
 	byCaller *simplelru.LRU[netip.Addr, []Refusal]
+	byReason map[string]uint64
 }
 
 func newRefusals() *refusals {
@@ -43,14 +47,14 @@ func newRefusals() *refusals {
 	if err != nil { // only for a size below 1
 		panic(err)
 	}
-	return &refusals{byCaller: byCaller}
+	return &refusals{byCaller: byCaller, byReason: make(map[string]uint64)}
 }
 
 // add counts a refusal. One of the same cause counts with the earlier one, and takes its place
-// among the last; precise means that r.Reason and r.Text say more than the error itself. It
+// among the last; precise means that r.Reason, r.Text and r.Fix say more than the error itself. It
 // returns how many there have been since the last precise one.
 func (m *refusals) add(caller netip.Addr, r Refusal, precise bool) (since uint64) {
-	r.cause, r.Text = cut(r.cause), cut(r.Text)
+	r.cause, r.Text, r.Fix = cut(r.cause), cut(r.Text), cut(r.Fix)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	all, _ := m.byCaller.Get(caller)
@@ -62,13 +66,14 @@ func (m *refusals) add(caller netip.Addr, r Refusal, precise bool) (since uint64
 		known := all[i]
 		r.Count, r.First, r.reported = known.Count, known.First, known.reported
 		if !precise {
-			r.Reason, r.Text = known.Reason, known.Text
+			r.Reason, r.Text, r.Fix = known.Reason, known.Text, known.Fix
 		}
 		all = slices.Delete(all, i, i+1)
 	case len(all) == maxRefusals:
 		all = slices.Delete(all, 0, 1)
 	}
 	r.Count++
+	m.byReason[r.Reason]++
 	since = r.Count - r.reported
 	if precise {
 		r.reported = r.Count
@@ -84,6 +89,17 @@ func (m *refusals) of(caller netip.Addr) []Refusal {
 	all, _ := m.byCaller.Peek(caller)
 	all = slices.Clone(all)
 	slices.Reverse(all)
+	return all
+}
+
+// counts returns how many refusals there were, by reason.
+func (m *refusals) counts() map[string]uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := maps.Clone(m.byReason)
+	for _, reason := range Reasons() {
+		all[reason] += 0
+	}
 	return all
 }
 

@@ -37,6 +37,7 @@ func TestRefusalsAreRemembered(t *testing.T) {
 		assert.Equal(t, 400, r.Status)
 		assert.Equal(t, podresolver.NoIdentityBound, r.Reason)
 		assert.Contains(t, r.Text, `no AzureIdentityBinding in namespace "shop" has the selector "nothing"`)
+		assert.Contains(t, r.Fix, "create an AzureIdentityBinding", "of those that the log has no room for, too")
 		assert.Equal(t, uint64(7), r.Count)
 		assert.False(t, r.Last.Before(r.First))
 	}
@@ -47,6 +48,14 @@ func TestRefusalsAreRemembered(t *testing.T) {
 	assert.Equal(t, []string{IdentityUnknownToIMDS, podresolver.RequestedIdentityMissing}, reasons, "the last first")
 	assert.Contains(t, w.server.Refusals(netip.MustParseAddr(bound))[0].Text, "IMDS does not know this identity on this node")
 	assert.Contains(t, w.log.String(), "reason=IdentityUnknownToIMDS")
+	assert.Equal(t, strings.Count(w.log.String(), `msg="not served"`), strings.Count(w.log.String(), ` fix="`), "each line names what to do:\n%s", w.log)
+	counts := w.server.Stats().Refused
+	assert.Len(t, counts, len(Reasons()), "the others are 0")
+	for reason, n := range counts {
+		assert.Equal(t, map[string]uint64{
+			podresolver.NoIdentityBound: 7, podresolver.RequestedIdentityMissing: 1, IdentityUnknownToIMDS: 1, podresolver.PodUnknown: 1,
+		}[reason], n, reason)
+	}
 	if unknown := w.server.Refusals(netip.MustParseAddr(stranger)); assert.Len(t, unknown, 1) {
 		assert.Equal(t, podresolver.PodUnknown, unknown[0].Reason)
 		assert.Empty(t, unknown[0].Pod)
@@ -69,10 +78,10 @@ func TestRefusalsAreBounded(t *testing.T) {
 	for caller := range 3 * maxRefusedCallers {
 		addr := netip.AddrFrom4([4]byte{10, 244, byte(caller >> 8), byte(caller)})
 		for i := range 3 * maxRefusals {
-			m.add(addr, Refusal{Pod: "shop/p", Reason: "R", cause: fmt.Sprint(i, long[:2000]), Text: fmt.Sprint(i, long[:2000])}, true)
+			m.add(addr, Refusal{Pod: "shop/p", Reason: "R", cause: fmt.Sprint(i, long[:2000]), Text: fmt.Sprint(i, long[:2000]), Fix: long[:2000]}, true)
 		}
 	}
-	assert.Less(t, heap()-before, uint64(3<<19))
+	assert.Less(t, heap()-before, uint64(2<<20))
 	assert.Len(t, m.callers(), maxRefusedCallers)
 	last := netip.AddrFrom4([4]byte{10, 244, (3*maxRefusedCallers - 1) >> 8, (3*maxRefusedCallers - 1) & 255})
 	all := m.of(last)
@@ -81,10 +90,11 @@ func TestRefusalsAreBounded(t *testing.T) {
 	assert.LessOrEqual(t, len(all[0].Text), maxRefusalText)
 	assert.True(t, strings.HasSuffix(all[0].Text, "ä…"), "whole letters")
 
-	m.add(last, Refusal{Pod: "shop/p", cause: "c", Reason: "Precise", Text: "c, and why"}, true)
+	m.add(last, Refusal{Pod: "shop/p", cause: "c", Reason: "Precise", Text: "c, and why", Fix: "change c"}, true)
 	m.add(last, Refusal{Pod: "shop/p", cause: "c", Reason: "General", Text: "c"}, false)
 	assert.Equal(t, "Precise", m.of(last)[0].Reason)
 	assert.Equal(t, "c, and why", m.of(last)[0].Text)
+	assert.Equal(t, "change c", m.of(last)[0].Fix)
 	assert.Equal(t, uint64(2), m.of(last)[0].Count)
 	m.add(last, Refusal{Pod: "shop/q", cause: "c", Reason: "General", Text: "c"}, false)
 	assert.Equal(t, uint64(1), m.of(last)[0].Count, "another pod that has the address now")

@@ -12,8 +12,9 @@ import (
 
 // Stats is what the server has done so far.
 type Stats struct {
-	Requests    []RequestStats // those that there were, in any order
-	FastPath    uint64         // requests among them that were answered without http.Server
+	Requests    []RequestStats    // those that there were, in any order
+	FastPath    uint64            // requests among them that were answered without http.Server
+	Refused     map[string]uint64 // requests among them that were not served, by Reason; what Refusals has
 	Connections listener.Stats
 }
 
@@ -93,7 +94,7 @@ func (s *requests) kind(key requestKey) *histogram.Histogram {
 
 // Stats returns the counts so far.
 func (s *Server) Stats() Stats {
-	stats := Stats{Connections: s.conns.Stats()}
+	stats := Stats{Connections: s.conns.Stats(), Refused: s.refusals.counts()}
 	all := make(map[requestKey]histogram.Snapshot)
 	for source := range s.requests.hits {
 		if hits := s.requests.hits[source].Snapshot(); hits.Count() > 0 {

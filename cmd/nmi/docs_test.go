@@ -11,6 +11,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/proxy"
 )
 
 const repository = "../.."
@@ -161,6 +163,7 @@ func TestReasonsAreDocumented(t *testing.T) {
 			documented[word[1]] = true
 		}
 	}
+	listed := len(documented)
 	for _, source := range []string{"/podresolver/reason.go", "/proxy/reason.go"} {
 		text, err := os.ReadFile(repository + source)
 		require.NoError(t, err)
@@ -169,8 +172,10 @@ func TestReasonsAreDocumented(t *testing.T) {
 		for _, reason := range reasons {
 			assert.Equal(t, string(reason[1]), string(reason[2]), source)
 			assert.True(t, documented[string(reason[2])], "docs/status.md lacks %s of %s", reason[2], source)
+			assert.Contains(t, proxy.Reasons(), string(reason[2]))
 			delete(documented, string(reason[2]))
 		}
 	}
 	assert.Empty(t, documented, "docs/status.md has reasons that there are not")
+	assert.Len(t, proxy.Reasons(), listed)
 }

@@ -43,6 +43,7 @@ func (s snapshot) addRequests(l *list) {
 		durations = append(durations, spread(r.Duration, requestLabels(r)...))
 	}
 	l.histogram("http.server.request.duration", "Time from a pod's request to the response", 0, durations...)
+	l.counter("nmi.requests.refused", "Requests of pods that were not served, by the reason that logs and Events have, too", by("reason", s.server.Refused)...)
 	c := s.server.Connections
 	l.gauge("http.server.active_requests", "", "Requests of pods under way", of(c.Busy))
 	l.counter("nmi.fast_path.requests", "Requests for tokens that the fast path answered", of(s.server.FastPath))
