@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	corev1 "k8s.io/api/core/v1"
@@ -56,6 +57,24 @@ func TestChangesAreLoggedOnce(t *testing.T) {
 	step("excepted", `INFO msg="decision changed" pod=shop/p gets="the node's identities (exception e)" before=shop/cart`)
 	h.drop(pod(bound))
 	step("gone")
+}
+
+// In standard mode there is a decision before MIC's, and another one after it.
+func TestChangesInStandardMode(t *testing.T) {
+	var out bytes.Buffer
+	cart, binding := resolvertest.Identity("cart", cartClient, ""), resolvertest.Binding("cart", "cart", "cart")
+	h := newHarness(t, Config{Mode: Standard, IdentityWait: time.Second, Logger: slog.New(slog.NewTextHandler(&out, nil))}, cart, binding, resolvertest.Pod("p", "10.0.0.1", "cart"))
+	step := func(what, want string) {
+		t.Helper()
+		h.update()
+		assert.Equal(t, []string{`INFO msg="decision changed" pod=shop/p ` + want}, logged(&out), what)
+	}
+	step("bound", `gets="shop/cart (not assigned yet)"`)
+	assigned := resolvertest.Assigned("a", "p", "Assigned", cart, binding)
+	h.put(assigned)
+	step("assigned", `gets=shop/cart before="shop/cart (not assigned yet)"`)
+	h.drop(assigned)
+	step("taken away", `gets="shop/cart (not assigned yet)" before=shop/cart`)
 }
 
 func TestChangesAreBounded(t *testing.T) {

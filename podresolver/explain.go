@@ -56,6 +56,7 @@ type Step struct {
 // Names of steps. Those after a step in which the request leaves the agent are left out.
 const (
 	stepRequests   = "requests"
+	stepData       = "data" // if it may be out of date
 	stepAddress    = "address"
 	stepException  = "exception"
 	stepBinding    = "binding"
@@ -99,6 +100,7 @@ func (r *Resolver) Explain(namespace, podName string, want Selector, confirm fun
 	if !closed(r.synced) {
 		return nil, r.notSynced()
 	}
+	stale := r.Stale()
 	s := r.current.Load()
 	r.objects.mu.Lock()
 	defer r.objects.mu.Unlock()
@@ -112,6 +114,9 @@ func (r *Resolver) Explain(namespace, podName string, want Selector, confirm fun
 	}
 	if d.explainRequests(info); info.hostNetwork {
 		return d, nil
+	}
+	if stale != nil && !r.expired.Load() {
+		d.add(stepData, Warning, "do what is said of each resource; until then changes of it count for nothing", strings.Split("it may be out of date: "+stale.Error(), "\n")...)
 	}
 	p := r.explainAddressesLocked(d, s, info, confirm)
 	d.Exception, d.Identities, d.Pending = p.exception, p.identities, p.pending

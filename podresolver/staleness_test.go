@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -100,8 +101,11 @@ func TestMaxStaleness(t *testing.T) {
 				tc.breaks(w.api.identities)
 				time.Sleep(maxStaleness - time.Second)
 				assert.Equal(t, "p", w.name(addr))
+				decision, err := w.resolver.Explain("shop", "p", podresolver.Selector{}, nil)
+				require.NoError(t, err)
+				assert.Equal(t, w.resolver.Stale() != nil, hasStep(decision, "data"), "it is served, with a warning")
 				time.Sleep(3 * time.Second)
-				_, err := w.resolver.Resolve(t.Context(), addr)
+				_, err = w.resolver.Resolve(t.Context(), addr)
 				require.ErrorIs(t, err, podresolver.ErrStale)
 				_, err = w.resolver.Resolve(t.Context(), other)
 				require.ErrorIs(t, err, podresolver.ErrStale, "at once, and without a lookup")
@@ -111,20 +115,29 @@ func TestMaxStaleness(t *testing.T) {
 				require.ErrorContains(t, w.resolver.Ready(), tc.says)
 				synctest.Wait()
 				assert.Equal(t, 1, strings.Count(log.String(), "pod and identity data is stale; refusing"), log.String())
-				decision, err := w.resolver.Explain("shop", "p", podresolver.Selector{}, nil)
+				decision, err = w.resolver.Explain("shop", "p", podresolver.Selector{}, nil)
 				require.NoError(t, err)
 				require.ErrorIs(t, decision.Refusal, podresolver.ErrStale)
+				assert.Equal(t, podresolver.PodDataStale, decision.Reason)
+				assert.NotEmpty(t, decision.Fix)
 
 				w.api.identities.fail(nil)
 				time.Sleep(2 * time.Minute)
 				require.NoError(t, w.resolver.Ready())
 				require.NoError(t, w.resolver.Stale())
+				decision, err = w.resolver.Explain("shop", "p", podresolver.Selector{}, nil)
+				require.NoError(t, err)
+				assert.False(t, hasStep(decision, "data"))
 				assert.Equal(t, "p", w.name(addr))
 				synctest.Wait()
 				assert.Contains(t, log.String(), "pod and identity data is up to date")
 			})
 		})
 	}
+}
+
+func hasStep(d *podresolver.Decision, name string) bool {
+	return slices.ContainsFunc(d.Steps, func(s podresolver.Step) bool { return s.Name == name })
 }
 
 // TestSilentWatchIsRelisted: etcd may send no progress notifications, or a proxy may hold up

@@ -227,7 +227,7 @@ func explainAPIError(resource string, err error) error {
 	}
 	var request *url.Error // its URL is long, and differs for each try
 	if errors.As(err, &request) {
-		return fmt.Errorf("%s: cannot reach the API server (is it up, and is its address correct?): %w", resource, request.Err)
+		return fmt.Errorf("%s: cannot reach the API server: see whether it is up, and whether the node reaches its address: %w", resource, request.Err)
 	}
 	return fmt.Errorf("%s: the API server returned an error: %w", resource, err)
 }
