@@ -91,5 +91,6 @@ func TestDetectConflict(t *testing.T) {
 	}
 	n.eventually(func() bool { return len(r.Status().Notes) > 0 }, "noted")
 	assert.Contains(t, r.Status().Notes[0], "another program keeps changing the rules: repaired")
+	assert.Contains(t, r.Status().Notes[0], "nft monitor names the process")
 	assert.NoError(t, r.Status().Err)
 }

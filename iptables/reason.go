@@ -1,12 +1,24 @@
 package iptables
 
-// Reasons why rules are not in place, as logs and Events name them. They stay the same; the
+// Reasons why rules are not in place, as logs, Events, the status page and nmi explain name them. They stay the same; the
 // error's text may change.
 const (
 	RulesRefused = "RulesRefused" // the agent may not write them, or the node forbids it
 	FenceMissing = "FenceMissing" // a fence is not in place, and perhaps other rules
 	RulesMissing = "RulesMissing" // other rules are not in place
 )
+
+// Fix is what to do about a reason, beside what the error says; "" for none.
+func Fix(reason string) string {
+	switch reason {
+	case RulesRefused:
+		return "give the agent root with NET_ADMIN and NET_RAW; where the node forbids rules all the same, use --redirect-mode=none: docs/doctor.md#writable"
+	case FenceMissing, RulesMissing:
+		return "see what keeps the agent from writing its rules: nmi doctor checks the node's tables, routing rules and iptables itself"
+	default:
+		return ""
+	}
+}
 
 // Problem is the reason why required rules are not in place; "" when they are.
 func (s *Status) Problem() string {

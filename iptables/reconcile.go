@@ -73,19 +73,35 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 // written.
 func (r *Reconciler) report(ctx context.Context, written, lost, down []string, status *Status) {
 	warn, info := slog.LevelWarn, slog.LevelInfo
-	if len(r.repairTimes) >= conflictThreshold { // detectConflict warns once a minute instead
+	if len(r.repairTimes) >= conflictThreshold { // lossNotes warns once a minute instead
 		warn, info = slog.LevelDebug, slog.LevelDebug
 	}
 	if len(lost) > 0 {
 		for _, part := range lost {
 			r.counts.addLost(part)
 		}
-		r.cfg.Logger.Log(ctx, warn, "rules were removed or changed by another program", "rules", lost, "impact", impact(lost, down))
+		r.lastLoss = loss{time.Now(), lost, impact(lost, down)}
+		r.cfg.Logger.Log(ctx, warn, "rules were removed or changed by another program", "rules", lost, "impact", r.lastLoss.impact, "fix", findProgram)
 	}
 	if len(written) > 0 {
 		r.cfg.Logger.Log(ctx, info, "routing and iptables rules put in place", "rules", written, "mode", status.Mode, "reason", status.Reason)
 	}
 }
+
+// loss is parts that another program removed or changed. They were put back at once.
+type loss struct {
+	at     time.Time
+	parts  []string
+	impact string
+}
+
+const (
+	// lossNoteTime is how long a loss is worth a note.
+	lossNoteTime = time.Hour
+	// findProgram is what to do about a loss. The kernel names the process that changes rules of
+	// nftables in its announcements (NFTA_GEN_PROC_NAME); "nft monitor" prints them.
+	findProgram = "find the program and have it leave these rules alone: on the node, nft monitor names the process of each change, and ip monitor rule shows those of routing rules"
+)
 
 // impact says what pods could do while parts were lost and fences down.
 func impact(lost, down []string) string {
@@ -253,20 +269,23 @@ func (r *Reconciler) ensureChain(ctx context.Context, res *result, want chain, f
 // conflictThreshold is how often in a minute rules are written for ordinary reasons.
 const conflictThreshold = 5
 
-// detectConflict warns, and returns a note, while another program keeps changing the
-// rules. They are repaired at the same pace all the same: pods are refused as long as
-// they are missing.
-func (r *Reconciler) detectConflict() []string {
-	now := time.Now()
+// lossNotes returns a note on the last loss of rules, or of late. While another program keeps
+// changing the rules, it warns, too. They are repaired at the same pace all the same: pods are
+// refused as long as they are missing.
+func (r *Reconciler) lossNotes(now time.Time) []string {
 	r.repairTimes = slices.DeleteFunc(r.repairTimes, func(at time.Time) bool { return now.Sub(at) > time.Minute })
-	if len(r.repairTimes) <= conflictThreshold {
+	if len(r.repairTimes) > conflictThreshold {
+		if now.Sub(r.lastConflict) > time.Minute {
+			r.lastConflict = now
+			r.cfg.Logger.Warn("another program keeps changing the rules", "repairs_in_last_minute", len(r.repairTimes), "fix", findProgram)
+		}
+		return []string{fmt.Sprintf("another program keeps changing the rules: repaired %d times in the last minute: %s", len(r.repairTimes), findProgram)}
+	}
+	if r.lastLoss.at.IsZero() || now.Sub(r.lastLoss.at) > lossNoteTime {
 		return nil
 	}
-	if now.Sub(r.lastConflict) > time.Minute {
-		r.lastConflict = now
-		r.cfg.Logger.Warn("another program keeps changing the rules", "repairs_in_last_minute", len(r.repairTimes))
-	}
-	return []string{fmt.Sprintf("another program keeps changing the rules: repaired %d times in the last minute", len(r.repairTimes))}
+	return []string{fmt.Sprintf("another program removed or changed rules at %s (%s; impact: %s), and they were put back: %s",
+		r.lastLoss.at.UTC().Format(time.RFC3339), strings.Join(r.lastLoss.parts, ", "), r.lastLoss.impact, findProgram)}
 }
 
 func errorText(err error) string {

@@ -71,7 +71,8 @@ type Reconciler struct {
 	last         map[string][]string // by part, the rules that a reconciliation of this Run left in place
 	lastOptional string              // error of parts that are not required, as last logged
 	repairTimes  []time.Time         // in the last minute
-	lastConflict time.Time           // when detectConflict last warned
+	lastConflict time.Time           // when lossNotes last warned
+	lastLoss     loss                // of this Run or an earlier one
 }
 
 // Status is the outcome of the last reconciliation.
@@ -186,14 +187,15 @@ func (r *Reconciler) Run(ctx context.Context) {
 			if status.Err != nil {
 				next = retry
 				retry = min(2*retry, r.cfg.Interval)
-				r.cfg.Logger.Error("putting rules in place failed; retrying", "error", status.Err, "in", next)
+				reason := status.Problem()
+				r.cfg.Logger.Error("putting rules in place failed; retrying", "reason", reason, "error", status.Err, "in", next, "fix", Fix(reason))
 			} else {
 				retry = min(firstRetry, r.cfg.Interval)
 			}
 			due.Reset(next)
 		}
 		published := status
-		published.Notes = slices.Concat(r.detectConflict(), status.ruleNotes, status.Notes)
+		published.Notes = slices.Concat(r.lossNotes(time.Now()), status.ruleNotes, status.Notes)
 		r.status.Store(&published)
 		checked := time.Now()
 		select {
