@@ -85,7 +85,7 @@ func TestWatchRules(t *testing.T) {
 		assert.Equal(t, "/apis/events.k8s.io/v1/namespaces/default/events", sent[0].path)
 		e := sent[0].event
 		assert.Equal(t, corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"}, e.Regarding)
-		assert.Equal(t, []string{"RulesRefused", "WriteRules", "no routing: operation not permitted no chain"}, []string{e.Reason, e.Action, e.Note})
+		assert.Equal(t, []string{"RulesRefused", "WriteRules", "no routing: operation not permitted no chain. Fix: " + iptables.Fix(iptables.RulesRefused)}, []string{e.Reason, e.Action, e.Note})
 		time.Sleep(10 * time.Minute)
 		sent = w.sent()
 		assert.Equal(t, "PATCH", sent[0].method)

@@ -28,11 +28,14 @@ func (w *Writer) Refused(d proxy.Denial) {
 	})
 }
 
-// noteOf says why, and what to do, which is never cut.
+// noteOf says why, and what to do.
 func noteOf(d proxy.Denial) string {
-	text := strings.TrimPrefix(d.Text, "pod "+d.Pod.String())
-	text = strings.TrimLeft(text, ":, ")
-	fix := clean(d.Fix, maxNote/2)
+	return withFix(strings.TrimLeft(strings.TrimPrefix(d.Text, "pod "+d.Pod.String()), ":, "), d.Fix)
+}
+
+// withFix is a note with what to do, which is never cut.
+func withFix(text, fix string) string {
+	fix = clean(fix, maxNote/2)
 	if fix == "" {
 		return clean(text, maxNote)
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/tokencache"
@@ -122,6 +123,9 @@ func (p Parts) pod(namespace, name string, want podresolver.Selector, now time.T
 			pod.fixFailed()
 		}
 	}
+	if p.Rules != nil && !d.HostNetwork {
+		p.addRules(&pod)
+	}
 	if p.Server != nil && !d.HostNetwork {
 		p.addHistory(&pod, d.Addresses)
 	}
@@ -136,6 +140,26 @@ func (p *Pod) fixFailed() {
 			p.Steps[i].Fix = p.Fix
 		}
 	}
+}
+
+// unreached is the answer to requests that do not reach the agent.
+const unreached = "nothing: its requests do not reach the agent"
+
+// addRules says if the rules that bring the pod's requests to the agent are not all in place: a fence
+// refuses them, if one is.
+func (p Parts) addRules(pod *Pod) {
+	s := p.Rules()
+	if s.Err == nil {
+		return
+	}
+	requests := &pod.Steps[0] // see podresolver.Explain
+	reason := s.Problem()
+	requests.State, requests.Fix = Warning, iptables.Fix(reason)
+	if s.Mode != iptables.None && !s.InPlace["redirect"] {
+		requests.State, requests.Texts = Failed, nil
+		pod.Answer, pod.Reason, pod.Fix = unreached, reason, requests.Fix
+	}
+	requests.Texts = append(requests.Texts, strings.Split(reason+": "+s.Err.Error(), "\n")...)
 }
 
 // addHistory adds what the agent has in memory of the pod's requests.
@@ -158,19 +182,20 @@ func (p Parts) addHistory(pod *Pod, addrs []netip.Addr) {
 }
 
 // judge sets the state. A refusal counts for a pod that is meant to have an identity, or that
-// asks for one.
+// asks for one; one for a reason that is gone by now does not count.
 func (p *Pod) judge(d *podresolver.Decision, now time.Time) {
+	asked := len(p.Refusals) > 0 && now.Sub(p.Refusals[0].Last) < recently
 	var last *Refusal
 	never := d.Chosen != nil && p.TokensHeld == 0 // it may have an identity, and has no token of it
-	if len(p.Refusals) > 0 && (never || now.Sub(p.Refusals[0].Last) < recently) {
+	if len(p.Refusals) > 0 && (asked || never) && !decided(p.Refusals[0].Reason) {
 		last = &p.Refusals[0]
 	}
 	switch {
 	case d.HostNetwork:
 		p.State = None
-	case d.Refusal != nil && (d.Labelled || last != nil):
+	case p.Answer != "" && (d.Labelled || asked):
 		p.State = Failed
-	case d.Refusal != nil:
+	case p.Answer != "":
 		p.State = None
 	case last == nil:
 	case p.TokensHeld > 0 || p.Exception != "": // it has been served, too
@@ -180,6 +205,18 @@ func (p *Pod) judge(d *podresolver.Decision, now time.Time) {
 		p.State = Failed
 		p.Reason, p.Fix = last.Reason, last.Fix
 	}
+}
+
+// decided reports whether the steps have a reason for as long as it lasts: it follows from the
+// cluster's objects and the node's network, and not from the request or the token.
+func decided(reason string) bool {
+	switch reason {
+	case podresolver.RequestedIdentityMissing, podresolver.IdentityUnusable:
+		return false
+	case proxy.TokensWithheldOnBridge:
+		return true
+	}
+	return slices.Contains(podresolver.Reasons(), reason)
 }
 
 func identitiesOf(d *podresolver.Decision) (all []Identity) {
@@ -226,5 +263,5 @@ func refusalsOf(in []proxy.Refusal) (out []Refusal) {
 }
 
 func refusalOf(r proxy.Refusal) Refusal {
-	return Refusal{Status: r.Status, Reason: r.Reason, Text: r.Text, Fix: proxy.Fix(r.Reason), Count: r.Count, First: r.First.UTC(), Last: r.Last.UTC()}
+	return Refusal{Status: r.Status, Reason: r.Reason, Text: r.Text, Fix: r.Fix, Count: r.Count, First: r.First.UTC(), Last: r.Last.UTC()}
 }

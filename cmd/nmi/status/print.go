@@ -43,6 +43,7 @@ func (p Printer) Snapshot(s *Snapshot) {
 	for _, problem := range s.Agent.Problems {
 		p.Line("\n%s %s", p.mark(Failed), problem)
 	}
+	p.fix(s.Rules.Fix)
 }
 
 // pods prints a table of the pods, but for those that have and seem to want no identity.

@@ -83,6 +83,8 @@ type Rules struct {
 	Reason  string `json:"reason"`            // for the mode
 	Backend string `json:"backend,omitempty"` // of iptables; "" if it is not usable
 	Error   string `json:"error,omitempty"`   // why required rules are not in place
+	Problem string `json:"problem,omitempty"` // the same in a word, see iptables.Status.Problem
+	Fix     string `json:"fix,omitempty"`     // what to do
 	Parts   []Part `json:"parts,omitempty"`
 }
 
@@ -166,7 +168,8 @@ func (p Parts) Snapshot() Snapshot {
 
 func (p Parts) rules() Rules {
 	status := p.Rules()
-	r := Rules{Mode: string(status.Mode), Reason: status.Reason, Backend: string(status.Backend), Error: textOf(status.Err)}
+	r := Rules{Mode: string(status.Mode), Reason: status.Reason, Backend: string(status.Backend), Error: textOf(status.Err), Problem: status.Problem()}
+	r.Fix = iptables.Fix(r.Problem)
 	for name, inPlace := range status.InPlace {
 		r.Parts = append(r.Parts, Part{name, inPlace})
 	}

@@ -166,6 +166,62 @@ func TestRefusalsOfAnEarlierPod(t *testing.T) {
 	require.ErrorIs(t, err, podresolver.ErrUnknownPod)
 }
 
+// A refusal for a reason that is gone no longer counts, and one for a reason that only a request
+// shows does.
+func TestRefusalsForAReasonThatIsGone(t *testing.T) {
+	p, cluster, _ := parts(t, resolvertest.Pod("p", "10.244.0.1", "late"))
+	of := func() Pod {
+		pod, err := p.Pod("shop", "p", podresolver.Selector{})
+		require.NoError(t, err)
+		return pod
+	}
+	require.Empty(t, p.ask(t, "10.244.0.1", "r"))
+	assert.Equal(t, []any{Failed, podresolver.NoIdentityBound}, []any{of().State, of().Reason})
+	cluster.Add(resolvertest.Binding("late", "late", "cart"))
+	require.Eventually(t, func() bool { return of().Answer == "" }, 30*time.Second, time.Millisecond)
+	pod := of()
+	assert.Equal(t, []any{OK, "", ""}, []any{pod.State, pod.Reason, pod.Fix}, "it need not have asked again")
+	assert.Len(t, pod.Refusals, 1)
+
+	require.Empty(t, p.ask(t, "10.244.0.1", "r&client_id=dead0000-0000-4000-8000-000000000004"))
+	pod = of()
+	assert.Equal(t, []any{Failed, podresolver.RequestedIdentityMissing}, []any{pod.State, pod.Reason})
+	assert.Contains(t, pod.Fix, "request an identity that the pod has")
+}
+
+// Where the redirect is missing no pod is served, whatever its bindings; where a fence is, all are.
+func TestPodsWithoutTheRules(t *testing.T) {
+	p, _, _ := parts(t, resolvertest.Pod("cart", "10.244.0.1", "cart"), resolvertest.Pod("quiet", "10.244.0.2", ""))
+	rules := iptables.Status{Mode: iptables.DNAT, Err: errors.New("the redirect is not in place: no\nand more"), InPlace: map[string]bool{"routing": true, "redirect": false, "guard": true}}
+	p.Rules = func() iptables.Status { return rules }
+	of := func(name string) (Pod, string) {
+		pod, err := p.Pod("shop", name, podresolver.Selector{})
+		require.NoError(t, err)
+		var out strings.Builder
+		Printer{terminal.Printer{Out: &out}}.Pod(&pod, time.Now())
+		return pod, out.String()
+	}
+	pod, text := of("cart")
+	assert.Equal(t, []any{Failed, iptables.RulesMissing, iptables.Fix(iptables.RulesMissing)}, []any{pod.State, pod.Reason, pod.Fix})
+	assert.Contains(t, text, "× requests    RulesMissing: the redirect is not in place: no\n              and more\n")
+	assert.Contains(t, text, "is answered nothing: its requests do not reach the agent\nwould get AzureIdentity shop/cart")
+	assert.NotContains(t, text, "are redirected")
+	quiet, _ := of("quiet")
+	assert.Equal(t, None, quiet.State)
+	s := p.Snapshot()
+	assert.Equal(t, []any{iptables.RulesMissing, iptables.Fix(iptables.RulesMissing)}, []any{s.Rules.Problem, s.Rules.Fix})
+
+	rules.Err, rules.InPlace = errors.New("the guard is not in place"), map[string]bool{"routing": true, "redirect": true, "guard": false}
+	pod, text = of("cart")
+	assert.Equal(t, []any{OK, ""}, []any{pod.State, pod.Answer})
+	assert.Contains(t, text, "‼ requests    it is on the pod network, where requests to IMDS are redirected to the agent\n              FenceMissing: the guard is not in place\n")
+	assert.Contains(t, text, "\nfix: "+iptables.Fix(iptables.FenceMissing)+"\n")
+
+	rules.Mode, rules.Err, rules.InPlace = iptables.None, errors.New("no guard"), map[string]bool{"guard": false}
+	pod, _ = of("cart")
+	assert.Equal(t, OK, pod.State, "another program redirects")
+}
+
 // TestFromObjectsAlone: without an agent, a pod is explained by objects alone.
 func TestFromObjectsAlone(t *testing.T) {
 	p, _, _ := parts(t, resolvertest.Pod("cart", "10.244.0.1", "cart"))
