@@ -27,6 +27,7 @@ func (d *doctor) agentChecks() []check {
 		{"agent", "an agent answers on " + d.cfg.Socket, d.agentAnswers},
 		{"ready", "the agent is ready", d.agentReady},
 		{"notes", "the agent reports no trouble", d.agentNotes},
+		{"pods", "no pod of the node is refused", d.podsServed},
 		{"handover", "a new agent can take over (--handover-dir)", d.handover},
 	}, check{"ports", "the agent has its ports", func(ctx context.Context) (string, error) { return "", d.portsServed(ctx) }})
 }
@@ -86,6 +87,48 @@ func (d *doctor) agentNotes(ctx context.Context) (string, error) {
 	return "", nil
 }
 
+// podsServed lists the pods that the agent refuses, or has refused of late.
+func (d *doctor) podsServed(ctx context.Context) (string, error) {
+	if !d.agent {
+		return "", skipf("no agent answers")
+	}
+	status, text, err := d.cfg.Ask(ctx, statusPage)
+	if err != nil {
+		return "", err
+	}
+	var page struct {
+		Cluster struct {
+			Synced bool `json:"synced"`
+		} `json:"cluster"`
+		Pods []struct{ Namespace, Name, State, Reason, Fix string } `json:"pods"`
+	}
+	if status != http.StatusOK {
+		return "", skipf("%s says %d", statusPage, status)
+	}
+	if err := json.Unmarshal([]byte(text), &page); err != nil {
+		return "", fmt.Errorf("%s: %w", statusPage, err)
+	}
+	if !page.Cluster.Synced {
+		return "", skipf("the agent does not know the pods yet")
+	}
+	const most = 10
+	var refused []string
+	for _, pod := range page.Pods {
+		if pod.State != "failed" && pod.State != "warning" {
+			continue
+		}
+		if len(refused) == most {
+			refused = append(refused, "and more: nmi status")
+			break
+		}
+		refused = append(refused, fmt.Sprintf("%s/%s: %s: %s", pod.Namespace, pod.Name, pod.Reason, pod.Fix))
+	}
+	if len(refused) > 0 {
+		return "", warnf("%s", strings.Join(refused, "\n"))
+	}
+	return fmt.Sprintf("it knows %d", len(page.Pods)), nil
+}
+
 func (d *doctor) handover(context.Context) (string, error) {
 	dir := d.settings.HandoverDir
 	switch {
@@ -126,7 +169,7 @@ func (d *doctor) portChecks() (checks []check) {
 // differently.
 func (d *doctor) portsServed(ctx context.Context) error {
 	if !d.agent {
-		return skipf("no agent answers")
+		return d.portsWithoutAgent()
 	}
 	for _, port := range d.settings.Ports {
 		if port.Page == "" {
@@ -140,6 +183,17 @@ func (d *doctor) portsServed(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// portsWithoutAgent names a port that another program has: an agent that does not answer here, or
+// what keeps one from starting.
+func (d *doctor) portsWithoutAgent() error {
+	for _, port := range d.settings.Ports {
+		if owner, taken, err := listening(port.Addr.Port()); err == nil && taken {
+			return warnf("no agent answers, and a program of user %d listens on port %d: if it is not an agent, stop it first, or choose another --%s", owner, port.Addr.Port(), port.Flag)
+		}
+	}
+	return skipf("no agent answers")
 }
 
 // pages are how the agent's pages begin or what they contain.

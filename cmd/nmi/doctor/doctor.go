@@ -64,6 +64,7 @@ type Port struct {
 const (
 	ConfigPage = "/config" // JSON, with AgentPage in it
 	readyPage  = "/readyz"
+	statusPage = "/statusz?format=json"
 )
 
 // AgentPage is what the agent's ConfigPage has for the doctor.

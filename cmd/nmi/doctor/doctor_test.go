@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -47,6 +48,21 @@ var situations = map[string]situation{
 	"a ready agent":      {healthy, "ready", Success, "redirect mode dnat: set by flag"},
 	"a quiet agent":      {healthy, "notes", Success, ""},
 	"an agent with news": {func(n *node) { n.ready += "IMDS gives no tokens\n" }, "notes", Warning, "IMDS gives no tokens"},
+
+	"served pods": {func(n *node) {
+		n.statusz = `{"cluster":{"synced":true},"pods":[{"namespace":"shop","name":"p","state":"ok"},{"namespace":"shop","name":"q","state":"none"}]}`
+	}, "pods", Success, "no pod of the node is refused: it knows 2"},
+	"a refused pod": {func(n *node) {
+		n.statusz = `{"cluster":{"synced":true},"pods":[{"namespace":"shop","name":"p","state":"failed","reason":"Why","fix":"what to do"}]}`
+	}, "pods", Warning, "shop/p: Why: what to do"},
+	"many refused pods": {func(n *node) {
+		n.statusz = `{"cluster":{"synced":true},"pods":[` + strings.Repeat(`{"namespace":"shop","name":"p","state":"warning","reason":"Why"},`, 20) + `{}]}`
+	}, "pods", Warning, "\nand more: nmi status"},
+	"no pods known": {func(n *node) { n.statusz = `{"cluster":{"synced":false},"pods":[]}` }, "pods", Skipped, "does not know the pods yet"},
+	"another program on the port of an agent that does not answer": {func(n *node) {
+		n.cfg.Ask = func(context.Context, string) (int, string, error) { return 0, "", errors.New("no agent listens") }
+		n.listens("127.0.0.1:2579", "")
+	}, "ports", Warning, "no agent answers, and a program of user 0 listens on port 2579: if it is not an agent, stop it first, or choose another --nmi-port"},
 
 	"a shared directory": {healthy, "handover", Success, "--handover-dir"},
 	"a private directory": {func(n *node) {

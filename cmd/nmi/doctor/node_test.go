@@ -45,12 +45,13 @@ type node struct {
 	cfg      Config
 	settings Settings // as the agent says
 
-	mu     sync.Mutex // guards all following fields
-	status int        // of /readyz
-	ready  string
-	imds   http.HandlerFunc
-	date   time.Time // of the API server; zero for now
-	pods   []corev1.Pod
+	mu      sync.Mutex // guards all following fields
+	status  int        // of /readyz
+	ready   string
+	statusz string // JSON
+	imds    http.HandlerFunc
+	date    time.Time // of the API server; zero for now
+	pods    []corev1.Pod
 }
 
 func newNode(t *testing.T) *node {
@@ -123,6 +124,8 @@ func (n *node) ask(_ context.Context, page string) (int, string, error) {
 		return http.StatusOK, string(text), err
 	case readyPage:
 		return n.status, n.ready, nil
+	case statusPage:
+		return http.StatusOK, n.statusz, nil
 	}
 	return http.StatusNotFound, "", nil
 }
