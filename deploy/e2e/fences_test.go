@@ -72,12 +72,9 @@ func TestTheFencesComeFirst(t *testing.T) {
 	p := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
 	require.NoError(t, world.StopAPIServer())
 	// The redirect cannot be written; the fences can.
-	bin := t.TempDir()
-	restore, err := filepath.EvalSymlinks("/usr/sbin/iptables-nft-restore")
-	require.NoError(t, err)
-	writeScript(t, bin+"/iptables-nft-restore", fmt.Sprintf(`input=$(cat); case "$input" in *aad-metadata*) echo no >&2; exit 4;; esac; printf '%%s\n' "$input" | exec -a iptables-nft-restore %s "$@"`, restore))
-	writeScript(t, bin+"/iptables-nft", `exec /usr/sbin/iptables-nft "$@"`)
-	a := s.agentWithPath(bin+":/usr/sbin:/usr/bin:/sbin:/bin", "--iptables-backend=nft")
+	path, refuse := stubbornIptables(t)
+	refuse("aad-metadata")
+	a := s.agentWithPath(path, "--iptables-backend=nft")
 	require.Eventually(t, func() bool {
 		status, text := a.Ready(t.Context())
 		return status == http.StatusServiceUnavailable && strings.Contains(text, "the redirect of pods' requests to the agent (chain aad-metadata, first in PREROUTING of the table nat) is not in place")
@@ -120,6 +117,22 @@ func (s *scenario) agentWithPath(path string, flags ...string) *testbed.Agent {
 	require.NoError(s.t, os.Setenv("PATH", path))
 	defer func() { require.NoError(s.t, os.Setenv("PATH", before)) }()
 	return s.agentNotReady(flags...)
+}
+
+// stubbornIptables returns a search path in which iptables-nft-restore fails for any input with
+// the last pattern, if it is not "".
+func stubbornIptables(t *testing.T) (path string, refuse func(pattern string)) {
+	t.Helper()
+	bin := t.TempDir()
+	restore, err := filepath.EvalSymlinks("/usr/sbin/iptables-nft-restore")
+	require.NoError(t, err)
+	refuse = func(pattern string) { require.NoError(t, os.WriteFile(bin+"/pattern", []byte(pattern), 0o600)) }
+	refuse("")
+	writeScript(t, bin+"/iptables-nft-restore", fmt.Sprintf(`input=$(cat); pattern=$(cat %s/pattern)
+[[ -n $pattern && $input == *"$pattern"* ]] && { echo no >&2; exit 4; }
+printf '%%s\n' "$input" | exec -a iptables-nft-restore %s "$@"`, bin, restore))
+	writeScript(t, bin+"/iptables-nft", `exec /usr/sbin/iptables-nft "$@"`)
+	return bin + ":/usr/sbin:/usr/bin:/sbin:/bin", refuse
 }
 
 func writeScript(t *testing.T, path, script string) {

@@ -29,7 +29,7 @@ func TestAnOutageOfIMDSIsANote(t *testing.T) {
 	assert.Equal(t, 1, s.metric("nmi_upstream_available"))
 	world.IMDS.Inject(imdstest.Fault{Status: http.StatusServiceUnavailable, RetryAfter: "60"})
 	assert.Equal(t, http.StatusServiceUnavailable, p.asks(vault).status)
-	assert.Regexp(t, `(?m)^IMDS has given no tokens since \S+ \(failed fetches: 1\): IMDS answered 503 Service Unavailable$`, readyz())
+	assert.Regexp(t, `(?m)^IMDS has given no tokens since \S+ \(failed fetches: 1; what to do: docs/troubleshooting\.md#when-imds-gives-no-tokens\): IMDS answered 503 Service Unavailable$`, readyz())
 	assert.Zero(t, s.metric("nmi_upstream_available"))
 	assert.Equal(t, http.StatusOK, p.asks("https://management.azure.com").status, "the outage is over")
 	assert.NotContains(t, readyz(), "IMDS has given no tokens")
