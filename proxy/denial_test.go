@@ -123,17 +123,3 @@ func TestOneCauseHasOneText(t *testing.T) {
 	assert.Len(t, m.of(netip.MustParseAddr(bound)), 1)
 	assert.Equal(t, "at 2026-11-27T10:18:20Z", steady("at 2026-11-27T10:18:20Z"), "not Entra's")
 }
-
-// A probe of an SDK, without the header Metadata, is no refusal to alerts.
-func TestProbesHaveASource(t *testing.T) {
-	w := newWorld(t, nil)
-	w.send(bound, request("GET", tokenURL))
-	w.get(unbound, tokenURL)
-	sources := make(map[string]uint64)
-	for _, kind := range w.server.Stats().Requests {
-		if kind.Status == http.StatusBadRequest {
-			sources[kind.Source] += kind.Duration.Count()
-		}
-	}
-	assert.Equal(t, map[string]uint64{"probe": 1, "": 1}, sources)
-}

@@ -42,7 +42,7 @@ const (
 	// maxTokenKinds and maxOtherKinds bound the kinds of requests that are told apart, of GETs of
 	// the token path, and apart from them, so that no pod can hide their failures, of others: pods
 	// choose method and path, and each kind is 3 KiB of /metrics.
-	maxTokenKinds = 11
+	maxTokenKinds = 10
 	maxOtherKinds = 8
 )
 
@@ -121,10 +121,6 @@ func methodName(method string) string {
 	}
 	return OtherMethod
 }
-
-// probe is RequestStats.Source for requests without the header Metadata: most SDKs begin with one, to
-// see whether there is an IMDS, so that alerts must tell them from refusals.
-const probe = "probe"
 
 // tokenPath is where pods request tokens.
 const tokenPath = "/metadata/identity/oauth2/token"

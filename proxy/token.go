@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -20,9 +19,6 @@ import (
 // token serves one request for a token, from its headers to its response.
 func (s *Server) token(w *response, r *http.Request) error {
 	if err := s.checkHeaders(r); err != nil { // SDKs' probes end here, without any lookup
-		if errors.Is(err, errMetadataHeader) {
-			w.source = probe
-		}
 		return err
 	}
 	conn := listener.FromContext(r.Context())
