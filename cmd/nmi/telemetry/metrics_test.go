@@ -36,7 +36,7 @@ func everything() snapshot {
 		rules:      iptables.Status{Mode: iptables.Redirect, Backend: iptables.NFT, InPlace: map[string]bool{"redirect": true, "guard": false}},
 		ruleCounts: iptables.Stats{Lost: map[string]uint64{"redirect": 1}},
 		pods:       podresolver.Stats{Watches: []podresolver.Watch{{Resource: "pods", StaleFor: time.Second}}, Lookups: 6, Found: 2, LookupErrors: 1},
-		server: proxy.Stats{FastPath: 3, Requests: []proxy.RequestStats{
+		server: proxy.Stats{FastPath: 3, Refused: map[string]uint64{"NoIdentityBound": 2}, Requests: []proxy.RequestStats{
 			{Method: "GET", Route: "/metadata/identity/oauth2/token", Status: 200, Source: "memory", Duration: took(70 * time.Microsecond)},
 			{Method: "GET", Status: 404, Duration: took(time.Millisecond)},
 			{Overflow: true, Duration: took(time.Second)},
