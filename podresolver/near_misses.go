@@ -93,7 +93,7 @@ func (r *Resolver) nearBindingsLocked(info *podInfo, label string) (all []nearMi
 	})
 	all = describeFirst(near, func(b *bindingInfo) (miss nearMiss) {
 		miss.text = fmt.Sprintf("AzureIdentityBinding %s does not match: its selector %q differs in case", b.ObjectName, b.selector)
-		whose := "AzureIdentityBinding " + b.ObjectName.String()
+		whose := "AzureIdentityBinding " + b.String()
 		if b.Namespace != info.Namespace {
 			whose = "an AzureIdentityBinding of another namespace"
 		}

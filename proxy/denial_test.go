@@ -116,7 +116,7 @@ func TestDenialOfACredential(t *testing.T) {
 func TestOneCauseHasOneText(t *testing.T) {
 	m := newRefusals()
 	for i := range 6 {
-		failure := &tokencache.Failure{Class: tokencache.Refused, RetryAfter: time.Duration(i) * time.Second, Err: fmt.Errorf("Entra answered 401 invalid_client: AADSTS700024: Client assertion is not within its valid time range. "+ //nolint:staticcheck // its name
+		failure := &tokencache.Failure{Class: tokencache.Refused, RetryAfter: time.Duration(i) * time.Second, Err: fmt.Errorf("Entra answered 401 invalid_client: AADSTS700024: Client assertion is not within its valid time range. "+
 			"Current time: 2026-11-27T10:18:2%d.1234567Z, assertion valid from 2026-11-27T12:18:2%dZ Trace ID: 0000aaaa-%d Correlation ID: bbbb-%d Timestamp: 2026-11-27 10:18:2%dZ", i, i, i, i, i)}
 		m.add(netip.MustParseAddr(bound), Refusal{cause: steady(failure.Error())}, true)
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/deploy/testbed/attack"
 	"github.com/podidentity/nmi/proxy/imdstest"
@@ -57,6 +58,7 @@ func TestStartupTaint(t *testing.T) {
 	})
 	s.upgrade("cleanup=true") // no agent and no rules, as on a new node
 	s.kubectl("taint", "nodes", "--all", taint)
+	s.schedulerKnows(taint)
 	for i := range 5 {
 		s.start(
 			pod{name: fmt.Sprintf("cart-%d", i), binding: "cart", askers: []asker{asks(s.token(cart))}},
@@ -64,20 +66,47 @@ func TestStartupTaint(t *testing.T) {
 		)
 	}
 	for _, p := range s.pods {
-		s.eventually("the scheduler to refuse pod "+p.name, func() bool {
-			for _, c := range s.get(p.name).Status.Conditions {
-				if c.Type == corev1.PodScheduled && c.Reason == corev1.PodReasonUnschedulable {
-					return strings.Contains(c.Message, "untolerated taint")
-				}
-			}
-			return false
-		})
+		s.eventually("the scheduler to refuse pod "+p.name, func() bool { return untolerated(s.get(p.name)) })
 	}
 	begun := time.Now()
 	s.upgrade("startupTaint=" + taint)
 	s.note("the agent was rolled out in %.1f s", time.Since(begun).Seconds())
 	s.finish()
 	s.note("all pods had run %.1f s after the agent's installation", time.Since(begun).Seconds())
+}
+
+// schedulerKnows waits until pods are refused for the taint: of one that a new node has from its
+// beginning the scheduler always knows, of this one some time after the API server.
+func (s *scenario) schedulerKnows(taint string) {
+	s.t.Helper()
+	pods := world.kube.CoreV1().Pods(s.namespace)
+	for i := range 100 {
+		p := &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("scheduled-%d", i)},
+			Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "c", Image: *askerFlag, Command: []string{"none: it must not ask"}}}},
+		}
+		_, err := pods.Create(s.t.Context(), p, metav1.CreateOptions{})
+		require.NoError(s.t, err)
+		s.eventually("the scheduler to look at pod "+p.Name, func() bool {
+			p = s.get(p.Name)
+			return p.Spec.NodeName != "" || untolerated(p)
+		})
+		require.NoError(s.t, pods.Delete(s.t.Context(), p.Name, metav1.DeleteOptions{}))
+		if untolerated(p) {
+			return
+		}
+	}
+	require.Fail(s.t, "pods are scheduled beside taint "+taint)
+}
+
+// untolerated reports whether the scheduler has refused a pod for a taint.
+func untolerated(p *corev1.Pod) bool {
+	for _, c := range p.Status.Conditions {
+		if c.Type == corev1.PodScheduled && c.Reason == corev1.PodReasonUnschedulable {
+			return strings.Contains(c.Message, "untolerated taint")
+		}
+	}
+	return false
 }
 
 // Half of the attempts with SYN succeed on a node that has the redirect, but neither the guards
