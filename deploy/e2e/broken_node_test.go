@@ -30,7 +30,10 @@ var nodeFaults = []fault{
 		breaks: func(b *breakage) {
 			b.refuse("nmi-guard")
 			b.command("iptables-nft", "-t", "mangle", "-F", "nmi-guard")
-			b.mend = func() { b.refuse("") }
+			b.mend = func() {
+				b.refuse("")
+				b.command("iptables-nft", "-t", "mangle", "-F", "nmi-guard") // a change, on which the agent tries at once
+			}
 		},
 	},
 	{

@@ -111,7 +111,8 @@ type breakage struct {
 	before map[string]float64 // metrics
 }
 
-// begins breaks something, and waits until the pod is refused for it.
+// begins breaks something, and waits until the pod is refused for it: for a moment it may be for
+// something else, while not all of it is known.
 func (n *faulty) begins(t *testing.T, f fault) *breakage {
 	t.Helper()
 	b := &breakage{scenario: &scenario{t}, faulty: n, fault: f, name: bystander, logged: len(n.serving.Log()), mend: func() {}}
@@ -119,7 +120,10 @@ func (n *faulty) begins(t *testing.T, f fault) *breakage {
 	f.breaks(b)
 	if b.asks != nil {
 		var got answer
-		require.Eventually(t, func() bool { got = b.asks(); return got.status != http.StatusOK }, patience, 50*time.Millisecond, "served all the same")
+		require.True(t, poll(patience, func() bool {
+			got = b.asks()
+			return got.status != http.StatusOK && poll(time.Second, func() bool { ok, _ := b.logSays(b.faces.log); return ok })
+		}), "%d %s; the agent's log:\n%s", got.status, got.body, b.serving.Log())
 		t.Logf("%d %s", got.status, got.body)
 	}
 	return b
@@ -128,8 +132,6 @@ func (n *faulty) begins(t *testing.T, f fault) *breakage {
 // examine requires each face to tell of the fault, and to name the fix.
 func (b *breakage) examine() *breakage {
 	b.t.Helper()
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
 	for _, face := range b.faces.all() {
 		if isNone(face[1]) {
 			continue
@@ -137,16 +139,27 @@ func (b *breakage) examine() *breakage {
 		check := map[string]func(string) (bool, string){
 			"metric": b.metricSays, "Event": b.eventSays, "log": b.logSays, "status": b.statusSays, "explain": b.explainSays, "doctor": b.doctorSays,
 		}[face[0]]
-		ok, says := check(face[1])
-		for deadline := time.Now().Add(patience); !ok && time.Now().Before(deadline); ok, says = check(face[1]) {
-			<-tick.C
-		}
+		var says string
+		ok := poll(patience, func() (ok bool) { ok, says = check(face[1]); return ok })
 		assert.True(b.t, ok, "%s: want %s, and what to do: %q; it says %s", face[0], face[1], b.fix, says)
 	}
 	if b.reason != "" && isNone(b.faces.event) {
 		assert.NotContains(b.t, b.eventsOn("shop", b.name), b.reason)
 	}
 	return b
+}
+
+// poll checks until it is so, in this goroutine, unlike require.Eventually: a check that takes long must
+// not go on after the test.
+func poll(patience time.Duration, check func() bool) bool {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(patience); !check(); <-tick.C {
+		if time.Now().After(deadline) {
+			return false
+		}
+	}
+	return true
 }
 
 // ends mends it, and requires the pod to be served and no face to say more than that it was refused.
@@ -157,7 +170,7 @@ func (b *breakage) ends() {
 		b.asks = b.asksAnew(b.bystander, "")
 	}
 	var got answer
-	require.Eventually(b.t, func() bool { got = b.asks(); return got.status == http.StatusOK }, patience, 200*time.Millisecond, "not served yet: %+v", &got)
+	require.Eventually(b.t, func() bool { got = b.asks(); return got.status == http.StatusOK }, 2*patience, 200*time.Millisecond, "not served yet: %+v", &got)
 	pod := b.podStatus()
 	assert.NotEqual(b.t, "failed", pod["state"], "%v", pod)
 	assert.Empty(b.t, pod["answer"])

@@ -155,7 +155,7 @@ func (p Parts) addRules(pod *Pod) {
 	requests := &pod.Steps[0] // see podresolver.Explain
 	reason := s.Problem()
 	requests.State, requests.Fix = Warning, iptables.Fix(reason)
-	if s.Mode != iptables.None && !s.InPlace["redirect"] {
+	if inPlace, checked := s.InPlace["redirect"]; checked && !inPlace { // before the first check the last agent's may be
 		requests.State, requests.Texts = Failed, nil
 		pod.Answer, pod.Reason, pod.Fix = unreached, reason, requests.Fix
 	}

@@ -217,6 +217,10 @@ func TestPodsWithoutTheRules(t *testing.T) {
 	assert.Contains(t, text, "‼ requests    it is on the pod network, where requests to IMDS are redirected to the agent\n              FenceMissing: the guard is not in place\n")
 	assert.Contains(t, text, "\nfix: "+iptables.Fix(iptables.FenceMissing)+"\n")
 
+	rules.Err, rules.InPlace = errors.New("not yet"), nil
+	pod, _ = of("cart")
+	assert.Equal(t, []any{OK, ""}, []any{pod.State, pod.Answer}, "before the first check nothing is known")
+
 	rules.Mode, rules.Err, rules.InPlace = iptables.None, errors.New("no guard"), map[string]bool{"guard": false}
 	pod, _ = of("cart")
 	assert.Equal(t, OK, pod.State, "another program redirects")

@@ -36,7 +36,7 @@ func everything() snapshot {
 		rules:      iptables.Status{Mode: iptables.Redirect, Backend: iptables.NFT, InPlace: map[string]bool{"redirect": true, "guard": false}},
 		ruleCounts: iptables.Stats{Lost: map[string]uint64{"redirect": 1}},
 		pods:       podresolver.Stats{Watches: []podresolver.Watch{{Resource: "pods", StaleFor: time.Second}}, Lookups: 6, Found: 2, LookupErrors: 1},
-		server: proxy.Stats{FastPath: 3, Refused: map[string]uint64{"NoIdentityBound": 2}, Requests: []proxy.RequestStats{
+		server: proxy.Stats{FastPath: 3, Refused: map[string]uint64{"NoIdentityBound": 2, "Throttled": 0}, Requests: []proxy.RequestStats{
 			{Method: "GET", Route: "/metadata/identity/oauth2/token", Status: 200, Source: "memory", Duration: took(70 * time.Microsecond)},
 			{Method: "GET", Status: 404, Duration: took(time.Millisecond)},
 			{Overflow: true, Duration: took(time.Second)},
@@ -124,6 +124,8 @@ func TestMetrics(t *testing.T) {
 		`http_server_request_duration_seconds_bucket{http_request_method="GET",http_response_status_code="200",http_route="/metadata/identity/oauth2/token",nmi_source="memory",le="0.0001"} 1`,
 		`http_server_request_duration_seconds_count{http_request_method="GET",http_response_status_code="404"} 1`,
 		`http_server_request_duration_seconds_sum{otel_metric_overflow="true"} 1`,
+		`nmi_requests_refused_total{reason="NoIdentityBound"} 2`,
+		`nmi_requests_refused_total{reason="Throttled"} 0`,
 		`nmi_upstream_request_duration_seconds_bucket{outcome="throttled",source="imds",le="0.05"} 0`,
 		`nmi_upstream_request_duration_seconds_bucket{outcome="throttled",source="imds",le="0.1"} 1`,
 		`nmi_upstream_request_duration_seconds_count{outcome="ok",source="imds"} 0`,
