@@ -190,7 +190,7 @@ func (s *Server) notServed(r *http.Request, status int, err error) {
 	cause := err
 	if logged {
 		refusal.Reason, refusal.Fix, err = s.diagnose(err)
-		s.log.InfoContext(r.Context(), "not served", "pod", refusal.Pod, "from", r.RemoteAddr, "status", status, "reason", refusal.Reason, "error", err, "fix", refusal.Fix)
+		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "pod", refusal.Pod, "status", status, "reason", refusal.Reason, "error", err, "fix", refusal.Fix)
 	}
 	refusal.Text = err.Error()
 	count := s.refusals.add(caller, refusal, logged)

@@ -126,7 +126,7 @@ func TestDoctorInAnAgentsPod(t *testing.T) {
 	d := s.diagnose(world.Kubeconfig, asAgent, socket)
 	assert.Empty(t, d.anchors("error"), "%+v", d)
 	assert.Empty(t, d.anchors("warning"), "%+v", d)
-	assert.Equal(t, []string{"connect4", "ebpf-host-routing", "iptables-monitor", "startup-taint"}, d.anchors("skipped"), "what the manifest gives no right to: %+v", d)
+	assert.Equal(t, []string{"imds-restriction", "connect4", "ebpf-host-routing", "iptables-monitor", "startup-taint"}, d.anchors("skipped"), "what the manifest gives no right to, and what is only to be known: %+v", d)
 	assert.Contains(t, d.about("agent")[0].Description, "node node1, managed mode, --redirect-mode=auto", "the agent's flags")
 	assert.Len(t, d.about("rights"), 10)
 	for _, f := range d.about("ebpf-host-routing") {
