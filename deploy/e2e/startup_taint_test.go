@@ -49,7 +49,7 @@ func (s *scenario) taintedNode() *taintedNode {
 	n := &taintedNode{scenario: s, other: corev1.Taint{Key: "dedicated", Value: "gpu", Effect: corev1.TaintEffectNoExecute}}
 	s.applyTaintPolicy()
 	for _, name := range []string{testbed.NodeName, "node2"} {
-		s.createNode(name, n.other, startupTaint)
+		s.createNode(name, n.other)
 	}
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "nmi-x2x4z"},
@@ -62,6 +62,14 @@ func (s *scenario) taintedNode() *taintedNode {
 	require.NoError(s.t, err)
 	n.client = clientOf(s.t, n.kubeconfig)
 	s.awaitPolicy(n.client)
+	// Not before: an agent that runs already might remove it by the right that the policy limits.
+	for _, name := range []string{testbed.NodeName, "node2"} {
+		node, err := world.Kube.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
+		require.NoError(s.t, err)
+		node.Spec.Taints = append(node.Spec.Taints, startupTaint)
+		_, err = world.Kube.CoreV1().Nodes().Update(ctx, node, metav1.UpdateOptions{})
+		require.NoError(s.t, err)
+	}
 	return n
 }
 
