@@ -7,7 +7,7 @@ KUBE    := .cache/bin
 ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -pyflakes=
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint vuln unit promtool e2e docs manifests image image-test conformance sdks clients kube definitions e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint generate vuln unit promtool e2e docs manifests image image-test conformance sdks clients kube definitions e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,9 +23,14 @@ demo: root ## the main job on this machine alone
 
 test: root packages lint unit e2e ## everything
 
-lint: ## golangci-lint, and actionlint on .github/workflows
+lint: ## golangci-lint, actionlint on .github/workflows, and whether make generate changes anything
 	$(LINT) run ./...
 	$(ACTIONLINT)
+	@.ci/generated.sh
+
+generate: ## the programs of iptables/ebpf, compiled; Debian 12's clang makes the same bytes again
+	@deploy/packages.sh clang llvm-strip=llvm /usr/include/bpf/bpf_helpers.h=libbpf-dev
+	go generate ./iptables/ebpf
 
 # Not part of test: its database is not in the module proxy. govulncheck exits with 3 when
 # it has found something.

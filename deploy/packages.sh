@@ -1,10 +1,10 @@
 #!/bin/sh
-# Installs the named commands where they are missing. Each is in the Debian
+# Installs the named commands, or files, where they are missing. Each is in the Debian
 # package of its own name, or of the one behind its "=".
 set -eu
 missing=
 for command in "$@"; do
-	command -v "${command%%=*}" >/dev/null || missing="$missing ${command#*=}"
+	command -v "${command%%=*}" >/dev/null || [ -e "${command%%=*}" ] || missing="$missing ${command#*=}"
 done
 [ -n "$missing" ] || exit 0
 if ! command -v apt-get >/dev/null; then

@@ -44,6 +44,7 @@ var rooms = map[string][]string{
 	"tokencache":                 {},
 	"tokencache/limiter":         {},
 	"iptables":                   {"iptables/links"},
+	"iptables/ebpf":              {},
 	"iptables/links":             {},
 	"deploy/testbed":             {"*"},
 	"deploy/testbed/attack":      {},

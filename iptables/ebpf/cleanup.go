@@ -1,0 +1,48 @@
+package ebpf
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf/link"
+)
+
+// Cleanup removes the links and maps of all versions that are pinned in a directory, and
+// reports whether there were any. The redirect goes first and the fence last: pods are refused
+// until the end.
+func Cleanup(pins string) (removed bool, err error) {
+	var all error
+	for _, h := range slices.Backward(hooks) {
+		pin := filepath.Join(pins, linksDir, h.name)
+		l, err := link.LoadPinnedLink(pin, nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			// Another process may hold the link: without its pin it would stay attached.
+			err = errors.Join(l.(interface{ Detach() error }).Detach(), os.Remove(pin), l.Close()) //nolint:errcheck // a cgroup's link has it
+		}
+		if err != nil {
+			all = errors.Join(all, fmt.Errorf("removing the program %s: %w", h.name, explain(err)))
+			continue
+		}
+		removed = true
+	}
+	if all != nil {
+		return removed, all // the maps are in use
+	}
+	switch _, err := os.Stat(pins); {
+	case errors.Is(err, fs.ErrNotExist):
+		return removed, nil
+	case err != nil:
+		return removed, err
+	}
+	if err := checkFileSystem(pins); err != nil { // nothing else is removed with all that is in it
+		return removed, err
+	}
+	return true, os.RemoveAll(pins)
+}

@@ -1,0 +1,71 @@
+package ebpf
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// ErrPrivileges means that this process lacks capabilities that it needs.
+var ErrPrivileges = errors.New("mode ebpf needs the capabilities BPF and NET_ADMIN")
+
+// errAbove means that a program of others forbids ours.
+var errAbove = errors.New("a program on a cgroup above, attached without BPF_F_ALLOW_MULTI or BPF_F_ALLOW_OVERRIDE, forbids others (bpftool cgroup tree shows it): have its owner attach it with one of these flags or as a link")
+
+// missingCapabilities names the capabilities that this process needs and lacks.
+func missingCapabilities() (missing []string) {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData // version 3 has two, for 64 capabilities
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return nil // the operations that are refused will fail
+	}
+	for _, c := range []struct {
+		bit  int
+		name string
+	}{{unix.CAP_BPF, "BPF"}, {unix.CAP_NET_ADMIN, "NET_ADMIN"}} {
+		if data[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
+			missing = append(missing, c.name)
+		}
+	}
+	return missing
+}
+
+// explain adds what to do about an error of the kernel, where that is known.
+func explain(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		if missing := missingCapabilities(); len(missing) > 0 {
+			return fmt.Errorf("%w (missing: %s): %w", ErrPrivileges, strings.Join(missing, ", "), err)
+		}
+	case errors.Is(err, ebpf.ErrMapIncompatible):
+		return fmt.Errorf("another build of the agent has left maps of another layout: run nmi cleanup, then start the agent again: %w", err)
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return fmt.Errorf("mode ebpf needs Linux 5.15 or later with BTF (CONFIG_DEBUG_INFO_BTF): %w", err)
+	}
+	return err
+}
+
+// explainAttach is explain for a program that was not attached to a cgroup.
+func explainAttach(err error, path string) error {
+	if errors.Is(err, unix.EPERM) && len(missingCapabilities()) == 0 {
+		return fmt.Errorf("attaching to %s: %w: %w", path, errAbove, err)
+	}
+	return fmt.Errorf("attaching to %s: %w", path, explain(err))
+}
+
+// checkFileSystem reports whether a directory is in a BPF file system.
+func checkFileSystem(dir string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return err
+	}
+	if st.Type != unix.BPF_FS_MAGIC {
+		return fmt.Errorf("%s is not in a BPF file system: mount the node's /sys/fs/bpf into the pod (on the node: mount -t bpf bpf /sys/fs/bpf)", dir)
+	}
+	return nil
+}

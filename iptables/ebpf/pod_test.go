@@ -1,0 +1,353 @@
+package ebpf_test
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// servePod does what the test asks of a pod's process.
+func servePod(in io.Reader, out io.Writer) {
+	requests, responses := json.NewDecoder(in), json.NewEncoder(out)
+	held := -1 // the socket of "hold"
+	for {
+		var r request
+		if requests.Decode(&r) != nil {
+			return
+		}
+		var got response
+		answer, err := r.run(&held)
+		if got.Answer = answer; err != nil {
+			got.Err = err.Error()
+		}
+		if responses.Encode(got) != nil {
+			return
+		}
+	}
+}
+
+func (r request) run(held *int) (answer string, err error) {
+	to := netip.MustParseAddrPort(r.Address)
+	v4 := &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	switch r.How {
+	case "blocking", "bound", "mptcp", "mapped", "io_uring", "fastopen", "fastopen connect", "again", "thread":
+		family, protocol := unix.AF_INET, unix.IPPROTO_TCP
+		if r.How == "mapped" {
+			family = unix.AF_INET6
+		}
+		if r.How == "mptcp" {
+			protocol = unix.IPPROTO_MPTCP
+		}
+		fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, protocol)
+		if err != nil {
+			return "", err
+		}
+		defer unix.Close(fd)
+		limit := unix.NsecToTimeval(r.Timeout.Nanoseconds())
+		if err := errors.Join(
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit), // of connect, too
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit),
+		); err != nil {
+			return "", err
+		}
+		if err := r.bind(fd); err != nil {
+			return "", err
+		}
+		switch r.How {
+		case "mapped":
+			err = unix.Connect(fd, &unix.SockaddrInet6{Port: v4.Port, Addr: netip.AddrFrom16(to.Addr().As16()).As16()})
+		case "io_uring":
+			err = uringConnect(fd, to)
+		case "fastopen":
+			err = unix.Sendto(fd, []byte("hello"), unix.MSG_FASTOPEN, v4)
+		case "fastopen connect":
+			if err = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1); err == nil {
+				if err = unix.Connect(fd, v4); err == nil {
+					_, err = unix.Write(fd, []byte("hello"))
+				}
+			}
+		case "again": // after it has been refused
+			other := &unix.SockaddrInet4{Port: 1, Addr: [4]byte{127, 0, 0, 1}}
+			if err = unix.Connect(fd, other); err == nil {
+				return "", errors.New("not refused")
+			}
+			err = unix.Connect(fd, v4)
+		default:
+			err = unix.Connect(fd, v4)
+		}
+		if errors.Is(err, unix.EINTR) { // by a signal of Go's runtime; it goes on
+			err = poll(fd, unix.POLLOUT, r.Timeout)
+		}
+		if err != nil {
+			return "", fmt.Errorf("connect: %w", err)
+		}
+		return readAll(fd)
+	case "non-blocking":
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return "", err
+		}
+		defer unix.Close(fd)
+		if err := unix.Connect(fd, v4); !errors.Is(err, unix.EINPROGRESS) {
+			return "", fmt.Errorf("connect: %w", err)
+		}
+		if err := poll(fd, unix.POLLOUT, r.Timeout); err != nil {
+			return "", err
+		}
+		if err := poll(fd, unix.POLLIN, r.Timeout); err != nil {
+			return "", err
+		}
+		return readAll(fd)
+	case "udp", "raw", "icmp":
+		return "", sendPacket(r.How, v4)
+	case "hold": // connect, and keep the socket
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return "", err
+		}
+		*held = fd
+		if err := r.bind(fd); err != nil {
+			return "", err
+		}
+		limit := unix.NsecToTimeval(r.Timeout.Nanoseconds())
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit); err != nil {
+			return "", err
+		}
+		return "held", unix.Connect(fd, v4)
+	case "send": // on that socket
+		limit := unix.NsecToTimeval(r.Timeout.Nanoseconds())
+		if err := unix.SetsockoptTimeval(*held, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+			return "", err
+		}
+		if _, err := unix.Write(*held, []byte("hello")); err != nil {
+			return "", err
+		}
+		var p [64]byte
+		n, err := unix.Read(*held, p[:])
+		return string(p[:max(n, 0)]), err
+	case "close":
+		return "closed", unix.Close(*held)
+	case "run":
+		out, err := exec.Command("sh", "-c", r.Command).CombinedOutput()
+		return string(out) + " ", err
+	case "threaded": // this thread moves to a cgroup, and connects
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		if err := os.WriteFile(r.Cgroup+"/cgroup.threads", []byte("0"), 0o644); err != nil {
+			return "", err
+		}
+		r.How = "blocking"
+		return r.run(held)
+	case "move": // the process does
+		return "moved", os.WriteFile(r.Cgroup+"/cgroup.procs", []byte("0"), 0o644)
+	case "flood":
+		return r.flood()
+	case "relay":
+		return r.relay()
+	}
+	return "", errors.New("unknown request " + r.How)
+}
+
+func poll(fd int, events int16, timeout time.Duration) error {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	for {
+		n, err := unix.Poll(fds, int(timeout.Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return err
+		case n == 0:
+			return errors.New("timeout")
+		}
+		return nil
+	}
+}
+
+func readAll(fd int) (string, error) {
+	var all []byte
+	for {
+		var p [256]byte
+		n, err := unix.Read(fd, p[:])
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if n <= 0 {
+			return string(all), err
+		}
+		all = append(all, p[:n]...)
+	}
+}
+
+// sendPacket sends one packet to the metadata service that is not of a TCP socket.
+func sendPacket(how string, to *unix.SockaddrInet4) error {
+	switch how {
+	case "udp":
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, []byte("x"), 0, to)
+	case "icmp":
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, []byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0}, 0, to)
+	default: // an IP header of its own
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		packet := make([]byte, 40)
+		packet[0], packet[8], packet[9] = 0x45, 64, unix.IPPROTO_TCP
+		copy(packet[16:], to.Addr[:])
+		binary.BigEndian.PutUint16(packet[22:], uint16(to.Port))
+		packet[32], packet[33] = 0x50, 2 // a SYN
+		return unix.Sendto(fd, packet, 0, to)
+	}
+}
+
+// Of linux/io_uring.h, as far as one connect() needs it.
+type uringParams struct {
+	sqEntries, cqEntries, flags, cpu, idle, features, wq uint32
+	_                                                    [3]uint32
+	sq                                                   struct {
+		head, tail, mask, entries, flags, dropped, array, _ uint32
+		_                                                   uint64
+	}
+	cq struct {
+		head, tail, mask, entries, overflow, cqes, flags, _ uint32
+		_                                                   uint64
+	}
+}
+
+// uringConnect connects by io_uring (IORING_OP_CONNECT).
+func uringConnect(fd int, to netip.AddrPort) error {
+	const opConnect, enterGetEvents, sqes = 16, 1, 0x10000000
+	var params uringParams
+	ring, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 2, uintptr(unsafe.Pointer(&params)), 0)
+	if errno != 0 {
+		return fmt.Errorf("io_uring: %w", errno)
+	}
+	defer unix.Close(int(ring))
+	queue, err := unix.Mmap(int(ring), 0, int(params.sq.array+params.sqEntries*4)+4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	completions := queue // IORING_FEAT_SINGLE_MMAP
+	entries, err := unix.Mmap(int(ring), sqes, int(params.sqEntries)*64, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	sockaddr := unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: to.Addr().As4()}
+	binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&sockaddr.Port))[:], to.Port())
+	native := binary.NativeEndian
+	entries[0] = opConnect
+	native.PutUint32(entries[4:], uint32(fd))
+	native.PutUint64(entries[8:], uint64(unix.SizeofSockaddrInet4)) // off is the length
+	native.PutUint64(entries[16:], uint64(uintptr(unsafe.Pointer(&sockaddr))))
+	native.PutUint32(queue[params.sq.array:], 0)
+	native.PutUint32(queue[params.sq.tail:], 1)
+	_, _, errno = unix.Syscall6(unix.SYS_IO_URING_ENTER, ring, 1, 1, enterGetEvents, 0, 0)
+	runtime.KeepAlive(&sockaddr)
+	if errno != 0 {
+		return fmt.Errorf("io_uring_enter: %w", errno)
+	}
+	result := int32(native.Uint32(completions[params.cq.cqes+8:])) // res of struct io_uring_cqe
+	if result < 0 {
+		return unix.Errno(-result)
+	}
+	return nil
+}
+
+// bind binds a socket to the address that the test has chosen, if it has.
+func (r request) bind(fd int) error {
+	if r.Bind == "" {
+		return nil
+	}
+	from := netip.MustParseAddrPort(r.Bind)
+	return errors.Join(
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
+		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}), // no TIME_WAIT
+		unix.Bind(fd, &unix.SockaddrInet4{Port: int(from.Port()), Addr: from.Addr().As4()}),
+	)
+}
+
+// kept keeps sockets from being closed.
+var kept []io.Closer
+
+// flood makes so many connections to the metadata service, which end at a server of the pod's own
+// that has the agent's address, and keeps them. It accepts none: they are established all the same.
+func (r request) flood() (string, error) {
+	ln, err := net.Listen("tcp4", r.Bind)
+	if err != nil {
+		return "", err
+	}
+	kept = append(kept, ln)
+	for range r.Count {
+		c, err := net.Dial("tcp4", r.Address)
+		if err != nil {
+			return "", err
+		}
+		kept = append(kept, c)
+	}
+	return "flooded", nil
+}
+
+// sidecarGID is the group of a sidecar, by which the pod's rules know it.
+const sidecarGID = 1337
+
+// relay is a proxy in the pod, such as a service mesh's, to which rules in the pod redirect: it
+// dials what the client had dialled.
+func (r request) relay() (string, error) {
+	if err := syscall.Setgid(sidecarGID); err != nil {
+		return "", err
+	}
+	ln, err := net.Listen("tcp4", r.Bind)
+	if err != nil {
+		return "", err
+	}
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				raw, _ := c.(*net.TCPConn).SyscallConn()
+				var to *unix.IPv6Mreq
+				_ = raw.Control(func(fd uintptr) { to, err = unix.GetsockoptIPv6Mreq(int(fd), unix.SOL_IP, unix.SO_ORIGINAL_DST) })
+				if err != nil {
+					return
+				}
+				sockaddr := to.Multiaddr
+				address := netip.AddrPortFrom(netip.AddrFrom4([4]byte(sockaddr[4:8])), binary.BigEndian.Uint16(sockaddr[2:4]))
+				upstream, err := net.Dial("tcp4", address.String())
+				if err != nil {
+					return
+				}
+				defer upstream.Close()
+				_, _ = io.WriteString(c, "by way of "+address.String()+": ")
+				_, _ = io.Copy(c, upstream)
+			}()
+		}
+	}()
+	return "listening", nil
+}

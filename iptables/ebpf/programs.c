@@ -1,0 +1,272 @@
+//go:build ignore
+
+// The programs that run in the kernel for the sockets of all pods. They are attached to the
+// cgroup that all pods' cgroups are in ("kubepods"), so each runs for sockets that were created
+// below it; see doc.go for what they do together.
+//
+// They use no GPL-only helper, no structure of the kernel whose layout changes, and nothing
+// that is newer than Linux 5.15. Addresses and ports are in network byte order, unless said
+// otherwise.
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+char __license[] SEC("license") = "Dual MIT/GPL";
+
+#define SOCK_STREAM 1
+#define AF_INET 2
+#define AF_INET6 10
+
+// Set when the programs are loaded, and constant for the verifier.
+volatile const __be32 metadata_addr;
+volatile const __be16 metadata_port;
+volatile const __be32 agent_addr;
+volatile const __be16 agent_port;
+volatile const __u64 kubepods_id;     // cgroup ID
+volatile const __u64 host_netns;      // cookie of the node's network namespace
+volatile const __u8 host_network_all; // redirect each host-network pod, and not only the bound
+
+// A caller is named by the two cgroups below kubepods that its task is in. The pod's is the
+// outer one if the pod is Guaranteed, else the inner one, in that of its QoS class. What
+// cgroups a pod makes of its own are below these and do not count.
+struct caller {
+	__u64 outer;
+	__u64 inner;
+};
+
+// The initial sequence numbers of a TCP connection, after the SYNs. Both ends know them, and
+// nobody can choose the kernel's (RFC 6528): this names a connection whatever its addresses
+// are, and a pod cannot pretend that another pod's connection is its own.
+struct handshake {
+	__u32 client;
+	__u32 server;
+};
+
+struct socket {
+	struct caller caller;
+	struct handshake handshake; // of a client; zero before it is connected
+	__u64 direct;               // a client that may send to the metadata service itself
+};
+
+// What is known of a socket. It ends with the socket. User space looks up the sockets that the
+// agent has accepted, by their descriptors.
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct socket);
+} sockets SEC(".maps");
+
+// The callers of connections that the client's end has established and the agent's end has
+// not: for some microseconds. A pod that talks to a server of its own which has the agent's
+// address leaves an entry for as long as its socket lives; many of these push each other out,
+// the oldest first, and never a new one of another pod.
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct handshake);
+	__type(value, struct caller);
+} handshakes SEC(".maps");
+
+// The cgroups that reach the metadata service: the containers of agents. User space keeps two
+// at most. The value is when it was added, in nanoseconds since boot.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8);
+	__type(key, __u64);
+	__type(value, __u64);
+} exempt SEC(".maps");
+
+// The cgroups of the host-network pods that have identities of their own.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, __u8);
+} bound SEC(".maps");
+
+// No deeper is the cgroup of all pods.
+#define MAX_LEVEL 16
+
+// who names the caller by its task, and reports whether it is below kubepods. The level of
+// kubepods is searched for: user space, in a cgroup namespace, may not see how deep it is.
+static __always_inline bool who(struct caller *c)
+{
+	for (int level = 0; level < MAX_LEVEL; level++) {
+		if (bpf_get_current_ancestor_cgroup_id(level) != kubepods_id)
+			continue;
+		c->outer = bpf_get_current_ancestor_cgroup_id(level + 1);
+		c->inner = bpf_get_current_ancestor_cgroup_id(level + 2);
+		return c->outer;
+	}
+	return false;
+}
+
+enum verdict { PASS, REDIRECT, REFUSE };
+
+// judge decides about a connect() to addr and port, and notes the caller on the socket. The
+// socket may have come from another process: what counts is who connects it.
+static __always_inline enum verdict judge(struct bpf_sock_addr *ctx, __be32 addr)
+{
+	bool metadata = addr == metadata_addr && ctx->user_port == metadata_port;
+	// A proxy in the pod, such as a service mesh's, has seen the rewritten address.
+	bool agent = addr == agent_addr && ctx->user_port == agent_port;
+	__u64 self = bpf_get_current_cgroup_id();
+	struct socket *s, new = {};
+	struct bpf_sock *sk;
+
+	if (!metadata && !agent)
+		return PASS;
+	// Also MPTCP, whose protocol is another one; UDP to the metadata service is the fence's.
+	if (ctx->type != SOCK_STREAM)
+		return PASS;
+	if (bpf_map_lookup_elem(&exempt, &self))
+		return PASS;
+	// Somebody on the node who got hold of a pod's socket is no pod.
+	if (!who(&new.caller))
+		return REFUSE;
+	if (metadata && !host_network_all && bpf_get_netns_cookie(ctx) == host_netns &&
+	    !bpf_map_lookup_elem(&bound, &new.caller.outer) &&
+	    !bpf_map_lookup_elem(&bound, &new.caller.inner))
+		new.direct = 1;
+
+	sk = ctx->sk;
+	if (!sk)
+		return REFUSE;
+	s = bpf_sk_storage_get(&sockets, sk, &new, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!s)
+		return REFUSE;
+	// It may have been connected before.
+	s->caller = new.caller;
+	s->direct = new.direct;
+	return new.direct ? PASS : REDIRECT;
+}
+
+SEC("cgroup/connect4")
+int nmi_connect4(struct bpf_sock_addr *ctx)
+{
+	enum verdict v = judge(ctx, ctx->user_ip4);
+
+	if (v == REDIRECT) {
+		ctx->user_ip4 = agent_addr;
+		ctx->user_port = agent_port;
+	}
+	return v != REFUSE;
+}
+
+// An IPv6 socket may dial ::ffff:169.254.169.254; the kernel then connects by IPv4, and does
+// not run connect4 (tcp_v6_connect).
+SEC("cgroup/connect6")
+int nmi_connect6(struct bpf_sock_addr *ctx)
+{
+	enum verdict v;
+
+	if (ctx->user_ip6[0] || ctx->user_ip6[1] || ctx->user_ip6[2] != bpf_htonl(0xffff))
+		return 1;
+	v = judge(ctx, ctx->user_ip6[3]);
+	if (v == REDIRECT) {
+		ctx->user_ip6[3] = agent_addr;
+		ctx->user_port = agent_port;
+	}
+	return v != REFUSE;
+}
+
+// A client has had the server's SYN-ACK, and has not answered it yet (tcp_finish_connect, before
+// tcp_send_ack): the server cannot have established the connection.
+static __always_inline void client_established(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct handshake h = { .client = ctx->snd_una, .server = ctx->rcv_nxt };
+	struct socket *s = bpf_sk_storage_get(&sockets, sk, 0, 0);
+
+	if (!s || s->direct)
+		return;
+	// While a link is replaced the old program may run besides.
+	if (s->handshake.client == h.client && s->handshake.server == h.server)
+		return;
+	s->handshake = h;
+	// If two sockets claim one handshake, by whatever chance, neither gets it.
+	if (bpf_map_update_elem(&handshakes, &s->handshake, &s->caller, BPF_NOEXIST))
+		bpf_map_delete_elem(&handshakes, &s->handshake);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+// The agent's end has had the last part of the handshake. accept() waits for the lock that this
+// runs under (tcp_child_process, inet_accept), so it sees the result.
+static __always_inline void server_established(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct handshake h = { .client = ctx->rcv_nxt, .server = ctx->snd_nxt };
+	struct caller *c = bpf_map_lookup_elem(&handshakes, &h);
+	struct socket *s;
+
+	if (!c)
+		return;
+	s = bpf_sk_storage_get(&sockets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (s)
+		s->caller = *c;
+	bpf_map_delete_elem(&handshakes, &h);
+}
+
+SEC("sockops")
+int nmi_sock_ops(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct socket *s;
+
+	if (!sk)
+		return 1;
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		// remote_port is a port in network byte order, in the upper half.
+		if (ctx->remote_ip4 == agent_addr && ctx->remote_port == (__u32)agent_port << 16)
+			client_established(ctx, sk);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		if (ctx->local_ip4 == agent_addr && ctx->local_port == bpf_ntohs(agent_port))
+			server_established(ctx, sk);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[1] != BPF_TCP_CLOSE)
+			break;
+		s = bpf_sk_storage_get(&sockets, sk, 0, 0);
+		if (s)
+			bpf_map_delete_elem(&handshakes, &s->handshake);
+		break;
+	}
+	return 1;
+}
+
+// The fence: whatever else a pod sends to the metadata service is dropped, by whatever socket,
+// and on connections from before the programs, too. It is not asked about packets of
+// AF_PACKET sockets.
+SEC("cgroup_skb/egress")
+int nmi_egress(struct __sk_buff *skb)
+{
+	struct iphdr *ip = (void *)(long)skb->data;
+	struct socket *s;
+	struct bpf_sock *sk;
+	__u64 self;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP))
+		return 1;
+	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
+		return 0;
+	if (ip->daddr != metadata_addr)
+		return 1;
+	self = bpf_skb_cgroup_id(skb);
+	if (bpf_map_lookup_elem(&exempt, &self))
+		return 1;
+	sk = skb->sk;
+	if (!sk)
+		return 0;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return 0;
+	s = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	return s && s->direct;
+}
