@@ -15,8 +15,8 @@ import (
 var ErrUnknownPod = errors.New("no pod on this node has this name")
 
 // NamedIdentity returns the identity that a program on the node gets for a pod of this node, by
-// the pod's name, and the address that the pod's own requests come from; the zero one if it has
-// none, or is on the host network. Exceptions are about what a pod sends itself, and do not
+// the pod's name, and the address that the pod's own requests come from, by UID if they do; the
+// zero one if it has none, or is on the host network. Exceptions are about what a pod sends itself, and do not
 // apply here.
 //
 // An unknown pod is waited for as long as Config.PodWait and ctx allow, then the error is
@@ -72,8 +72,8 @@ func (r *Resolver) decideNamed(pod cache.ObjectName, want Selector, now time.Tim
 	if err != nil {
 		err = fmt.Errorf("pod %s: %w", decided, err)
 	}
-	var addr netip.Addr
-	if addrs := info.claims(); len(addrs) > 0 { // on the host network they are the node's
+	addr := info.caller
+	if addrs := info.claims(); !addr.IsValid() && len(addrs) > 0 { // on the host network they are the node's
 		addr = addrs[0]
 	}
 	return id, addr, err

@@ -73,6 +73,9 @@ type Config struct {
 	// StrictSelection refuses a request without a selector if the pod has several
 	// identities, as IMDS does, instead of using the default.
 	StrictSelection bool
+	// ByUID resolves pods by the addresses of function ByUID, too, whatever state they are in
+	// and wherever their network is.
+	ByUID bool
 
 	PodWait      time.Duration // how long a request from an unknown address waits for its pod; 0 means DefaultPodWait
 	IdentityWait time.Duration // how long a request waits for MIC's assignment; 0 means DefaultIdentityWait
@@ -125,7 +128,7 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 	o := newObjects(standard && !cfg.Namespaced)
 	r := &Resolver{
 		cfg: cfg, objects: o, synced: make(chan struct{}), decided: make(map[cache.ObjectName]*Pod), changes: newChangeLog(cfg.Logger),
-		podLister: cache.ToListerWatcherWithContext(from.Pods), trimPod: podInfoFor(cfg.Node, cfg.MICNamespace),
+		podLister: cache.ToListerWatcherWithContext(from.Pods), trimPod: podInfoFor(cfg.Node, cfg.MICNamespace, cfg.ByUID),
 		lookupLimit: rate.NewLimiter(lookupRate, lookupBurst),
 	}
 	r.watchers = []*watcher{
@@ -263,6 +266,9 @@ func (r *Resolver) waitForPod(ctx context.Context, addr netip.Addr, s *snapshot,
 	case r.expired.Load():
 		return nil, ErrStale
 	}
+	if uid := UIDOf(addr); uid != "" { // the API server cannot look it up
+		return nil, err
+	}
 	pod, lookupErr := r.lookup(ctx, addr)
 	if lookupErr == nil {
 		lookupErr = confirm(pod)
@@ -293,7 +299,7 @@ func (r *Resolver) Identity(ctx context.Context, addr netip.Addr, pod *Pod, want
 		s := r.current.Load()
 		o := s.byAddr[addr]
 		if o.pod == nil || o.pod.UID != pod.UID {
-			return Identity{}, fmt.Errorf("%w any more (%s)", ErrUnknownAddress, addr)
+			return Identity{}, fmt.Errorf("%w any more (%s)", ErrUnknownAddress, describe(addr))
 		}
 		if id, err = o.pod.Identity(want); !errors.Is(err, ErrNotAssigned) {
 			return id, err
@@ -314,7 +320,8 @@ func (r *Resolver) Owner(addr netip.Addr) *Pod {
 // that is closed when they may have changed.
 func (r *Resolver) Addresses() ([]netip.Addr, <-chan struct{}) {
 	s := r.current.Load()
-	return slices.Collect(maps.Keys(s.byAddr)), s.replaced
+	addrs := slices.Collect(maps.Keys(s.byAddr))
+	return slices.DeleteFunc(addrs, func(a netip.Addr) bool { return UIDOf(a) != "" }), s.replaced
 }
 
 // update decides the dirty pods again and publishes a snapshot. expiry delivers when the next
@@ -325,7 +332,7 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 	first := !closed(r.synced) // what there is at the start is no change
 	o.mu.Lock()
 	for name := range o.dirty {
-		if info := o.pods[name]; info != nil && len(info.claims()) > 0 {
+		if info := o.pods[name]; info != nil && info.callable() {
 			before, after := r.decided[name], r.decideLocked(info)
 			r.decided[name] = after
 			if c := (change{before, after}); !first && c.matters() {

@@ -29,7 +29,7 @@ func (s *snapshot) resolve(addr netip.Addr, confirm func(*Pod) error) (*Pod, err
 	o, ok := s.byAddr[addr]
 	switch {
 	case !ok:
-		return nil, ErrUnknownAddress
+		return nil, unknown(addr)
 	case o.err != nil:
 		return nil, o.err
 	}
@@ -60,8 +60,15 @@ func compareClaims(a, b *Pod) int {
 // otherwise the address is ambiguous and has no owner. expires is the next time at which an
 // owner changes without an event, zero if none does.
 func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.Time) {
-	claims := make(map[netip.Addr][]*Pod)
+	claims, mirrors := make(map[netip.Addr][]*Pod), make(map[netip.Addr][]*Pod)
 	for p := range pods {
+		switch caller := p.info.caller; {
+		case !caller.IsValid():
+		case p.info.mirror:
+			mirrors[caller] = append(mirrors[caller], p)
+		default:
+			claims[caller] = append(claims[caller], p)
+		}
 		if p.info.expired(now) {
 			continue
 		}
@@ -72,6 +79,7 @@ func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.
 			claims[addr] = append(claims[addr], p)
 		}
 	}
+	addUIDs(claims, mirrors)
 	s := &snapshot{byAddr: make(map[netip.Addr]owner, len(claims)), replaced: make(chan struct{})}
 	for addr, by := range claims {
 		s.byAddr[addr] = resolveOwner(addr, by)
@@ -102,7 +110,7 @@ func (e *ambiguousError) Error() string {
 			names = append(names, p.String())
 		}
 	}
-	return fmt.Sprintf("%s (%s): %s", ErrAmbiguousAddress, e.addr, strings.Join(names, " and "))
+	return fmt.Sprintf("%s (%s): %s", ErrAmbiguousAddress, describe(e.addr), strings.Join(names, " and "))
 }
 
 // Unwrap returns ErrAmbiguousAddress.

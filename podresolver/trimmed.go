@@ -32,6 +32,10 @@ type (
 		noClaim     string       // why the pod does not claim addrs; "" if it does
 		mic         bool         // see isMICPod
 		hostNetwork bool
+		// caller stands for the pod's UID, see ByUID; zero without Config.ByUID. mirror is
+		// that of nodeUID.
+		caller netip.Addr
+		mirror bool
 		// workloadIdentity is the setting that keeps SDKs in the pod from using IMDS; "" for
 		// none.
 		workloadIdentity string
@@ -76,9 +80,12 @@ func (p *podInfo) claims() []netip.Addr {
 	return p.addrs
 }
 
+// callable reports whether a request can be the pod's.
+func (p *podInfo) callable() bool { return p.caller.IsValid() || len(p.claims()) > 0 }
+
 // podInfoFor returns the trim function for the pods of one node. FromAPIServer selects them
 // already; other Sources may not.
-func podInfoFor(node, micNamespace string) func(*corev1.Pod) *podInfo {
+func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInfo {
 	return func(pod *corev1.Pod) *podInfo {
 		if pod.Spec.NodeName != node {
 			return nil
@@ -89,6 +96,11 @@ func podInfoFor(node, micNamespace string) func(*corev1.Pod) *podInfo {
 		}
 		if pod.DeletionTimestamp != nil {
 			info.until = pod.DeletionTimestamp.Time
+		}
+		if byUID {
+			var uid string
+			uid, info.mirror = nodeUID(pod)
+			info.caller = ByUID(uid)
 		}
 		var running, any bool
 		info.started, running, any = containerSummary(&pod.Status)
