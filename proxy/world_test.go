@@ -84,6 +84,12 @@ func (w *world) serve(cfg Config) {
 	w.t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(w.t, err)
+	w.serveOn(ln, cfg)
+}
+
+// serveOn is serve on another listener.
+func (w *world) serveOn(ln net.Listener, cfg Config) {
+	w.t.Helper()
 	w.addr = ln.Addr().String()
 	w.server = New(cfg)
 	var ctx context.Context
