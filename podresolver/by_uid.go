@@ -70,3 +70,17 @@ func addUIDs(claims, mirrors map[netip.Addr][]*Pod) {
 		}
 	}
 }
+
+// bound reports whether the pod has an identity of its own.
+func (p *Pod) bound() bool { return len(p.identities)+len(p.pending) > 0 }
+
+// BoundOnHostNetwork returns the UIDs of the pods on the host network that have identities of their
+// own, by Config.ByUID, in any order. They change when Addresses' channel says so.
+func (r *Resolver) BoundOnHostNetwork() (uids []string) {
+	for caller, o := range r.current.Load().byAddr {
+		if uid := UIDOf(caller); uid != "" && o.pod != nil && o.pod.info.hostNetwork && !o.pod.info.finished && o.pod.bound() {
+			uids = append(uids, uid)
+		}
+	}
+	return uids
+}

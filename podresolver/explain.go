@@ -18,6 +18,7 @@ import (
 type Decision struct {
 	Namespace, Name string
 	Addresses       []netip.Addr // of its status
+	Callers         []netip.Addr // that its requests come from, as bounds and refusals have them; see ByUID
 	// HostNetwork means that the pod's requests are not redirected to the agent.
 	HostNetwork bool
 	// Labelled means that somebody wants the pod to have an identity: it has the label of
@@ -109,16 +110,25 @@ func (r *Resolver) Explain(namespace, podName string, want Selector, confirm fun
 		return nil, fmt.Errorf("%w: %s/%s", ErrUnknownPod, namespace, podName)
 	}
 	d := &Decision{
-		Namespace: info.Namespace, Name: info.Name, Addresses: info.addrs, HostNetwork: info.hostNetwork,
+		Namespace: info.Namespace, Name: info.Name, Addresses: info.addrs, Callers: info.addrs,
 		Labelled: info.labels[aadpodidentity.BindingLabel] != "",
 	}
-	if d.explainRequests(info); info.hostNetwork {
+	byUID := info.caller.IsValid()
+	decided := r.decideLocked(info)
+	d.HostNetwork = info.hostNetwork && !(byUID && decided.bound())
+	if d.explainRequests(info); d.HostNetwork {
 		return d, nil
 	}
 	if stale != nil && !r.expired.Load() {
 		d.add(stepData, Warning, "do what is said of each resource; until then changes of it count for nothing", strings.Split("it may be out of date: "+stale.Error(), "\n")...)
 	}
-	p := r.explainAddressesLocked(d, s, info, confirm)
+	var p *Pod
+	if byUID {
+		d.Callers = []netip.Addr{info.caller}
+		p = r.explainUID(d, s, decided)
+	} else {
+		p = r.explainAddressesLocked(d, s, info, confirm)
+	}
 	d.Exception, d.Identities, d.Pending = p.exception, p.identities, p.pending
 	if r.explainExceptionLocked(d, info); p.exception != "" {
 		return d, nil
@@ -140,15 +150,41 @@ func (r *Resolver) PodNames() (names []cache.ObjectName) {
 // explainRequests says whether the pod's requests come to the agent.
 func (d *Decision) explainRequests(info *podInfo) {
 	switch {
-	case info.hostNetwork:
+	case d.HostNetwork && info.caller.IsValid():
+		d.add(stepRequests, Warning, "if it is to have an identity of its own, bind one to it",
+			"it is on the host network, and nothing is bound to it: its requests go to IMDS directly, which gives it the identities of the node (with --host-network-pods=bound they are refused)")
+	case d.HostNetwork:
 		d.add(stepRequests, Warning, "if it is to have an identity of its own, run it without hostNetwork",
 			"it is on the host network: its requests go to IMDS directly, which gives it the identities of the node")
 	case info.workloadIdentity != "":
 		d.add(stepRequests, Warning, "if it is to get its tokens here, take it out of Azure Workload Identity",
 			fmt.Sprintf("it is set up for Azure Workload Identity (%s): most Azure SDKs then get tokens from Entra, and never send requests to IMDS or this agent", info.workloadIdentity))
 	default:
+		if info.caller.IsValid() {
+			d.add(stepRequests, OK, "", "its connections to IMDS are redirected to the agent")
+			return
+		}
 		d.add(stepRequests, OK, "", "it is on the pod network, where requests to IMDS are redirected to the agent")
 	}
+}
+
+// explainUID is explainAddressesLocked for a pod that is known by its UID.
+func (r *Resolver) explainUID(d *Decision, s *snapshot, p *Pod) *Pod {
+	found, err := s.resolve(p.info.caller, func(*Pod) error { return nil })
+	switch {
+	case r.expired.Load():
+		err = ErrStale
+	case err == nil && found.UID != p.UID: // this one is a mirror
+		err = fmt.Errorf("%w: the UID that it mirrors is that of %s", ErrUnconfirmed, found)
+	}
+	if err != nil {
+		why := causeOf(err)
+		d.refuse(err, why)
+		d.add(stepAddress, Failed, why.fix, err.Error())
+		return p
+	}
+	d.add(stepAddress, OK, "", "the kernel names it by its cgroup (UID "+UIDOf(p.info.caller)+"), whatever its address is")
+	return found
 }
 
 // explainAddressesLocked resolves the pod's addresses, as a request does. The first that does not

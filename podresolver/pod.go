@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -93,6 +94,10 @@ type Pod struct {
 
 // String is the pod's namespace and name.
 func (p *Pod) String() string { return p.Namespace + "/" + p.Name }
+
+// Addresses returns the addresses that the API server names for the pod, of which it may have lost
+// some. Do not change them.
+func (p *Pod) Addresses() []netip.Addr { return p.info.addrs }
 
 // Exception returns the name of the AzurePodIdentityException that applies to the pod, or "".
 // Requests of an excepted pod are passed through.

@@ -32,6 +32,7 @@ type (
 		noClaim     string       // why the pod does not claim addrs; "" if it does
 		mic         bool         // see isMICPod
 		hostNetwork bool
+		finished    bool
 		// caller stands for the pod's UID, see ByUID; zero without Config.ByUID. mirror is
 		// that of nodeUID.
 		caller netip.Addr
@@ -102,12 +103,13 @@ func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInf
 			uid, info.mirror = nodeUID(pod)
 			info.caller = ByUID(uid)
 		}
+		info.finished = pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
 		var running, any bool
 		info.started, running, any = containerSummary(&pod.Status)
 		switch {
 		case info.hostNetwork:
 			info.noClaim = "it is on the host network"
-		case pod.Status.Phase == corev1.PodSucceeded, pod.Status.Phase == corev1.PodFailed: // its sandbox is gone
+		case info.finished: // its sandbox is gone
 			info.noClaim = "it has finished"
 		case pod.DeletionTimestamp != nil && any && !running: // its sandbox is about to go
 			info.noClaim = "it is being deleted, and all its containers have terminated"
