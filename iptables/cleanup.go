@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"slices"
 	"sync/atomic"
+
+	"github.com/podidentity/nmi/iptables/ebpf"
 )
 
 // cleanStale removes what earlier agents left behind, and ends connections that bypass
@@ -27,6 +29,12 @@ func (r *Reconciler) cleanStale(ctx context.Context) {
 	if r.cfg.Mode == None {
 		others = slices.DeleteFunc(others, func(c chain) bool { return c.part == partRedirect })
 	}
+	if r.cfg.Mode != None && r.cfg.Mode != EBPF { // programs of another agent would redirect past the rules
+		removed, err := ebpf.Cleanup(r.cfg.Programs.Pins)
+		if flushErr = errors.Join(flushErr, err); removed {
+			r.cfg.Logger.InfoContext(ctx, "removed the programs of an agent in mode ebpf")
+		}
+	}
 	inOther, otherErr := removeFrom(ctx, r.backend().other(), others)
 	inOwn, ownErr := removeFrom(ctx, r.backend(), staleChains(r.cfg))
 	if inOther || inOwn {
@@ -45,8 +53,11 @@ func staleChains(cfg Config) (chains []chain) {
 	if !cfg.BlockWireserver {
 		chains = append(chains, wireserverChain)
 	}
-	if cfg.Mode == None {
+	switch cfg.Mode {
+	case None:
 		chains = append(chains, inputChain) // it would drop what others redirect
+	case EBPF:
+		chains = append(chains, inputChain, redirectChain)
 	}
 	return chains
 }
@@ -82,10 +93,10 @@ func removeFrom(ctx context.Context, backend Backend, chains []chain) (removed b
 	return removed, all
 }
 
-// Cleanup removes the agent's chains and the jumps to them, from both backends, its
-// routing rules, and its addresses from lo, whatever configuration they are from. Finding
-// nothing is success. It uses Address, for an address without the agent's label, and
-// Logger alone.
+// Cleanup removes the agent's programs, its chains and the jumps to them, from both backends,
+// its routing rules, and its addresses from lo, whatever configuration they are from. Finding
+// nothing is success. It uses Address, for an address without the agent's label,
+// Programs.Pins and Logger alone.
 //
 // The redirect goes first and the fences last: pods are refused until the end. Then they
 // reach the metadata service, and with it the node's identity.
@@ -100,13 +111,14 @@ func Cleanup(ctx context.Context, cfg Config) error {
 	if len(installed()) == 0 {
 		noCommands = errNoCommands
 	}
+	programs, programsErr := ebpf.Cleanup(cfg.Programs.Pins)
 	nft, nftErr := removeFrom(ctx, NFT, ownChains)
 	legacy, legacyErr := removeFrom(ctx, Legacy, ownChains)
 	address, addressErr := removeAddresses(cfg.Address)
 	routing, routingErr := removeRoutingFence()
-	if err := errors.Join(noCommands, nftErr, legacyErr, addressErr, routingErr); err != nil {
+	if err := errors.Join(noCommands, programsErr, nftErr, legacyErr, addressErr, routingErr); err != nil {
 		return err
 	}
-	cfg.Logger.InfoContext(ctx, "cleaned up", "iptables_rules_removed", nft || legacy, "routing_rules_removed", routing, "address_removed", address)
+	cfg.Logger.InfoContext(ctx, "cleaned up", "programs_removed", programs, "iptables_rules_removed", nft || legacy, "routing_rules_removed", routing, "address_removed", address)
 	return nil
 }

@@ -19,6 +19,9 @@ const (
 	Redirect Mode = "redirect"
 	// DNAT sends it to an address of the agent's own on lo, whatever the interface.
 	DNAT Mode = "dnat"
+	// EBPF sends it to the same address by programs in the kernel, before there is a packet,
+	// and knows the pod by its cgroup. See package ebpf.
+	EBPF Mode = "ebpf"
 	// None leaves the redirect to another program, such as Cilium with a local redirect
 	// policy. A redirect of the agent's own from before stays.
 	None Mode = "none"
@@ -27,10 +30,10 @@ const (
 // ParseMode returns the mode of that name.
 func ParseMode(name string) (Mode, error) {
 	switch m := Mode(name); m {
-	case ModeAuto, Redirect, DNAT, None:
+	case ModeAuto, Redirect, DNAT, EBPF, None:
 		return m, nil
 	}
-	return "", fmt.Errorf("%q is not a redirect mode: use %q, %q, %q or %q", name, ModeAuto, Redirect, DNAT, None)
+	return "", fmt.Errorf("%q is not a redirect mode: use %q, %q, %q, %q or %q", name, ModeAuto, Redirect, DNAT, EBPF, None)
 }
 
 // ModeFor returns the mode that works for pods with these addresses, and the reason.

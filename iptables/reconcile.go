@@ -18,10 +18,11 @@ const (
 	partWireserver = "wireserver" // the rule of BlockWireserver
 	partInput      = "input"      // the rule against connections that were not redirected
 	partAntispoof  = "antispoof"  // the rule against forged packets
+	partEgress     = "egress"     // in mode EBPF, the fence where pods send
 )
 
 // parts lists all of them, in the order in which they are written.
-var parts = [...]string{partRouting, partGuard, partRedirect, partWireserver, partInput, partAntispoof}
+var parts = [...]string{partRouting, partGuard, partEgress, partRedirect, partWireserver, partInput, partAntispoof}
 
 // result is what one reconciliation found and did.
 type result struct {
@@ -43,6 +44,7 @@ type result struct {
 func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed bool, err error) {
 	res := result{inPlace: make(map[string]bool)}
 	r.ensureRouting(&res)
+	r.ensurePrograms(&res)
 	redirected := r.ensureRequired(ctx, &res, status)
 	r.report(ctx, res.written, res.lost, res.down, status)
 	if r.runner != nil {
@@ -63,7 +65,7 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 		status.ruleNotes = append(status.ruleNotes, "running without rules that are not required: "+strings.ReplaceAll(res.optional.Error(), "\n", "; "))
 	}
 	r.lastOptional = errorText(res.optional)
-	if !r.cleaned && redirected {
+	if !r.cleaned && redirected && (r.programs == nil || res.inPlace[partRedirect]) {
 		r.cleanStale(ctx)
 	}
 	return len(res.written) > 0, res.err
@@ -129,7 +131,8 @@ func impact(lost, down []string) string {
 // Fence writes the fences that are missing, and returns why one could not be written. It
 // is for before Run, which tries again: an agent that fails to start must not leave the
 // node open. Fences of another agent, which may be for another metadata address, stay
-// until Run replaces them: this agent may never get that far.
+// until Run replaces them: this agent may never get that far. From now on Caller knows the
+// callers of connections that another agent's programs redirect.
 func (r *Reconciler) Fence(ctx context.Context) error {
 	var written []string
 	added, routingErr := addRoutingFence(r.cfg.Metadata.Addr())
@@ -148,6 +151,9 @@ func (r *Reconciler) Fence(ctx context.Context) error {
 	if len(written) > 0 {
 		r.cfg.Logger.InfoContext(ctx, "fences put in place", "rules", written)
 	}
+	if r.programs != nil {
+		return errors.Join(routingErr, guardErr, r.programs.Load())
+	}
 	return errors.Join(routingErr, guardErr)
 }
 
@@ -160,6 +166,8 @@ func (r *Reconciler) required(part string) bool {
 		return true
 	case partInput, partAntispoof:
 		return false
+	case partGuard: // where rules are forbidden, mode EBPF has two fences without it
+		return r.cfg.Mode != None && r.cfg.Mode != EBPF
 	default:
 		return r.cfg.Mode != None
 	}

@@ -34,6 +34,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/podidentity/nmi/iptables/ebpf"
 	"github.com/podidentity/nmi/iptables/links"
 )
 
@@ -47,20 +48,26 @@ type Config struct {
 	Mode     Mode
 	Metadata netip.AddrPort // of the metadata service, IPv4
 	Port     uint16         // that the agent listens on
-	Address  netip.Addr     // on lo, the destination in mode DNAT
+	Address  netip.Addr     // the destination in the modes DNAT and EBPF; added to lo unless the node has it
 	Interval time.Duration  // between two checks of the rules without an announced change
 	// Pods returns the addresses of this node's pods, and a channel that is closed when
 	// they have changed. ModeAuto requires it.
 	Pods            func() ([]netip.Addr, <-chan struct{}) `json:"-"`
 	Backend         Backend                                // whose tables to use; "" means BackendAuto
 	BlockWireserver bool                                   // reject what pods send to 168.63.129.16, ports 80 and 32526
-	Logger          *slog.Logger                           `json:"-"` // nil means slog.Default
+	// Programs are those of mode EBPF. Metadata and Agent in it need not be given.
+	Programs ebpf.Config
+	// Bound returns the UIDs of the pods on the host network that mode EBPF redirects although
+	// Programs.HostNetworkAll is not set; nil for none. It is asked when Pods have changed.
+	Bound  func() []string `json:"-"`
+	Logger *slog.Logger    `json:"-"` // nil means slog.Default
 }
 
 // Reconciler keeps the rules in place.
 type Reconciler struct {
-	cfg    Config
-	status atomic.Pointer[Status]
+	cfg      Config
+	status   atomic.Pointer[Status]
+	programs *ebpf.Programs // nil in other modes than EBPF
 
 	counts counts
 
@@ -73,6 +80,7 @@ type Reconciler struct {
 	repairTimes  []time.Time         // in the last minute
 	lastConflict time.Time           // when lossNotes last warned
 	lastLoss     loss                // of this Run or an earlier one
+	lastBind     string              // error of the last bind
 }
 
 // Status is the outcome of the last reconciliation.
@@ -107,12 +115,20 @@ func New(cfg Config) (*Reconciler, error) {
 	if cfg.Mode == ModeAuto && cfg.Pods == nil {
 		return nil, errors.New("mode auto requires the pods' addresses")
 	}
-	if cfg.Mode != None || cfg.BlockWireserver {
+	if cfg.Mode == EBPF {
+		if err := ebpf.Privileges(); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Mode != None && cfg.Mode != EBPF || cfg.BlockWireserver {
 		if missing := missingCapabilities(); len(missing) > 0 {
 			return nil, permissionAdvice(missing)
 		}
 	}
 	r := &Reconciler{cfg: cfg, last: make(map[string][]string)}
+	if cfg.Mode == EBPF {
+		r.programs = cfg.newPrograms()
+	}
 	if err := r.open(); err != nil {
 		cfg.Logger.Warn("iptables is not usable; retrying", "error", err)
 	}
@@ -199,6 +215,9 @@ func (r *Reconciler) Run(ctx context.Context) {
 		r.status.Store(&published)
 		checked := time.Now()
 		select {
+		case <-r.bind():
+			podsTrigger, rulesTrigger = false, false
+			continue
 		case <-due.C:
 			podsTrigger, rulesTrigger = true, true
 			continue
@@ -256,7 +275,7 @@ func (r *Reconciler) selectMode(last Status) (Status, <-chan struct{}) {
 		}
 	}
 	switch bypass := links.Bypass(); {
-	case bypass == nil || r.cfg.Mode == None:
+	case bypass == nil || r.cfg.Mode == None || r.cfg.Mode == EBPF:
 	case r.cfg.Mode == ModeAuto:
 		s.Bypass = fmt.Errorf("mode auto cannot tell whether a redirect would work: %w: use --redirect-mode=none with a local redirect policy "+
 			"(deploy/cilium), or, if you know that Cilium routes through iptables here (legacy host routing), --redirect-mode=dnat", bypass)

@@ -108,7 +108,8 @@ func hardening(cfg Config, mode Mode) (want []chain) {
 	// (Cilium's is eBPF). As for the guard, mangle comes before any ACCEPT of the filter
 	// table; and no other program competes for the first place in INPUT of mangle, where
 	// kubelet, kube-proxy and Calico all insert jumps first in INPUT of filter.
-	if mode != None {
+	// In mode EBPF nothing of conntrack tells a redirected connection from another.
+	if mode != None && mode != EBPF {
 		want = append(want, inputChain.with(
 			fmt.Sprintf("! -i lo -p tcp -m tcp --dport %d -m conntrack ! --ctstate DNAT -j DROP", cfg.Port)))
 	}

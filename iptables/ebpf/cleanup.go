@@ -15,6 +15,15 @@ import (
 // reports whether there were any. The redirect goes first and the fence last: pods are refused
 // until the end.
 func Cleanup(pins string) (removed bool, err error) {
+	switch _, err := os.Stat(pins); { // before system calls that need CAP_BPF
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	if err := checkFileSystem(pins); err != nil { // nothing else is removed with all that is in it
+		return false, err
+	}
 	var all error
 	for _, h := range slices.Backward(hooks) {
 		pin := filepath.Join(pins, linksDir, h.name)
@@ -28,21 +37,10 @@ func Cleanup(pins string) (removed bool, err error) {
 		}
 		if err != nil {
 			all = errors.Join(all, fmt.Errorf("removing the program %s: %w", h.name, explain(err)))
-			continue
 		}
-		removed = true
 	}
 	if all != nil {
-		return removed, all // the maps are in use
-	}
-	switch _, err := os.Stat(pins); {
-	case errors.Is(err, fs.ErrNotExist):
-		return removed, nil
-	case err != nil:
-		return removed, err
-	}
-	if err := checkFileSystem(pins); err != nil { // nothing else is removed with all that is in it
-		return removed, err
+		return true, all // the maps are in use
 	}
 	return true, os.RemoveAll(pins)
 }

@@ -33,8 +33,8 @@ type Config struct {
 	HostNetworkAll bool
 }
 
-// Programs are the programs in the kernel. Ensure and Close must not be called at the same
-// time; Caller is safe for concurrent use.
+// Programs are the programs in the kernel. Load, Ensure and Close must not be called at the
+// same time; Caller is safe for concurrent use.
 type Programs struct {
 	cfg Config
 
@@ -65,7 +65,7 @@ type Result struct {
 
 // Ensure puts the programs in place. Its errors say what to do.
 func (p *Programs) Ensure() (res Result, err error) {
-	if err := p.load(); err != nil {
+	if err := p.Load(); err != nil {
 		return res, err
 	}
 	if err := addExempt(p.objects.Exempt, p.pods.own); err != nil {
@@ -93,8 +93,10 @@ func (p *Programs) Ensure() (res Result, err error) {
 	return res, all
 }
 
-// load loads the programs, unless they are loaded for the cgroup of all pods that there is now.
-func (p *Programs) load() error {
+// Load is the part of Ensure that changes nothing for pods: it loads the programs, unless they are
+// loaded for the cgroup of all pods that there is now. Then Caller works, whichever agent's
+// programs run.
+func (p *Programs) Load() error {
 	if p.objects != nil && p.pods.valid() {
 		return nil
 	}
@@ -156,6 +158,9 @@ const (
 	mapsDir  = "maps-1"
 )
 
+// Egress is the hook of the fence, as Result names it; all others are the redirect's.
+const Egress = "egress"
+
 // hook is where a program is attached.
 type hook struct {
 	name    string // of the pinned link
@@ -166,7 +171,7 @@ type hook struct {
 // hooks lists them in the order in which they are put in place: what protects before what
 // serves, and nothing is redirected before its caller is recorded.
 var hooks = []hook{
-	{"egress", ebpf.AttachCGroupInetEgress, func(o *kernelObjects) *ebpf.Program { return o.NmiEgress }},
+	{Egress, ebpf.AttachCGroupInetEgress, func(o *kernelObjects) *ebpf.Program { return o.NmiEgress }},
 	{"sock_ops", ebpf.AttachCGroupSockOps, func(o *kernelObjects) *ebpf.Program { return o.NmiSockOps }},
 	{"connect6", ebpf.AttachCGroupInet6Connect, func(o *kernelObjects) *ebpf.Program { return o.NmiConnect6 }},
 	{"connect4", ebpf.AttachCGroupInet4Connect, func(o *kernelObjects) *ebpf.Program { return o.NmiConnect4 }},

@@ -33,14 +33,22 @@ func missingCapabilities() (missing []string) {
 	return missing
 }
 
+// Privileges says which capabilities this process lacks; nil if it has them.
+func Privileges() error {
+	if missing := missingCapabilities(); len(missing) > 0 {
+		return fmt.Errorf("%w (missing: %s)", ErrPrivileges, strings.Join(missing, ", "))
+	}
+	return nil
+}
+
 // explain adds what to do about an error of the kernel, where that is known.
 func explain(err error) error {
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		if missing := missingCapabilities(); len(missing) > 0 {
-			return fmt.Errorf("%w (missing: %s): %w", ErrPrivileges, strings.Join(missing, ", "), err)
+		if missing := Privileges(); missing != nil {
+			return fmt.Errorf("%w: %w", missing, err)
 		}
 	case errors.Is(err, ebpf.ErrMapIncompatible):
 		return fmt.Errorf("another build of the agent has left maps of another layout: run nmi cleanup, then start the agent again: %w", err)
