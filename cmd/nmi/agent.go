@@ -5,9 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"runtime/debug"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/podidentity/nmi/cmd/nmi/bootguard"
 	"github.com/podidentity/nmi/cmd/nmi/events"
@@ -18,7 +19,6 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
-	"github.com/podidentity/nmi/proxy/listener"
 	"github.com/podidentity/nmi/proxy/upstream"
 	"github.com/podidentity/nmi/tokencache"
 )
@@ -38,6 +38,8 @@ type agent struct {
 	taint    *startuptaint.Manager // nil without --startup-taint
 	guard    *bootguard.Guard      // nil without --boot-guard-dir
 	front    *handover.Listener    // pods' connections arrive here; nil before start
+
+	unidentified *rate.Limiter // of log lines, see identify
 
 	traces      *telemetry.Traces // nil unless they are exported
 	stopMetrics func()            // ends their export by OTLP
@@ -81,11 +83,12 @@ func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 // that fails leaves the node closed. Whatever else has the lock is an agent, with its fences, or
 // cleanup, which is there to remove them.
 func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
-	a := &agent{cfg: cfg, log: log, handover: handover.New(cfg.handoverDir, log)}
+	a := &agent{cfg: cfg, log: log, handover: handover.New(cfg.handoverDir, log), unidentified: rate.NewLimiter(rate.Every(time.Minute), 1)}
 	cluster, clusterErr := connect(cfg, log)
 	a.resolver = cluster.resolver
 	cfg.rules.Logger, cfg.links.Logger, cfg.upstream.Logger, cfg.proxy.Logger = log, log, log, log
 	cfg.rules.Pods, cfg.links.Pods = a.resolver.Addresses, a.resolver.Addresses // which nothing asks for before Run
+	cfg.rules.Bound = a.resolver.BoundOnHostNetwork
 	var err error
 	if a.rules, err = iptables.New(cfg.rules); err != nil {
 		return nil, err
@@ -112,7 +115,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	}
 	a.tokens = tokencache.New(a.traces.Fetch(a.upstream.Token), tokencache.Config{InUse: proxy.InUse(a.resolver)})
 	cfg.proxy.Pods, cfg.proxy.Tokens, cfg.proxy.Upstream = a.resolver, a.tokens, a.upstream
-	cfg.proxy.CheckSource, cfg.proxy.Version = checkSource(a.links), version
+	cfg.proxy.CheckSource, cfg.proxy.Version = a.checkSource(), version
 	if a.events, err = events.New(cluster.config, events.Config{Node: cfg.resolver.Node, Logger: log}); err != nil {
 		return nil, err
 	}
@@ -197,11 +200,10 @@ func (a *agent) serve(ctx context.Context) error {
 		})
 	}()
 	a.log.Info("listening", "address", a.front.Addr().String())
-	var ln net.Listener = a.front
-	if a.cfg.rules.Mode != iptables.None {
-		ln = listener.OnlyRedirected(ln, a.cfg.rules.Metadata)
+	ln, err := a.onlyPods(a.front)
+	if err == nil {
+		err = a.server.Serve(ctx, ln)
 	}
-	err := a.server.Serve(ctx, ln)
 	cancel()
 	switch handedOver := <-handedOver; {
 	case err != nil:

@@ -3,12 +3,56 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 
+	"github.com/podidentity/nmi/cmd/nmi/handover"
+	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/iptables/ebpf"
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
+	"github.com/podidentity/nmi/proxy/listener"
 )
+
+// checkSource is proxy.Config.CheckSource.
+func (a *agent) checkSource() func(addr netip.Addr, ingress int, pod *podresolver.Pod) error {
+	if a.cfg.rules.Mode == iptables.EBPF {
+		return checkLink(a.links)
+	}
+	return checkSource(a.links)
+}
+
+// onlyPods is the listener without the connections that are no pod's.
+func (a *agent) onlyPods(ln *handover.Listener) (net.Listener, error) {
+	switch a.cfg.rules.Mode {
+	case iptables.None:
+		return ln, nil
+	case iptables.EBPF:
+		return listener.OnlyIdentified(ln, a.identify), ebpf.Listen(ln.TCPListener)
+	default:
+		return listener.OnlyRedirected(ln, a.cfg.rules.Metadata), nil
+	}
+}
+
+// identify returns the caller of a connection in mode ebpf.
+func (a *agent) identify(conn *net.TCPConn) (netip.Addr, error) {
+	uid, err := a.rules.Caller(conn)
+	if err != nil {
+		if a.unidentified.Allow() {
+			a.log.Warn("refused a connection whose caller is unknown", "from", conn.RemoteAddr().String(), "error", err)
+		}
+		return netip.Addr{}, err
+	}
+	return podresolver.ByUID(uid), nil
+}
+
+// checkLink is for callers whose pod the kernel has named: only what is sent to them may go astray.
+func checkLink(tracker *links.Tracker) func(addr netip.Addr, ingress int, pod *podresolver.Pod) error {
+	return func(_ netip.Addr, ingress int, pod *podresolver.Pod) error {
+		return unconfirmed(tracker.Guarded(ingress, pod.Addresses()))
+	}
+}
 
 // checkSource compares the pod that the API server names for an address with the pod whose
 // interface the connection came in over; see proxy.Config.CheckSource.

@@ -15,6 +15,7 @@ import (
 	"github.com/podidentity/nmi/cmd/nmi/bootguard"
 	"github.com/podidentity/nmi/cmd/nmi/handover"
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/iptables/ebpf"
 )
 
 // agentExit is how long cleanup waits for an agent that is exiting: longer than the kubelet
@@ -26,8 +27,8 @@ func cleanupCommand(cfg *config) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove the agent's rules and address from this node",
-		Long: `cleanup removes, in this order, the redirect (the iptables chain aad-metadata), the
-rule of --block-wireserver (nmi-wireserver), the rules against floods (nmi-input and
+		Long: `cleanup removes, in this order, the programs of --redirect-mode=ebpf (` + ebpf.DefaultPins + `),
+the redirect (the iptables chain aad-metadata), the rule of --block-wireserver (nmi-wireserver), the rules against floods (nmi-input and
 nmi-antispoof), the fences (the chain nmi-guard and the policy routing rules 10, 11
 and 12), and the agent's own addresses from lo; nothing else.
 Chains are removed from both iptables backends, with the jumps to them. The unit of
@@ -66,7 +67,7 @@ the identity of the node.`,
 // node without rules, as cleanup does.
 func cleanUp(ctx context.Context, cfg *config, log *slog.Logger) error {
 	guardErr := removeBootGuard(ctx, cfg, log)
-	return errors.Join(guardErr, iptables.Cleanup(ctx, iptables.Config{Address: cfg.rules.Address, Logger: log}))
+	return errors.Join(guardErr, iptables.Cleanup(ctx, iptables.Config{Address: cfg.rules.Address, Programs: ebpf.Config{Pins: ebpf.DefaultPins}, Logger: log}))
 }
 
 // removeBootGuard removes the unit from --boot-guard-dir, or else from wherever it may be.

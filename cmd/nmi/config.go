@@ -17,6 +17,7 @@ import (
 
 	"github.com/podidentity/nmi/cmd/nmi/handover"
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/iptables/ebpf"
 	"github.com/podidentity/nmi/iptables/links"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
@@ -102,6 +103,8 @@ func (c *config) complete() error {
 		c.probeSocket = "" // not in the image: nothing asks there
 	}
 	c.rules.Port = c.front.addr.Port()
+	c.rules.Programs.Pins = ebpf.DefaultPins
+	c.resolver.ByUID = c.rules.Mode == iptables.EBPF
 	c.upstream.IMDS = &url.URL{Scheme: "http", Host: c.rules.Metadata.String()}
 	c.upstream.UserAgent = strings.TrimSpace("nmi/" + version + " " + c.userAgent)
 	c.proxy.MetadataHeaderOptional = !c.headerRequired

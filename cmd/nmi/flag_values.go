@@ -99,6 +99,20 @@ func (v verbosity) Set(text string) error {
 // Type implements pflag.Value.
 func (verbosity) Type() string { return "value" }
 
+// hostNetworkNode is the value of --host-network-pods that leaves host-network pods to the node.
+const hostNetworkNode = "node"
+
+// parseHostNetworkPods returns whether all host-network pods are redirected.
+func parseHostNetworkPods(text string) (all bool, err error) {
+	switch text {
+	case hostNetworkNode:
+		return false, nil
+	case "bound":
+		return true, nil
+	}
+	return false, fmt.Errorf("want %q or %q", hostNetworkNode, "bound")
+}
+
 // upTo parses numbers from 1.
 func upTo(most int) func(string) (int, error) {
 	return func(text string) (int, error) {

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/iptables/ebpf"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/upstream"
@@ -84,8 +85,11 @@ func (c *config) addRedirectFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.rules.Metadata, "metadata-ip", "169.254.169.254", parseAddrOf(&c.rules.Metadata, parseIPv4), "address of the instance metadata service")
 	parsedVar(fs, &c.rules.Metadata, "metadata-port", "80", parsePortOf(&c.rules.Metadata), "port of the instance metadata service")
 	parsedVar(fs, &c.rules.Mode, "redirect-mode", string(iptables.ModeAuto), iptables.ParseMode,
-		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": redirect if every interface that leads to a pod has an IPv4 address, else dnat; "none": another program redirects, such as Cilium`)
+		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": redirect if every interface that leads to a pod has an IPv4 address, else dnat; "ebpf": to --redirect-address, by programs on the cgroup of all pods, without iptables; "none": another program redirects, such as Cilium`)
 	c.addRedirectAddress(fs)
+	parsedVar(fs, &c.rules.Programs.CgroupRoot, "cgroup-root", ebpf.DefaultCgroupRoot, parseAbsolutePath, "for --redirect-mode=ebpf, directory that the node's /sys/fs/cgroup, of version 2, is mounted at")
+	parsedVar(fs, &c.rules.Programs.HostNetworkAll, "host-network-pods", hostNetworkNode, parseHostNetworkPods,
+		`for --redirect-mode=ebpf, what pods on the host network get: "node": what is bound to them, and others what IMDS gives the node; "bound": only what is bound to them`)
 	parsedVar(fs, &c.rules.Backend, "iptables-backend", string(iptables.BackendAuto), iptables.ParseBackend, `"nft" or "legacy"; "auto" finds out which one the node uses`)
 	parsedVar(fs, &c.rules.Interval, "ipt-update-interval-sec", "60", parseSeconds, "seconds between checks of the rules when nothing seems to happen, 1 to 86400; a change that the kernel announces is checked at once")
 	fs.BoolVar(&c.links.AllowUnguarded, "allow-network-plugin-kubenet", false, "hand out tokens although pods share a bridge on which they can take each other's addresses (CVE-2021-1677)")
@@ -157,7 +161,7 @@ func (c *config) addLogFlags(fs *pflag.FlagSet) {
 }
 
 func (c *config) addRedirectAddress(fs *pflag.FlagSet) {
-	parsedVar(fs, &c.rules.Address, "redirect-address", iptables.DefaultAddress.String(), parseIPv4, "address of the agent's own on lo, for --redirect-mode=dnat")
+	parsedVar(fs, &c.rules.Address, "redirect-address", iptables.DefaultAddress.String(), parseIPv4, "address that connections are redirected to, for --redirect-mode=dnat and ebpf: of the agent's own on lo, or for ebpf also one that the node has")
 }
 
 func (c *config) addBootGuardDir(fs *pflag.FlagSet) {

@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/iptables/ebpf"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/proxy/upstream"
@@ -54,7 +55,8 @@ func TestDefaults(t *testing.T) {
 		resolver: podresolver.Config{Node: "n", Mode: podresolver.Managed, PodWait: 10 * time.Second, IdentityWait: 10 * time.Second},
 		rules: iptables.Config{
 			Mode: iptables.ModeAuto, Backend: iptables.BackendAuto, Metadata: metadata, Port: 2579,
-			Address: netip.MustParseAddr("169.254.169.252"), Interval: time.Minute,
+			Programs: ebpf.Config{CgroupRoot: "/sys/fs/cgroup", Pins: "/sys/fs/bpf/nmi"},
+			Address:  netip.MustParseAddr("169.254.169.252"), Interval: time.Minute,
 		},
 		upstream:    upstream.Config{IMDS: &url.URL{Scheme: "http", Host: metadata.String()}, UserAgent: "nmi/dev", PerSecond: 18, AtOnce: 4},
 		proxy:       proxy.Config{MaxConnections: 512, HostTokenUIDs: []uint32{0}},
@@ -105,7 +107,8 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--redirect-address=127.0.0.1":        "want an IPv4 address that is not loopback",
 		"--redirect-address=169.254.169.254":  "is the metadata service's own address",
 		"--iptables-backend=x":                `"x" is not an iptables backend: use "auto", "nft" or "legacy"`,
-		"--redirect-mode=magic":               `"magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`,
+		"--host-network-pods=all":             `want "node" or "bound"`,
+		"--redirect-mode=magic":               `"magic" is not a redirect mode: use "auto", "redirect", "dnat", "ebpf" or "none"`,
 		"--prometheus-port=2579":              "--nmi-port and --prometheus-port are both 2579",
 		"--http-probe-address=localhost":      "want an IP address of the node, 127.0.0.1 for the node alone",
 		"--metrics-address=224.0.0.1":         "want an IP address of the node",

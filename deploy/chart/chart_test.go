@@ -112,6 +112,7 @@ func TestManifests(t *testing.T) {
 		{"../manifests", []string{"account.yaml", "daemonset.yaml", "exception.yaml"}, nil},
 		// As in aad-pod-identity's deploy/infra/deployment-rbac.yaml.
 		{"../manifests/standard", []string{"account.yaml", "daemonset.yaml", "exception.yaml"}, []string{"--namespace=default", "--set=operationMode=standard"}},
+		{"../manifests/ebpf", []string{"daemonset.yaml"}, []string{"--set=nmi.redirectMode=ebpf"}},
 		{"..", []string{"cleanup.yaml"}, []string{"--set=cleanup=true,bootGuard=true"}},
 		{"../cilium", []string{"local-redirect-policy.yaml"}, []string{"--set=nmi.redirectMode=none,cilium.localRedirectPolicy=true"}},
 	} {

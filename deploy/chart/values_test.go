@@ -47,7 +47,7 @@ func assertStrings(t *testing.T, value any) {
 func TestRefusedValues(t *testing.T) {
 	for set, text := range map[string]string{
 		"nmi.redirectmode=dnat":            "additional properties 'redirectmode' not allowed",
-		"nmi.redirectMode=ebpf":            "at '/nmi/redirectMode': value must be one of 'auto', 'redirect', 'dnat', 'none'",
+		"nmi.redirectMode=magic":           "at '/nmi/redirectMode': value must be one of 'auto', 'redirect', 'dnat', 'ebpf', 'none'",
 		"operationMode=Managed":            "at '/operationMode': value must be one of 'managed', 'standard'",
 		"nmi.probePort=http":               "at '/nmi/probePort': 'http' does not match pattern",
 		"nmi.probePort=70000":              "at '/nmi/probePort': maximum: got 70,000, want 65,535",

@@ -127,7 +127,7 @@ func (p Parts) pod(namespace, name string, want podresolver.Selector, now time.T
 		p.addRules(&pod)
 	}
 	if p.Server != nil && !d.HostNetwork {
-		p.addHistory(&pod, d.Addresses)
+		p.addHistory(&pod, d.Callers)
 	}
 	pod.judge(d, now)
 	return pod, nil

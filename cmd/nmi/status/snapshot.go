@@ -242,7 +242,12 @@ func (p Parts) others(pods []Pod) (all []Other) {
 		}
 	}
 	for _, caller := range p.Server.RefusedCallers() {
-		if addr := caller.String(); !known[addr] {
+		addr := caller.String()
+		if uid := podresolver.UIDOf(caller); uid != "" {
+			addr = "UID " + uid
+			known[addr] = p.Pods.Owner(caller) != nil
+		}
+		if !known[addr] {
 			all = append(all, Other{addr, refusalsOf(p.Server.Refusals(caller))})
 		}
 	}

@@ -26,17 +26,33 @@ tier: node
 {{- end -}}
 
 {{- define "nmi.securityContext" -}}
-# iptables insists on user ID 0; root has these two capabilities here,
-# and no others.
+# iptables insists on user ID 0; root has these capabilities here, and no others.
 runAsUser: 0
 readOnlyRootFilesystem: true
 allowPrivilegeEscalation: false
 capabilities:
   drop: [ALL]
-  add: [NET_ADMIN, NET_RAW]
+  add: [NET_ADMIN, NET_RAW{{ if include "nmi.bpf" . }}, BPF{{ end }}]
 seccompProfile:
   type: RuntimeDefault
 {{- end -}}
+
+{{- /* Whether the pod meets the programs of mode ebpf; cleanup does not know the mode. */}}
+{{- define "nmi.bpf" -}}
+{{- if or (eq .Values.nmi.redirectMode "ebpf") .Values.cleanup }}true{{ end -}}
+{{- end -}}
+
+{{- define "nmi.bpfMount" -}}
+# Programs that outlive the agent are pinned here.
+- name: bpf
+  mountPath: /sys/fs/bpf
+{{- end }}
+
+{{- define "nmi.bpfVolume" -}}
+- name: bpf
+  hostPath:
+    path: /sys/fs/bpf
+{{- end }}
 
 {{- /* The node's units, for the boot guard. Without a type the pod starts on a node that has none. */}}
 {{- define "nmi.bootGuardMount" -}}

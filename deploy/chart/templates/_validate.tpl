@@ -33,6 +33,7 @@ the value does: the rights of a startup taint, the Service's port. */}}
   "prometheus-port" "nmi.prometheusPort"
   "host-token-uids" "nmi.hostTokenUIDs"
   "redirect-mode" "nmi.redirectMode"
+  "host-network-pods" "nmi.hostNetworkPods"
   "ipt-update-interval-sec" "nmi.ipTableUpdateTimeIntervalInSeconds"
   "block-instance-metadata" "nmi.blockInstanceMetadata"
   "metadata-header-required" "nmi.metadataHeaderRequired"
