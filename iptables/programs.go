@@ -26,6 +26,12 @@ func (r *Reconciler) Caller(conn *net.TCPConn) (uid string, err error) {
 	return r.programs.Caller(conn)
 }
 
+// ConnectProgram is what the kernel calls the program of mode EBPF that redirects.
+const ConnectProgram = ebpf.ConnectProgram
+
+// ProgramsInPlace says which programs of mode EBPF are not in place; nil if all are.
+func ProgramsInPlace(cfg Config) error { return ebpf.InPlace(cfg.Programs.Pins) }
+
 // ensurePrograms puts the programs in place, and the address that they lead to.
 func (r *Reconciler) ensurePrograms(res *result) {
 	if r.programs == nil {

@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
@@ -101,4 +102,41 @@ func TestResolveByUID(t *testing.T) {
 		_, err := h.ResolveNow(ByUID("w"), func(*Pod) error { return nil })
 		return err
 	}(), "UID w")
+}
+
+func TestBoundOnHostNetwork(t *testing.T) {
+	bound := func(name string, options ...podOption) *corev1.Pod {
+		p := resolvertest.Pod(name, "", "x")
+		for _, option := range append(options, uid(types.UID(name))) {
+			option(p)
+		}
+		return p
+	}
+	h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"),
+		bound("host", hostNetwork), bound("done", hostNetwork, phase(corev1.PodFailed)), bound("pod"),
+		bound("unbound", hostNetwork, func(p *corev1.Pod) { p.Labels = nil }), bound("mirror", hostNetwork, mirrorOf("hash")))
+	h.update()
+	assert.ElementsMatch(t, []string{"host", "hash"}, h.BoundOnHostNetwork())
+}
+
+func TestExplainByUID(t *testing.T) {
+	h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"))
+	p := resolvertest.Pod("p", "", "x")
+	p.UID = "u"
+	h.put(p)
+	assert.Contains(t, h.explain(t), "ok address: the kernel names it by its cgroup (UID u), whatever its address is\n")
+	hostNetwork(p)
+	h.put(p)
+	assert.Contains(t, h.explain(t), "ok requests: its connections to IMDS are redirected to the agent\n")
+	p = p.DeepCopy()
+	p.Labels = nil
+	h.put(p)
+	assert.Contains(t, h.explain(t), "warning requests: it is on the host network, and nothing is bound to it")
+	mirrorOf("v")(p)
+	p = p.DeepCopy()
+	p.Labels = map[string]string{"aadpodidbinding": "x"}
+	p.Spec.HostNetwork = false
+	victim := claimant("victim", uid("v"))
+	h.put(p, victim)
+	assert.Contains(t, h.explain(t), "failed address: ")
 }

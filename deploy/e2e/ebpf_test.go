@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -334,4 +335,28 @@ func TestEBPFKills(t *testing.T) {
 	stop()
 	assert.Less(t, failed.Load(), asked.Load(), "some are served")
 	t.Logf("%d requests, %d of them failed", asked.Load(), failed.Load())
+}
+
+// An agent in another mode takes over, both ways, and leaves nothing of the other mode behind.
+func TestEBPFModeChange(t *testing.T) {
+	s := begin(t)
+	k := s.kubepods()
+	rules := func() string { return s.command("iptables-save") }
+	n := s.network("10.244.0.11", testbed.Routed)
+	a := k.agent("--redirect-mode=dnat")
+	p := k.pod("cart-0", "10.244.0.11", n, binding("cart"))
+	require.Equal(t, cart.ClientID, p.asks(vault).subject)
+	require.Contains(t, rules(), "aad-metadata")
+	for _, mode := range []string{"ebpf", "dnat", "ebpf"} {
+		next := k.starts("--redirect-mode=" + mode)
+		s.says(next, "listening")
+		require.NoError(t, next.AwaitReady(t.Context()))
+		s.stops(a)
+		a = next
+		require.Eventually(t, func() bool {
+			now := rules()
+			return strings.Contains(now, "aad-metadata") == (mode == "dnat") && strings.Contains(now, "nmi-input") == (mode == "dnat")
+		}, patience, 50*time.Millisecond, mode)
+		require.Eventually(t, func() bool { return p.asks(vault).subject == cart.ClientID }, patience, 50*time.Millisecond, mode)
+	}
 }

@@ -239,3 +239,28 @@ func TestManyConnections(t *testing.T) {
 	asking.Wait()
 	assert.Zero(t, n.leaks.Load())
 }
+
+// Host-network pods with identities of their own are redirected, however they were bound.
+func TestBind(t *testing.T) {
+	n := newNode(t)
+	n.agent()
+	p := n.ensure()
+	a, b := n.addHostPod(guaranteedA), n.addHostPod(burstableB)
+	bind := func(missing int, uids ...string) {
+		t.Helper()
+		got, err := p.Bind(uids)
+		require.NoError(t, err)
+		assert.Equal(t, missing, got)
+	}
+	bind(1, uidA, "not-there-yet")
+	assert.Equal(t, uidA, a.ask("blocking"))
+	assert.Equal(t, "imds", b.ask("blocking"))
+	bind(0, uidB)
+	assert.Equal(t, "imds", a.ask("blocking"))
+	assert.Equal(t, uidB, b.ask("blocking"))
+	n.ensure() // another agent's programs have the same map
+	assert.Equal(t, uidB, b.ask("blocking"))
+	bind(0)
+	assert.Equal(t, "imds", b.ask("blocking"))
+	assert.EqualValues(t, 3, n.leaks.Load())
+}

@@ -158,6 +158,9 @@ const (
 	mapsDir  = "maps-1"
 )
 
+// ConnectProgram is the name of the program that redirects.
+const ConnectProgram = kernelProgNmiConnect4
+
 // Egress is the hook of the fence, as Result names it; all others are the redirect's.
 const Egress = "egress"
 

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/iptables"
 )
 
 // slow is longer than IMDS takes for what it knows by heart.
@@ -91,7 +93,10 @@ func otherConnect4(dirs []string) (string, error) {
 	}
 	var others []string
 	for _, program := range programs {
-		if !strings.HasPrefix(program, ciliumPrefix) {
+		switch {
+		case program == iptables.ConnectProgram:
+			return "the agent's own (--redirect-mode=ebpf), which has pods' connections first", nil
+		case !strings.HasPrefix(program, ciliumPrefix):
 			others = append(others, program)
 		}
 	}

@@ -22,8 +22,11 @@ func (d *doctor) networkChecks() []check {
 
 func (d *doctor) interfaces(ctx context.Context) (string, error) {
 	mode := d.settings.Rules.Mode
-	if mode == iptables.None {
+	switch mode {
+	case iptables.None:
 		return "", skipf("--redirect-mode=none: another program redirects")
+	case iptables.EBPF:
+		return "--redirect-mode=ebpf works on any", nil
 	}
 	pods, err := d.cluster.podAddresses(ctx)
 	if err != nil {
@@ -83,12 +86,12 @@ func (d *doctor) dataplane(context.Context) (string, error) {
 	switch mode := d.settings.Rules.Mode; {
 	case err == nil:
 		return "", nil
-	case mode == iptables.None:
-		return "they need not, with --redirect-mode=none", nil
+	case mode == iptables.None, mode == iptables.EBPF:
+		return fmt.Sprintf("they need not, with --redirect-mode=%s", mode), nil
 	case errors.Is(err, unix.EPERM):
 		return "", skipf("needs more capabilities than the agent has: %s", err)
 	case mode != iptables.ModeAuto:
 		return "", warnf("%w: --redirect-mode=%s works only if Cilium routes through iptables here (legacy host routing)", err, mode)
 	}
-	return "", fmt.Errorf("%w: use --redirect-mode=none with a local redirect policy (deploy/cilium), or, if you know that Cilium routes through iptables here (legacy host routing), --redirect-mode=dnat", err)
+	return "", fmt.Errorf("%w: use --redirect-mode=ebpf, or none with a local redirect policy (deploy/cilium), or, if you know that Cilium routes through iptables here (legacy host routing), --redirect-mode=dnat", err)
 }

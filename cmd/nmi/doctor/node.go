@@ -67,10 +67,10 @@ func (d *doctor) hostRouting(ctx context.Context) (string, error) {
 		return "", err
 	case node.Labels[hostRouting] != "true":
 		return "", nil
-	case d.settings.Rules.Mode == iptables.None:
-		return "the node has it, and --redirect-mode=none", nil
+	case d.settings.Rules.Mode == iptables.None, d.settings.Rules.Mode == iptables.EBPF:
+		return fmt.Sprintf("the node has it, and --redirect-mode=%s", d.settings.Rules.Mode), nil
 	}
-	return "", fmt.Errorf("the node has the label %s=true: it refuses iptables rules, and pods' packets bypass them. Use --redirect-mode=none with a local redirect policy (deploy/cilium)", hostRouting)
+	return "", fmt.Errorf("the node has the label %s=true: it refuses iptables rules, and pods' packets bypass them. Use --redirect-mode=ebpf, or none with a local redirect policy (deploy/cilium)", hostRouting)
 }
 
 func (d *doctor) iptablesMonitor(ctx context.Context) (string, error) {

@@ -71,8 +71,8 @@ func (d *doctor) writable(ctx context.Context) (string, error) {
 		return "", err
 	}
 	err = i.TryWriting(ctx)
-	if err != nil && d.settings.Rules.Mode == iptables.None {
-		return "", warnf("the fences of --redirect-mode=none cannot be written: %w", err)
+	if mode := d.settings.Rules.Mode; err != nil && (mode == iptables.None || mode == iptables.EBPF) {
+		return "", warnf("the fences of --redirect-mode=%s that are rules cannot be written: %w", mode, err)
 	}
 	return "", err
 }
@@ -90,14 +90,20 @@ var parts = map[string]check{
 
 func (d *doctor) partChecks() (checks []check) {
 	names := []string{"routing", "guard"}
-	if d.settings.Rules.Mode != iptables.None {
+	rules := d.settings.Rules.Mode != iptables.None && d.settings.Rules.Mode != iptables.EBPF
+	if rules {
 		names = append(names, "redirect")
 	}
 	if d.settings.Rules.BlockWireserver {
 		names = append(names, "wireserver")
 	}
-	if d.settings.Rules.Mode != iptables.None {
+	if rules {
 		names = append(names, "input")
+	}
+	if d.settings.Rules.Mode == iptables.EBPF {
+		checks = append(checks, check{"programs", "the programs of --redirect-mode=ebpf are in place", func(context.Context) (string, error) {
+			return "", iptables.ProgramsInPlace(d.settings.Rules)
+		}})
 	}
 	for _, name := range append(names, "antispoof") {
 		c := parts[name]
