@@ -32,7 +32,7 @@ func TestStatusBypass(t *testing.T) {
 	n.eventually(func() bool { return r.Status().Bypass != nil }, "noticed")
 	assert.ErrorIs(t, r.Status().Bypass, links.ErrBypass)
 	assert.ErrorContains(t, r.Status().Bypass, n.pod.Link+" has a tcx ingress program")
-	assert.ErrorContains(t, r.Status().Bypass, "--redirect-mode=none with a local redirect policy (deploy/cilium)")
+	assert.ErrorContains(t, r.Status().Bypass, "--redirect-mode=ebpf, or none with a local redirect policy (deploy/cilium)")
 	assert.NoError(t, r.Status().Err, "the rules are written nevertheless")
 	assert.True(t, n.inPlace())
 

@@ -125,7 +125,7 @@ func TestParseMode(t *testing.T) {
 		assert.Equal(t, m, got)
 	}
 	_, err := ParseMode("REDIRECT")
-	assert.EqualError(t, err, `"REDIRECT" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`)
+	assert.EqualError(t, err, `"REDIRECT" is not a redirect mode: use "auto", "redirect", "dnat", "ebpf" or "none"`)
 }
 
 func TestToolError(t *testing.T) {

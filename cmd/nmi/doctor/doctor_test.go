@@ -134,7 +134,7 @@ var situations = map[string]situation{
 	}, "arp-spoofing", Warning, "Their addresses are pinned"},
 
 	"no bypass":               {healthy, "dataplane", Success, ""},
-	"a bypass":                {func(n *node) { n.cilium(); n.auto(iptables.DNAT) }, "dataplane", Error, "has a tcx ingress program: use --redirect-mode=none"},
+	"a bypass":                {func(n *node) { n.cilium(); n.auto(iptables.DNAT) }, "dataplane", Error, "has a tcx ingress program: use --redirect-mode=ebpf, or none with"},
 	"a bypass, and mode dnat": {(*node).cilium, "dataplane", Warning, "works only if Cilium routes through iptables"},
 	"a bypass, and mode none": {func(n *node) { n.cilium(); n.settings.Rules.Mode = iptables.None }, "dataplane", Success, "they need not"},
 
@@ -349,7 +349,9 @@ func TestHints(t *testing.T) {
 		d.settings.StartupTaint.Key, d.settings.Rules.BlockWireserver = "k", true
 		d.settings.Ports = []Port{{Flag: "nmi-port"}}
 		d.cluster = &cluster{doctor: d}
-		for _, checks := range [][]check{d.agentChecks(), d.ruleChecks(), d.networkChecks(), d.metadataChecks(), d.clusterChecks(), d.nodeChecks()} {
+		programs := &doctor{cfg: Config{Pre: pre}}
+		programs.settings.Rules.Mode = iptables.EBPF
+		for _, checks := range [][]check{programs.ruleChecks(), d.agentChecks(), d.ruleChecks(), d.networkChecks(), d.metadataChecks(), d.clusterChecks(), d.nodeChecks()} {
 			for _, c := range checks {
 				anchors[c.anchor] = true
 			}
