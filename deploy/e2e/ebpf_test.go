@@ -194,14 +194,15 @@ func (k *kubepods) container(uid string, network *pod) *container {
 	return c
 }
 
-func (c *container) asks(resource string) (a answer) {
+// asks sends one request for a vault token, over a new connection.
+func (c *container) asks() (a answer) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var heard struct {
 		Status int
 		Body   string
 	}
-	if !assert.NoError(c.t, c.in.Encode(tokenURL+resource)) || !assert.NoError(c.t, c.out.Decode(&heard)) {
+	if !assert.NoError(c.t, c.in.Encode(tokenURL+vault)) || !assert.NoError(c.t, c.out.Decode(&heard)) {
 		return a
 	}
 	var token struct {
@@ -221,15 +222,15 @@ func TestEBPF(t *testing.T) {
 	n, m := s.network("10.244.0.11", testbed.Ptp), s.network("10.244.0.12", testbed.Routed)
 
 	mine := k.pod("cart-0", "10.244.0.11", n, binding("cart"))
-	got := mine.asks(vault)
+	got := mine.asks()
 	require.Equal(t, 200, got.status, got.body)
 	assert.Equal(t, cart.ClientID, got.subject)
 
-	assert.Equal(t, report.ClientID, k.pod("early-0", "", m, binding("report")).asks(vault).subject, "the API server does not know its address")
-	assert.Equal(t, report.ClientID, k.pod("reuse-0", "10.244.0.99", n, binding("report")).asks(vault).subject, "its packets come from another pod's address")
-	assert.Equal(t, cart.ClientID, mine.asks(vault).subject)
-	assert.Equal(t, 400, k.pod("unbound-0", "10.244.0.13", m, nil).asks(vault).status)
-	assert.Equal(t, 503, k.container("00000000-0000-4000-8000-000000000000", m).asks(vault).status, "no pod of the API server's")
+	assert.Equal(t, report.ClientID, k.pod("early-0", "", m, binding("report")).asks().subject, "the API server does not know its address")
+	assert.Equal(t, report.ClientID, k.pod("reuse-0", "10.244.0.99", n, binding("report")).asks().subject, "its packets come from another pod's address")
+	assert.Equal(t, cart.ClientID, mine.asks().subject)
+	assert.Equal(t, 400, k.pod("unbound-0", "10.244.0.13", m, nil).asks().status)
+	assert.Equal(t, 503, k.container("00000000-0000-4000-8000-000000000000", m).asks().status, "no pod of the API server's")
 
 	hash := "0123456789abcdef0123456789abcdef"
 	_, err := world.Kube.CoreV1().Pods("shop").Create(t.Context(), &corev1.Pod{
@@ -238,7 +239,7 @@ func TestEBPF(t *testing.T) {
 	}, metav1.CreateOptions{})
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = world.DeletePod(context.Background(), "shop", "static-node1") })
-	assert.Equal(t, cart.ClientID, k.container(hash, m).asks(vault).subject, "static pod")
+	assert.Equal(t, cart.ClientID, k.container(hash, m).asks().subject, "static pod")
 
 	// Only pods: the node's own programs, and connections to the agent's port.
 	conn, err := net.Dial("tcp", testbed.NodeAddress+":2579")
@@ -254,19 +255,19 @@ func TestEBPFHostNetwork(t *testing.T) {
 	k := s.kubepods()
 	a := k.agent()
 	bound, unbound := k.pod("host-bound", "", nil, binding("cart")), k.pod("host-unbound", "", nil, nil)
-	require.Eventually(t, func() bool { return bound.asks(vault).subject == cart.ClientID }, patience, 50*time.Millisecond)
+	require.Eventually(t, func() bool { return bound.asks().subject == cart.ClientID }, patience, 50*time.Millisecond)
 	before := world.IMDS.Requests()
-	assert.NotZero(t, unbound.asks(vault).status)
+	assert.NotZero(t, unbound.asks().status)
 	assert.Equal(t, before+1, world.IMDS.Requests(), "it asks IMDS itself")
 	require.NoError(t, a.Kill())
-	assert.Zero(t, bound.asks(vault).status)
-	assert.NotZero(t, unbound.asks(vault).status, "the node's programs do without the agent")
+	assert.Zero(t, bound.asks().status)
+	assert.NotZero(t, unbound.asks().status, "the node's programs do without the agent")
 
 	k.agent("--host-network-pods=bound")
 	before = world.IMDS.Requests()
-	require.Equal(t, 400, unbound.asks(vault).status)
+	require.Equal(t, 400, unbound.asks().status)
 	assert.Equal(t, before, world.IMDS.Requests())
-	assert.Equal(t, cart.ClientID, bound.asks(vault).subject)
+	assert.Equal(t, cart.ClientID, bound.asks().subject)
 }
 
 // asking asks all the time from several pods of their own until stop is called. A failed request
@@ -289,7 +290,7 @@ func (k *kubepods) asking(clients int) (asked, failed *atomic.Int64, stop func()
 					return
 				default:
 				}
-				got := c.asks(vault)
+				got := c.asks()
 				if asked.Add(1); got.status != 200 {
 					failed.Add(1)
 				} else {
@@ -345,7 +346,7 @@ func TestEBPFModeChange(t *testing.T) {
 	n := s.network("10.244.0.11", testbed.Routed)
 	a := k.agent("--redirect-mode=dnat")
 	p := k.pod("cart-0", "10.244.0.11", n, binding("cart"))
-	require.Equal(t, cart.ClientID, p.asks(vault).subject)
+	require.Equal(t, cart.ClientID, p.asks().subject)
 	require.Contains(t, rules(), "aad-metadata")
 	for _, mode := range []string{"ebpf", "dnat", "ebpf"} {
 		next := k.starts("--redirect-mode=" + mode)
@@ -357,6 +358,6 @@ func TestEBPFModeChange(t *testing.T) {
 			now := rules()
 			return strings.Contains(now, "aad-metadata") == (mode == "dnat") && strings.Contains(now, "nmi-input") == (mode == "dnat")
 		}, patience, 50*time.Millisecond, mode)
-		require.Eventually(t, func() bool { return p.asks(vault).subject == cart.ClientID }, patience, 50*time.Millisecond, mode)
+		require.Eventually(t, func() bool { return p.asks().subject == cart.ClientID }, patience, 50*time.Millisecond, mode)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 
+	cilium "github.com/cilium/ebpf"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
@@ -123,11 +124,13 @@ func TestForgedConnection(t *testing.T) {
 	n.ensure()
 	n.agent()
 	evil, victim := n.addForger(guaranteedA, "10.244.0.8"), n.addPod("10.244.0.8", burstableB, testbed.Routed)
-	require.Equal(t, "flooded", evil.do(request{How: "flood", Bind: target.String()}).Answer)
+	require.Equal(t, "flooded", evil.do(request{How: "flood", Bind: elsewhere}).Answer)
 	for range 20 {
 		require.Equal(t, "held", evil.do(request{How: "hold", Bind: "10.244.0.8:40000"}).Answer)
+		require.Equal(t, 1, n.handshakes(), "what is tried here")
 		assert.Equal(t, uidB, victim.do(request{How: "blocking", Bind: "10.244.0.8:40000"}).text())
 		require.Equal(t, "closed", evil.do(request{How: "close"}).Answer)
+		require.Zero(t, n.handshakes(), "they end with their sockets")
 	}
 	assert.Zero(t, n.leaks.Load())
 }
@@ -151,7 +154,7 @@ func TestManyHandshakes(t *testing.T) {
 		}
 	})
 	const more = 18_000 // than the map has room for
-	got := evil.do(request{How: "flood", Bind: target.String(), Count: more})
+	got := evil.do(request{How: "flood", Bind: elsewhere, Count: more})
 	assert.Equal(t, "flooded", got.Answer, got.Err)
 	assert.Equal(t, uidB, victim.ask("blocking"))
 	close(done)
@@ -159,8 +162,28 @@ func TestManyHandshakes(t *testing.T) {
 	assert.Zero(t, n.leaks.Load())
 }
 
+// handshakes counts those whose callers are stored.
+func (n *node) handshakes() (count int) {
+	n.t.Helper()
+	m, err := cilium.LoadPinnedMap(filepath.Join(n.cfg.Pins, "maps-1", "handshakes"), nil)
+	require.NoError(n.t, err)
+	defer m.Close()
+	var key uint64
+	var value [2]uint64
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		count++
+	}
+	require.NoError(n.t, entries.Err())
+	return count
+}
+
+// elsewhere is where a forger's connections to the agent lead: to a port other than the agent's, so
+// that the programs take the server for no agent, and what they have noted stays.
+const elsewhere = "0.0.0.0:9999"
+
 // addForger adds a pod whose network is all its own: it has these addresses and the agent's, and
-// leads nowhere.
+// leads nowhere else.
 func (n *node) addForger(cgroup string, addrs ...string) *pod {
 	n.t.Helper()
 	ns, err := testbed.NewNamespace()
@@ -185,7 +208,10 @@ func (n *node) addForger(cgroup string, addrs ...string) *pod {
 		}
 		return nil
 	}))
-	return n.start(cgroup, ns)
+	p := n.start(cgroup, ns)
+	got := p.do(request{How: "run", Command: "iptables -t nat -A OUTPUT -p tcp --dport 2579 -j REDIRECT --to-ports 9999"})
+	require.Empty(n.t, got.Err, got.Answer)
+	return p
 }
 
 // A sidecar to which rules in the pod redirect all connections dials the agent itself.

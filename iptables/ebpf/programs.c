@@ -117,15 +117,16 @@ static __always_inline enum verdict judge(struct bpf_sock_addr *ctx, __be32 addr
 	bool metadata = addr == metadata_addr && ctx->user_port == metadata_port;
 	// A proxy in the pod, such as a service mesh's, has seen the rewritten address.
 	bool agent = addr == agent_addr && ctx->user_port == agent_port;
-	__u64 self = bpf_get_current_cgroup_id();
 	struct socket *s, new = {};
 	struct bpf_sock *sk;
+	__u64 self;
 
 	if (!metadata && !agent)
 		return PASS;
 	// Also MPTCP, whose protocol is another one; UDP to the metadata service is the fence's.
 	if (ctx->type != SOCK_STREAM)
 		return PASS;
+	self = bpf_get_current_cgroup_id();
 	if (bpf_map_lookup_elem(&exempt, &self))
 		return PASS;
 	// Somebody on the node who got hold of a pod's socket is no pod.
