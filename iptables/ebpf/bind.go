@@ -14,10 +14,10 @@ func (p *Programs) Bind(uids []string) (missing int, err error) {
 	if err != nil {
 		return len(uids), err
 	}
-	wanted := make(map[cgroupID]bool, len(uids))
+	wanted, found := make(map[cgroupID]bool, len(uids)), make(map[string]bool, len(uids))
 	for id, uid := range pods {
 		if slices.Contains(uids, uid) {
-			wanted[id] = true
+			wanted[id], found[uid] = true, true
 		}
 	}
 	var id uint64
@@ -42,5 +42,5 @@ func (p *Programs) Bind(uids []string) (missing int, err error) {
 			return len(uids), fmt.Errorf("redirecting a host-network pod: %w", explain(err))
 		}
 	}
-	return len(uids) - len(wanted), nil
+	return len(uids) - len(found), nil
 }

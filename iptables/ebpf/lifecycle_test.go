@@ -298,7 +298,7 @@ func TestRefusals(t *testing.T) {
 	fails(func(c *ebpf.Config) { c.CgroupRoot = "/nowhere" }, "set --cgroup-root")
 	fails(func(c *ebpf.Config) { c.Pins = t.TempDir() }, "mount -t bpf bpf")
 	empty := filepath.Join(n.tree, "empty")
-	require.NoError(t, os.Mkdir(empty, 0o755))
+	require.NoError(t, os.MkdirAll(empty, 0o755))
 	fails(func(c *ebpf.Config) { c.CgroupRoot = empty }, "is not in "+empty)
 	n.enter("system.slice")
 	fails(func(*ebpf.Config) {}, "works only in a pod")

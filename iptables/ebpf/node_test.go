@@ -139,7 +139,7 @@ var (
 // node is a node with a metadata service that counts connections, and an agent that answers
 // with the caller's UID.
 type node struct {
-	t        *testing.T
+	t        testing.TB
 	network  *testbed.Network
 	tree     string // cgroup of all that the test has, above the next
 	kubepods string
@@ -148,7 +148,7 @@ type node struct {
 	programs atomic.Pointer[ebpf.Programs]
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t testing.TB) *node { //nolint:thelper // as in all tests here
 	t.Helper()
 	n := &node{t: t, tree: os.Getenv(treeEnv)}
 	n.kubepods = filepath.Join(n.tree, "kubepods")
@@ -251,7 +251,7 @@ func (n *node) enter(cgroup string) {
 
 // pod is a process in a cgroup and in a network namespace.
 type pod struct {
-	t    *testing.T
+	t    testing.TB
 	dir  string // its cgroup
 	ns   *testbed.Namespace
 	cmd  *exec.Cmd

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"syscall"
 	"time"
 	"unsafe"
@@ -152,6 +153,8 @@ func (r request) run(held *int) (answer string, err error) {
 		return r.run(held)
 	case "move": // the process does
 		return "moved", os.WriteFile(r.Cgroup+"/cgroup.procs", []byte("0"), 0o644)
+	case "connects":
+		return r.connects(v4)
 	case "flood":
 		return r.flood()
 	case "relay":
@@ -308,6 +311,43 @@ func (r request) flood() (string, error) {
 		kept = append(kept, c)
 	}
 	return "flooded", nil
+}
+
+// connects connects and closes so often, and returns how long that took, in nanoseconds. To an
+// address on loopback it opens the server itself.
+func (r request) connects(to *unix.SockaddrInet4) (string, error) {
+	if to.Addr[0] == 127 {
+		ln, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			return "", err
+		}
+		defer ln.Close()
+		to.Port = ln.Addr().(*net.TCPAddr).Port
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				_ = c.(*net.TCPConn).SetLinger(0)
+				_ = c.Close()
+			}
+		}()
+	}
+	began := time.Now()
+	for range r.Count {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return "", err
+		}
+		if err := unix.Connect(fd, to); err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.ECONNRESET) {
+			_ = unix.Close(fd)
+			return "", err
+		}
+		_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}) // no TIME_WAIT
+		_ = unix.Close(fd)
+	}
+	return strconv.FormatInt(time.Since(began).Nanoseconds(), 10), nil
 }
 
 // sidecarGID is the group of a sidecar, by which the pod's rules know it.
