@@ -41,6 +41,10 @@ func (r *Reconciler) cleanStale(ctx context.Context) {
 		r.cfg.Logger.InfoContext(ctx, "removed stale chains of another agent")
 	}
 	if err := errors.Join(flushErr, otherErr, ownErr); err != nil {
+		if r.cfg.Mode == EBPF && err.Error() == r.lastClean { // as long as the node forbids rules
+			return
+		}
+		r.lastClean = err.Error()
 		r.cfg.Logger.WarnContext(ctx, "cleaning up after an earlier agent failed; retrying", "error", err)
 		return
 	}

@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/nmi/iptables/ebpf"
+	"github.com/podidentity/nmi/iptables/links"
 )
 
 // newPrograms returns the programs of mode EBPF.
@@ -96,4 +98,26 @@ func (r *Reconciler) bind() (again <-chan time.Time) {
 		return time.After(bindRetry)
 	}
 	return nil
+}
+
+// ChooseEBPF reports whether ModeAuto is to be EBPF, and why: rules cannot be written, or would be
+// without effect, and programs can be put in place. It changes nothing.
+func ChooseEBPF(ctx context.Context, cfg Config) (reason string, ok bool) {
+	if ebpf.Possible(cfg.Programs) != nil {
+		return "", false
+	}
+	if err := links.Bypass(); err != nil {
+		return err.Error(), true
+	}
+	if above, err := ebpf.Above(cfg.Programs.CgroupRoot); err == nil && above != "" {
+		return fmt.Sprintf("a program on the cgroup %s may rewrite pods' connections before rules see them", above), true
+	}
+	rules, err := Inspect(cfg)
+	if err == nil {
+		err = rules.TryWriting(ctx)
+	}
+	if cause := causeOf(err); err != nil && (cause == CausePermission || cause == CauseMissingTool) {
+		return fmt.Sprintf("iptables rules cannot be written: %s", err), true
+	}
+	return "", false
 }

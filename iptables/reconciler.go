@@ -25,6 +25,7 @@
 package iptables
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,7 +46,9 @@ var DefaultAddress = netip.MustParseAddr("169.254.169.252")
 // Config says what is redirected and where to. Mode, Metadata, Port, Address and
 // Interval are required; Cleanup needs Address alone.
 type Config struct {
-	Mode     Mode
+	Mode Mode
+	// Reason is why Mode was chosen; "" means that a flag set it.
+	Reason   string
 	Metadata netip.AddrPort // of the metadata service, IPv4
 	Port     uint16         // that the agent listens on
 	Address  netip.Addr     // the destination in the modes DNAT and EBPF; added to lo unless the node has it
@@ -81,6 +84,7 @@ type Reconciler struct {
 	lastConflict time.Time           // when lossNotes last warned
 	lastLoss     loss                // of this Run or an earlier one
 	lastBind     string              // error of the last bind
+	lastClean    string              // error of the last cleanStale that was logged
 }
 
 // Status is the outcome of the last reconciliation.
@@ -263,7 +267,7 @@ func (r *Reconciler) tables() (names []string) {
 // selectMode selects the mode by the interfaces that lead to pods, and looks for a
 // dataplane that bypasses iptables. The channel is closed when pods have changed.
 func (r *Reconciler) selectMode(last Status) (Status, <-chan struct{}) {
-	s := Status{Err: last.Err, Mode: r.cfg.Mode, Reason: reasonFlag, Backend: last.Backend, InPlace: last.InPlace, ruleNotes: last.ruleNotes}
+	s := Status{Err: last.Err, Mode: r.cfg.Mode, Reason: cmp.Or(r.cfg.Reason, reasonFlag), Backend: last.Backend, InPlace: last.InPlace, ruleNotes: last.ruleNotes}
 	if r.cfg.Pods == nil {
 		return s, nil
 	}

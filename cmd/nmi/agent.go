@@ -63,6 +63,7 @@ type agent struct {
 func runAgent(ctx context.Context, cfg config, log *slog.Logger) error {
 	log.Info("starting", "version", version, "node", cfg.resolver.Node, "operation_mode", cfg.resolver.Mode, "redirect_mode", cfg.rules.Mode)
 	cfg.warn(log)
+	cfg.chooseMode(ctx, log)
 	a, err := build(ctx, cfg, log)
 	if err != nil {
 		return err

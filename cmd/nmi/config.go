@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -110,6 +111,20 @@ func (c *config) complete() error {
 	c.proxy.MetadataHeaderOptional = !c.headerRequired
 	c.proxy.PodsOnly = c.rules.Mode == iptables.None
 	return nil
+}
+
+// chooseMode chooses mode ebpf for mode auto where that is called for. It does so at the start
+// alone: who a caller is depends on it.
+func (c *config) chooseMode(ctx context.Context, log *slog.Logger) {
+	if c.rules.Mode != iptables.ModeAuto {
+		return
+	}
+	reason, ok := iptables.ChooseEBPF(ctx, c.rules)
+	if !ok {
+		return
+	}
+	log.Info("redirect mode chosen", "mode", iptables.EBPF, "reason", reason)
+	c.rules.Mode, c.rules.Reason, c.resolver.ByUID = iptables.EBPF, reason, true
 }
 
 // warn logs what was chosen at the operator's own risk.

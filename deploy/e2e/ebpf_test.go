@@ -69,6 +69,7 @@ func serveAsks(in io.Reader, out io.Writer) {
 type kubepods struct {
 	*scenario
 	mount, tree string
+	path        string // of the agents' commands; "" for the usual one
 	mounts      *testbed.Program
 	agents      int
 }
@@ -87,11 +88,15 @@ func (s *scenario) kubepods() *kubepods {
 	require.NoError(s.t, err)
 	s.t.Cleanup(func() { assert.NoError(s.t, k.mounts.Kill()) })
 	require.Eventually(s.t, func() bool { return k.mounts.Log() != "" }, patience, time.Millisecond)
-	s.t.Cleanup(func() {
-		out, err := exec.Command("nsenter", append(k.inside(), binary(s.t), "cleanup", "--handover-dir="+testbed.HandoverDir(world.Kubeconfig))...).CombinedOutput()
-		assert.NoError(s.t, err, string(out))
-	})
+	s.t.Cleanup(k.cleanup)
 	return k
+}
+
+// cleanup runs nmi cleanup where the agents' programs are pinned.
+func (k *kubepods) cleanup() {
+	k.t.Helper()
+	out, err := exec.Command("nsenter", append(k.inside(), binary(k.t), "cleanup", "--handover-dir="+testbed.HandoverDir(world.Kubeconfig))...).CombinedOutput()
+	assert.NoError(k.t, err, string(out))
 }
 
 func binary(t *testing.T) string {
@@ -122,6 +127,9 @@ func (k *kubepods) starts(flags ...string) *testbed.Agent {
 	dir := filepath.Join(k.tree, fmt.Sprintf("kubepods/burstable/podagent%d/nmi", k.agents))
 	require.NoError(k.t, os.MkdirAll(dir, 0o755))
 	launcher := append([]string{"nsenter"}, k.inside()...)
+	if k.path != "" {
+		launcher = append(launcher, "env", "PATH="+k.path)
+	}
 	launcher = append(launcher, "sh", "-c", "echo 0 > "+dir+`/cgroup.procs && exec "$@"`, "sh")
 	a, err := testbed.StartAgentIn(launcher, binary(k.t), world.Kubeconfig, append([]string{"--redirect-mode=ebpf", "--cgroup-root=" + k.mount}, flags...)...)
 	require.NoError(k.t, err)
@@ -336,6 +344,32 @@ func TestEBPFKills(t *testing.T) {
 	stop()
 	assert.Less(t, failed.Load(), asked.Load(), "some are served")
 	t.Logf("%d requests, %d of them failed", asked.Load(), failed.Load())
+}
+
+// Mode auto takes programs where the node forbids rules, and says so.
+func TestEBPFByAuto(t *testing.T) {
+	s := begin(t)
+	k := s.kubepods()
+	a := k.agent("--redirect-mode=auto")
+	_, text := a.Ready(t.Context())
+	assert.NotContains(t, text, "ebpf", "rules can be written")
+	s.stops(a)
+	k.cleanup()
+	refusing := t.TempDir()
+	for _, name := range []string{"iptables-nft", "iptables-nft-restore"} {
+		script := `#!/bin/sh
+[ "$1" = --version ] && echo "iptables v1.8.9 (nf_tables)" && exit
+echo 'iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)' >&2
+exit 4
+`
+		require.NoError(t, os.WriteFile(filepath.Join(refusing, name), []byte(script), 0o755))
+	}
+	k.path = refusing + ":/usr/bin:/bin"
+	a = k.agent("--redirect-mode=auto", "--iptables-backend=nft")
+	_, text = a.Ready(t.Context())
+	assert.Contains(t, text, "redirect mode ebpf: iptables rules cannot be written")
+	n := s.network("10.244.0.11", testbed.Routed)
+	assert.Equal(t, cart.ClientID, k.pod("cart-0", "10.244.0.11", n, binding("cart")).asks().subject)
 }
 
 // An agent in another mode takes over, both ways, and leaves nothing of the other mode behind.

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 )
 
@@ -32,4 +34,49 @@ func InPlace(pins string) error {
 		}
 	}
 	return all
+}
+
+// Possible says why the programs cannot be put in place on this node; nil if nothing is known to
+// keep them from it. It changes nothing.
+func Possible(cfg Config) error {
+	if err := Privileges(); err != nil {
+		return err
+	}
+	if err := checkFileSystem(filepath.Dir(cfg.Pins)); err != nil {
+		return err
+	}
+	_, err := findKubepods(cfg.CgroupRoot)
+	return err
+}
+
+// Above returns the cgroup above that of all pods that has a program for connect(), such as
+// GuestProxyAgent's, which may rewrite connections before there is a packet; "" for none.
+func Above(cgroupRoot string) (path string, err error) {
+	pods, err := findKubepods(cgroupRoot)
+	if err != nil {
+		return "", err
+	}
+	for at := filepath.Dir(pods.path); ; at = filepath.Dir(at) {
+		found, err := attached(at)
+		if err != nil || found {
+			return at, err
+		}
+		if at == filepath.Clean(cgroupRoot) {
+			return "", nil
+		}
+	}
+}
+
+// attached reports whether a cgroup has a program for connect() of its own.
+func attached(path string) (bool, error) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return false, err
+	}
+	defer dir.Close() //nolint:errcheck // nothing was written
+	found, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: ebpf.AttachCGroupInet4Connect})
+	if err != nil {
+		return false, explain(err)
+	}
+	return len(found.Programs) > 0, nil
 }

@@ -340,3 +340,29 @@ func TestCapabilities(t *testing.T) {
 	assert.Equal(t, uidA, n.addPod("10.244.0.7", guaranteedA, testbed.Routed).ask("blocking"))
 	assert.Zero(t, n.leaks.Load())
 }
+
+func TestAbove(t *testing.T) {
+	n := newNode(t)
+	require.NoError(t, ebpf.Possible(n.cfg))
+	above, err := ebpf.Above(n.cfg.CgroupRoot)
+	require.NoError(t, err)
+	require.Empty(t, above)
+	n.ensure() // which is not above
+	above, err = ebpf.Above(n.cfg.CgroupRoot)
+	require.NoError(t, err)
+	require.Empty(t, above)
+	dir, err := os.Open(n.tree)
+	require.NoError(t, err)
+	defer dir.Close()
+	l, err := link.AttachRawLink(link.RawLinkOptions{Target: int(dir.Fd()), Program: rewriter(t), Attach: cilium.AttachCGroupInet4Connect})
+	require.NoError(t, err)
+	defer l.Close()
+	above, err = ebpf.Above(n.cfg.CgroupRoot)
+	require.NoError(t, err)
+	assert.Equal(t, n.tree, above)
+	require.NoError(t, ebpf.InPlace(n.cfg.Pins))
+	require.NoError(t, os.Remove(filepath.Join(n.cfg.Pins, "links", "connect6")))
+	assert.ErrorContains(t, ebpf.InPlace(n.cfg.Pins), "connect6 is not attached")
+	n.cfg.CgroupRoot = t.TempDir()
+	assert.Error(t, ebpf.Possible(n.cfg))
+}
