@@ -120,7 +120,7 @@ func removeCgroups(dir string) {
 	_ = os.Remove(dir)
 }
 
-// starts starts an agent in a pod of its own, and does not wait for it.
+// starts starts an agent in a pod of its own, with the manifest's capabilities, and does not wait for it.
 func (k *kubepods) starts(flags ...string) *testbed.Agent {
 	k.t.Helper()
 	k.agents++
@@ -130,7 +130,7 @@ func (k *kubepods) starts(flags ...string) *testbed.Agent {
 	if k.path != "" {
 		launcher = append(launcher, "env", "PATH="+k.path)
 	}
-	launcher = append(launcher, "sh", "-c", "echo 0 > "+dir+`/cgroup.procs && exec "$@"`, "sh")
+	launcher = append(launcher, "sh", "-c", "echo 0 > "+dir+`/cgroup.procs && exec setpriv --bounding-set=-all,+net_admin,+net_raw,+bpf "$@"`, "sh")
 	a, err := testbed.StartAgentIn(launcher, binary(k.t), world.Kubeconfig, append([]string{"--redirect-mode=ebpf", "--cgroup-root=" + k.mount}, flags...)...)
 	require.NoError(k.t, err)
 	k.t.Cleanup(func() {
