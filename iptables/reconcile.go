@@ -57,6 +57,9 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 		r.repairTimes = append(r.repairTimes, time.Now())
 		r.cleaned = false
 	}
+	if r.programs != nil && !res.inPlace[partGuard] {
+		delete(res.inPlace, partGuard) // not asked for in this mode; a note says why it is missing
+	}
 	status.Backend, status.InPlace, status.ruleNotes = r.backend(), res.inPlace, res.notes
 	if res.optional != nil {
 		if text := res.optional.Error(); text != r.lastOptional {

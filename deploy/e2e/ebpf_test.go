@@ -27,6 +27,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/deploy/testbed/attack"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
@@ -368,8 +369,32 @@ exit 4
 	a = k.agent("--redirect-mode=auto", "--iptables-backend=nft")
 	_, text = a.Ready(t.Context())
 	assert.Contains(t, text, "redirect mode ebpf: iptables rules cannot be written")
+	_, text = page(&http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}, "127.0.0.1", metricsPort, "/metrics")
+	assert.Contains(t, text, `nmi_rules_in_place{component="egress"} 1`)
+	assert.Contains(t, text, `nmi_rules_in_place{component="redirect"} 1`)
+	assert.NotContains(t, text, `nmi_rules_in_place{component="guard"}`, "no alert for what the mode does without")
 	n := s.network("10.244.0.11", testbed.Routed)
 	assert.Equal(t, cart.ClientID, k.pod("cart-0", "10.244.0.11", n, binding("cart")).asks().subject)
+}
+
+// A pod that may send raw packets, past the programs, gets no token of the node either.
+func TestEBPFForgedPackets(t *testing.T) {
+	s := begin(t)
+	k := s.kubepods()
+	k.agent()
+	attacker := s.network("10.244.0.11", testbed.Ptp)
+	port := uint16(20000)
+	for _, first := range []attack.FirstPacket{attack.None, attack.ACK, attack.SYN} {
+		port += 4
+		results, err := attacker.Attack(t.Context(), attack.Config{
+			First: first, Ports: []uint16{port, port + 1, port + 2, port + 3}, Patience: 1400 * time.Millisecond,
+			Path: strings.TrimPrefix(tokenURL, "http://"+testbed.MetadataAddress) + vault,
+		})
+		require.NoError(t, err)
+		for _, r := range results {
+			assert.NotContains(t, r.Answer, "access_token", first)
+		}
+	}
 }
 
 // An agent in another mode takes over, both ways, and leaves nothing of the other mode behind.
