@@ -300,7 +300,7 @@ func TestDoctorLooksAtTheNode(t *testing.T) {
 	patch(`{"metadata":{"labels":{"kubernetes.azure.com/ebpf-host-routing":"true"}},"spec":{"taints":[{"key":"` + startupTaint.Key + `","value":"true","effect":"NoSchedule"}]}}`)
 	for _, kubeconfig := range []string{get, list} {
 		d = s.diagnose(kubeconfig, asAgent, node)
-		s.finds(d, "ebpf-host-routing", "error", "Use --redirect-mode=none")
+		s.finds(d, "ebpf-host-routing", "error", "Use --redirect-mode=ebpf")
 		s.finds(d, "startup-taint", "warning", `this agent does not remove it: --startup-taint is ""`)
 	}
 	d = s.diagnose(get, asAgent, node, "--redirect-mode=none", startupTaintFlag)
