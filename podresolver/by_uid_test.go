@@ -98,10 +98,9 @@ func TestResolveByUID(t *testing.T) {
 		found, _ := h.ResolveNow(caller, func(*Pod) error { return nil })
 		_, _ = h.Identity(t.Context(), caller, found, Selector{})
 	}))
-	assert.ErrorContains(t, func() error {
-		_, err := h.ResolveNow(ByUID("w"), func(*Pod) error { return nil })
-		return err
-	}(), "UID w")
+	_, err = h.ResolveNow(ByUID("w"), func(*Pod) error { return nil })
+	require.ErrorContains(t, err, "UID w")
+	assert.Contains(t, causeOf(err).fix, "UID")
 }
 
 func TestBoundOnHostNetwork(t *testing.T) {

@@ -79,6 +79,9 @@ func causeOf(err error) cause {
 		c.fix = "wait until the API server has the start of the pod's containers; if it lasts, restart the pod"
 	case PodUnknown:
 		c.fix = "wait until the pod's status has an address that is its own: kubectl get pod -o wide"
+		if _, byUID := errors.AsType[unknownUID](err); byUID {
+			c.fix = "look for it: kubectl get pods -A -o custom-columns=NAME:.metadata.name,UID:.metadata.uid; a pod that has been deleted by force may still run"
+		}
 	case PodDataStale:
 		c.fix = "see what keeps the node from the API server: /readyz lists the resources"
 	case NotSynced:
