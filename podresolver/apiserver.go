@@ -25,6 +25,9 @@ type Sources struct {
 	Bindings   cache.ListerWatcher
 	Exceptions cache.ListerWatcher
 	Assigned   cache.ListerWatcher // to pods of that node; nil in Managed mode
+	// ServiceAccounts are their metadata alone, as metav1.PartialObjectMetadata; nil without
+	// Federation.ServiceAccounts.
+	ServiceAccounts cache.ListerWatcher
 }
 
 // FromAPIServer returns Sources for the pods of a node. It sends nothing yet.
@@ -37,6 +40,10 @@ func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 		return Sources{}, err
 	}
 	custom, err := client(config, aadpodidentity.GroupVersion, "/apis", runtime.ContentTypeJSON, aadpodidentity.AddToScheme)
+	if err != nil {
+		return Sources{}, err
+	}
+	metadata, err := client(config, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeJSON, addMetadata)
 	if err != nil {
 		return Sources{}, err
 	}
@@ -62,6 +69,7 @@ func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 			func(o *aadpodidentity.AzureAssignedIdentity) decodeTargets {
 				return decodeTargets{&o.ObjectMeta, &o.Spec, &o.Status}
 			}, assignmentInfoFor(node)),
+		ServiceAccounts: newMetadataStream(metadata, serviceAccounts, newAccountInfo),
 	}, nil
 }
 

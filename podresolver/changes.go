@@ -1,6 +1,7 @@
 package podresolver
 
 import (
+	"fmt"
 	"log/slog"
 	"reflect"
 	"slices"
@@ -77,7 +78,11 @@ func (p *Pod) gets() string {
 	}
 	var names []string
 	for _, id := range p.identities {
-		names = append(names, cache.NewObjectName(id.Namespace, id.Name).String())
+		name := cache.NewObjectName(id.Namespace, id.Name).String()
+		if id.Annotated {
+			name = fmt.Sprintf("client ID %s (ServiceAccount %s)", id.ClientID, name)
+		}
+		names = append(names, name)
 	}
 	for _, id := range p.pending {
 		if name := cache.NewObjectName(id.Namespace, id.Name).String(); !slices.Contains(names, name) {

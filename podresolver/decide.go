@@ -39,7 +39,9 @@ func (r *Resolver) decideIdentitiesLocked(p *Pod) {
 	} else {
 		r.decideManagedLocked(p)
 	}
-	if len(p.identities)+len(p.pending) == 0 {
+	matched := len(p.identities)+len(p.pending)+len(r.candidatesLocked(p.info)) > 0
+	r.addAnnotatedLocked(p, matched)
+	if len(p.defaults)+len(p.pending) == 0 && (p.late == nil || matched) {
 		p.refusal = r.refusal(p)
 	}
 	p.foreign = r.cfg.Mode == Standard && r.foreignLocked(p.info)
@@ -117,7 +119,7 @@ func (r *Resolver) candidatesLocked(info *podInfo) []candidate {
 		case binding.Namespace != info.Namespace && (r.cfg.Namespaced || id.namespaced):
 			c.unusable = "is limited to pods of its own namespace"
 		default:
-			c.Identity, c.unusable = r.newIdentity(id, binding)
+			c.Identity, c.unusable = r.newIdentityLocked(id, binding, info)
 		}
 		candidates = append(candidates, c)
 	}
@@ -128,13 +130,19 @@ func compareBindings(a, b *bindingInfo) int {
 	return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Namespace, b.Namespace))
 }
 
-// newIdentity makes an Identity of an AzureIdentity, or returns why it is unusable.
-func (r *Resolver) newIdentity(in *identityInfo, binding *bindingInfo) (_ Identity, unusable string) {
+// newIdentityLocked makes an Identity of an AzureIdentity for a pod, or returns why it is unusable.
+func (r *Resolver) newIdentityLocked(in *identityInfo, binding *bindingInfo, pod *podInfo) (_ Identity, unusable string) {
+	var principal *Principal
+	federated, malformed := in.isFederated()
 	switch {
 	case in.unreadable != "":
 		unusable = "is malformed: " + in.unreadable
-	case in.principal != nil:
-		unusable = r.checkPrincipal(in)
+	case malformed != "":
+		unusable = malformed
+	case federated:
+		principal, unusable = r.federatedLocked(in, pod)
+	case in.kind == aadpodidentity.ServicePrincipal, in.kind == aadpodidentity.ServicePrincipalCertificate:
+		principal, unusable = in.principal, r.checkPrincipal(in)
 	case in.kind != aadpodidentity.UserAssignedMSI:
 		unusable = fmt.Sprintf("has the unknown type %d", in.kind)
 	case in.clientID == "" && in.resourceID == "":
@@ -150,7 +158,7 @@ func (r *Resolver) newIdentity(in *identityInfo, binding *bindingInfo) (_ Identi
 	return Identity{
 		Namespace: in.Namespace, Name: in.Name, Type: in.kind,
 		ClientID: in.clientID, ResourceID: in.resourceID, Binding: binding.Name,
-		Principal: in.principal,
+		Principal: principal,
 	}, ""
 }
 
@@ -205,7 +213,11 @@ func (r *Resolver) refusal(p *Pod) error {
 	if p.unusable != "" {
 		return fmt.Errorf("%w: %s", ErrNoIdentity, p.unusable)
 	}
-	return fmt.Errorf("%w: %s", ErrNoIdentity, r.unbound(p))
+	err := fmt.Errorf("%w: %s", ErrNoIdentity, r.unbound(p))
+	if p.account != "" {
+		err = fmt.Errorf("%w; %s", err, p.account)
+	}
+	return err
 }
 
 // unbound is why no binding gives a pod anything.

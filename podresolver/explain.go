@@ -22,7 +22,7 @@ type Decision struct {
 	// HostNetwork means that the pod's requests are not redirected to the agent.
 	HostNetwork bool
 	// Labelled means that somebody wants the pod to have an identity: it has the label of
-	// bindings.
+	// bindings, or its service account is annotated.
 	Labelled bool
 	// Refusal is the error that a request with the selector gets now, from Resolve or
 	// (*Pod).Identity. It is nil if there is none, and for an excepted pod that resolves.
@@ -62,6 +62,7 @@ const (
 	stepException  = "exception"
 	stepBinding    = "binding"
 	stepAssignment = "assignment" // in Standard mode
+	stepAccount    = "account"    // the service account's annotations, with Federation.ServiceAccounts
 	stepIdentity   = "identity"
 )
 
@@ -79,16 +80,32 @@ func (d *Decision) add(name string, state State, fix string, texts ...string) {
 	d.Steps = append(d.Steps, Step{Name: name, State: state, Texts: texts, Fix: fix})
 }
 
+// object names the object that gives the identity.
+func (id Identity) object() string {
+	kind := "AzureIdentity"
+	if id.Annotated {
+		kind = "ServiceAccount"
+	}
+	return fmt.Sprintf("%s %s/%s", kind, id.Namespace, id.Name)
+}
+
 // String describes the identity for a log line or explanation.
 func (id Identity) String() string {
-	text := fmt.Sprintf("AzureIdentity %s/%s (%s", id.Namespace, id.Name, id.Type)
+	if id.Annotated {
+		return fmt.Sprintf("%s (federated, client ID %s, tenant %s)", id.object(), id.ClientID, id.Principal.TenantID)
+	}
+	text := fmt.Sprintf("%s (%s", id.object(), id.Type)
 	if id.ClientID != "" {
 		text += ", client ID " + id.ClientID
 	}
 	if id.ResourceID != "" {
 		text += ", " + id.ResourceID
 	}
-	if p := id.Principal; p != nil {
+	switch p := id.Principal; {
+	case p == nil:
+	case p.Federated():
+		text += fmt.Sprintf(", tenant %s, federated by ServiceAccount %s/%s", p.TenantID, p.ServiceAccount.Namespace, p.ServiceAccount.Name)
+	default:
 		text += fmt.Sprintf(", tenant %s, secret %s/%s", p.TenantID, p.SecretNamespace, p.SecretName)
 	}
 	return text + ")"
@@ -111,7 +128,7 @@ func (r *Resolver) Explain(namespace, podName string, want Selector, confirm fun
 	}
 	d := &Decision{
 		Namespace: info.Namespace, Name: info.Name, Addresses: info.addrs, Callers: info.addrs,
-		Labelled: info.labels[aadpodidentity.BindingLabel] != "",
+		Labelled: info.labels[aadpodidentity.BindingLabel] != "" || r.annotationsLocked(info) != nil,
 	}
 	byUID := info.caller.IsValid()
 	decided := r.decideLocked(info)

@@ -19,13 +19,15 @@ func (r *Resolver) explainIdentitiesLocked(d *Decision, p *Pod, want Selector) {
 	}
 
 	chosen, err := p.Identity(want)
-	none := len(p.identities)+len(p.pending) == 0
+	none := len(p.usable(want))+len(p.pending) == 0
 	var failing string
 	switch {
 	case err == nil:
 		d.Chosen = &chosen
 	case errors.Is(err, ErrNotAssigned), none && len(bound) == 0 && len(assignments) > 0:
 		failing = stepAssignment
+	case errors.Is(err, ErrServiceAccount), none && len(bound) == 0 && p.account != "":
+		failing = stepAccount
 	case none:
 		failing = stepBinding
 	default:
@@ -52,7 +54,10 @@ func (r *Resolver) explainIdentitiesLocked(d *Decision, p *Pod, want Selector) {
 	if len(assignments) > 0 {
 		step(stepAssignment, assignments)
 	}
-	if !none && failing != stepAssignment {
+	if r.cfg.Federation.ServiceAccounts {
+		step(stepAccount, r.explainAnnotatedLocked(p))
+	}
+	if !none && failing != stepAssignment && failing != stepAccount {
 		step(stepIdentity, r.explainChoice(d, want, err))
 	}
 }
@@ -78,7 +83,7 @@ func (r *Resolver) explainBindingsLocked(p *Pod, bound []candidate, near []nearM
 // explainAssignmentsLocked describes MIC's assignments.
 func (r *Resolver) explainAssignmentsLocked(info *podInfo, bound []candidate) (texts []string) {
 	for _, a := range r.assignmentsLocked(info) {
-		switch _, why := r.fromAssignment(a, info, bound); {
+		switch _, why := r.fromAssignmentLocked(a, info, bound); {
 		case why != "":
 			texts = append(texts, a.describe(why))
 		case !a.assigned:
@@ -98,7 +103,9 @@ func (r *Resolver) explainChoice(d *Decision, want Selector, err error) (texts [
 	case err != nil:
 		texts = append(texts, err.Error())
 	case want != Selector{}:
-		texts = append(texts, fmt.Sprintf("AzureIdentity %s/%s has the requested %s", d.Chosen.Namespace, d.Chosen.Name, want))
+		texts = append(texts, fmt.Sprintf("%s has the requested %s", d.Chosen.object(), want))
+	case d.Chosen.Annotated && len(d.Identities) > 1:
+		texts = append(texts, fmt.Sprintf("it has %d, and a request that names none gets that of the annotation %s", len(d.Identities), ClientIDAnnotation))
 	case len(d.Identities) > 1:
 		texts = append(texts, fmt.Sprintf("it has %d, and a request that names none gets that of the oldest binding", len(d.Identities)))
 	default:

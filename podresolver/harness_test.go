@@ -9,6 +9,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
@@ -26,7 +27,7 @@ type store interface {
 // update.
 type harness struct {
 	*Resolver
-	stores struct{ pods, identities, bindings, exceptions, assigned store }
+	stores struct{ pods, identities, bindings, exceptions, assigned, accounts store }
 }
 
 func newHarness(tb testing.TB, cfg Config, objects ...any) *harness {
@@ -45,6 +46,7 @@ func newHarness(tb testing.TB, cfg Config, objects ...any) *harness {
 	d.stores.bindings = &reflectorStore[bindingInfo]{t, t.bindings, trimAny(newBindingInfo), t.bindingChangedLocked, ignore}
 	d.stores.exceptions = &reflectorStore[exceptionInfo]{t, t.exceptions, trimAny(newExceptionInfo), t.exceptionChangedLocked, ignore}
 	d.stores.assigned = &reflectorStore[assignmentInfo]{t, t.assigned, trimAny(assignmentInfoFor(cfg.Node)), t.assignmentChangedLocked, ignore}
+	d.stores.accounts = &reflectorStore[accountInfo]{t, t.accounts, trimAny(newAccountInfo), t.accountChangedLocked, ignore}
 	d.put(objects...)
 	return d
 }
@@ -71,6 +73,8 @@ func (d *harness) storeOf(object any) store {
 		return d.stores.bindings
 	case *aadpodidentity.AzurePodIdentityException:
 		return d.stores.exceptions
+	case *metav1.PartialObjectMetadata:
+		return d.stores.accounts
 	default:
 		return d.stores.assigned
 	}

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 
+	corev1 "k8s.io/api/core/v1"
 	metainternalversion "k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -31,18 +33,38 @@ func (listStream) IsWatchListSemanticsUnSupported() bool { return true }
 // decodeTargets are the parts of an object to decode into.
 type decodeTargets struct {
 	meta         *metav1.ObjectMeta
-	spec, status any // pointers; a nil status is skipped
+	spec, status any // pointers; nil is skipped
 }
 
 // newListStream returns a ListerWatcher of objects T, which its lists trim to Info.
 func newListStream[T, Info any](client *rest.RESTClient, resource schema.GroupVersionResource, kind, labels string, targets func(*T) decodeTargets, trim func(*T) *Info) cache.ListerWatcher {
-	request := func(o metav1.ListOptions) *rest.Request {
+	return listStreamOf(kind, targets, trim, func(o metav1.ListOptions, _ string) *rest.Request {
 		o.LabelSelector = labels
 		return client.Get().Resource(resource.Resource).VersionedParams(&o, metav1.ParameterCodec)
-	}
+	})
+}
+
+// newMetadataStream is newListStream for the metadata of objects, whose rest the API server does
+// not send (kubernetes.io, "Kubernetes API Concepts", Metadata-only fetches).
+func newMetadataStream[Info any](client *rest.RESTClient, resource schema.GroupVersionResource, trim func(*metav1.PartialObjectMetadata) *Info) cache.ListerWatcher {
+	targets := func(o *metav1.PartialObjectMetadata) decodeTargets { return decodeTargets{meta: &o.ObjectMeta} }
+	return listStreamOf("PartialObjectMetadata", targets, trim, func(o metav1.ListOptions, kind string) *rest.Request {
+		return client.Get().Resource(resource.Resource).VersionedParams(&o, metav1.ParameterCodec).
+			SetHeader("Accept", "application/json;as="+kind+";g=meta.k8s.io;v=v1")
+	})
+}
+
+// addMetadata adds the types that a client for newMetadataStream needs.
+func addMetadata(scheme *runtime.Scheme) error {
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion) // Status
+	return metav1.AddMetaToScheme(scheme)
+}
+
+// listStreamOf returns a listStream for requests, which are for an object or list of that kind.
+func listStreamOf[T, Info any](kind string, targets func(*T) decodeTargets, trim func(*T) *Info, request func(o metav1.ListOptions, kind string) *rest.Request) cache.ListerWatcher {
 	return listStream{&cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			body, err := request(o).Stream(ctx)
+			body, err := request(o, kind+"List").Stream(ctx)
 			if err != nil {
 				return nil, err
 			}
@@ -55,7 +77,7 @@ func newListStream[T, Info any](client *rest.RESTClient, resource schema.GroupVe
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.Watch = true
-			return request(o).Watch(ctx)
+			return request(o, kind).Watch(ctx)
 		},
 	}}
 }
@@ -118,15 +140,17 @@ func decodeItems[T, Info any](in *stdjson.Decoder, targets func(*T) decodeTarget
 			Metadata struct {
 				Name              string      `json:"name"`
 				Namespace         string      `json:"namespace"`
+				UID               types.UID   `json:"uid"`
 				CreationTimestamp metav1.Time `json:"creationTimestamp"`
-				Annotations       struct {
-					Behavior string `json:"aadpodidentity.k8s.io/Behavior"` // BehaviorAnnotation
-				} `json:"annotations"`
+				Annotations       annotations `json:"annotations"`
 			} `json:"metadata"`
 			Spec   any `json:"spec"`
 			Status any `json:"status"`
 		}
 		item.Spec, item.Status = to.spec, to.status
+		if to.spec == nil {
+			item.Spec = &struct{}{}
+		}
 		if to.status == nil {
 			item.Status = &struct{}{}
 		}
@@ -134,13 +158,40 @@ func decodeItems[T, Info any](in *stdjson.Decoder, targets func(*T) decodeTarget
 		if err := json.UnmarshalCaseSensitivePreserveInts(raw, &item); err != nil {
 			return nil, err
 		}
-		*to.meta = metav1.ObjectMeta{Name: item.Metadata.Name, Namespace: item.Metadata.Namespace, CreationTimestamp: item.Metadata.CreationTimestamp}
-		if b := item.Metadata.Annotations.Behavior; b != "" {
-			to.meta.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: b}
+		*to.meta = metav1.ObjectMeta{
+			Name: item.Metadata.Name, Namespace: item.Metadata.Namespace, UID: item.Metadata.UID,
+			CreationTimestamp: item.Metadata.CreationTimestamp, Annotations: item.Metadata.Annotations.nonEmpty(),
 		}
 		items = append(items, &listItem{cache.MetaObjectToName(to.meta), trim(&object)})
 	}
 	return items, expect(in, stdjson.Delim(']'))
+}
+
+// annotations are those that decisions need.
+type annotations struct {
+	Behavior            string `json:"aadpodidentity.k8s.io/Behavior"`
+	Federated           string `json:"aadpodidentity.k8s.io/Federated"`
+	ClientID            string `json:"azure.workload.identity/client-id"`
+	TenantID            string `json:"azure.workload.identity/tenant-id"`
+	AdditionalClientIDs string `json:"aadpodidentity.k8s.io/additional-client-ids"`
+}
+
+// nonEmpty returns those that are set, nil if none is.
+func (a annotations) nonEmpty() map[string]string {
+	var set map[string]string
+	for key, value := range map[string]string{
+		aadpodidentity.BehaviorAnnotation: a.Behavior, aadpodidentity.FederatedAnnotation: a.Federated,
+		ClientIDAnnotation: a.ClientID, TenantIDAnnotation: a.TenantID, AdditionalClientIDsAnnotation: a.AdditionalClientIDs,
+	} {
+		if value == "" {
+			continue
+		}
+		if set == nil {
+			set = make(map[string]string)
+		}
+		set[key] = value
+	}
+	return set
 }
 
 func expect(in *stdjson.Decoder, want stdjson.Delim) error {

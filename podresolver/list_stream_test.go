@@ -7,13 +7,14 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 const completeList = `{"apiVersion":"aadpodidentity.k8s.io/v1","items":[
-{"apiVersion":"aadpodidentity.k8s.io/v1","kind":"AzureIdentity","metadata":{"annotations":{"aadpodidentity.k8s.io/Behavior":"namespaced","other":"{\"a\":[1]}"},
+{"apiVersion":"aadpodidentity.k8s.io/v1","kind":"AzureIdentity","metadata":{"annotations":{"aadpodidentity.k8s.io/Behavior":"namespaced","aadpodidentity.k8s.io/Federated":"true","other":"{\"a\":[1]}"},
 "creationTimestamp":"2026-11-21T08:48:04Z","labels":{"app":"a"},"managedFields":[{"fieldsV1":{"f:spec":{".":{}}}}],"name":"a","namespace":"shop","resourceVersion":"3","uid":"u"},
 "spec":{"clientID":"C1","resourceID":"/R","type":0},"status":{"availableReplicas":1}},
 {"metadata":{"name":"b","namespace":"shop","creationTimestamp":null},"spec":{"type":"none"}},
@@ -30,6 +31,23 @@ func read(text string) ([]*listItem, string, error) {
 		rows = append(rows, item.(*listItem))
 	}
 	return rows, list.ResourceVersion + list.Continue, nil
+}
+
+// TestDecodeMetadata: the API server sends the metadata of service accounts alone.
+func TestDecodeMetadata(t *testing.T) {
+	const text = `{"kind":"PartialObjectMetadataList","apiVersion":"meta.k8s.io/v1","metadata":{"resourceVersion":"9"},"items":[
+{"metadata":{"name":"cart","namespace":"shop","uid":"u1","resourceVersion":"3","labels":{"a":"b"},"managedFields":[{"manager":"m"}],
+"annotations":{"azure.workload.identity/client-id":"C1","azure.workload.identity/tenant-id":"t","aadpodidentity.k8s.io/additional-client-ids":"c2, c3","other":"x"}}},
+{"metadata":{"name":"default","namespace":"shop","uid":"u2"}}]}`
+	targets := func(o *metav1.PartialObjectMetadata) decodeTargets { return decodeTargets{meta: &o.ObjectMeta} }
+	list, err := decodeList(strings.NewReader(text), "PartialObjectMetadataList", targets, newAccountInfo)
+	require.NoError(t, err)
+	require.Len(t, list.Items, 2)
+	assert.Equal(t, &listItem{cache.NewObjectName("shop", "cart"), &accountInfo{
+		ObjectName: cache.NewObjectName("shop", "cart"), uid: "u1",
+		annotations: &accountAnnotations{clientID: "c1", tenantID: "t", additional: []string{"c2", "c3"}},
+	}}, list.Items[0])
+	assert.Equal(t, &listItem{cache.NewObjectName("shop", "default"), &accountInfo{ObjectName: cache.NewObjectName("shop", "default"), uid: "u2"}}, list.Items[1])
 }
 
 // TestDecodeList compares with encoding/json.

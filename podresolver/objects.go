@@ -19,6 +19,7 @@ type objects struct {
 	bindings   map[cache.ObjectName]*bindingInfo
 	exceptions map[cache.ObjectName]*exceptionInfo
 	assigned   map[cache.ObjectName]*assignmentInfo
+	accounts   map[cache.ObjectName]*accountInfo // empty without Federation.ServiceAccounts
 
 	podsByLabel        multimap[selectorKey, podInfo] // by the value of BindingLabel
 	bindingsBySelector multimap[selectorKey, bindingInfo]
@@ -39,6 +40,7 @@ func newObjects(acrossNamespaces bool) *objects {
 		bindings:           make(map[cache.ObjectName]*bindingInfo),
 		exceptions:         make(map[cache.ObjectName]*exceptionInfo),
 		assigned:           make(map[cache.ObjectName]*assignmentInfo),
+		accounts:           make(map[cache.ObjectName]*accountInfo),
 		podsByLabel:        make(multimap[selectorKey, podInfo]),
 		bindingsBySelector: make(multimap[selectorKey, bindingInfo]),
 		bindingsByIdentity: make(multimap[cache.ObjectName, bindingInfo]),

@@ -29,6 +29,9 @@ var (
 	// ErrNotAssigned means that a binding gives the pod the identity, but MIC has not
 	// assigned it yet. Retry shortly.
 	ErrNotAssigned = errors.New("MIC has not assigned the identity to this pod yet")
+	// ErrServiceAccount means that what the pod's service account gives it is not known yet: the
+	// event of the service account is late. Retry shortly.
+	ErrServiceAccount = errors.New("the pod's service account is not known yet")
 	// ErrMultipleIdentities means that the pod has several identities and the request names
 	// none of them, with Config.StrictSelection.
 	ErrMultipleIdentities = errors.New("the pod has several identities and the request names none")
@@ -47,19 +50,21 @@ type Selector struct {
 	ObjectID   string
 }
 
-// Identity is an AzureIdentity that a pod may use.
+// Identity is an identity that a pod may use: an AzureIdentity, or one that an annotation of the
+// pod's service account names.
 type Identity struct {
-	Namespace, Name string // of the AzureIdentity
+	Namespace, Name string // of the AzureIdentity or, if Annotated, of the service account
+	Annotated       bool   // the service account's
 	Type            aadpodidentity.IdentityType
 	ClientID        string // lower case
 	ResourceID      string // lower case
 	Binding         string // name of the AzureIdentityBinding that gives it
 
-	Principal *Principal // of a service principal; nil for a managed identity
+	Principal *Principal // if Entra has the tokens; nil if IMDS has them
 }
 
-// Principal is the part of an AzureIdentity that only a service principal (type 1 or 2) has.
-// It does not change.
+// Principal is how an identity proves itself to Entra: a service principal (type 1 or 2) with a
+// Secret, a federated identity with a token of the pod's service account. It does not change.
 type Principal struct {
 	TenantID           string
 	AuxiliaryTenantIDs []string // a request gets a token of each of these, too
@@ -68,6 +73,7 @@ type Principal struct {
 	// certificate if Certificate is true.
 	SecretNamespace, SecretName string
 	Certificate                 bool
+	ServiceAccount              ServiceAccount // the zero value for a service principal
 }
 
 // defaultAuthority is the Authority of an AzureIdentity without adEndpoint: Entra in the
@@ -85,9 +91,12 @@ type Pod struct {
 	info       *podInfo
 	exception  string     // name of the exception that applies, or ""
 	identities []Identity // that the pod may use, the default first
+	defaults   []Identity // those of identities that a request without a selector may get
 	pending    []Identity // that it may use once MIC has assigned them
 	unusable   string     // why it may not use other bound identities; "" if there are none
-	refusal    error      // wraps ErrNoIdentity; if identities and pending are empty
+	account    string     // the same for those of its service account
+	late       error      // wraps ErrServiceAccount, if that is not known
+	refusal    error      // wraps ErrNoIdentity; if defaults and pending are empty, unless late is why
 	strict     bool       // Config.StrictSelection
 	foreign    bool       // see Foreign
 }
@@ -115,7 +124,8 @@ func (p *Pod) Identities() iter.Seq[Identity] { return slices.Values(p.identitie
 // binding, or ErrMultipleIdentities. Other errors are ErrNotAssigned, or wrap ErrNoIdentity and
 // tell an operator the reason.
 func (p *Pod) Identity(want Selector) (Identity, error) {
-	if id := want.selectFrom(p.identities); id != nil {
+	usable := p.usable(want)
+	if id := want.selectFrom(usable); id != nil {
 		if p.strict && want == (Selector{}) && len(p.identities) > 1 {
 			return Identity{}, ErrMultipleIdentities
 		}
@@ -125,13 +135,23 @@ func (p *Pod) Identity(want Selector) (Identity, error) {
 		return Identity{}, fmt.Errorf("%w: AzureIdentity %s/%s", ErrNotAssigned, id.Namespace, id.Name)
 	}
 	switch {
-	case len(p.identities) > 0:
-		return Identity{}, &refusalError{p, p.notAmong(p.identities, want)}
+	case p.late != nil && (want != (Selector{}) || p.refusal == nil):
+		return Identity{}, p.late
+	case len(usable) > 0:
+		return Identity{}, &refusalError{p, p.notAmong(usable, want)}
 	case len(p.pending) > 0:
 		return Identity{}, &refusalError{p, p.notAmong(p.pending, want)}
 	default:
 		return Identity{}, &refusalError{p, p.refusal}
 	}
+}
+
+// usable are the identities that a request with a selector chooses from.
+func (p *Pod) usable(want Selector) []Identity {
+	if want == (Selector{}) {
+		return p.defaults
+	}
+	return p.identities
 }
 
 // refusalError wraps ErrNoIdentity, with the pod for Hint.
@@ -153,8 +173,10 @@ func (p *Pod) notAmong(has []Identity, want Selector) error {
 		ids = append(ids, fmt.Sprintf("and %d more", more))
 	}
 	err := fmt.Errorf("%w: none of those bound to it has the requested %s: %s", ErrNoIdentity, want, strings.Join(ids, "; "))
-	if p.unusable != "" {
-		err = fmt.Errorf("%w; %s", err, p.unusable)
+	for _, why := range []string{p.unusable, p.account} {
+		if why != "" {
+			err = fmt.Errorf("%w; %s", err, why)
+		}
 	}
 	return err
 }

@@ -14,6 +14,8 @@ const (
 	SelectorCaseDiffers      = "SelectorCaseDiffers"      // what would match has letters of another case
 	BindingInOtherNamespace  = "BindingInOtherNamespace"  // the binding that would match is in another namespace
 	IdentityMissing          = "IdentityMissing"          // the binding names an AzureIdentity that does not exist
+	ServiceAccountUnusable   = "ServiceAccountUnusable"   // the annotations of the pod's service account are malformed or denied
+	ServiceAccountUnknown    = "ServiceAccountUnknown"    // the event of the pod's service account is late
 	IdentityUnusable         = "IdentityUnusable"         // the AzureIdentity is malformed, denied or limited to another namespace
 	RequestedIdentityMissing = "RequestedIdentityMissing" // the pod has identities, but not the one that the request names
 	SeveralIdentities        = "SeveralIdentities"        // the pod has several, and the request has to name one
@@ -44,6 +46,7 @@ func Reason(err error) string {
 		{errDeniedToken, IdentityUnusable},
 		{ErrNoIdentity, NoIdentityBound},
 		{ErrNotAssigned, NotAssigned},
+		{ErrServiceAccount, ServiceAccountUnknown},
 		{ErrMultipleIdentities, SeveralIdentities},
 		{ErrAmbiguousAddress, AddressAmbiguous},
 		{ErrUnconfirmed, PodUnconfirmed},
@@ -71,6 +74,8 @@ func causeOf(err error) cause {
 		c.fix = "bind an identity that --deny-identity does not withhold, and give its client ID in the AzureIdentity"
 	case NotAssigned:
 		c.fix = "see whether MIC runs, and its log: it assigns identities in standard mode"
+	case ServiceAccountUnknown:
+		c.fix = "see whether the pod's service account still exists: kubectl get serviceaccount"
 	case SeveralIdentities:
 		c.fix = "name one in the request (client_id), or bind one alone"
 	case AddressAmbiguous:
@@ -92,7 +97,7 @@ func causeOf(err error) cause {
 
 // noIdentityLocked is the cause of ErrNoIdentity.
 func (r *Resolver) noIdentityLocked(p *Pod, near []nearMiss) cause {
-	if len(p.identities)+len(p.pending) > 0 {
+	if p.refusal == nil {
 		return cause{RequestedIdentityMissing, fmt.Sprintf("request an identity that the pod has, or bind the requested one in namespace %q", p.Namespace)}
 	}
 	label := p.info.labels[aadpodidentity.BindingLabel]
@@ -103,6 +108,9 @@ func (r *Resolver) noIdentityLocked(p *Pod, near []nearMiss) cause {
 		}
 		return cause{IdentityUnusable, fmt.Sprintf("correct AzureIdentity %s/%s, or bind another one", b.Namespace, b.identity)}
 	}
+	if p.account != "" {
+		return cause{ServiceAccountUnusable, fmt.Sprintf("correct the annotations of ServiceAccount %s/%s", p.Namespace, p.info.account)}
+	}
 	for _, miss := range near {
 		if miss.fix != "" {
 			return miss.cause
@@ -112,7 +120,11 @@ func (r *Resolver) noIdentityLocked(p *Pod, near []nearMiss) cause {
 	case p.unusable != "":
 		return cause{IdentityUnusable, "see why in MIC's log: it makes the AzureAssignedIdentities, from AzureIdentities and AzureIdentityBindings"}
 	case label == "":
-		return cause{NoIdentityBound, fmt.Sprintf("if it needs an identity, label it (in its controller's template) %s=<selector of an AzureIdentityBinding>", aadpodidentity.BindingLabel)}
+		fix := fmt.Sprintf("if it needs an identity, label it (in its controller's template) %s=<selector of an AzureIdentityBinding>", aadpodidentity.BindingLabel)
+		if r.cfg.Federation.ServiceAccounts {
+			fix += fmt.Sprintf(", or annotate ServiceAccount %s/%s with %s", p.Namespace, p.info.account, ClientIDAnnotation)
+		}
+		return cause{NoIdentityBound, fix}
 	default:
 		return cause{NoIdentityBound, fmt.Sprintf("create an AzureIdentityBinding with the selector %q in namespace %q, or correct the pod's label", label, p.Namespace)}
 	}

@@ -70,6 +70,7 @@ type Config struct {
 	// all, empty for none.
 	ExceptionNamespaces []string
 	Deny                DenyList
+	Federation          Federation
 	// StrictSelection refuses a request without a selector if the pod has several
 	// identities, as IMDS does, instead of using the default.
 	StrictSelection bool
@@ -140,6 +141,9 @@ func New(from Sources, cfg Config) (*Resolver, error) {
 	if standard {
 		r.watchers = append(r.watchers,
 			newWatcher(r, aadpodidentity.AzureAssignedIdentities.GroupResource().String(), from.Assigned, false, o.assigned, assignmentInfoFor(cfg.Node), o.assignmentChangedLocked))
+	}
+	if cfg.Federation.ServiceAccounts {
+		r.watchers = append(r.watchers, newWatcher(r, serviceAccounts.Resource, from.ServiceAccounts, false, o.accounts, newAccountInfo, o.accountChangedLocked))
 	}
 	first, _ := newSnapshot(maps.Values(r.decided), time.Time{})
 	r.current.Store(first)

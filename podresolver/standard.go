@@ -16,14 +16,14 @@ import (
 // getAzureAssignedIdentitiesToUpdate).
 const micAssignments = "default"
 
-// fromAssignment makes an Identity of an assignment, or returns why it is unusable.
+// fromAssignmentLocked makes an Identity of an assignment, or returns why it is unusable.
 //
 // An assignment gives whatever its author wrote. In namespace micAssignments the author is MIC,
 // which has copied the AzureIdentity. In any other namespace it may be anyone with write access
 // there. So an assignment in the pod's own namespace, where MIC creates those of namespaced
 // identities, only counts if a binding and an AzureIdentity there give the pod the same
 // identity. Assignments in other namespaces do not count.
-func (r *Resolver) fromAssignment(a *assignmentInfo, info *podInfo, bound []candidate) (_ Identity, unusable string) {
+func (r *Resolver) fromAssignmentLocked(a *assignmentInfo, info *podInfo, bound []candidate) (_ Identity, unusable string) {
 	switch selector := a.binding.selector; {
 	case a.Namespace != micAssignments && a.Namespace != info.Namespace:
 		return Identity{}, fmt.Sprintf("is ignored: assignments in namespace %q do not count for this pod; MIC creates them in namespace %q, and those of namespaced identities in the pod's own", a.Namespace, micAssignments)
@@ -33,7 +33,12 @@ func (r *Resolver) fromAssignment(a *assignmentInfo, info *podInfo, bound []cand
 		// Assigned to a former pod of this name; MIC has not noticed yet.
 		return Identity{}, fmt.Sprintf("was assigned by the selector %q, which no longer matches the pod's label", selector)
 	case a.Namespace == micAssignments:
-		return r.newIdentity(&a.identity, &a.binding)
+		identity := &a.identity
+		// MIC's copy may be older than the annotation, which must count at once.
+		if now := r.objects.identities[identity.ObjectName]; now != nil && now.federated != identity.federated {
+			identity = now
+		}
+		return r.newIdentityLocked(identity, &a.binding, info)
 	}
 	for _, c := range bound {
 		if c.unusable == "" && c.Namespace == info.Namespace && c.Namespace == a.identity.Namespace && c.Name == a.identity.Name &&
@@ -50,7 +55,7 @@ func (r *Resolver) decideStandardLocked(p *Pod) {
 	bound := r.candidatesLocked(p.info)
 	var unusable, untrusted []string
 	for _, a := range r.assignmentsLocked(p.info) {
-		switch id, why := r.fromAssignment(a, p.info, bound); {
+		switch id, why := r.fromAssignmentLocked(a, p.info, bound); {
 		case why != "" && a.Namespace != micAssignments: // last, because anyone may have written it
 			untrusted = append(untrusted, a.describe(why))
 		case why != "":

@@ -28,6 +28,7 @@ type (
 		// another pod, although a finalizer keeps this object.
 		until       time.Time
 		labels      map[string]string
+		account     string       // name of its service account
 		addrs       []netip.Addr // of its status
 		noClaim     string       // why the pod does not claim addrs; "" if it does
 		mic         bool         // see isMICPod
@@ -46,8 +47,9 @@ type (
 		kind                 aadpodidentity.IdentityType
 		clientID, resourceID string     // lower case
 		namespaced           bool       // by BehaviorAnnotation
+		federated            string     // value of FederatedAnnotation, see isFederated
 		unreadable           string     // see aadpodidentity.AzureIdentitySpec
-		principal            *Principal // nil for a managed identity
+		principal            *Principal // nil for a managed identity, unless it is federated
 	}
 	bindingInfo struct {
 		cache.ObjectName
@@ -92,7 +94,7 @@ func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInf
 			return nil
 		}
 		info := &podInfo{
-			ObjectName: cache.MetaObjectToName(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels,
+			ObjectName: cache.MetaObjectToName(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels, account: pod.Spec.ServiceAccountName,
 			mic: isMICPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: WorkloadIdentity(pod),
 		}
 		if pod.DeletionTimestamp != nil {
@@ -202,19 +204,24 @@ func newIdentityInfo(in *aadpodidentity.AzureIdentity) *identityInfo {
 		ObjectName: cache.MetaObjectToName(in), kind: in.Spec.Type, unreadable: bounded(in.Spec.Unreadable),
 		clientID: strings.ToLower(bounded(strings.TrimSpace(in.Spec.ClientID))), resourceID: strings.ToLower(bounded(strings.TrimSpace(in.Spec.ResourceID))),
 		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
+		federated:  cut(strings.TrimSpace(in.Annotations[aadpodidentity.FederatedAnnotation])),
 		principal:  principalOf(in),
 	}
 }
 
-// principalOf returns the fields that only a service principal has; nil for other types.
+// principalOf returns the fields for requests to Entra; nil for an identity that IMDS has the
+// tokens of.
 func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
+	if in.Spec.Type == aadpodidentity.UserAssignedMSI && in.Annotations[aadpodidentity.FederatedAnnotation] != "" {
+		return &Principal{TenantID: strings.TrimSpace(in.Spec.TenantID), Authority: authorityOf(in.Spec.ADEndpoint)}
+	}
 	if in.Spec.Type != aadpodidentity.ServicePrincipal && in.Spec.Type != aadpodidentity.ServicePrincipalCertificate {
 		return nil
 	}
 	trim := func(text string) string { return bounded(strings.TrimSpace(text)) }
 	p := &Principal{
 		TenantID:        trim(in.Spec.TenantID),
-		Authority:       strings.TrimRight(cmp.Or(trim(in.Spec.ADEndpoint), defaultAuthority), "/"),
+		Authority:       cmp.Or(authorityOf(in.Spec.ADEndpoint), defaultAuthority),
 		SecretNamespace: cmp.Or(trim(in.Spec.ClientPassword.Namespace), in.Namespace),
 		SecretName:      trim(in.Spec.ClientPassword.Name),
 		Certificate:     in.Spec.Type == aadpodidentity.ServicePrincipalCertificate,
@@ -229,6 +236,9 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 	}
 	return p
 }
+
+// authorityOf is an adEndpoint without white space and slashes at its end.
+func authorityOf(endpoint string) string { return strings.TrimRight(strings.TrimSpace(endpoint), "/") }
 
 func newBindingInfo(in *aadpodidentity.AzureIdentityBinding) *bindingInfo {
 	return &bindingInfo{

@@ -86,6 +86,8 @@ func asHTTP(err error) *httpError {
 		return errSeveral
 	case errors.Is(err, podresolver.ErrNotAssigned):
 		return notYet("The identity is not assigned to the pod yet", 5*time.Second)
+	case errors.Is(err, podresolver.ErrServiceAccount):
+		return notYet("The service account of the pod is not known yet", retrySoon)
 	case errors.Is(err, podresolver.ErrNotSynced):
 		return notYet("The agent is not in sync with the API server yet", retrySoon)
 	case errors.Is(err, podresolver.ErrStale):

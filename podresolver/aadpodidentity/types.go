@@ -24,6 +24,9 @@ const (
 	BehaviorAnnotation = "aadpodidentity.k8s.io/Behavior"
 	// BehaviorNamespaced is the value of BehaviorAnnotation.
 	BehaviorNamespaced = "namespaced"
+	// FederatedAnnotation on an AzureIdentity of type 0, with the value "true", has its tokens
+	// come by federation, from the pod's service account token, and never from IMDS.
+	FederatedAnnotation = "aadpodidentity.k8s.io/Federated"
 	// Created is the state of an AzureAssignedIdentity whose identity MIC has yet to
 	// assign to the pod's node.
 	Created = "Created"

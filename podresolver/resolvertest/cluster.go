@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/tools/cache"
 	cachetesting "k8s.io/client-go/tools/cache/testing"
@@ -15,7 +16,7 @@ import (
 
 // Cluster is a set of objects that can be listed and watched. It is safe for concurrent use.
 type Cluster struct {
-	Pods, Identities, Bindings, Exceptions, Assigned *cachetesting.FakeControllerSource
+	Pods, Identities, Bindings, Exceptions, Assigned, ServiceAccounts *cachetesting.FakeControllerSource
 }
 
 // NewCluster returns a Cluster of these objects.
@@ -26,6 +27,8 @@ func NewCluster(objects ...runtime.Object) *Cluster {
 		Bindings:   cachetesting.NewFakeControllerSource(),
 		Exceptions: cachetesting.NewFakeControllerSource(),
 		Assigned:   cachetesting.NewFakeControllerSource(),
+
+		ServiceAccounts: cachetesting.NewFakeControllerSource(),
 	}
 	for _, o := range objects {
 		c.Add(o)
@@ -35,16 +38,16 @@ func NewCluster(objects ...runtime.Object) *Cluster {
 
 // Close ends the goroutines of the fakes. c must not be used afterwards.
 func (c *Cluster) Close() {
-	for _, source := range []*cachetesting.FakeControllerSource{c.Pods, c.Identities, c.Bindings, c.Exceptions, c.Assigned} {
+	for _, source := range []*cachetesting.FakeControllerSource{c.Pods, c.Identities, c.Bindings, c.Exceptions, c.Assigned, c.ServiceAccounts} {
 		source.Shutdown()
 	}
 }
 
 // Sources returns what a Resolver reads from: a podresolver.Sources, without the name, so that
 // podresolver's own tests can import this package.
-func (c *Cluster) Sources() struct{ Pods, Identities, Bindings, Exceptions, Assigned cache.ListerWatcher } {
-	return struct{ Pods, Identities, Bindings, Exceptions, Assigned cache.ListerWatcher }{
-		listed{c.Pods}, listed{c.Identities}, listed{c.Bindings}, listed{c.Exceptions}, listed{c.Assigned},
+func (c *Cluster) Sources() struct{ Pods, Identities, Bindings, Exceptions, Assigned, ServiceAccounts cache.ListerWatcher } {
+	return struct{ Pods, Identities, Bindings, Exceptions, Assigned, ServiceAccounts cache.ListerWatcher }{
+		listed{c.Pods}, listed{c.Identities}, listed{c.Bindings}, listed{c.Exceptions}, listed{c.Assigned}, listed{c.ServiceAccounts},
 	}
 }
 
@@ -77,6 +80,8 @@ func (c *Cluster) of(o runtime.Object) *cachetesting.FakeControllerSource {
 		return c.Exceptions
 	case *aadpodidentity.AzureAssignedIdentity:
 		return c.Assigned
+	case *metav1.PartialObjectMetadata:
+		return c.ServiceAccounts
 	}
 	panic(fmt.Sprintf("no resolver reads a %T", o))
 }

@@ -39,7 +39,7 @@ func With[T any](object *T, changes ...func(*T)) *T {
 func Pod(name, ip, label string) *corev1.Pod {
 	p := &corev1.Pod{
 		ObjectMeta: Meta(name),
-		Spec:       corev1.PodSpec{NodeName: Node},
+		Spec:       corev1.PodSpec{NodeName: Node, ServiceAccountName: ServiceAccountName},
 		Status:     corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
 	}
 	p.UID = types.UID("uid-of-" + name)
@@ -47,6 +47,22 @@ func Pod(name, ip, label string) *corev1.Pod {
 		p.Labels = map[string]string{aadpodidentity.BindingLabel: label}
 	}
 	return p
+}
+
+// ServiceAccountName is that of the pods that Pod makes.
+const ServiceAccountName = "cart"
+
+// ServiceAccount returns the metadata of a service account.
+func ServiceAccount(name string, annotations map[string]string) *metav1.PartialObjectMetadata {
+	a := &metav1.PartialObjectMetadata{ObjectMeta: Meta(name)}
+	a.UID, a.Annotations = types.UID("uid-of-"+name), annotations
+	return a
+}
+
+// Federated annotates an identity as federated.
+func Federated(id *aadpodidentity.AzureIdentity) *aadpodidentity.AzureIdentity {
+	id.Annotations = map[string]string{aadpodidentity.FederatedAnnotation: "true"}
+	return id
 }
 
 // Identity returns a user-assigned identity.

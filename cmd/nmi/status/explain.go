@@ -59,8 +59,12 @@ func (p Printer) history(pod *Pod, now time.Time) {
 	}
 	if len(texts) > 0 {
 		p.step("tokens", OK, texts...)
-	} else if pod.Answer == "" && slices.ContainsFunc(pod.Identities, func(id Identity) bool { return id.Chosen }) {
-		p.step("tokens", None, "none in memory; where an identity is not assigned to the node's virtual machine (scale set), IMDS refuses the token")
+	} else if i := slices.IndexFunc(pod.Identities, func(id Identity) bool { return id.Chosen }); pod.Answer == "" && i >= 0 {
+		text := "none in memory; where an identity is not assigned to the node's virtual machine (scale set), IMDS refuses the token"
+		if pod.Identities[i].Federated {
+			text = "none in memory; where an identity has no federated credential for the pod's service account, Entra refuses the token"
+		}
+		p.step("tokens", None, text)
 	}
 	texts = nil
 	for _, r := range pod.Refusals {

@@ -37,16 +37,18 @@ type Pod struct {
 	Refusals   []Refusal  `json:"refusals,omitempty"` // the last first
 }
 
-// Identity is an AzureIdentity.
+// Identity is an AzureIdentity, or what an annotation of the pod's service account names.
 type Identity struct {
 	Namespace  string `json:"namespace"`
 	Name       string `json:"name"`
 	ClientID   string `json:"clientID,omitempty"`
 	ResourceID string `json:"resourceID,omitempty"`
 	Binding    string `json:"binding,omitempty"`
-	Pending    bool   `json:"pending,omitempty"` // MIC has not assigned it
-	Chosen     bool   `json:"chosen,omitempty"`  // the request gets it, or would
-	Text       string `json:"text"`              // all of it
+	Annotated  bool   `json:"annotated,omitempty"` // Namespace and Name are the service account's
+	Federated  bool   `json:"federated,omitempty"` // its tokens come by federation, not from IMDS
+	Pending    bool   `json:"pending,omitempty"`   // MIC has not assigned it
+	Chosen     bool   `json:"chosen,omitempty"`    // the request gets it, or would
+	Text       string `json:"text"`                // all of it
 }
 
 // Step is a step of a decision; see podresolver.Step.
@@ -234,6 +236,7 @@ func identitiesOf(d *podresolver.Decision) (all []Identity) {
 		}
 		all = append(all, Identity{
 			Namespace: id.Namespace, Name: id.Name, ClientID: id.ClientID, ResourceID: id.ResourceID, Binding: id.Binding,
+			Annotated: id.Annotated, Federated: id.Principal != nil && id.Principal.Federated(),
 			Pending: pending, Chosen: chosen, Text: id.String(),
 		})
 	}

@@ -183,6 +183,9 @@ func (p *Pod) Gets() string {
 	for _, id := range p.Identities {
 		if id.Chosen {
 			text := "AzureIdentity " + id.Namespace + "/" + id.Name
+			if id.Annotated {
+				text = "client ID " + id.ClientID + " of its service account"
+			}
 			if more := len(p.Identities) - 1; more > 0 {
 				text += fmt.Sprintf(" and %d more", more)
 			}

@@ -1,0 +1,172 @@
+package podresolver
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/cache"
+)
+
+// Annotations of a service account. The first two are Azure Workload Identity's.
+const (
+	// ClientIDAnnotation is the client ID of the identity that its pods get by default.
+	ClientIDAnnotation = "azure.workload.identity/client-id"
+	// TenantIDAnnotation is the tenant of its identities; Federation.TenantID without it.
+	TenantIDAnnotation = "azure.workload.identity/tenant-id"
+	// AdditionalClientIDsAnnotation lists, separated by commas, further identities that its
+	// pods get if they name them.
+	AdditionalClientIDsAnnotation = "aadpodidentity.k8s.io/additional-client-ids"
+)
+
+// serviceAccounts is the resource.
+var serviceAccounts = corev1.SchemeGroupVersion.WithResource("serviceaccounts")
+
+// maxAdditional bounds the identities of AdditionalClientIDsAnnotation: every node has all service
+// accounts in memory.
+const maxAdditional = 20
+
+// accountInfo is a trimmed service account. A cluster has thousands, and few are annotated.
+type accountInfo struct {
+	cache.ObjectName
+	uid         string
+	annotations *accountAnnotations // nil without ClientIDAnnotation and AdditionalClientIDsAnnotation
+}
+
+// accountAnnotations are the annotations, without white space; client IDs are in lower case.
+type accountAnnotations struct {
+	clientID, tenantID string
+	additional         []string // maxAdditional at most
+	tooMany            bool     // there are more
+}
+
+// newAccountInfo trims a service account.
+func newAccountInfo(in *metav1.PartialObjectMetadata) *accountInfo {
+	info := &accountInfo{ObjectName: cache.MetaObjectToName(in), uid: string(in.UID)}
+	value := func(key string) string { return cut(strings.TrimSpace(in.Annotations[key])) }
+	a := accountAnnotations{clientID: strings.ToLower(value(ClientIDAnnotation)), tenantID: value(TenantIDAnnotation)}
+	for text := range strings.SplitSeq(in.Annotations[AdditionalClientIDsAnnotation], ",") {
+		id := strings.ToLower(cut(strings.TrimSpace(text)))
+		if id == "" || id == a.clientID || slices.Contains(a.additional, id) {
+			continue
+		}
+		if a.tooMany = len(a.additional) == maxAdditional; a.tooMany {
+			break
+		}
+		a.additional = append(a.additional, id)
+	}
+	if a.clientID != "" || len(a.additional) > 0 {
+		info.annotations = &a
+	}
+	return info
+}
+
+// cut returns a copy of the beginning of a text, long enough for whatever is valid: the rest would
+// stay in memory with it.
+func cut(text string) string {
+	const enough = 253
+	return strings.ToValidUTF8(strings.Clone(text[:min(len(text), enough)]), "")
+}
+
+func (o *objects) accountChangedLocked(a *accountInfo, _ bool) {
+	for name, pod := range o.pods { // of this node: some hundreds at most
+		if name.Namespace == a.Namespace && pod.account == a.Name {
+			o.dirty[name] = struct{}{}
+		}
+	}
+}
+
+// addAnnotatedLocked adds what the pod's service account gives it, after what is bound to it. One
+// that is bound, too, stays the bound one. matched means that a binding matches the pod.
+func (r *Resolver) addAnnotatedLocked(p *Pod, matched bool) {
+	p.defaults = p.identities
+	if !r.cfg.Federation.ServiceAccounts {
+		return
+	}
+	if r.objects.accounts[cache.NewObjectName(p.Namespace, p.info.account)] == nil {
+		p.late = fmt.Errorf("%w: ServiceAccount %s/%s", ErrServiceAccount, p.Namespace, p.info.account)
+		return
+	}
+	bound := slices.Concat(p.identities, p.pending)
+	var own []Identity
+	own, p.account = r.annotatedLocked(p.info)
+	for _, id := range own {
+		if !slices.ContainsFunc(bound, func(b Identity) bool { return b.ClientID == id.ClientID }) {
+			p.identities = append(p.identities, id)
+		}
+	}
+	if !matched {
+		p.defaults = p.identities
+	}
+}
+
+// annotationsLocked returns the annotations of a pod's service account; nil if there are none.
+func (r *Resolver) annotationsLocked(pod *podInfo) *accountAnnotations {
+	if info := r.objects.accounts[cache.NewObjectName(pod.Namespace, pod.account)]; info != nil {
+		return info.annotations
+	}
+	return nil
+}
+
+// annotatedLocked returns the identities that a pod's service account gives it, the default first,
+// and why others are unusable.
+func (r *Resolver) annotatedLocked(pod *podInfo) (own []Identity, unusable string) {
+	a := r.annotationsLocked(pod)
+	name := cache.NewObjectName(pod.Namespace, pod.account)
+	switch {
+	case a == nil:
+		return nil, ""
+	case a.clientID == "":
+		return nil, fmt.Sprintf("ServiceAccount %s has the annotation %s and not %s, which is required", name, AdditionalClientIDsAnnotation, ClientIDAnnotation)
+	}
+	principal, why := r.newFederated(r.accountOfLocked(pod), a.tenantID, "")
+	if why != "" {
+		return nil, fmt.Sprintf("ServiceAccount %s %s", name, why)
+	}
+	var all []string
+	for i, clientID := range append([]string{a.clientID}, a.additional...) {
+		why := checkClientID(clientID)
+		if why == "" {
+			why = r.cfg.Deny.reason(&identityInfo{clientID: clientID})
+		}
+		if why != "" {
+			all = append(all, fmt.Sprintf("ServiceAccount %s %s", name, why))
+			if i == 0 { // no other becomes the default
+				break
+			}
+			continue
+		}
+		own = append(own, Identity{Namespace: name.Namespace, Name: name.Name, Annotated: true, ClientID: clientID, Principal: principal})
+	}
+	if a.tooMany {
+		all = append(all, fmt.Sprintf("ServiceAccount %s has more than %d client IDs in %s; the rest is ignored", name, maxAdditional, AdditionalClientIDsAnnotation))
+	}
+	return own, joinFirst(all)
+}
+
+// explainAnnotatedLocked describes what the pod's service account gives it.
+func (r *Resolver) explainAnnotatedLocked(p *Pod) (texts []string) {
+	name := cache.NewObjectName(p.Namespace, p.info.account)
+	own, unusable := r.annotatedLocked(p.info)
+	if unusable != "" {
+		texts = append(texts, unusable)
+	}
+	for _, id := range own {
+		text := fmt.Sprintf("ServiceAccount %s gives it client ID %s of tenant %s", name, id.ClientID, id.Principal.TenantID)
+		if !slices.ContainsFunc(p.identities, func(other Identity) bool { return other.Annotated && other.ClientID == id.ClientID }) {
+			text += ", which is bound to it, too: the binding decides where its tokens come from"
+		}
+		texts = append(texts, text)
+	}
+	switch {
+	case r.objects.accounts[name] == nil:
+		texts = append(texts, fmt.Sprintf("ServiceAccount %s is not known", name))
+	case len(texts) == 0:
+		texts = append(texts, fmt.Sprintf("ServiceAccount %s has no annotation %s", name, ClientIDAnnotation))
+	case len(p.defaults) < len(p.identities):
+		texts = append(texts, "a binding matches the pod, so that a request that names no identity does not get the service account's")
+	}
+	return texts
+}
