@@ -17,7 +17,8 @@ const (
 	IMDSUnavailable        = "IMDSUnavailable"        // or it did not answer in time
 	EntraRefused           = "EntraRefused"           // the service principal, or the resource
 	EntraUnavailable       = "EntraUnavailable"       // or it did not answer in time
-	CredentialUnusable     = "CredentialUnusable"     // the service principal's secret is missing or is not what it should be
+	FederationUnknown      = "FederationUnknown"      // the identity has no federated credential for the pod's service account
+	CredentialUnusable     = "CredentialUnusable"     // the service principal's secret is missing or is not what it should be, or the service account's token cannot be requested
 	Throttled              = "Throttled"              // by IMDS or Entra, or by this agent for the pod's own requests
 	TooManyWaiting         = "TooManyWaiting"         // the pod's turn for a new token did not come in time
 	TokensWithheldOnBridge = "TokensWithheldOnBridge" // pods can take each other's addresses
@@ -52,6 +53,7 @@ func Reason(err error) string {
 func reasonOfFailure(f *tokencache.Failure) string {
 	var answer *upstream.Error
 	var credential *upstream.CredentialError
+	var assertion *upstream.AssertionError
 	fromEntra := errors.Is(f, upstream.ErrEntra) || errors.As(f, &answer) && answer.Source == "Entra"
 	switch {
 	case f.Class == tokencache.Throttled:
@@ -60,6 +62,8 @@ func reasonOfFailure(f *tokencache.Failure) string {
 		return CredentialUnusable
 	case errors.Is(f, tokencache.ErrBusy):
 		return TooManyWaiting
+	case errors.As(f, &assertion) && assertion.NoMatch():
+		return FederationUnknown
 	case fromEntra && f.Class == tokencache.Refused:
 		return EntraRefused
 	case fromEntra:
@@ -102,8 +106,10 @@ func Fix(reason string) string {
 		return "correct what Entra names: the application, its credential, or the resource that is requested"
 	case EntraUnavailable:
 		return "see whether the node reaches the authority of the AzureIdentity"
+	case FederationUnknown:
+		return "create a federated credential with this issuer, subject and audience (az identity federated-credential create), or correct the client ID: docs/federation.md#errors"
 	case CredentialUnusable:
-		return "correct the secret that the AzureIdentity names, or the agent's right to read it: docs/service-principals.md#errors"
+		return "correct the secret that the AzureIdentity names, or the agent's right to read it: docs/service-principals.md#errors; or its right to request tokens of service accounts: docs/federation.md#the-right-to-request-tokens"
 	case Throttled, TooManyWaiting:
 		return "find the pod or program that requests too many tokens: docs/troubleshooting.md#why-does-my-pod-get-429"
 	case TokensWithheldOnBridge:

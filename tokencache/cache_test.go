@@ -327,9 +327,9 @@ func TestServicePrincipalKeys(t *testing.T) {
 	assert.Equal(t, first, again)
 	assert.NotEqual(t, of("a"), of("b"))
 	assert.NotEqual(t, of("a").String(), of("b").String())
-	_, ok := key.ServicePrincipal()
+	_, ok := key.FromEntra()
 	assert.False(t, ok)
-	p, ok := of("a").ServicePrincipal()
+	p, ok := of("a").FromEntra()
 	assert.True(t, ok)
 	assert.Equal(t, "a", p.TenantID)
 }

@@ -44,7 +44,7 @@ type request struct {
 
 func (u *fakeUpstream) fetch(ctx context.Context, req Request) (*Token, error) {
 	slots := u.imds
-	if _, ok := req.ServicePrincipal(); ok {
+	if _, ok := req.FromEntra(); ok {
 		slots = u.entra
 	}
 	if slots != nil {

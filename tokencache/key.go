@@ -17,12 +17,12 @@ type Key struct {
 	// Resource is the audience asked for, exactly as the caller spelled it: the
 	// service echoes it, so another spelling is another answer.
 	Resource string
-	// Principal is the rest of what names a service principal; the zero Handle of a
-	// managed identity. It is a Handle to keep the Key of most tokens small.
+	// Principal is the rest of what names an identity whose tokens Entra has; the zero
+	// Handle where IMDS has them. It is a Handle to keep the Key of most tokens small.
 	Principal unique.Handle[Principal]
 }
 
-// Principal is how a service principal proves itself, and where.
+// Principal is how an identity proves itself to Entra, and where.
 type Principal struct {
 	TenantID    string // whose token it is
 	Authority   string // URL of the Entra endpoint, without a slash at its end
@@ -30,10 +30,21 @@ type Principal struct {
 	// SecretNamespace and SecretName name the Kubernetes Secret that holds the
 	// client secret or certificate.
 	SecretNamespace, SecretName string
+	// ServiceAccount is whose token proves the identity instead, by federation.
+	ServiceAccount ServiceAccount
 }
 
-// ServicePrincipal returns Principal's value, and false for a managed identity.
-func (k Key) ServicePrincipal() (Principal, bool) {
+// ServiceAccount names a Kubernetes service account.
+type ServiceAccount struct {
+	Namespace, Name string
+	UID             string // "" if it is not known
+}
+
+// Federated reports whether a service account proves it.
+func (p Principal) Federated() bool { return p.ServiceAccount.Name != "" }
+
+// FromEntra returns Principal's value, and false if IMDS has the token.
+func (k Key) FromEntra() (Principal, bool) {
 	if k.Principal == (unique.Handle[Principal]{}) {
 		return Principal{}, false
 	}
@@ -51,8 +62,8 @@ func (k Key) String() string {
 	b = strconv.AppendQuote(b, k.ResourceID)
 	b = append(b, ' ')
 	b = strconv.AppendQuote(b, k.Resource)
-	if p, ok := k.ServicePrincipal(); ok {
-		for _, part := range []string{p.TenantID, p.Authority, strconv.FormatBool(p.Certificate), p.SecretNamespace, p.SecretName} {
+	if p, ok := k.FromEntra(); ok {
+		for _, part := range []string{p.TenantID, p.Authority, strconv.FormatBool(p.Certificate), p.SecretNamespace, p.SecretName, p.ServiceAccount.Namespace, p.ServiceAccount.Name, p.ServiceAccount.UID} {
 			b = append(b, ' ')
 			b = strconv.AppendQuote(b, part)
 		}

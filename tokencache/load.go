@@ -64,6 +64,7 @@ type call struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 
+	dropped bool                // its token is not to be kept, see Cache.Drop
 	waiting int                 // requests
 	traced  []trace.SpanContext // of those that wait or have waited
 	// callers are those that wait or have waited, the one that started it first. The limiter
@@ -103,6 +104,7 @@ func (c *Cache) joinLocked(id callID, stale *entry, caller netip.Addr, now time.
 		cl.callers = append(cl.callers, caller)
 	}
 	cl.until = now.Add(maxWait)
+	cl.dropped = false
 	cl.waiting++
 	l.call = cl
 	l.result = c.group.DoChan(cl.id.String(), func() (any, error) { return c.load(cl) })
@@ -213,6 +215,9 @@ func (c *Cache) load(cl *call) (*entry, error) {
 	switch {
 	case err == nil:
 		cl.quota.succeeded(now)
+		if cl.dropped {
+			return newEntry(cl.id.Key, token, now, 0), nil
+		}
 		return c.storeLocked(cl, token, now), nil
 	case c.ctx.Err() != nil:
 		return nil, ErrClosed

@@ -53,7 +53,7 @@ func (c *Cache) refreshDue(now time.Time) (next time.Time) {
 	var full [2]bool // IMDS and Entra, until the next refresh to end wakes the refresher
 	for _, e := range c.surveyEntries(now, later) {
 		upstream := 0
-		if _, principal := e.key.ServicePrincipal(); principal {
+		if _, principal := e.key.FromEntra(); principal {
 			upstream = 1
 		}
 		if full[upstream] { // even if a slot is free by now: it is for the first to expire
@@ -113,9 +113,9 @@ func (c *Cache) wanted(e *entry) bool {
 
 // refreshesLocked is how many refreshes are under way at the key's upstream.
 func (c *Cache) refreshesLocked(key Key) (count int) {
-	_, principal := key.ServicePrincipal()
+	_, principal := key.FromEntra()
 	for id, cl := range c.calls {
-		if _, ok := id.ServicePrincipal(); ok == principal && cl.stale != nil && !id.renewal {
+		if _, ok := id.FromEntra(); ok == principal && cl.stale != nil && !id.renewal {
 			count++
 		}
 	}

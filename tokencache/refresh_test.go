@@ -189,7 +189,7 @@ func TestHangingEntraDoesNotDelayIMDSRefreshes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		entra, imds := &fakeUpstream{life: 6 * time.Minute}, &fakeUpstream{life: 6 * time.Minute}
 		c := drawn(New(func(ctx context.Context, req Request) (*Token, error) {
-			if _, ok := req.ServicePrincipal(); ok {
+			if _, ok := req.FromEntra(); ok {
 				return entra.fetch(ctx, req)
 			}
 			return imds.fetch(ctx, req)

@@ -55,7 +55,7 @@ func (c *Cache) Export() []Snapshot {
 			ClientID: e.key.ClientID, ResourceID: e.key.ResourceID, Resource: e.key.Resource,
 			Token: plainToken(*e.token), Left: e.left(now), RefreshAt: e.refreshAt, Owner: e.owner, Users: slices.Collect(maps.Keys(e.users)),
 		}
-		if p, ok := e.key.ServicePrincipal(); ok {
+		if p, ok := e.key.FromEntra(); ok {
 			r.Principal = &p
 		}
 		all = append(all, newSnapshot(r))

@@ -38,7 +38,7 @@ func TestImportedTokensAreServedAndRefreshed(t *testing.T) {
 		principal := numbered(1)
 		principal.Principal = unique.Make(Principal{TenantID: "t", Authority: "https://login.example", SecretName: "s"})
 		want := make(map[Key]*Token)
-		for _, k := range []Key{key, principal, {ResourceID: "/subscriptions/1", Resource: "r"}} {
+		for _, k := range []Key{key, principal, federated("cart"), {ResourceID: "/subscriptions/1", Resource: "r"}} {
 			token, err := from.Get(t.Context(), k, alice)
 			require.NoError(t, err)
 			want[k] = token
@@ -57,10 +57,10 @@ func TestImportedTokensAreServedAndRefreshed(t *testing.T) {
 			assert.Equal(t, token.AccessToken, got.AccessToken)
 			assert.True(t, token.ExpiresOn.Equal(got.ExpiresOn))
 		}
-		assert.Equal(t, Stats{Fresh: 3, Entries: 3}, to.Stats())
+		assert.Equal(t, Stats{Fresh: 4, Entries: 4}, to.Stats())
 		node.leave(alice)
 		time.Sleep(2 * time.Hour)
-		assert.Equal(t, 4, up.asked(), "bob's alone is refreshed, half of its life after it was issued")
+		assert.Equal(t, 5, up.asked(), "bob's alone is refreshed, half of its life after it was issued")
 		time.Sleep(12 * time.Hour)
 		synctest.Wait()
 		assert.Equal(t, 1, to.Stats().Entries, "the others have expired")

@@ -22,6 +22,31 @@ func (c *Cache) storeLocked(cl *call, token *Token, now time.Time) *entry {
 	return e
 }
 
+// Drop removes the tokens and failures of the keys for which unused returns true, and returns how
+// many tokens there were. What a fetch under way brings is given to those that wait for it, and not
+// kept. unused must not call c.
+func (c *Cache) Drop(unused func(Key) bool) (dropped int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, key := range c.entries.Keys() {
+		if unused(key) {
+			c.entries.Remove(key)
+			dropped++
+		}
+	}
+	for _, key := range c.failed.byKey.Keys() {
+		if unused(key) {
+			c.failed.remove(key)
+		}
+	}
+	for id, cl := range c.calls {
+		if unused(id.Key) {
+			cl.dropped = true
+		}
+	}
+	return dropped
+}
+
 func (c *Cache) replaceLocked(cl *call, before *entry, token *Token, now time.Time) *entry {
 	e := newEntry(cl.id.Key, token, now, c.jitter())
 	switch {

@@ -106,7 +106,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	if a.links, err = links.New(cfg.links); err != nil {
 		return nil, err
 	}
-	cfg.upstream.Secret = cluster.secrets.read
+	cfg.upstream.Secret, cfg.upstream.ServiceAccountToken = cluster.secrets.read, cluster.accounts.request
 	a.upstream = upstream.New(cfg.upstream)
 	if a.traces, err = telemetry.NewTraces(ctx, version, cfg.resolver.Node, log); err != nil {
 		log.Warn("traces are not exported", "error", err)
@@ -127,7 +127,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	if a.stopMetrics, err = telemetry.PushMetrics(ctx, a.parts(), log); err != nil {
 		log.Warn("metrics are not exported by OTLP", "error", err)
 	}
-	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}, {run: a.events.Run}}
+	a.background = []*component{{run: a.links.Run}, {run: a.resolver.Run}, {run: a.reportSync}, {run: a.events.Run}, {run: a.dropUnused}}
 	a.duties = []*component{{run: a.rules.Run}, {run: a.probes.run}, {run: a.metrics.run}, {run: a.watchRules}}
 	if cfg.profile {
 		a.background = append(a.background, &component{run: a.profiles.run})
@@ -277,6 +277,9 @@ func (a *agent) reportSync(ctx context.Context) {
 	case <-ctx.Done():
 	}
 }
+
+// dropUnused drops tokens that no pod of the node is entitled to any more.
+func (a *agent) dropUnused(ctx context.Context) { proxy.DropUnused(ctx, a.resolver, a.tokens) }
 
 // watchRules has an Event on the node say that its rules cannot be written.
 func (a *agent) watchRules(ctx context.Context) { a.events.WatchRules(ctx, a.rules.Status) }

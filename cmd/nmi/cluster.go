@@ -16,6 +16,7 @@ type cluster struct {
 	config   *rest.Config
 	resolver *podresolver.Resolver
 	secrets  *secrets
+	accounts *accountTokens
 }
 
 // connect makes the clients. They send nothing yet: an API server that cannot be reached
@@ -34,7 +35,10 @@ func connect(cfg config, log *slog.Logger) (c cluster, err error) {
 	if c.resolver, err = podresolver.New(sources, cfg.resolver); err != nil {
 		return c, err
 	}
-	c.secrets, err = newSecrets(restConfig)
+	if c.secrets, err = newSecrets(restConfig); err != nil {
+		return c, err
+	}
+	c.accounts, err = newAccountTokens(restConfig, cfg.federation, cfg.resolver.Node, c.resolver.PodsOf)
 	return c, err
 }
 

@@ -34,6 +34,8 @@ type config struct {
 	upstream upstream.Config
 	proxy    proxy.Config
 
+	federation federationConfig
+
 	front, probes, metrics endpoint     // front is for redirected connections
 	probeSocket            string       // "" for none
 	legacyMetrics          bool         // see telemetry.Parts
@@ -102,6 +104,9 @@ func (c *config) complete() error {
 	}
 	if _, err := os.Stat(filepath.Dir(c.probeSocket)); err != nil && c.probeSocket == defaultProbeSocket {
 		c.probeSocket = "" // not in the image: nothing asks there
+	}
+	if err := c.checkFederation(); err != nil {
+		return err
 	}
 	c.rules.Port = c.front.addr.Port()
 	c.rules.Programs.Pins = ebpf.DefaultPins

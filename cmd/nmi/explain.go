@@ -131,7 +131,7 @@ func explain(ctx context.Context, q question, socket string, cfg podresolver.Con
 func decisive(cfg podresolver.Config) podresolver.Config {
 	return podresolver.Config{
 		Mode: cfg.Mode, Namespaced: cfg.Namespaced, MICNamespace: cfg.MICNamespace, StrictSelection: cfg.StrictSelection,
-		ExceptionNamespaces: cfg.ExceptionNamespaces, Deny: cfg.Deny,
+		ExceptionNamespaces: cfg.ExceptionNamespaces, Deny: cfg.Deny, Federation: cfg.Federation,
 	}
 }
 

@@ -182,6 +182,22 @@ var situations = map[string]situation{
 		answer: "503 temporarily_unavailable: The identity is not assigned to the pod yet", log: []string{"MIC has not assigned the identity to this pod yet"},
 		explain: []string{"will get AzureIdentity shop/cart", "once MIC has assigned it"},
 	},
+	"an annotated service account": {
+		config:  podresolver.Config{Federation: podresolver.Federation{ServiceAccounts: true, TenantID: "t"}},
+		objects: []runtime.Object{aPod(label("app", "x")), resolvertest.ServiceAccount("cart", map[string]string{"azure.workload.identity/client-id": reportID})},
+		answer:  "200 " + reportID, explain: []string{"account", "ServiceAccount shop/cart gives it client ID " + reportID, "gets by default ServiceAccount shop/cart (federated, client ID " + reportID + ", tenant t)"},
+	},
+	"an annotation without a tenant": {
+		config:  podresolver.Config{Federation: podresolver.Federation{ServiceAccounts: true}},
+		objects: []runtime.Object{aPod(label("app", "x")), resolvertest.ServiceAccount("cart", map[string]string{"azure.workload.identity/client-id": reportID})},
+		answer:  "400 invalid_request: Identity not found", log: []string{"ServiceAccount shop/cart is federated and has no tenant ID, and the agent has no --federation-tenant-id"},
+		explain: []string{"reason: ServiceAccountUnusable", "fix: correct the annotations of ServiceAccount shop/cart"},
+	},
+	"a service account whose event is late": {
+		config:  podresolver.Config{Federation: podresolver.Federation{ServiceAccounts: true, TenantID: "t"}},
+		objects: []runtime.Object{aPod(label("app", "x"))}, answer: "503 temporarily_unavailable: The service account of the pod is not known yet",
+		log: []string{"the pod's service account is not known yet: ServiceAccount shop/cart"}, explain: []string{"ServiceAccount shop/cart is not known", "reason: ServiceAccountUnknown"},
+	},
 	"excepted": {
 		objects: []runtime.Object{aPod(), resolvertest.Exception("e", map[string]string{"aadpodidbinding": "cart"})}, answer: "200 " + nodeToken,
 		explain: []string{`is excepted by "e"`, `AzurePodIdentityException "e" lists its label aadpodidbinding=cart`}, not: []string{"is answered"},

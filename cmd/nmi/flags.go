@@ -38,6 +38,7 @@ func (c *config) flagGroups() []flagGroup {
 	return []flagGroup{
 		{"agent", c.addAgentFlags},
 		{"identities", c.addIdentityFlags},
+		{"federation", c.addTokenRequestFlags},
 		{"requests", c.addRequestFlags},
 		{"redirect", c.addRedirectFlags},
 		{"limits", c.addLimitFlags},
@@ -67,7 +68,7 @@ func (c *config) addIdentityFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.resolver.PodWait, "pod-wait", podresolver.DefaultPodWait.String(), parseWait, "how long a request from an unknown address waits for its pod, 1m at most")
 	parsedVar(fs, &c.resolver.IdentityWait, "identity-wait", podresolver.DefaultIdentityWait.String(), parseWait, "in standard mode, how long a request waits for MIC to assign an identity that a binding gives to the pod, 1m at most")
 	parsedVar(fs, &c.resolver.MaxStaleness, "max-staleness", "0s", parseStaleness, "how long tokens are served while the API server sends nothing about a resource, not even when asked; then 503. At least 3m; 0 is for ever")
-	listVar(fs, &c.upstream.Authorities, "entra-authority", "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets and certificates of AzureIdentities may be sent to (adEndpoint); repeat it or separate several by commas")
+	listVar(fs, &c.upstream.Authorities, flagEntraAuthority, "", parseAuthorities, "URL of an Entra authority, beside Microsoft's own, that client secrets, certificates and service account tokens of AzureIdentities may be sent to (adEndpoint); repeat it or separate several by commas")
 }
 
 // addRequestFlags adds the flags that decide which requests are served.
@@ -142,6 +143,7 @@ func (c *config) addResolverFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&r.MICNamespace, "MICNamespace", "", "in standard mode, namespace of the Deployment mic, whose pods then get what IMDS gives the node, as does whatever looks like one of them there; by default, and in managed mode, no pod does")
 	fs.BoolVar(&r.StrictSelection, "strict-identity-selection", false, "refuse requests that name no identity where a pod has several, instead of choosing one")
 	listVar(fs, &r.Deny, "deny-identity", "", podresolver.ParseDenyList, "client ID or resource ID of an identity that no AzureIdentity gives to a pod, such as the kubelet's; repeat it or separate several by commas. A client ID is enough. A resource ID alone does not withhold the identity from an AzureIdentity that names the client ID alone: give both to be sure. Excepted pods ask IMDS themselves, for any identity")
+	c.addFederationFlags(fs)
 	listVar(fs, &r.ExceptionNamespaces, "exception-namespaces", "", parseNamespaces, "namespaces whose AzurePodIdentityExceptions count; repeat it or separate several by commas. By default those of all namespaces do; \"\" is none")
 }
 

@@ -10,12 +10,14 @@ import (
 	"time"
 )
 
+const assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+
 // checkAssertion says what is wrong with a client assertion, "" if nothing is
 // (RFC 7523, section 3; learn.microsoft.com, "Microsoft identity platform
 // application authentication certificate credentials").
 func checkAssertion(p Principal, assertion, kind, endpoint string) string {
 	parts := strings.Split(assertion, ".")
-	if len(parts) != 3 || kind != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" {
+	if len(parts) != 3 || kind != assertionType {
 		return "it is not a signed JWT"
 	}
 	var header struct {

@@ -1,13 +1,14 @@
 // Package entratest is a stand-in for Entra's token endpoint, for tests.
 //
 // A request for a token is counted, meets an injected fault if one is due, and has
-// its tenant, application, proof (client secret, or an assertion signed with the
-// certificate's key) and scope checked, in this order; what is wrong is told by the
+// its tenant, application, proof (client secret, an assertion signed with the
+// certificate's key, or a service account's token) and scope checked, in this order; what is wrong is told by the
 // AADSTS number that Entra gives it. Tokens are those of imdstest: its Subject says
 // whose they are, and Tenant of which tenant. Nothing in them is secret.
 package entratest
 
 import (
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -21,13 +22,14 @@ import (
 	"time"
 )
 
-// Principal is a service principal, in each of its tenants. It proves itself with
-// its secret or its certificate, whichever it has.
+// Principal is a service principal, which a managed identity has, too, in each of its tenants. It
+// proves itself with its secret, its certificate or tokens of others, whichever it has.
 type Principal struct {
 	ClientID    string
 	Tenants     []string
 	Secret      string
 	Certificate *x509.Certificate
+	Federated   []FederatedCredential
 }
 
 // Config says how Entra behaves. The zero value knows nobody, and gives tokens of
@@ -37,6 +39,8 @@ type Config struct {
 	// Resources that there are. A slash at the end counts.
 	Resources []string
 	Lifetime  time.Duration // of a token; 0 means an hour
+	// Issuers are the keys of those that federated credentials name, by URL.
+	Issuers map[string]*rsa.PublicKey
 }
 
 // Fault replaces the answer to one request for a token.
@@ -82,6 +86,17 @@ func (s *Server) SetSecret(clientID, secret string) {
 	for i := range s.cfg.Principals {
 		if strings.EqualFold(s.cfg.Principals[i].ClientID, clientID) {
 			s.cfg.Principals[i].Secret = secret
+		}
+	}
+}
+
+// SetFederated changes the federated credentials of an application.
+func (s *Server) SetFederated(clientID string, credentials ...FederatedCredential) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.cfg.Principals {
+		if strings.EqualFold(s.cfg.Principals[i].ClientID, clientID) {
+			s.cfg.Principals[i].Federated = credentials
 		}
 	}
 }
@@ -220,7 +235,7 @@ func (s *Server) token(r *http.Request, tenant string, call *Call) (int, any) {
 	if !ok {
 		return refuse(http.StatusBadRequest, "unauthorized_client", 700016, "Application '"+form.Get("client_id")+"' was not found in the directory '"+tenant+"'.")
 	}
-	if status, body := checkProof(p, form, "https://"+r.Host+r.URL.Path); status != 0 {
+	if status, body := s.checkProof(p, form, "https://"+r.Host+r.URL.Path); status != 0 {
 		return status, body
 	}
 	scope, _, _ := strings.Cut(call.Scope, " ") // clients add openid and the like
@@ -258,8 +273,12 @@ func (s *Server) principal(clientID, tenant string) (Principal, bool) {
 }
 
 // checkProof returns status 0 if a request proves to come from the principal.
-func checkProof(p Principal, form url.Values, endpoint string) (status int, body any) {
+func (s *Server) checkProof(p Principal, form url.Values, endpoint string) (status int, body any) {
 	switch assertion := form.Get("client_assertion"); {
+	case assertion != "" && p.Certificate == nil && p.Secret == "":
+		if number, text := s.checkFederated(p, assertion, form.Get("client_assertion_type")); number != 0 {
+			return refuse(http.StatusUnauthorized, "invalid_client", number, text)
+		}
 	case assertion != "":
 		if why := checkAssertion(p, assertion, form.Get("client_assertion_type"), endpoint); why != "" {
 			return refuse(http.StatusUnauthorized, "invalid_client", 700027, "The client assertion is not valid: "+why+".")

@@ -30,6 +30,7 @@ const sourceEntra = "Entra"
 type entra struct {
 	certificates *certificates
 	secret       func(ctx context.Context, namespace, name string) (map[string][]byte, error)
+	accountToken func(ctx context.Context, account tokencache.ServiceAccount) (string, error)
 	hosts        map[string]bool // that secrets may be sent to
 	userAgent    string
 	transport    *http.Transport
@@ -38,7 +39,7 @@ type entra struct {
 func newEntra(cfg Config) *entra {
 	e := &entra{
 		certificates: newCertificates(),
-		secret:       cfg.Secret, hosts: hostsOf(cfg.Authorities), userAgent: cfg.UserAgent,
+		secret:       cfg.Secret, accountToken: cfg.ServiceAccountToken, hosts: hostsOf(cfg.Authorities), userAgent: cfg.UserAgent,
 		transport: &http.Transport{
 			// Unlike IMDS, Entra is on the Internet, which some nodes reach through
 			// a proxy only.
@@ -58,13 +59,18 @@ func newEntra(cfg Config) *entra {
 			return nil, fmt.Errorf("%w: this agent reads no secrets", ErrNoSecret)
 		}
 	}
+	if e.accountToken == nil {
+		e.accountToken = func(context.Context, tokencache.ServiceAccount) (string, error) {
+			return "", fmt.Errorf("%w: this agent requests none", ErrNoServiceAccountToken)
+		}
+	}
 	return e
 }
 
-// token gets one token: is its authority allowed, what does the Secret hold, what does
-// Entra say. Only the last takes a slot, so that reading and decoding a Secret delays no
-// other pod. The error is an *Error (Entra refused), a *CredentialError (Entra could not
-// even be asked), or wraps ErrEntra.
+// token gets one token: is its authority allowed, what does the Secret or the API server hold,
+// what does Entra say. Only the last takes a slot, so that what comes before delays no other pod.
+// The error is an *Error (Entra refused), perhaps in an *AssertionError, a *CredentialError (Entra
+// could not even be asked), or wraps ErrEntra.
 func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
 	host, err := e.allowed(p.Authority)
 	if err != nil {
@@ -97,7 +103,7 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{Scopes: []string{scopeOf(key.Resource)}})
 	now := time.Now()
 	if err != nil {
-		err = x.explain(ctx, err, now)
+		err = proof.assertion.explain(x.explain(ctx, err, now))
 	}
 	f.counts.record(ctx, now.Sub(began), err)
 	if err != nil {
@@ -111,20 +117,28 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 // (learn.microsoft.com, "Scopes and permissions", Trailing slash and .default).
 func scopeOf(resource string) string { return resource + "/.default" }
 
-// proof is what a service principal proves itself with: a client secret, or else a
-// certificate.
+// proof is what an identity proves itself with: a service account's token, a client secret, or
+// else a certificate.
 type proof struct {
+	assertion    *assertion // nil for a service principal
 	clientSecret string
 	certificate  certificate
 }
 
-// proof reads the Secret. The error is a *CredentialError.
+// proof reads the Secret, or requests the service account's token. The error is a
+// *CredentialError.
 func (e *entra) proof(ctx context.Context, p tokencache.Principal) (got proof, err error) {
+	if p.Federated() {
+		if got.assertion, err = e.assertion(ctx, p.ServiceAccount); err != nil {
+			return proof{}, credentialError(p, err)
+		}
+		return got, nil
+	}
 	name := p.SecretNamespace + "/" + p.SecretName
 	data, err := e.secret(ctx, p.SecretNamespace, p.SecretName)
 	if err != nil {
 		e.certificates.forget(name) // the Secret may have been deleted
-		return proof{}, secretError(p, err)
+		return proof{}, credentialError(p, err)
 	}
 	if !p.Certificate {
 		if got.clientSecret, err = clientSecretIn(data); err != nil {
@@ -135,7 +149,7 @@ func (e *entra) proof(ctx context.Context, p tokencache.Principal) (got proof, e
 	got.certificate, err = e.certificates.get(ctx, name, data)
 	switch {
 	case err != nil && ctx.Err() != nil:
-		return proof{}, secretError(p, fmt.Errorf("decoding its certificate: %w", err))
+		return proof{}, credentialError(p, fmt.Errorf("decoding its certificate: %w", err))
 	case err != nil:
 		return proof{}, refusedCredential(p, err)
 	}
@@ -153,6 +167,10 @@ func newCredential(clientID string, p tokencache.Principal, proof proof, options
 	// Microsoft's. Here a list of our own has said so already, and it says no
 	// more of authorities that the operator named.
 	const noDiscovery = true
+	if proof.assertion != nil {
+		return azidentity.NewClientAssertionCredential(p.TenantID, clientID, func(context.Context) (string, error) { return proof.assertion.token, nil },
+			&azidentity.ClientAssertionCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: noDiscovery})
+	}
 	if p.Certificate {
 		return azidentity.NewClientCertificateCredential(p.TenantID, clientID, proof.certificate.chain, proof.certificate.key,
 			&azidentity.ClientCertificateCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: noDiscovery})

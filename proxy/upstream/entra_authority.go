@@ -53,6 +53,10 @@ func (e *entra) allowed(authority string) (host string, err error) {
 	return host, nil
 }
 
+// AllowedAuthority reports whether secrets may be sent to a host, as ParseAuthority returns it: one of
+// Microsoft's or of others, see Config.Authorities.
+func AllowedAuthority(host string, others []string) bool { return hostsOf(others)[host] }
+
 // hostsOf is the set of hosts that secrets may be sent to.
 func hostsOf(more []string) map[string]bool {
 	hosts := make(map[string]bool)

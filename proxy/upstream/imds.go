@@ -47,7 +47,7 @@ func newPipeline(transport *http.Transport) runtime.Pipeline {
 // of which takes a slot (those at Entra share one). An answer other than a token, by IMDS
 // or Entra, is an *Error, wrapped where the deadline ended the tries after it.
 func (u *Upstream) Token(ctx context.Context, req tokencache.Request) (token *tokencache.Token, err error) {
-	principal, ok := req.ServicePrincipal()
+	principal, ok := req.FromEntra()
 	limiter, counts := u.imdsLimiter, &u.imdsCounts
 	if ok {
 		limiter, counts = u.entraLimiter, &u.entraCounts

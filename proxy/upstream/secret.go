@@ -14,18 +14,18 @@ import (
 // does not exist, or the agent may not read it.
 var ErrNoSecret = errors.New("it cannot be read")
 
-// CredentialError means that the agent has no usable credential for a service principal, and
-// sent nothing to Entra. Its text is for operators, not for pods, and quotes nothing from
-// the Secret but the names of its keys.
+// CredentialError means that the agent has no usable credential for an identity, and sent nothing
+// to Entra. Its text is for operators, not for pods, and quotes nothing from a Secret but the
+// names of its keys.
 type CredentialError struct {
-	Namespace, Name string // of the Secret
-	Err             error  // what is wrong with it
+	Object string // "secret shop/name" or "service account shop/name"
+	Err    error  // what is wrong with it
 
 	class tokencache.Class
 }
 
 func (e *CredentialError) Error() string {
-	return fmt.Sprintf("secret %s/%s: %v", e.Namespace, e.Name, e.Err)
+	return fmt.Sprintf("%s: %v", e.Object, e.Err)
 }
 
 // Unwrap returns Err.
@@ -36,13 +36,21 @@ func (e *CredentialError) Unwrap() error { return e.Err }
 func (e *CredentialError) Class() tokencache.Class { return e.class }
 
 func refusedCredential(p tokencache.Principal, err error) error {
-	return &CredentialError{Namespace: p.SecretNamespace, Name: p.SecretName, Err: err, class: tokencache.Refused}
+	return &CredentialError{Object: objectOf(p), Err: err, class: tokencache.Refused}
 }
 
-// secretError classifies an error of Config.Secret.
-func secretError(p tokencache.Principal, err error) error {
-	e := &CredentialError{Namespace: p.SecretNamespace, Name: p.SecretName, Err: err, class: tokencache.Unavailable}
-	if errors.Is(err, ErrNoSecret) {
+// objectOf names what proves an identity.
+func objectOf(p tokencache.Principal) string {
+	if p.Federated() {
+		return fmt.Sprintf("service account %s/%s", p.ServiceAccount.Namespace, p.ServiceAccount.Name)
+	}
+	return fmt.Sprintf("secret %s/%s", p.SecretNamespace, p.SecretName)
+}
+
+// credentialError classifies an error of Config.Secret or Config.ServiceAccountToken.
+func credentialError(p tokencache.Principal, err error) error {
+	e := &CredentialError{Object: objectOf(p), Err: err, class: tokencache.Unavailable}
+	if errors.Is(err, ErrNoSecret) || errors.Is(err, ErrNoServiceAccountToken) {
 		e.class = tokencache.Refused
 	}
 	return e

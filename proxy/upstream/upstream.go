@@ -7,7 +7,8 @@
 //
 // A service principal's token comes from Entra: the authority must be one that secrets may
 // be sent to; the Secret is read; a credential made from it requests the token. An unusable
-// Secret is returned as a *CredentialError.
+// Secret is returned as a *CredentialError. A federated identity's token comes from there, too,
+// for a token of the pod's service account instead of a Secret.
 //
 // The same connections carry the requests that are passed through, see RoundTrip.
 package upstream
@@ -25,6 +26,7 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 
+	"github.com/podidentity/nmi/tokencache"
 	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
@@ -52,6 +54,10 @@ type Config struct {
 	// fetched. Its error wraps ErrNoSecret where asking again changes nothing. nil
 	// reads none.
 	Secret func(ctx context.Context, namespace, name string) (map[string][]byte, error)
+	// ServiceAccountToken returns a new token of a service account, for Entra, whenever one of
+	// a federated identity is fetched. Its error wraps ErrNoServiceAccountToken where asking
+	// again changes nothing. nil returns none.
+	ServiceAccountToken func(ctx context.Context, account tokencache.ServiceAccount) (string, error)
 	// Authorities are hosts, as ParseAuthority returns them, that secrets may be
 	// sent to beside Microsoft's own.
 	Authorities []string

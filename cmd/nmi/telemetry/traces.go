@@ -107,7 +107,7 @@ func (t *Traces) Fetch(next tokencache.Fetch) tokencache.Fetch {
 			parents = 1
 		}
 		source := "imds"
-		if _, ok := req.ServicePrincipal(); ok {
+		if _, ok := req.FromEntra(); ok {
 			source = "entra"
 		}
 		ctx, span := t.tracer.Start(ctx, "fetch token", trace.WithSpanKind(trace.SpanKindClient), trace.WithAttributes(

@@ -1,0 +1,75 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/upstream"
+)
+
+// federationConfig is how the agent gets tokens of service accounts.
+type federationConfig struct {
+	audience string // of the tokens
+	asNode   bool   // requests them in the name of its node
+}
+
+const (
+	flagFederation          = "federation"
+	flagFederationTenant    = "federation-tenant-id"
+	flagFederationAuthority = "federation-authority"
+	flagEntraAuthority      = "entra-authority"
+
+	// defaultAudience is that of Entra in the public cloud.
+	defaultAudience = "api://AzureADTokenExchange"
+)
+
+// addFederationFlags adds the flags that decide what pods get by federation, which nmi explain has,
+// too.
+func (c *config) addFederationFlags(fs *pflag.FlagSet) {
+	f := &c.resolver.Federation
+	parsedVar(fs, &f.ServiceAccounts, flagFederation, "off", parseFederation, `"annotated": service accounts with the annotation `+podresolver.ClientIDAnnotation+` give that identity to their pods, by federation; "off": AzureIdentities alone give identities. Those with the annotation aadpodidentity.k8s.io/Federated get their tokens by federation in either case`)
+	parsedVar(fs, &f.TenantID, flagFederationTenant, "", parseTenant, "tenant of identities with federation that do not name theirs")
+	parsedVar(fs, &f.Authority, flagFederationAuthority, "", parseAuthority, "URL of the Entra authority of identities with federation that do not name theirs: one of Microsoft's or of --"+flagEntraAuthority+"; \"\" is the public cloud's")
+}
+
+// addTokenRequestFlags adds the flags of how the agent gets tokens of service accounts.
+func (c *config) addTokenRequestFlags(fs *pflag.FlagSet) {
+	fs.StringVar(&c.federation.audience, "federation-audience", defaultAudience, "audience of the service account tokens that Entra exchanges; api://AzureADTokenExchangeUSGov and api://AzureADTokenExchangeChina in those clouds, api://AKSIdentityBinding for AKS identity bindings")
+	fs.BoolVar(&c.federation.asNode, "federation-as-node", false, "request service account tokens in the name of the agent's own node, so that its rights end with the node's pods: constrained impersonation, from Kubernetes 1.36, with the rights of deploy/federation/own-node.yaml")
+}
+
+func parseFederation(text string) (bool, error) {
+	word, err := oneOf("off", "annotated")(text)
+	return word == "annotated", err
+}
+
+func parseTenant(text string) (string, error) {
+	if text != "" && !podresolver.ValidTenant(text) {
+		return "", errors.New("want the ID of a tenant, or one of its domains")
+	}
+	return text, nil
+}
+
+// parseAuthority returns the URL of an authority.
+func parseAuthority(text string) (string, error) {
+	if text == "" {
+		return "", nil
+	}
+	host, err := upstream.ParseAuthority(text)
+	return "https://" + host, err
+}
+
+// checkFederation checks what takes more than one flag to see.
+func (c *config) checkFederation() error {
+	if a := c.resolver.Federation.Authority; a != "" && !upstream.AllowedAuthority(strings.TrimPrefix(a, "https://"), c.upstream.Authorities) {
+		return fmt.Errorf("--%s=%s is neither one of Microsoft's authorities nor named by --%s", flagFederationAuthority, a, flagEntraAuthority)
+	}
+	if c.federation.audience == "" {
+		return errors.New("--federation-audience is empty: the API server would take that for its own audience")
+	}
+	return nil
+}
