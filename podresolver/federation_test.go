@@ -193,9 +193,13 @@ func TestPrecedence(t *testing.T) {
 		"bound to nothing": {objects: []any{account, resolvertest.Binding("b", "x", "gone")}, named: fedClient, err: ErrNoIdentity, explained: "IdentityMissing: create AzureIdentity shop/gone"},
 		"not assigned":     {mode: Standard, objects: append(bound, account), named: fedClient, err: ErrNotAssigned, explained: "NotAssigned: "},
 		"bound, too":       {objects: []any{resolvertest.Identity("i", fedClient, ""), resolvertest.Binding("b", "x", "i"), account}, byDefault: fedClient, named: fedClient, explained: "which is bound to it, too: the binding decides where its tokens come from"},
-		"an assignment of no weight": {mode: Standard, objects: []any{account,
-			resolvertest.In("evil", resolvertest.Assigned("a", "p", aadpodidentity.Assigned, resolvertest.Identity("i", cartClient, ""), resolvertest.Binding("b", "x", "i")))},
-			byDefault: fedClient, named: fedClient, explained: "ok account"},
+		"an assignment of no weight": {
+			mode: Standard, objects: []any{
+				account,
+				resolvertest.In("evil", resolvertest.Assigned("a", "p", aadpodidentity.Assigned, resolvertest.Identity("i", cartClient, ""), resolvertest.Binding("b", "x", "i"))),
+			},
+			byDefault: fedClient, named: fedClient, explained: "ok account",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHarness(t, on(Config{Mode: tc.mode}), append(tc.objects, pod)...)

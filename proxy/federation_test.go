@@ -192,8 +192,10 @@ func TestFederatedToken(t *testing.T) {
 		assert.Equal(t, tc.tenant, entratest.Tenant(accessToken(t, body)))
 	}
 	assert.Equal(t, []tokencache.ServiceAccount{
-		{Namespace: "shop", Name: "cart", UID: "uid-of-cart"}, {Namespace: "shop", Name: "cart", UID: "uid-of-cart"},
-		{Namespace: "shop", Name: "report", UID: "uid-of-report"}, {Namespace: "shop", Name: "batch", UID: "uid-of-batch"},
+		{Namespace: "shop", Name: "cart", UID: "uid-of-cart"},
+		{Namespace: "shop", Name: "cart", UID: "uid-of-cart"},
+		{Namespace: "shop", Name: "report", UID: "uid-of-report"},
+		{Namespace: "shop", Name: "batch", UID: "uid-of-batch"},
 	}, f.requests)
 	_, first := f.asks(ofCart, vault)
 	_, second := f.asks(ofCartToo, vault)
