@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/rsa"
 	"crypto/x509"
@@ -80,6 +81,16 @@ func podOf(account, name, ip, label string) runtime.Object {
 
 func newFederationWorld(t *testing.T, change func(*upstream.Config)) *federationWorld {
 	t.Helper()
+	return newFederationWorldIn(t, "", func(_ *federationWorld, c *upstream.Config) {
+		if change != nil {
+			change(c)
+		}
+	})
+}
+
+// newFederationWorldIn is newFederationWorld with another authority, unless that is "".
+func newFederationWorldIn(t *testing.T, authority string, change func(*federationWorld, *upstream.Config)) *federationWorld {
+	t.Helper()
 	f := &federationWorld{world: &world{t: t, imds: imdstest.NewServer(imdstest.Config{}), log: &testlog.Buffer{}}, issuer: entratest.NewIssuer(issuerURL), audience: exchangeTo}
 	trusted := func(clientID, account string, tenants ...string) entratest.Principal {
 		return entratest.Principal{ClientID: clientID, Tenants: tenants, Federated: []entratest.FederatedCredential{{Issuer: issuerURL, Subject: entratest.Subject("shop", account), Audience: exchangeTo}}}
@@ -97,9 +108,7 @@ func newFederationWorld(t *testing.T, change func(*upstream.Config)) *federation
 		IMDS: &url.URL{Scheme: "http", Host: "127.0.0.1:1"}, UserAgent: "nmi/test", ServiceAccountToken: f.token, Roots: roots,
 		Authorities: []string{strings.TrimPrefix(fakeEntra.URL, "https://")},
 	}
-	if change != nil {
-		change(&cfg)
-	}
+	change(f, &cfg)
 	up := upstream.New(cfg)
 	t.Cleanup(up.Close)
 	federated := resolvertest.Federated(resolvertest.Identity("bound", boundID, ""))
@@ -112,7 +121,7 @@ func newFederationWorld(t *testing.T, change func(*upstream.Config)) *federation
 	log := slog.New(slog.NewTextHandler(f.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	resolver, err := podresolver.New(f.cluster.Sources(), podresolver.Config{
 		Node: resolvertest.Node, Logger: log, PodWait: 50 * time.Millisecond,
-		Federation: podresolver.Federation{ServiceAccounts: true, TenantID: tenantA, Authority: fakeEntra.URL},
+		Federation: podresolver.Federation{ServiceAccounts: true, TenantID: tenantA, Authority: cmp.Or(authority, fakeEntra.URL)},
 	})
 	require.NoError(t, err)
 	f.resolver = run(t, resolver)

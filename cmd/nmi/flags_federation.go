@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -22,6 +24,7 @@ const (
 	flagFederationTenant    = "federation-tenant-id"
 	flagFederationAuthority = "federation-authority"
 	flagEntraAuthority      = "entra-authority"
+	flagTokenProxy          = "federation-token-proxy"
 
 	// defaultAudience is that of Entra in the public cloud.
 	defaultAudience = "api://AzureADTokenExchange"
@@ -39,7 +42,27 @@ func (c *config) addFederationFlags(fs *pflag.FlagSet) {
 // addTokenRequestFlags adds the flags of how the agent gets tokens of service accounts.
 func (c *config) addTokenRequestFlags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.federation.audience, "federation-audience", defaultAudience, "audience of the service account tokens that Entra exchanges; api://AzureADTokenExchangeUSGov and api://AzureADTokenExchangeChina in those clouds, api://AKSIdentityBinding for AKS identity bindings")
+	p := &c.upstream.TokenProxy
+	parsedVar(fs, &p.URL, flagTokenProxy, "", parseTokenProxy, "URL of the token proxy of AKS identity bindings, to exchange service account tokens there and not at Entra (also the environment's "+envTokenProxy+")")
+	fs.StringVar(&p.ServerName, flagTokenProxy+"-sni", "", "name that the token proxy is asked for by SNI, and that its certificate must have (also the environment's "+envTokenProxySNI+")")
+	fs.StringVar(&p.CAFile, flagTokenProxy+"-ca", "", "file of the certificates that sign the token proxy's, read again when it changes; \"\" means the system's (also the environment's "+envTokenProxyCA+")")
 	fs.BoolVar(&c.federation.asNode, "federation-as-node", false, "request service account tokens in the name of the agent's own node, so that its rights end with the node's pods: constrained impersonation, from Kubernetes 1.36, with the rights of deploy/federation/own-node.yaml")
+}
+
+// Variables of containers that the webhook for AKS identity bindings sets (Azure SDKs, azidentity's
+// EnableAzureProxy).
+const (
+	envTokenProxy       = "AZURE_KUBERNETES_TOKEN_PROXY"
+	envTokenProxySNI    = "AZURE_KUBERNETES_SNI_NAME"
+	envTokenProxyCA     = "AZURE_KUBERNETES_CA_FILE"
+	envTokenProxyCAData = "AZURE_KUBERNETES_CA_DATA"
+)
+
+func parseTokenProxy(text string) (string, error) {
+	if text == "" {
+		return "", nil
+	}
+	return upstream.ParseTokenProxy(text)
 }
 
 func parseFederation(text string) (bool, error) {
@@ -68,8 +91,29 @@ func (c *config) checkFederation() error {
 	if a := c.resolver.Federation.Authority; a != "" && !upstream.AllowedAuthority(strings.TrimPrefix(a, "https://"), c.upstream.Authorities) {
 		return fmt.Errorf("--%s=%s is neither one of Microsoft's authorities nor named by --%s", flagFederationAuthority, a, flagEntraAuthority)
 	}
+	if err := c.completeTokenProxy(); err != nil {
+		return err
+	}
 	if c.federation.audience == "" {
 		return errors.New("--federation-audience is empty: the API server would take that for its own audience")
+	}
+	return nil
+}
+
+// completeTokenProxy takes from the environment what the flags of the token proxy do not say.
+func (c *config) completeTokenProxy() (err error) {
+	p := &c.upstream.TokenProxy
+	if p.URL == "" {
+		if p.URL, err = parseTokenProxy(os.Getenv(envTokenProxy)); err != nil {
+			return fmt.Errorf("the environment's %s: %w", envTokenProxy, err)
+		}
+	}
+	p.ServerName = cmp.Or(p.ServerName, os.Getenv(envTokenProxySNI))
+	if p.CAFile = cmp.Or(p.CAFile, os.Getenv(envTokenProxyCA)); p.CAFile == "" {
+		p.CAData = os.Getenv(envTokenProxyCAData)
+	}
+	if p.URL == "" && *p != (upstream.TokenProxy{}) {
+		return fmt.Errorf("a name or CA of the token proxy is of no use without --%s (or %s)", flagTokenProxy, envTokenProxy)
 	}
 	return nil
 }

@@ -90,6 +90,19 @@ func TestEveryFlagOfTheOldNMIIsTaken(t *testing.T) {
 	assert.True(t, cfg.logger(&bytes.Buffer{}).Enabled(t.Context(), -4), "-v=5 is debug")
 }
 
+// TestTokenProxyFromEnvironment: the variables are those that AKS sets for Azure SDKs.
+func TestTokenProxyFromEnvironment(t *testing.T) {
+	t.Setenv("AZURE_KUBERNETES_TOKEN_PROXY", "https://10.0.0.1/p")
+	t.Setenv("AZURE_KUBERNETES_SNI_NAME", "name")
+	t.Setenv("AZURE_KUBERNETES_CA_DATA", "PEM")
+	assert.Equal(t, upstream.TokenProxy{URL: "https://10.0.0.1/p", ServerName: "name", CAData: "PEM"}, mustParse(t, "--node=n").upstream.TokenProxy)
+	t.Setenv("AZURE_KUBERNETES_CA_FILE", "/ca")
+	assert.Equal(t, upstream.TokenProxy{URL: "https://other", ServerName: "name", CAFile: "/ca"}, mustParse(t, "--node=n", "--federation-token-proxy=https://other").upstream.TokenProxy)
+	t.Setenv("AZURE_KUBERNETES_TOKEN_PROXY", "10.0.0.1")
+	_, err := parse("--node=n")
+	require.ErrorContains(t, err, `the environment's AZURE_KUBERNETES_TOKEN_PROXY: "10.0.0.1" is not https`)
+}
+
 func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 	for arg, want := range map[string]string{
 		"--node=":                             "--node is required",
@@ -128,6 +141,9 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--federation-tenant-id=a/b":          "want the ID of a tenant, or one of its domains",
 		"--federation-authority=http://e":     `"http://e" is not https`,
 		"--federation-authority=https://e":    "neither one of Microsoft's authorities nor named by --entra-authority",
+		"--federation-token-proxy=http://p":   `"http://p" is not https`,
+		"--federation-token-proxy=https://p?": `want https://<host>[:port][/<path>], no query`,
+		"--federation-token-proxy-sni=p":      "is of no use without --federation-token-proxy",
 		"--federation-audience=":              "--federation-audience is empty",
 		"--entra-authority=http://entra":      `"http://entra" is not https`,
 		"--entra-authority=https://entra/x":   `"https://entra/x": want https://<host>[:port], no path or query`,

@@ -34,25 +34,15 @@ type entra struct {
 	hosts        map[string]bool // that secrets may be sent to
 	userAgent    string
 	transport    *http.Transport
+	tokenProxy   *tokenProxy // for federated identities; nil for none
 }
 
 func newEntra(cfg Config) *entra {
 	e := &entra{
 		certificates: newCertificates(),
 		secret:       cfg.Secret, accountToken: cfg.ServiceAccountToken, hosts: hostsOf(cfg.Authorities), userAgent: cfg.UserAgent,
-		transport: &http.Transport{
-			// Unlike IMDS, Entra is on the Internet, which some nodes reach through
-			// a proxy only.
-			Proxy:                 http.ProxyFromEnvironment,
-			DialContext:           (&net.Dialer{Timeout: 3 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-			TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.Roots},
-			TLSHandshakeTimeout:   5 * time.Second,
-			ForceAttemptHTTP2:     true,
-			MaxIdleConns:          8,
-			MaxIdleConnsPerHost:   4,
-			IdleConnTimeout:       90 * time.Second,
-			ResponseHeaderTimeout: 10 * time.Second,
-		},
+		transport:  newEntraTransport(&tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.Roots}),
+		tokenProxy: newTokenProxy(cfg.TokenProxy),
 	}
 	if e.secret == nil {
 		e.secret = func(context.Context, string, string) (map[string][]byte, error) {
@@ -65,6 +55,22 @@ func newEntra(cfg Config) *entra {
 		}
 	}
 	return e
+}
+
+func newEntraTransport(cfg *tls.Config) *http.Transport {
+	return &http.Transport{
+		// Unlike IMDS, Entra is on the Internet, which some nodes reach through
+		// a proxy only.
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           (&net.Dialer{Timeout: 3 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		TLSClientConfig:       cfg,
+		TLSHandshakeTimeout:   5 * time.Second,
+		ForceAttemptHTTP2:     true,
+		MaxIdleConns:          8,
+		MaxIdleConnsPerHost:   4,
+		IdleConnTimeout:       90 * time.Second,
+		ResponseHeaderTimeout: 10 * time.Second,
+	}
 }
 
 // token gets one token: is its authority allowed, what does the Secret or the API server hold,
@@ -87,9 +93,13 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 		return nil, err
 	}
 	defer release(0) // Entra throttles one tenant or application, not all
+	var transport http.RoundTripper = e.transport
+	if p.Federated() && e.tokenProxy != nil {
+		transport = e.tokenProxy
+	}
 	x := &exchange{
 		client: &http.Client{
-			Transport: e.transport,
+			Transport: transport,
 			// The request holds the secret, or stands for it.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},

@@ -58,6 +58,8 @@ type Config struct {
 	// a federated identity is fetched. Its error wraps ErrNoServiceAccountToken where asking
 	// again changes nothing. nil returns none.
 	ServiceAccountToken func(ctx context.Context, account tokencache.ServiceAccount) (string, error)
+	// TokenProxy exchanges those tokens in Entra's place; the zero value is none.
+	TokenProxy TokenProxy
 	// Authorities are hosts, as ParseAuthority returns them, that secrets may be
 	// sent to beside Microsoft's own.
 	Authorities []string
@@ -165,5 +167,6 @@ func (u *Upstream) setLimits(perSecond, atOnce int) {
 func (u *Upstream) Close() {
 	u.transport.CloseIdleConnections()
 	u.entra.transport.CloseIdleConnections()
+	u.entra.tokenProxy.close()
 	u.entra.certificates.close()
 }
