@@ -33,7 +33,7 @@ func ParseTokenProxy(text string) (string, error) {
 		return "", fmt.Errorf("%.200q is not a URL", text)
 	case u.Scheme != "https":
 		return "", fmt.Errorf("%.200q is not https", text)
-	case u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "":
+	case u.Hostname() == "" || u.User != nil || u.ForceQuery || u.RawQuery != "" || u.Fragment != "":
 		return "", fmt.Errorf("%.200q: want https://<host>[:port][/<path>], no query", text)
 	}
 	return text, nil
