@@ -113,7 +113,8 @@ func (c *config) completeTokenProxy() (err error) {
 		p.CAData = os.Getenv(envTokenProxyCAData)
 	}
 	if p.URL == "" && *p != (upstream.TokenProxy{}) {
-		return fmt.Errorf("a name or CA of the token proxy is of no use without --%s (or %s)", flagTokenProxy, envTokenProxy)
+		return fmt.Errorf("--%s-sni and --%s-ca (or %s, %s, %s) are of no use without --%s (or %s)",
+			flagTokenProxy, flagTokenProxy, envTokenProxySNI, envTokenProxyCA, envTokenProxyCAData, flagTokenProxy, envTokenProxy)
 	}
 	return nil
 }

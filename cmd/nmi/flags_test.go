@@ -143,7 +143,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--federation-authority=https://e":    "neither one of Microsoft's authorities nor named by --entra-authority",
 		"--federation-token-proxy=http://p":   `"http://p" is not https`,
 		"--federation-token-proxy=https://p?": `want https://<host>[:port][/<path>], no query`,
-		"--federation-token-proxy-sni=p":      "is of no use without --federation-token-proxy",
+		"--federation-token-proxy-sni=p":      "are of no use without --federation-token-proxy",
 		"--federation-audience=":              "--federation-audience is empty",
 		"--entra-authority=http://entra":      `"http://entra" is not https`,
 		"--entra-authority=https://entra/x":   `"https://entra/x": want https://<host>[:port], no path or query`,

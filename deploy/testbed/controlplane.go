@@ -85,9 +85,10 @@ func (c *ControlPlane) StartAPIServer(ctx context.Context) (err error) {
 	c.api, err = StartProgram(filepath.Join(c.bin, "kube-apiserver"), nil,
 		"--etcd-servers="+c.etcdURL(), "--bind-address=127.0.0.1", "--advertise-address="+NodeAddress, fmt.Sprintf("--secure-port=%d", 6443+c.shift),
 		"--cert-dir="+c.path("certs"), "--service-cluster-ip-range=10.96.0.0/16",
-		"--service-account-issuer=https://testbed", "--service-account-key-file="+c.path("sa.key"),
+		"--service-account-issuer="+Issuer, "--service-account-key-file="+c.path("sa.key"),
 		"--service-account-signing-key-file="+c.path("sa.key"), "--token-auth-file="+c.path("tokens.csv"),
-		"--authorization-mode=RBAC",
+		// As on AKS: nodes may do what the node authorizer and NodeRestriction let them.
+		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
 		// No controller makes default service accounts.
 		"--disable-admission-plugins=ServiceAccount")
 	if err != nil {
@@ -110,6 +111,23 @@ func (c *ControlPlane) StartAPIServer(ctx context.Context) (err error) {
 		return fmt.Errorf("%w; its log:\n%s\netcd's log:\n%s", err, c.api.Log(), c.etcd.Log())
 	}
 	return nil
+}
+
+// Issuer is that of the tokens of service accounts.
+const Issuer = "https://testbed"
+
+// IssuerKey is what tokens of service accounts are checked with.
+func (c *ControlPlane) IssuerKey() (*rsa.PublicKey, error) {
+	text, err := os.ReadFile(c.path("sa.key"))
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(text)
+	key, err := x509.ParsePKCS1PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	return &key.PublicKey, nil
 }
 
 // StopAPIServer kills the API server; etcd stays.

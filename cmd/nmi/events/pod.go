@@ -17,8 +17,9 @@ func (w *Writer) Refused(d proxy.Denial) {
 	switch d.Reason {
 	case podresolver.NoIdentityBound, podresolver.SelectorCaseDiffers, podresolver.BindingInOtherNamespace,
 		podresolver.IdentityMissing, podresolver.IdentityUnusable, podresolver.RequestedIdentityMissing,
-		podresolver.SeveralIdentities, podresolver.NotAssigned, podresolver.AddressAmbiguous,
-		proxy.IdentityUnknownToIMDS, proxy.IMDSRefused, proxy.EntraRefused, proxy.CredentialUnusable, proxy.TokensWithheldOnBridge:
+		podresolver.SeveralIdentities, podresolver.NotAssigned, podresolver.AddressAmbiguous, podresolver.ServiceAccountUnusable,
+		proxy.IdentityUnknownToIMDS, proxy.IMDSRefused, proxy.EntraRefused, proxy.FederationUnknown, proxy.CredentialUnusable,
+		proxy.TokensWithheldOnBridge:
 	default:
 		return
 	}
