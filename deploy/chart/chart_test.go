@@ -18,6 +18,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"sigs.k8s.io/yaml"
 )
 
 var update = flag.Bool("update", false, "write the files that are made of the chart")
@@ -152,7 +153,7 @@ func objects(t *testing.T, text string) []string {
 // TestTwoReleases have no object in common, but for those that both are told to make.
 func TestTwoReleases(t *testing.T) {
 	all := "--set=admissionPolicies.warnings=true,admissionPolicies.exceptions=true,admissionPolicies.allowedIdentities.shop={a},startupTaint=example.com/a:NoSchedule," +
-		"operationMode=standard,rbac.createUserFacingClusterRoles=true,rbac.secrets.shop={a},serviceMonitor.enabled=true,prometheusRule.enabled=true,grafanaDashboard.enabled=true,openshift.securityContextConstraints=true"
+		"operationMode=standard,rbac.createUserFacingClusterRoles=true,rbac.secrets.shop={a},federation.serviceAccounts=true,federation.rights=namespaces,federation.namespaces={shop},serviceMonitor.enabled=true,prometheusRule.enabled=true,grafanaDashboard.enabled=true,openshift.securityContextConstraints=true"
 	one, err := render(t, all)
 	require.NoError(t, err, one)
 	other, err := render(t, all, "--set=fullnameOverride=agent")
@@ -182,6 +183,45 @@ func TestStartupTaintRights(t *testing.T) {
 	text, err = render(t, "--set=admissionPolicies.exceptions=true")
 	require.NoError(t, err, text)
 	assert.NotContains(t, text, "nodes]")
+}
+
+// TestFederationRights: the chart gives the rights of deploy/federation, which that of e2e tries.
+func TestFederationRights(t *testing.T) {
+	rules := func(text string) (all []string) {
+		for document := range strings.SplitSeq(text, "\n---\n") {
+			var role struct {
+				Kind  string
+				Rules []any
+			}
+			require.NoError(t, yaml.Unmarshal([]byte(document), &role))
+			if len(role.Rules) == 0 {
+				continue
+			}
+			text, err := yaml.Marshal(role)
+			require.NoError(t, err)
+			all = append(all, string(text))
+		}
+		slices.Sort(all)
+		return all
+	}
+	for file, set := range map[string]string{
+		"service-accounts": "federation.serviceAccounts=true",
+		"own-node":         "federation.rights=node",
+		"namespace":        "federation.rights=namespaces,federation.namespaces={shop}",
+		"cluster":          "federation.rights=cluster",
+	} {
+		manifest, err := os.ReadFile("../federation/" + file + ".yaml")
+		require.NoError(t, err)
+		files := renderFiles(t, "--set="+set)
+		assert.Equal(t, rules(string(manifest)), rules(files["federation.yaml"]), file)
+		assert.Equal(t, file == "own-node", strings.Contains(files["daemonset.yaml"], "- --federation-as-node\n"), file)
+		files = renderFiles(t, "--set="+set+",rbac.enabled=false")
+		assert.Empty(t, files["federation.yaml"], file)
+	}
+	assert.Empty(t, renderFiles(t)["federation.yaml"])
+	out, err := render(t, "--kube-version=1.35.4", "--set=federation.rights=node")
+	require.Error(t, err)
+	assert.Contains(t, out, "federation.rights=node needs Kubernetes 1.36 or later (constrained impersonation); this cluster has v1.35.4")
 }
 
 // TestOrder has the account before the pods that need it, whoever applies the files: without it the

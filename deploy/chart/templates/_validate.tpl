@@ -4,6 +4,9 @@
 {{- if contains "aad-pod-identity" .Values.image.repository }}{{ fail (printf "image.repository: %s has images of aad-pod-identity, and not of this agent. Set it to where yours is, and remove nmi.tag; docs/migrating.md says more" .Values.image.repository) }}{{ end -}}
 {{- if and (regexMatch "^v1[.][12]?[0-9]([.]|$)" .Capabilities.KubeVersion.Version) (or .Values.startupTaint .Values.admissionPolicies.warnings .Values.admissionPolicies.exceptions (kindIs "map" .Values.admissionPolicies.allowedIdentities)) }}{{ fail (printf "startupTaint and admissionPolicies need Kubernetes 1.30 or later (ValidatingAdmissionPolicy); this cluster has %s" .Capabilities.KubeVersion.Version) }}{{ end -}}
 {{- range $label := list "app.kubernetes.io/name" "app.kubernetes.io/instance" }}{{ if hasKey $.Values.nmi.podLabels $label }}{{ fail (printf "nmi.podLabels: the chart gives %s itself. Remove the label" $label) }}{{ end }}{{ end -}}
+{{- if and (eq .Values.federation.rights "node") (regexMatch "^v1[.]([12]?[0-9]|3[0-5])([.]|$)" .Capabilities.KubeVersion.Version) }}{{ fail (printf "federation.rights=node needs Kubernetes 1.36 or later (constrained impersonation); this cluster has %s. Use namespaces" .Capabilities.KubeVersion.Version) }}{{ end -}}
+{{- if and .Values.federation.namespaces (ne .Values.federation.rights "namespaces") }}{{ fail "federation.namespaces counts with federation.rights=namespaces only" }}{{ end -}}
+{{- if and (eq .Values.federation.rights "namespaces") (not .Values.federation.namespaces) }}{{ fail "federation.rights=namespaces needs federation.namespaces: the namespaces whose pods get tokens by federation" }}{{ end -}}
 {{- if .Values.adminsecret }}{{ fail "adminsecret: it is MIC's, which this chart does not install. Remove the value" }}{{ end -}}
 {{- if .Values.rbac.allowAccessToSecrets }}{{ fail "rbac.allowAccessToSecrets: the agent is not given all secrets of the cluster. Name those of service principals in rbac.secrets, as {<namespace>: [<name>]}" }}{{ end -}}
 {{- if .Values.rbac.pspEnabled }}{{ fail "rbac.pspEnabled: Kubernetes has no PodSecurityPolicies since 1.25. Remove the value" }}{{ end -}}
@@ -28,6 +31,11 @@ the value does: the rights of a startup taint, the Service's port. */}}
   "custom-user-agent" "customUserAgent"
   "startup-taint" "startupTaint"
   "boot-guard-dir" "bootGuard"
+  "federation" "federation.serviceAccounts"
+  "federation-as-node" "federation.rights"
+  "federation-tenant-id" "federation.tenantID"
+  "federation-authority" "federation.authority"
+  "federation-audience" "federation.audience"
   "MICNamespace" "nmi.micNamespace"
   "http-probe-port" "nmi.probePort"
   "prometheus-port" "nmi.prometheusPort"
