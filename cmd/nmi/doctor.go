@@ -94,5 +94,6 @@ func (c *config) doctorSettings() doctor.Settings {
 			{Flag: c.metrics.flag, Addr: c.metrics.addr, Page: "/metrics"},
 		},
 		HandoverDir: c.handoverDir, StartupTaint: c.startupTaint,
+		Federation: doctor.Federation{ServiceAccounts: c.resolver.Federation.ServiceAccounts, AsNode: c.federation.asNode},
 	}
 }

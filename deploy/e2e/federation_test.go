@@ -226,6 +226,10 @@ func TestFederationOnOwnNode(t *testing.T) {
 	assert.Empty(t, world.IMDS.Calls(), "the node has no part in it")
 	assert.NotContains(t, a.Log(), "eyJ")
 
+	d := s.diagnose(f.kubeconfig, asAgent, "--probe-socket="+a.ProbeSocket)
+	assert.Contains(t, d.about("federation")[0].Description, "those of its own node's pods", "%+v", d.about("federation"))
+	assert.Len(t, d.about("rights"), 12)
+
 	// Nodes may have tokens for the audiences that a pod's volumes name. For others the manifest gives
 	// them the right.
 	require.NoError(t, world.Kube.RbacV1().ClusterRoleBindings().Delete(ctx, "nmi-federation-audience", metav1.DeleteOptions{}))
@@ -277,13 +281,17 @@ func TestFederationInNamespaces(t *testing.T) {
 	f.grant("namespace.yaml")
 	f.comesToToken(batch, resource(1))
 	assertForbidden(t, f.requests(f.agentIn(""), "kube-system", "nmi", "nmi-f2f4z", tokenAudience), "another namespace")
+	d := s.diagnose(f.kubeconfig, asAgent, "--probe-socket="+a.ProbeSocket)
+	assert.Contains(t, d.about("federation")[0].Description, "those of namespaces with pods on this node: shop", "%+v", d.about("federation"))
 
 	f.entra.SetFederated(federatedID)
 	got = batch.asks(resource(2))
 	assert.Equal(t, http.StatusBadRequest, got.status)
 	assert.Contains(t, got.body, "AADSTS70021")
 	s.awaitEvent("shop", "batch-0", "FederationUnknown", `subject "system:serviceaccount:shop:batch", issuer "https://testbed"`, 1)
-	assert.Empty(t, world.IMDS.Calls(), "not even when it fails")
+	for _, call := range world.IMDS.Calls() { // the doctor's is among them
+		assert.NotContains(t, call.Target, "oauth2/token", "not even when it fails")
+	}
 	assert.NotContains(t, a.Log(), "eyJ")
 
 	// The API server is away: what is in memory is served.
@@ -307,6 +315,8 @@ func TestFederationInTheCluster(t *testing.T) {
 	assert.Zero(t, code, output)
 	assert.Contains(t, output, "gets by default ServiceAccount shop/cart (federated, client ID "+federatedID+", tenant "+principalTenant+")")
 	require.NoError(t, f.requests(f.agentIn(""), "kube-system", "nmi", "nmi-f2f4z", testbed.Issuer), "why it is only for who asks for it")
+
+	s.finds(s.diagnose(f.kubeconfig, asAgent, "--probe-socket="+a.ProbeSocket), "federation", "warning", "every service account of the cluster")
 
 	accounts := world.Kube.CoreV1().ServiceAccounts("shop")
 	_, err := accounts.Patch(t.Context(), "cart", types.MergePatchType, []byte(`{"metadata":{"annotations":{"azure.workload.identity/client-id":null}}}`), metav1.PatchOptions{})

@@ -31,6 +31,7 @@ func (d *doctor) clusterChecks() []check {
 		for _, r := range d.rights() {
 			checks = append(checks, check{"rights", "this account may " + r.String(), func(ctx context.Context) (string, error) { return "", c.may(ctx, r) }})
 		}
+		checks = append(checks, check{"federation", "this account may request service account tokens for federation", c.federation})
 	}
 	return append(checks, check{"workload-identity", "no pod expects tokens of both this agent and Azure Workload Identity", c.workloadIdentity})
 }
@@ -136,7 +137,8 @@ func (d *doctor) resources() []schema.GroupVersionResource {
 
 // right is one verb on one resource.
 type right struct {
-	group, resource, verb string
+	group, resource, verb string // a subresource is <resource>/<subresource>
+	namespace             string // "" for all
 	optional              bool   // the agent serves pods without it
 	apply                 string // what gives it
 }
@@ -165,33 +167,41 @@ func (d *doctor) rights() (all []right) {
 			all = append(all, right{resource: "nodes", verb: verb, optional: true, apply: "deploy/admission/startup-taint.yaml"})
 		}
 	}
-	return all
+	return append(all, d.federationRights()...)
 }
 
-// may asks whether this process's account, which is the agent's in its pod, has a right. Every
-// account may ask that of itself.
+// may says what to do if this process's account does not have a right.
 func (c *cluster) may(ctx context.Context, r right) error {
 	if err := c.unreachable(); err != nil {
 		return err
 	}
-	review := authorizationv1.SelfSubjectAccessReview{
-		TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SelfSubjectAccessReview"},
-		Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
-			Group: r.group, Resource: r.resource, Verb: r.verb,
-		}},
-	}
-	_, err := c.do(ctx, http.MethodPost, "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review, &review)
+	allowed, err := c.allowed(ctx, r)
 	switch {
-	case apierrors.IsForbidden(err):
-		return skipf("%s", err)
 	case err != nil:
 		return err
-	case review.Status.Allowed:
+	case allowed:
 		return nil
 	case r.optional:
 		return warnf("it may not: apply %s", r.apply)
 	}
 	return fmt.Errorf("it may not: apply %s", r.apply)
+}
+
+// allowed asks whether this process's account, which is the agent's in its pod, has a right. Every
+// account may ask that of itself.
+func (c *cluster) allowed(ctx context.Context, r right) (bool, error) {
+	resource, subresource, _ := strings.Cut(r.resource, "/")
+	review := authorizationv1.SelfSubjectAccessReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SelfSubjectAccessReview"},
+		Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
+			Group: r.group, Resource: resource, Subresource: subresource, Verb: r.verb, Namespace: r.namespace,
+		}},
+	}
+	_, err := c.do(ctx, http.MethodPost, "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", &review, &review)
+	if apierrors.IsForbidden(err) {
+		return false, skipf("%s", err)
+	}
+	return review.Status.Allowed, err
 }
 
 func (c *cluster) workloadIdentity(ctx context.Context) (string, error) {

@@ -51,6 +51,7 @@ type Settings struct {
 	Ports          []Port
 	HandoverDir    string // "" for none
 	StartupTaint   corev1.Taint
+	Federation     Federation
 }
 
 // Port is a port that the agent listens on.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -52,6 +54,16 @@ type node struct {
 	imds    http.HandlerFunc
 	date    time.Time // of the API server; zero for now
 	pods    []corev1.Pod
+	rights  []string // beside those of deploy/manifests, as reviewed
+}
+
+// reviewed is a right in short: verb, resource and namespace.
+func reviewed(a *authorizationv1.ResourceAttributes) string {
+	resource := a.Resource
+	if a.Subresource != "" {
+		resource += "/" + a.Subresource
+	}
+	return strings.TrimSpace(a.Verb + " " + resource + " " + a.Namespace)
 }
 
 func newNode(t *testing.T) *node {
@@ -146,6 +158,16 @@ func (n *node) apiServer() *httptest.Server {
 	serve("GET /version", func() any { return map[string]string{"gitVersion": "v1.37.0"} })
 	serve("GET /api/v1/pods", func() any {
 		return corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, Items: n.pods}
+	})
+	mux.HandleFunc("POST /apis/authorization.k8s.io/v1/selfsubjectaccessreviews", func(w http.ResponseWriter, r *http.Request) {
+		var review authorizationv1.SelfSubjectAccessReview
+		assert.NoError(n.t, json.NewDecoder(r.Body).Decode(&review))
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		asked := reviewed(review.Spec.ResourceAttributes)
+		review.Status.Allowed = slices.Contains(n.rights, asked) || !strings.Contains(asked, "serviceaccounts") && !strings.Contains(asked, "impersonate")
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(review)
 	})
 	server := httptest.NewServer(mux)
 	n.t.Cleanup(server.Close)

@@ -1,0 +1,106 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"slices"
+)
+
+// Federation is what the checks need to know of the agent's flags for it.
+type Federation struct {
+	ServiceAccounts bool // with --federation=annotated
+	AsNode          bool // with --federation-as-node
+}
+
+// federationRights are those that the agent needs for --federation=annotated besides.
+func (d *doctor) federationRights() (all []right) {
+	if !d.settings.Federation.ServiceAccounts {
+		return nil
+	}
+	for _, verb := range []string{"list", "watch"} {
+		all = append(all, right{resource: "serviceaccounts", verb: verb, apply: "deploy/federation/service-accounts.yaml"})
+	}
+	return all
+}
+
+const federationAdvice = "docs/federation.md#the-right-to-request-tokens"
+
+// maxNamespaces bounds the namespaces that are asked about, of those of the node's pods.
+const maxNamespaces = 50
+
+// federation finds out which service accounts' tokens this account may request.
+func (c *cluster) federation(ctx context.Context) (found string, err error) {
+	if err := c.unreachable(); err != nil {
+		return "", err
+	}
+	cluster, err := c.allowed(ctx, right{resource: "serviceaccounts/token", verb: "create"})
+	if err != nil {
+		return "", err
+	}
+	own, err := c.mayAsNode(ctx)
+	if err != nil {
+		return "", err
+	}
+	cfg := c.settings.Federation
+	switch {
+	case cluster:
+		return "", warnf("it may request tokens of every service account of the cluster, with all their rights, and so may whoever steals a token of this account: see %s for a narrower right", federationAdvice)
+	case own && cfg.AsNode:
+		return "those of its own node's pods", nil
+	case own:
+		return "", warnf("it may request those of its own node's pods, and the agent does not: set --federation-as-node")
+	case cfg.AsNode:
+		return "", warnf("with --federation-as-node it needs deploy/federation/own-node.yaml, and Kubernetes 1.36: see %s", federationAdvice)
+	}
+	namespaces, err := c.federatedNamespaces(ctx)
+	var skip skipped
+	switch {
+	case errors.As(err, &skip):
+		return "", skipf("whether it may request those of some namespaces is not known: %s", err)
+	case err != nil:
+		return "", err
+	case len(namespaces) > 0:
+		return "those of namespaces with pods on this node: " + some(namespaces), nil
+	case cfg.ServiceAccounts:
+		return "", warnf("it may request none of those of this node's pods, and they get no tokens by federation: see %s", federationAdvice)
+	}
+	return "none, which only federation needs", nil
+}
+
+// mayAsNode reports whether this account may request tokens in the name of its node (KEP-5284).
+func (c *cluster) mayAsNode(ctx context.Context) (bool, error) {
+	for _, r := range []right{
+		{group: "authentication.k8s.io", resource: "nodes", verb: "impersonate:associated-node"},
+		{resource: "serviceaccounts/token", verb: "impersonate-on:associated-node:create"},
+	} {
+		if ok, err := c.allowed(ctx, r); !ok || err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// federatedNamespaces are those of the node's pods in which this account may request tokens.
+func (c *cluster) federatedNamespaces(ctx context.Context) (names []string, err error) {
+	pods, err := c.listPods(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var all []string
+	for _, pod := range pods {
+		if !slices.Contains(all, pod.Namespace) {
+			all = append(all, pod.Namespace)
+		}
+	}
+	slices.Sort(all)
+	for _, namespace := range all[:min(len(all), maxNamespaces)] {
+		ok, err := c.allowed(ctx, right{resource: "serviceaccounts/token", verb: "create", namespace: namespace})
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			names = append(names, namespace)
+		}
+	}
+	return names, nil
+}
