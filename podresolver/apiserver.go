@@ -30,7 +30,11 @@ type Sources struct {
 	ServiceAccounts cache.ListerWatcher
 }
 
-// FromAPIServer returns Sources for the pods of a node. It sends nothing yet.
+// everyNode stands for the node of an Inventory. No node has that name.
+const everyNode = "*"
+
+// FromAPIServer returns Sources for the pods of a node, or of all nodes if that is "". It sends
+// nothing yet.
 //
 // The clients know only the types that are needed: a clientset or a dynamic client costs more
 // memory than all objects that are stored.
@@ -47,11 +51,16 @@ func FromAPIServer(config *rest.Config, node string) (Sources, error) {
 	if err != nil {
 		return Sources{}, err
 	}
-	onNode := fields.OneTermEqualSelector("spec.nodeName", node).String()
-	assignedOnNode := labels.Set{aadpodidentity.NodeNameLabel: node}.AsSelector().String()
+	onNode, assignedOnNode := fields.Everything().String(), ""
+	if node != "" {
+		onNode = fields.OneTermEqualSelector("spec.nodeName", node).String()
+		assignedOnNode = labels.Set{aadpodidentity.NodeNameLabel: node}.AsSelector().String()
+	} else {
+		node = everyNode
+	}
 	return Sources{
 		Pods: cache.NewFilteredListWatchFromClient(pods, "pods", metav1.NamespaceAll, func(o *metav1.ListOptions) {
-			if o.FieldSelector != "" {
+			if o.FieldSelector != "" && onNode != "" {
 				o.FieldSelector += ","
 			}
 			o.FieldSelector += onNode

@@ -90,7 +90,7 @@ func (p *podInfo) callable() bool { return p.caller.IsValid() || len(p.claims())
 // already; other Sources may not.
 func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInfo {
 	return func(pod *corev1.Pod) *podInfo {
-		if pod.Spec.NodeName != node {
+		if pod.Spec.NodeName != node && node != everyNode {
 			return nil
 		}
 		info := &podInfo{
@@ -254,7 +254,7 @@ func newExceptionInfo(in *aadpodidentity.AzurePodIdentityException) *exceptionIn
 // assignmentInfoFor returns the trim function for the assignments to one node's pods.
 func assignmentInfoFor(node string) func(*aadpodidentity.AzureAssignedIdentity) *assignmentInfo {
 	return func(in *aadpodidentity.AzureAssignedIdentity) *assignmentInfo {
-		if in.Spec.NodeName != node || in.Spec.AzureIdentityRef == nil {
+		if in.Spec.NodeName != node && node != everyNode || in.Spec.AzureIdentityRef == nil {
 			return nil
 		}
 		info := &assignmentInfo{

@@ -25,6 +25,7 @@ const (
 	flagFederationAuthority = "federation-authority"
 	flagEntraAuthority      = "entra-authority"
 	flagTokenProxy          = "federation-token-proxy"
+	flagAudience            = "federation-audience"
 
 	// defaultAudience is that of Entra in the public cloud.
 	defaultAudience = "api://AzureADTokenExchange"
@@ -41,7 +42,7 @@ func (c *config) addFederationFlags(fs *pflag.FlagSet) {
 
 // addTokenRequestFlags adds the flags of how the agent gets tokens of service accounts.
 func (c *config) addTokenRequestFlags(fs *pflag.FlagSet) {
-	fs.StringVar(&c.federation.audience, "federation-audience", defaultAudience, "audience of the service account tokens that Entra exchanges; api://AzureADTokenExchangeUSGov and api://AzureADTokenExchangeChina in those clouds, api://AKSIdentityBinding for AKS identity bindings")
+	fs.StringVar(&c.federation.audience, flagAudience, defaultAudience, "audience of the service account tokens that Entra exchanges; api://AzureADTokenExchangeUSGov and api://AzureADTokenExchangeChina in those clouds, api://AKSIdentityBinding for AKS identity bindings")
 	p := &c.upstream.TokenProxy
 	parsedVar(fs, &p.URL, flagTokenProxy, "", parseTokenProxy, "URL of the token proxy of AKS identity bindings, to exchange service account tokens there and not at Entra (also the environment's "+envTokenProxy+")")
 	fs.StringVar(&p.ServerName, flagTokenProxy+"-sni", "", "name that the token proxy is asked for by SNI, and that its certificate must have (also the environment's "+envTokenProxySNI+")")

@@ -23,11 +23,12 @@ const module = "github.com/podidentity/nmi/"
 // project that it may import. Data flows one way: tokencache never meets a pod,
 // podresolver never meets a token, iptables meets neither. "*" is any.
 var rooms = map[string][]string{
-	"cmd/nmi":                    {"cmd/nmi/bootguard", "cmd/nmi/doctor", "cmd/nmi/events", "cmd/nmi/handover", "cmd/nmi/startuptaint", "cmd/nmi/status", "cmd/nmi/telemetry", "cmd/nmi/terminal", "iptables", "iptables/ebpf", "iptables/links", "podresolver", "proxy", "proxy/listener", "proxy/upstream", "tokencache"},
+	"cmd/nmi":                    {"cmd/nmi/bootguard", "cmd/nmi/doctor", "cmd/nmi/events", "cmd/nmi/handover", "cmd/nmi/migrate", "cmd/nmi/startuptaint", "cmd/nmi/status", "cmd/nmi/telemetry", "cmd/nmi/terminal", "iptables", "iptables/ebpf", "iptables/links", "podresolver", "proxy", "proxy/listener", "proxy/upstream", "tokencache"},
 	"cmd/nmi/bootguard":          {},
 	"cmd/nmi/doctor":             {"cmd/nmi/handover", "cmd/nmi/terminal", "iptables", "iptables/links", "podresolver", "podresolver/aadpodidentity"},
 	"cmd/nmi/events":             {"iptables", "podresolver", "proxy"},
 	"cmd/nmi/handover":           {},
+	"cmd/nmi/migrate":            {"cmd/nmi/terminal", "podresolver", "podresolver/aadpodidentity"},
 	"cmd/nmi/startuptaint":       {},
 	"cmd/nmi/telemetry":          {"cmd/nmi/events", "iptables", "iptables/links", "podresolver", "proxy", "proxy/histogram", "proxy/listener", "proxy/upstream", "tokencache"},
 	"cmd/nmi/terminal":           {},

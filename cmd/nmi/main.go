@@ -62,7 +62,7 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 		return fmt.Errorf("%w (%s --help lists the flags and what they take)", err, cmd.CommandPath())
 	})
 
-	root.AddCommand(cleanupCommand(cfg), doctorCommand(cfg), explainCommand(cfg), probeCommand(cfg), statusCommand(cfg), &cobra.Command{
+	root.AddCommand(cleanupCommand(cfg), doctorCommand(cfg), explainCommand(cfg), migrateCommand(cfg), probeCommand(cfg), statusCommand(cfg), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  noArguments,
@@ -79,7 +79,7 @@ the environment variable KUBECONFIG, or else as a pod finds it.`,
 
 func noArguments(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return fmt.Errorf("unexpected argument %q: the commands are cleanup, doctor, explain, probe, status and version, and the values of boolean flags are written --flag=true", args[0])
+		return fmt.Errorf("unexpected argument %q: the commands are cleanup, doctor, explain, migrate, probe, status and version, and the values of boolean flags are written --flag=true", args[0])
 	}
 	return nil
 }

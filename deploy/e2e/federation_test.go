@@ -284,6 +284,12 @@ func TestFederationInNamespaces(t *testing.T) {
 	d := s.diagnose(f.kubeconfig, asAgent, "--probe-socket="+a.ProbeSocket)
 	assert.Contains(t, d.about("federation")[0].Description, "those of namespaces with pods on this node: shop", "%+v", d.about("federation"))
 
+	code, plan, err := testbed.RunAgent([]string{"KUBECONFIG=" + f.kubeconfig}, "migrate", "--operation-mode=managed")
+	require.NoError(t, err)
+	assert.Zero(t, code, plan)
+	assert.Contains(t, plan, "AzureIdentity shop/batch: moved\n  service accounts: shop/batch (pods: 1)\n")
+	assert.Contains(t, plan, "the cluster's issuer \"https://testbed\" is none that Entra reaches")
+
 	f.entra.SetFederated(federatedID)
 	got = batch.asks(resource(2))
 	assert.Equal(t, http.StatusBadRequest, got.status)

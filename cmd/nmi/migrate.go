@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"k8s.io/client-go/rest"
+	"k8s.io/klog/v2"
+
+	"github.com/podidentity/nmi/cmd/nmi/migrate"
+	"github.com/podidentity/nmi/cmd/nmi/terminal"
+	"github.com/podidentity/nmi/podresolver"
+)
+
+const migrateTimeout = 5 * time.Minute
+
+// migrateCommand plans the way to federation.
+func migrateCommand(c *config) *cobra.Command {
+	var o migrate.Options
+	var output string
+	cmd := &cobra.Command{
+		Use:   "migrate",
+		Short: "Plan the way from identities on the nodes to federation",
+		Long: `migrate reads all AzureIdentities, bindings, exceptions and pods of the cluster, and says of
+each AzureIdentity which service accounts its pods have, which federated credentials (or
+AKS identity bindings) they need, what keeps it on the nodes, and whether it may leave the
+scale set now. It prints az and kubectl commands to read and run, and changes nothing. It does not
+ask Azure: a federated credential that exists already is created again without harm.
+
+Run it where kubectl works (KUBECONFIG), with the agents' flags: --operation-mode is required.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c.logger(cmd.ErrOrStderr())
+			if !cmd.Flags().Changed(flagOperationMode) {
+				return fmt.Errorf("--%s is required: that of the agents", flagOperationMode)
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), migrateTimeout)
+			defer cancel()
+			o.Audience = c.federation.audience
+			plan, err := planMigration(ctx, c.resolver, o)
+			if err != nil {
+				return err
+			}
+			if output == outputJSON {
+				return writeIndented(cmd.OutOrStdout(), plan)
+			}
+			plan.Print(terminal.New(cmd.OutOrStdout()))
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&o.Issuer, "issuer", "", "issuer of the cluster's service account tokens; by default the API server is asked")
+	cmd.Flags().BoolVar(&o.IdentityBindings, "identity-bindings", false, "plan for AKS identity bindings in place of federated credentials")
+	addOutput(cmd.Flags(), &output)
+	c.addResolverFlags(cmd.Flags())
+	requests := pflag.NewFlagSet("", pflag.ContinueOnError)
+	c.addTokenRequestFlags(requests)
+	cmd.Flags().AddFlag(requests.Lookup(flagAudience))
+	c.addLogFlags(cmd.Flags())
+	return cmd
+}
+
+func planMigration(ctx context.Context, cfg podresolver.Config, o migrate.Options) (*migrate.Plan, error) {
+	restConfig, err := apiServer("nmi/" + version)
+	if err != nil {
+		return nil, err
+	}
+	from, err := podresolver.FromAPIServer(restConfig, "")
+	if err != nil {
+		return nil, err
+	}
+	if !slog.Default().Enabled(ctx, slog.LevelDebug) {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+		klog.SetSlogLogger(cfg.Logger)
+	}
+	inventory, err := podresolver.TakeInventory(ctx, from, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("reading the cluster:\n%s", list(err))
+	}
+	if o.Issuer == "" && !o.IdentityBindings {
+		if o.Issuer, err = issuerOf(ctx, restConfig); err != nil {
+			return nil, fmt.Errorf("asking the API server for its issuer (give --issuer): %w", err)
+		}
+	}
+	return migrate.New(inventory, o), nil
+}
+
+// issuerOf asks the API server (kubernetes.io, "Service account issuer discovery").
+func issuerOf(ctx context.Context, restConfig *rest.Config) (string, error) {
+	client, err := rest.HTTPClientFor(restConfig)
+	if err != nil {
+		return "", err
+	}
+	base, _, err := rest.DefaultServerUrlFor(restConfig)
+	if err != nil {
+		return "", err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(base.String(), "/")+"/.well-known/openid-configuration", nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	var configuration struct {
+		Issuer string `json:"issuer"`
+	}
+	const most = 1 << 20
+	err = json.NewDecoder(io.LimitReader(resp.Body, most)).Decode(&configuration)
+	switch {
+	case resp.StatusCode != http.StatusOK:
+		return "", errors.New(resp.Status)
+	case err != nil:
+		return "", err
+	}
+	return configuration.Issuer, nil
+}
