@@ -280,6 +280,14 @@ func TestLateServiceAccount(t *testing.T) {
 	_, err := h.Owner(addr).Identity(Selector{})
 	require.NoError(t, err)
 
+	none := resolvertest.With(resolvertest.Pod("p", addr.String(), ""), func(p *corev1.Pod) { p.Spec.ServiceAccountName = "" })
+	static := newHarness(t, on(Config{}), none)
+	_, err = static.decide(none).Identity(Selector{})
+	require.ErrorIs(t, err, ErrNoIdentity, "there is none to wait for")
+	static.put(none)
+	assert.Contains(t, static.explain(t), "ok account: it has no service account")
+	assert.NotContains(t, static.explain(t), "or annotate")
+
 	bound := newHarness(t, on(Config{}), resolvertest.Pod("p", addr.String(), "x"), resolvertest.Identity("i", cartClient, ""), resolvertest.Binding("b", "x", "i"))
 	bound.update()
 	_, err = bound.Owner(addr).Identity(Selector{})

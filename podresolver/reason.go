@@ -121,7 +121,7 @@ func (r *Resolver) noIdentityLocked(p *Pod, near []nearMiss) cause {
 		return cause{IdentityUnusable, "see why in MIC's log: it makes the AzureAssignedIdentities, from AzureIdentities and AzureIdentityBindings"}
 	case label == "":
 		fix := fmt.Sprintf("if it needs an identity, label it (in its controller's template) %s=<selector of an AzureIdentityBinding>", aadpodidentity.BindingLabel)
-		if r.cfg.Federation.ServiceAccounts {
+		if r.cfg.Federation.ServiceAccounts && p.info.account != "" {
 			fix += fmt.Sprintf(", or annotate ServiceAccount %s/%s with %s", p.Namespace, p.info.account, ClientIDAnnotation)
 		}
 		return cause{NoIdentityBound, fix}

@@ -82,7 +82,7 @@ func (o *objects) accountChangedLocked(a *accountInfo, _ bool) {
 // that is bound, too, stays the bound one. matched means that a binding matches the pod.
 func (r *Resolver) addAnnotatedLocked(p *Pod, matched bool) {
 	p.defaults = p.identities
-	if !r.cfg.Federation.ServiceAccounts {
+	if !r.cfg.Federation.ServiceAccounts || p.info.account == "" { // as of a static pod's mirror
 		return
 	}
 	if r.objects.accounts[cache.NewObjectName(p.Namespace, p.info.account)] == nil {
@@ -161,6 +161,8 @@ func (r *Resolver) explainAnnotatedLocked(p *Pod) (texts []string) {
 		texts = append(texts, text)
 	}
 	switch {
+	case p.info.account == "":
+		texts = append(texts, "it has no service account")
 	case r.objects.accounts[name] == nil:
 		texts = append(texts, fmt.Sprintf("ServiceAccount %s is not known", name))
 	case len(texts) == 0:

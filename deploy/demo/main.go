@@ -1,5 +1,5 @@
 // Command demo shows what the agent does, with nothing but this machine: it
-// builds a node with three pods and a stand-in for Azure's metadata service out
+// builds a node with four pods and a stand-in for Azure's metadata service out
 // of network namespaces, runs the agent's own packages on the manifests beside
 // this file, and tells what happens as the pods ask for tokens.
 //
@@ -22,6 +22,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/klog/v2"
@@ -54,6 +55,7 @@ var addresses = map[string]string{
 	"shop/cart":            "10.244.0.11",
 	"shop/report":          "10.244.0.12",
 	"monitoring/collector": "10.244.0.13",
+	"shop/ledger":          "10.244.0.14",
 }
 
 func main() {
@@ -92,6 +94,7 @@ func run(ctx context.Context) error {
 type demo struct {
 	network  *testbed.Network
 	imds     *imdstest.Server
+	entra    *entra
 	pods     map[string]*testbed.Pod // by namespace/name
 	objects  []*unstructured.Unstructured
 	resolver *podresolver.Resolver
@@ -129,6 +132,8 @@ func (d *demo) buildNode() (err error) {
 		return err
 	}
 	d.onClose(d.imds.Serve(ln))
+	d.entra = startEntra()
+	d.onClose(d.entra.https.Close)
 	return nil
 }
 
@@ -157,6 +162,8 @@ func (d *demo) buildAgent() error {
 		switch o.GetKind() {
 		case "Pod":
 			typed = &corev1.Pod{}
+		case "ServiceAccount":
+			typed = &metav1.PartialObjectMetadata{} // all that the agent asks for
 		case "AzureIdentity":
 			typed = &aadpodidentity.AzureIdentity{}
 		case "AzureIdentityBinding":
@@ -177,11 +184,13 @@ func (d *demo) buildAgent() error {
 		cluster.Add(typed)
 	}
 	var err error
-	if d.resolver, err = podresolver.New(cluster.Sources(), podresolver.Config{Node: nodeName}); err != nil {
+	if d.resolver, err = podresolver.New(cluster.Sources(), podresolver.Config{Node: nodeName, Federation: d.entra.federation()}); err != nil {
 		return err
 	}
 	metadata := netip.MustParseAddrPort(testbed.MetadataAddress)
-	source := upstream.New(upstream.Config{IMDS: &url.URL{Scheme: "http", Host: testbed.MetadataAddress}, UserAgent: "nmi/demo"})
+	cfg := upstream.Config{IMDS: &url.URL{Scheme: "http", Host: testbed.MetadataAddress}, UserAgent: "nmi/demo"}
+	d.entra.trust(&cfg)
+	source := upstream.New(cfg)
 	d.onClose(source.Close)
 	tokens := tokencache.New(source.Token, tokencache.Config{})
 	d.onClose(tokens.Close)

@@ -20,12 +20,13 @@ const resource = "https://vault.azure.net"
 
 func (d *demo) tell(ctx context.Context) error {
 	fmt.Print(`
-One node, three pods, and a stand-in for Azure's instance metadata service (IMDS).
+One node, four pods, and stand-ins for Azure's instance metadata service (IMDS) and Entra.
 All of it is network namespaces of this process; nothing leaves this machine.
 
    pod shop/cart              10.244.0.11 --+
    pod shop/report            10.244.0.12 --+-- node 10.0.0.4 -- IMDS 169.254.169.254:80
    pod monitoring/collector   10.244.0.13 --+
+   pod shop/ledger            10.244.0.14 --+
 
 Applied from deploy/demo:
 `)
@@ -64,6 +65,7 @@ Applied from deploy/demo:
 		{"It asks again", "shop/cart", "asks for the same token:"},
 		{"A pod that nobody bound asks", "shop/report", "asks again, now with the agent there:"},
 		{"An excepted pod asks", "monitoring/collector", "asks for a token:"},
+		{"A pod whose identity the node does not have", "shop/ledger", "asks IMDS like the others:"},
 	} {
 		heading(step.title)
 		if err := d.askAndExplain(ctx, step.pod, step.how); err != nil {
@@ -77,14 +79,14 @@ Applied from deploy/demo:
 	}
 
 	heading("In all")
-	say(fmt.Sprintf("With the agent there, pods asked for %d tokens, and IMDS %s.", d.asked, wasAsked(d.imds.Requests())))
+	say(fmt.Sprintf("With the agent there, pods asked for %d tokens, IMDS %s, and Entra %s.", d.asked, wasAsked(d.imds.Requests()), wasAsked(d.entra.Tokens())))
 	fmt.Println("\nDone. The namespaces are gone with this process.")
 	return nil
 }
 
 // askAndExplain lets a pod ask, and shows how the agent came to its answer.
 func (d *demo) askAndExplain(ctx context.Context, name, how string) error {
-	before := d.imds.Requests()
+	before, exchanged := d.imds.Requests(), d.entra.Tokens()
 	a, err := d.ask(ctx, name, how)
 	if err != nil {
 		return err
@@ -100,11 +102,17 @@ func (d *demo) askAndExplain(ctx context.Context, name, how string) error {
 		row("decision", fmt.Sprintf("AzurePodIdentityException %q applies: passed through to IMDS as it is", pod.Exception()))
 	case err != nil:
 		row("decision", err.Error())
+	case identity.Annotated:
+		row("decision", fmt.Sprintf("ServiceAccount %q names client ID %s:", identity.Name, identity.ClientID))
+		row("", "its own token is exchanged at Entra for one of that identity")
 	default:
 		row("decision", fmt.Sprintf("AzureIdentityBinding %q gives it AzureIdentity %q,", identity.Binding, identity.Name))
 		row("", "client ID "+identity.ClientID)
 	}
 	row("IMDS", wasAsked(d.imds.Requests()-before))
+	if n := d.entra.Tokens() - exchanged; n > 0 {
+		row("Entra", wasAsked(n))
+	}
 	row("answer", a.String())
 	return nil
 }

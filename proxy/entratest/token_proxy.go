@@ -41,7 +41,7 @@ func (s *Server) StartTokenProxy(name string) *TokenProxy {
 	})))
 	certificate, ca := certificateFor(name)
 	p.CA = ca
-	p.Server.TLS = &tls.Config{
+	p.TLS = &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 			if hello.ServerName != name {
@@ -52,7 +52,7 @@ func (s *Server) StartTokenProxy(name string) *TokenProxy {
 		Certificates: []tls.Certificate{*certificate}, // or httptest uses its own
 	}
 	p.StartTLS()
-	p.Server.TLS.Certificates = nil
+	p.TLS.Certificates = nil
 	p.URL = p.Server.URL + path
 	return p
 }
