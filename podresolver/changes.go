@@ -79,7 +79,7 @@ func (p *Pod) gets() string {
 	var names []string
 	for _, id := range p.identities {
 		name := cache.NewObjectName(id.Namespace, id.Name).String()
-		if id.Annotated {
+		if id.Annotated() {
 			name = fmt.Sprintf("client ID %s (ServiceAccount %s)", id.ClientID, name)
 		}
 		names = append(names, name)

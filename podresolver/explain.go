@@ -83,7 +83,7 @@ func (d *Decision) add(name string, state State, fix string, texts ...string) {
 // object names the object that gives the identity.
 func (id Identity) object() string {
 	kind := "AzureIdentity"
-	if id.Annotated {
+	if id.Annotated() {
 		kind = "ServiceAccount"
 	}
 	return fmt.Sprintf("%s %s/%s", kind, id.Namespace, id.Name)
@@ -91,7 +91,7 @@ func (id Identity) object() string {
 
 // String describes the identity for a log line or explanation.
 func (id Identity) String() string {
-	if id.Annotated {
+	if id.Annotated() {
 		return fmt.Sprintf("%s (federated, client ID %s, tenant %s)", id.object(), id.ClientID, id.Principal.TenantID)
 	}
 	text := fmt.Sprintf("%s (%s", id.object(), id.Type)

@@ -104,7 +104,7 @@ func (r *Resolver) explainChoice(d *Decision, want Selector, err error) (texts [
 		texts = append(texts, err.Error())
 	case want != Selector{}:
 		texts = append(texts, fmt.Sprintf("%s has the requested %s", d.Chosen.object(), want))
-	case d.Chosen.Annotated && len(d.Identities) > 1:
+	case d.Chosen.Annotated() && len(d.Identities) > 1:
 		texts = append(texts, fmt.Sprintf("it has %d, and a request that names none gets that of the annotation %s", len(d.Identities), ClientIDAnnotation))
 	case len(d.Identities) > 1:
 		texts = append(texts, fmt.Sprintf("it has %d, and a request that names none gets that of the oldest binding", len(d.Identities)))

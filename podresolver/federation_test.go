@@ -46,8 +46,8 @@ func TestAnnotatedServiceAccount(t *testing.T) {
 	got, err := h.decide(pod).Identity(Selector{})
 	require.NoError(t, err)
 	assert.Equal(t, Identity{
-		Namespace: "shop", Name: "cart", Annotated: true, ClientID: fedClient,
-		Principal: &Principal{TenantID: fedTenant, Authority: defaultAuthority, ServiceAccount: cartAccount},
+		Namespace: "shop", Name: "cart", ClientID: fedClient,
+		Principal: &Principal{TenantID: fedTenant, Authority: defaultAuthority, ServiceAccount: cartAccount, Annotated: true},
 	}, got)
 	assert.Equal(t, "ServiceAccount shop/cart (federated, client ID "+fedClient+", tenant "+fedTenant+")", got.String())
 	more, err := h.decide(pod).Identity(Selector{ClientID: strings.ToUpper(fedOther)})
@@ -79,14 +79,14 @@ func TestTenantAndAuthority(t *testing.T) {
 		require.NoError(t, err)
 		return got.Principal
 	}
-	want := Principal{TenantID: fedTenant, Authority: "https://login.microsoftonline.us", ServiceAccount: cartAccount}
+	want := Principal{TenantID: fedTenant, Authority: "https://login.microsoftonline.us", ServiceAccount: cartAccount, Annotated: true}
 	assert.Equal(t, &want, principal(annotated(fedClient)))
 	want.TenantID = "contoso.example"
 	assert.Equal(t, &want, principal(annotated(fedClient, TenantIDAnnotation, " contoso.example ")))
 
 	id := resolvertest.Federated(resolvertest.Identity("i", fedClient, ""))
 	binding := resolvertest.Binding("b", "x", "i")
-	want.TenantID = fedTenant
+	want.TenantID, want.Annotated = fedTenant, false
 	assert.Equal(t, &want, principal(id, binding, annotated(fedOther)))
 	id.Spec.TenantID, id.Spec.ADEndpoint = " t ", " https://login.partner.microsoftonline.cn/\n"
 	want.TenantID, want.Authority = "t", "https://login.partner.microsoftonline.cn"
@@ -210,7 +210,7 @@ func TestPrecedence(t *testing.T) {
 			got, err = h.decide(pod).Identity(Selector{ClientID: fedClient})
 			require.NoError(t, err)
 			assert.Equal(t, tc.named, got.ClientID)
-			assert.Equal(t, name != "bound, too", got.Annotated)
+			assert.Equal(t, name != "bound, too", got.Annotated())
 		})
 	}
 }

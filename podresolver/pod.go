@@ -54,7 +54,6 @@ type Selector struct {
 // pod's service account names.
 type Identity struct {
 	Namespace, Name string // of the AzureIdentity or, if Annotated, of the service account
-	Annotated       bool   // the service account's
 	Type            aadpodidentity.IdentityType
 	ClientID        string // lower case
 	ResourceID      string // lower case
@@ -74,7 +73,12 @@ type Principal struct {
 	SecretNamespace, SecretName string
 	Certificate                 bool
 	ServiceAccount              ServiceAccount // the zero value for a service principal
+	Annotated                   bool           // annotations of the service account give the identity
 }
+
+// Annotated reports whether annotations of the pod's service account give the identity, and not an
+// AzureIdentity.
+func (id Identity) Annotated() bool { return id.Principal != nil && id.Principal.Annotated }
 
 // defaultAuthority is the Authority of an AzureIdentity without adEndpoint: Entra in the
 // public cloud.

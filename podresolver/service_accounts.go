@@ -125,6 +125,7 @@ func (r *Resolver) annotatedLocked(pod *podInfo) (own []Identity, unusable strin
 	if why != "" {
 		return nil, fmt.Sprintf("ServiceAccount %s %s", name, why)
 	}
+	principal.Annotated = true
 	var all []string
 	for i, clientID := range append([]string{a.clientID}, a.additional...) {
 		why := checkClientID(clientID)
@@ -138,7 +139,7 @@ func (r *Resolver) annotatedLocked(pod *podInfo) (own []Identity, unusable strin
 			}
 			continue
 		}
-		own = append(own, Identity{Namespace: name.Namespace, Name: name.Name, Annotated: true, ClientID: clientID, Principal: principal})
+		own = append(own, Identity{Namespace: name.Namespace, Name: name.Name, ClientID: clientID, Principal: principal})
 	}
 	if a.tooMany {
 		all = append(all, fmt.Sprintf("ServiceAccount %s has more than %d client IDs in %s; the rest is ignored", name, maxAdditional, AdditionalClientIDsAnnotation))
@@ -155,7 +156,7 @@ func (r *Resolver) explainAnnotatedLocked(p *Pod) (texts []string) {
 	}
 	for _, id := range own {
 		text := fmt.Sprintf("ServiceAccount %s gives it client ID %s of tenant %s", name, id.ClientID, id.Principal.TenantID)
-		if !slices.ContainsFunc(p.identities, func(other Identity) bool { return other.Annotated && other.ClientID == id.ClientID }) {
+		if !slices.ContainsFunc(p.identities, func(other Identity) bool { return other.Annotated() && other.ClientID == id.ClientID }) {
 			text += ", which is bound to it, too: the binding decides where its tokens come from"
 		}
 		texts = append(texts, text)

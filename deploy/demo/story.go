@@ -102,7 +102,7 @@ func (d *demo) askAndExplain(ctx context.Context, name, how string) error {
 		row("decision", fmt.Sprintf("AzurePodIdentityException %q applies: passed through to IMDS as it is", pod.Exception()))
 	case err != nil:
 		row("decision", err.Error())
-	case identity.Annotated:
+	case identity.Annotated():
 		row("decision", fmt.Sprintf("ServiceAccount %q names client ID %s:", identity.Name, identity.ClientID))
 		row("", "its own token is exchanged at Entra for one of that identity")
 	default:

@@ -236,7 +236,7 @@ func identitiesOf(d *podresolver.Decision) (all []Identity) {
 		}
 		all = append(all, Identity{
 			Namespace: id.Namespace, Name: id.Name, ClientID: id.ClientID, ResourceID: id.ResourceID, Binding: id.Binding,
-			Annotated: id.Annotated, Federated: id.Principal != nil && id.Principal.Federated(),
+			Annotated: id.Annotated(), Federated: id.Principal != nil && id.Principal.Federated(),
 			Pending: pending, Chosen: chosen, Text: id.String(),
 		})
 	}
