@@ -38,7 +38,9 @@ type Config struct {
 	Principals []Principal
 	// Resources that there are. A slash at the end counts.
 	Resources []string
-	Lifetime  time.Duration // of a token; 0 means an hour
+	// UnknownResources, if there are any, are the only ones that there are not.
+	UnknownResources []string
+	Lifetime         time.Duration // of a token; 0 means an hour
 	// Issuers are the keys of those that federated credentials name, by URL.
 	Issuers map[string]*rsa.PublicKey
 }
@@ -243,7 +245,7 @@ func (s *Server) token(r *http.Request, tenant string, call *Call) (int, any) {
 	switch {
 	case !ok:
 		return refuse(http.StatusBadRequest, "invalid_scope", 70011, "The scope '"+call.Scope+"' is not valid.")
-	case !slices.Contains(s.cfg.Resources, resource):
+	case slices.Contains(s.cfg.UnknownResources, resource), len(s.cfg.UnknownResources) == 0 && !slices.Contains(s.cfg.Resources, resource):
 		return refuse(http.StatusBadRequest, "invalid_resource", 500011, "The resource principal named "+resource+" was not found in the tenant named "+tenant+".")
 	}
 	call.Subject = p.ClientID
