@@ -1,6 +1,7 @@
 package podresolver
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -9,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
@@ -352,6 +354,13 @@ func TestPodsOf(t *testing.T) {
 	)
 	assert.Equal(t, []BoundPod{{"old", "uid-of-old"}, {"young", "uid-of-young"}, {"host", "uid-of-host"}, {"going", "uid-of-going"}},
 		h.PodsOf(ServiceAccount{Namespace: "shop", Name: "cart"}))
+}
+
+// TestForbiddenServiceAccounts: the message names the role that is missing.
+func TestForbiddenServiceAccounts(t *testing.T) {
+	forbidden := apierrors.NewForbidden(serviceAccounts.GroupResource(), "", errors.New("no role"))
+	assert.ErrorContains(t, explainAPIError("serviceaccounts", forbidden), "apply its ClusterRole (deploy/federation/service-accounts.yaml)")
+	assert.ErrorContains(t, explainAPIError("pods", forbidden), "apply its ClusterRole (deploy/manifests/account.yaml)")
 }
 
 func TestFederatedIdentities(t *testing.T) {

@@ -221,7 +221,11 @@ func explainAPIError(resource string, err error) error {
 	case apierrors.IsNotFound(err):
 		return fmt.Errorf("%s: the API server does not have this resource: apply the custom resource definitions (deploy/manifests/crds.yaml)", resource)
 	case apierrors.IsForbidden(err):
-		return fmt.Errorf("%s: the agent's service account may not list and watch this resource: apply its ClusterRole (deploy/manifests/account.yaml): %w", resource, err)
+		role := "deploy/manifests/account.yaml"
+		if resource == serviceAccounts.Resource {
+			role = "deploy/federation/service-accounts.yaml"
+		}
+		return fmt.Errorf("%s: the agent's service account may not list and watch this resource: apply its ClusterRole (%s): %w", resource, role, err)
 	case apierrors.IsUnauthorized(err):
 		return fmt.Errorf("%s: the API server rejected the agent's credentials: check KUBECONFIG or the service account token: %w", resource, err)
 	}
