@@ -82,16 +82,20 @@ func (c *ControlPlane) path(name string) string { return filepath.Join(c.dir, na
 // StartAPIServer starts the API server, again after StopAPIServer, and returns
 // once it is ready.
 func (c *ControlPlane) StartAPIServer(ctx context.Context) (err error) {
-	c.api, err = StartProgram(filepath.Join(c.bin, "kube-apiserver"), nil,
-		"--etcd-servers="+c.etcdURL(), "--bind-address=127.0.0.1", "--advertise-address="+NodeAddress, fmt.Sprintf("--secure-port=%d", 6443+c.shift),
-		"--cert-dir="+c.path("certs"), "--service-cluster-ip-range=10.96.0.0/16",
-		"--service-account-issuer="+Issuer, "--service-account-key-file="+c.path("sa.key"),
-		"--service-account-signing-key-file="+c.path("sa.key"), "--token-auth-file="+c.path("tokens.csv"),
+	flags := []string{
+		"--etcd-servers=" + c.etcdURL(), "--bind-address=127.0.0.1", "--advertise-address=" + NodeAddress, fmt.Sprintf("--secure-port=%d", 6443+c.shift),
+		"--cert-dir=" + c.path("certs"), "--service-cluster-ip-range=10.96.0.0/16",
+		"--service-account-issuer=" + Issuer, "--service-account-key-file=" + c.path("sa.key"),
+		"--service-account-signing-key-file=" + c.path("sa.key"), "--token-auth-file=" + c.path("tokens.csv"),
 		// As on AKS: nodes may do what the node authorizer and NodeRestriction let them.
-		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
+		"--authorization-mode=Node,RBAC",
 		// No controller makes default service accounts.
-		"--disable-admission-plugins=ServiceAccount")
-	if err != nil {
+		"--disable-admission-plugins=ServiceAccount",
+	}
+	if c.shift == 0 { // tests of a second cluster act as kubelets that have no node
+		flags = append(flags, "--enable-admission-plugins=NodeRestriction")
+	}
+	if c.api, err = StartProgram(filepath.Join(c.bin, "kube-apiserver"), nil, flags...); err != nil {
 		return err
 	}
 	client, err := kubernetes.NewForConfig(c.Admin())
