@@ -31,7 +31,7 @@ const (
 func Reasons() []string {
 	return []string{
 		NoIdentityBound, SelectorCaseDiffers, BindingInOtherNamespace, IdentityMissing, IdentityUnusable, RequestedIdentityMissing,
-		SeveralIdentities, NotAssigned, PodUnknown, PodUnconfirmed, AddressAmbiguous, PodDataStale, NotSynced,
+		SeveralIdentities, NotAssigned, ServiceAccountUnusable, ServiceAccountUnknown, PodUnknown, PodUnconfirmed, AddressAmbiguous, PodDataStale, NotSynced,
 	}
 }
 

@@ -27,7 +27,7 @@ const (
 
 // Reasons lists all that Reason and Refusal.Reason can be.
 func Reasons() []string {
-	return append(podresolver.Reasons(), IdentityUnknownToIMDS, IMDSRefused, IMDSUnavailable, EntraRefused, EntraUnavailable,
+	return append(podresolver.Reasons(), IdentityUnknownToIMDS, IMDSRefused, IMDSUnavailable, EntraRefused, EntraUnavailable, FederationUnknown,
 		CredentialUnusable, Throttled, TooManyWaiting, TokensWithheldOnBridge, RequestInvalid)
 }
 
