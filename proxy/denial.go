@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/podidentity/nmi/podresolver"
+	"github.com/podidentity/nmi/proxy/upstream"
 )
 
 // Denial is requests of a pod that were not served, for one reason, in words for those who may
@@ -64,7 +65,7 @@ func (s *Server) deny(caller netip.Addr, err error, d Denial) {
 	if pod := s.podOf(err, caller); pod != nil && len(pods) == 0 {
 		pods = []*podresolver.Pod{pod}
 		// Objects of another namespace, or a Secret and its keys, which the pod's namespace may not read.
-		if pod.Foreign() || d.Reason == CredentialUnusable {
+		if credential, ok := errors.AsType[*upstream.CredentialError](err); pod.Foreign() || ok && credential.Secret {
 			d.Text = asHTTP(err).Error()
 			d.Fix = cmp.Or(Fix(d.Reason), "see what nmi explain "+pod.String()+" says in the agent's pod of this node")
 		}

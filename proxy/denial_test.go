@@ -104,7 +104,7 @@ func TestDenialOfForeignObjects(t *testing.T) {
 // What is wrong with a Secret names its keys, and is for the log.
 func TestDenialOfACredential(t *testing.T) {
 	w, got := denials(t, newCluster(), podresolver.Config{})
-	err := &tokencache.Failure{Class: tokencache.Refused, Err: &upstream.CredentialError{Object: "secret shop/credentials", Err: errors.New("it has keys db-password, root-token; want clientsecret")}}
+	err := &tokencache.Failure{Class: tokencache.Refused, Err: &upstream.CredentialError{Object: "secret shop/credentials", Secret: true, Err: errors.New("it has keys db-password, root-token; want clientsecret")}}
 	w.server.deny(netip.MustParseAddr(secret), err, Denial{Reason: Reason(err)})
 	d := <-got
 	assert.Equal(t, CredentialUnusable, d.Reason)

@@ -276,7 +276,7 @@ func TestFederationInNamespaces(t *testing.T) {
 	assert.Equal(t, http.StatusBadRequest, got.status, got.body)
 	assert.Contains(t, got.body, "see the log of the node's agent")
 	assert.Contains(t, a.Log(), "apply deploy/federation/namespace.yaml to namespace shop")
-	s.awaitEvent(f.namespace, "batch-0", "CredentialUnusable", "service account shop/batch", 1)
+	s.awaitEvent("batch-0", "CredentialUnusable", "service account shop/batch", 1)
 	assert.Equal(t, http.StatusBadRequest, f.cart.asks(vault).status, "annotations do not count")
 
 	f.grant("namespace.yaml")
@@ -295,7 +295,7 @@ func TestFederationInNamespaces(t *testing.T) {
 	got = batch.asks(resource(2))
 	assert.Equal(t, http.StatusBadRequest, got.status)
 	assert.Contains(t, got.body, "AADSTS70021")
-	s.awaitEvent(f.namespace, "batch-0", "FederationUnknown", `subject "system:serviceaccount:shop:batch", issuer "https://testbed"`, 1)
+	s.awaitEvent("batch-0", "FederationUnknown", `subject "system:serviceaccount:shop:batch", issuer "https://testbed"`, 1)
 	for _, call := range world.IMDS.Calls() { // the doctor's is among them
 		assert.NotContains(t, call.Target, "oauth2/token", "not even when it fails")
 	}

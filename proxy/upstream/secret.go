@@ -19,6 +19,7 @@ var ErrNoSecret = errors.New("it cannot be read")
 // names of its keys.
 type CredentialError struct {
 	Object string // "secret shop/name" or "service account shop/name"
+	Secret bool   // it is a Secret: who may read the pod need not know its name and keys
 	Err    error  // what is wrong with it
 
 	class tokencache.Class
@@ -36,7 +37,7 @@ func (e *CredentialError) Unwrap() error { return e.Err }
 func (e *CredentialError) Class() tokencache.Class { return e.class }
 
 func refusedCredential(p tokencache.Principal, err error) error {
-	return &CredentialError{Object: objectOf(p), Err: err, class: tokencache.Refused}
+	return &CredentialError{Object: objectOf(p), Secret: !p.Federated(), Err: err, class: tokencache.Refused}
 }
 
 // objectOf names what proves an identity.
@@ -49,7 +50,7 @@ func objectOf(p tokencache.Principal) string {
 
 // credentialError classifies an error of Config.Secret or Config.ServiceAccountToken.
 func credentialError(p tokencache.Principal, err error) error {
-	e := &CredentialError{Object: objectOf(p), Err: err, class: tokencache.Unavailable}
+	e := &CredentialError{Object: objectOf(p), Secret: !p.Federated(), Err: err, class: tokencache.Unavailable}
 	if errors.Is(err, ErrNoSecret) || errors.Is(err, ErrNoServiceAccountToken) {
 		e.class = tokencache.Refused
 	}
