@@ -30,10 +30,10 @@ func TestWhatTheAgentCannotUseIsOneClearLine(t *testing.T) {
 	}{
 		"no node":              {[]string{kubeconfig}, []string{"--operation-mode=managed"}, "--node is required"},
 		"no operation mode":    {[]string{kubeconfig}, []string{"--node=node1", "--operation-mode=x"}, `invalid argument "x" for "--operation-mode" flag: want managed or standard`},
-		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `"magic" is not a redirect mode: use "auto", "redirect", "dnat" or "none"`},
+		"an unknown mode":      {[]string{kubeconfig}, append(good, "--redirect-mode=magic"), `"magic" is not a redirect mode: use "auto", "redirect", "dnat", "ebpf" or "none"`},
 		"a port that is none":  {[]string{kubeconfig}, append(good, "--nmi-port=x"), `invalid argument "x" for "--nmi-port"`},
 		"an unknown flag":      {[]string{kubeconfig}, append(good, "--nmi-prot=1"), "unknown flag: --nmi-prot"},
-		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, doctor, explain, probe, status and version`},
+		"an unknown command":   {[]string{kubeconfig}, []string{"clean"}, `unexpected argument "clean": the commands are cleanup, doctor, explain, migrate, probe, status and version`},
 		"a taken port":         {[]string{kubeconfig}, good, "port 2579 is taken"},
 		"no kubeconfig":        {[]string{"KUBECONFIG=/nowhere"}, good, "reading KUBECONFIG=/nowhere"},
 		"an empty kubeconfig":  {[]string{"KUBECONFIG=/dev/null"}, good, "KUBECONFIG=/dev/null has no current context"},
