@@ -280,7 +280,7 @@ func (r *Reconciler) ensureChain(ctx context.Context, res *result, want chain, f
 // conflictThreshold is how often in a minute rules are written for ordinary reasons.
 const conflictThreshold = 5
 
-// lossNotes returns a note on the last loss of rules, or of late. While another program keeps
+// lossNotes returns a note on the last loss of rules in the last hour. While another program keeps
 // changing the rules, it warns, too. They are repaired at the same pace all the same: pods are
 // refused as long as they are missing.
 func (r *Reconciler) lossNotes(now time.Time) []string {

@@ -3,11 +3,13 @@ package podresolver
 import (
 	"fmt"
 	"net/netip"
+	"runtime"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 	"github.com/podidentity/nmi/podresolver/resolvertest"
@@ -111,4 +113,26 @@ func TestForeign(t *testing.T) {
 		require.NoError(t, err)
 		assert.Equal(t, tc.foreign, pod.Foreign(), name)
 	}
+}
+
+// What is kept of a field does not keep the white space around it, nor the rest of one that was cut.
+func TestKeptFieldsAreCopies(t *testing.T) {
+	const objects = 50
+	var kept []any
+	var memory runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&memory)
+	before := memory.HeapAlloc
+	for i := range objects {
+		long := strings.Repeat(" ", 1<<20) + fmt.Sprint("a", i)
+		federated := resolvertest.Identity("i", long, long)
+		federated.Annotations = map[string]string{aadpodidentity.FederatedAnnotation: "true"}
+		federated.Spec.TenantID, federated.Spec.ADEndpoint = long, long
+		account := &metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{ClientIDAnnotation: long, TenantIDAnnotation: long, AdditionalClientIDsAnnotation: long + "b"}}}
+		kept = append(kept, newIdentityInfo(federated), newAccountInfo(account))
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&memory)
+	assert.Less(t, int64(memory.HeapAlloc)-int64(before), int64(objects<<20/10), "of %d MiB", 3*objects)
+	runtime.KeepAlive(kept)
 }

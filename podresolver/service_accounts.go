@@ -45,10 +45,10 @@ type accountAnnotations struct {
 // newAccountInfo trims a service account.
 func newAccountInfo(in *metav1.PartialObjectMetadata) *accountInfo {
 	info := &accountInfo{ObjectName: cache.MetaObjectToName(in), uid: string(in.UID)}
-	value := func(key string) string { return cut(strings.TrimSpace(in.Annotations[key])) }
+	value := func(key string) string { return trimmed(in.Annotations[key]) }
 	a := accountAnnotations{clientID: strings.ToLower(value(ClientIDAnnotation)), tenantID: value(TenantIDAnnotation)}
 	for text := range strings.SplitSeq(in.Annotations[AdditionalClientIDsAnnotation], ",") {
-		id := strings.ToLower(cut(strings.TrimSpace(text)))
+		id := strings.ToLower(trimmed(text))
 		if id == "" || id == a.clientID || slices.Contains(a.additional, id) {
 			continue
 		}
@@ -61,13 +61,6 @@ func newAccountInfo(in *metav1.PartialObjectMetadata) *accountInfo {
 		info.annotations = &a
 	}
 	return info
-}
-
-// cut returns a copy of the beginning of a text, long enough for whatever is valid: the rest would
-// stay in memory with it.
-func cut(text string) string {
-	const enough = 253
-	return strings.ToValidUTF8(strings.Clone(text[:min(len(text), enough)]), "")
 }
 
 func (o *objects) accountChangedLocked(a *accountInfo, _ bool) {

@@ -189,22 +189,26 @@ func isMICPod(pod *corev1.Pod, micNamespace string) bool {
 // is as long: names have 253, selectors 63, resource IDs some 400.
 const maxField = 1024
 
-// bounded cuts a string that is too long, and makes it one that matches nothing.
+// bounded returns a copy of a string, since a part of one keeps the whole in memory. A string that is
+// too long is cut, and matches nothing then.
 func bounded(text string) string {
 	if len(text) <= maxField {
-		return text
+		return strings.Clone(text)
 	}
 	return strings.ToValidUTF8(text[:maxField], "") + "…"
 }
+
+// trimmed is bounded without white space around the string.
+func trimmed(text string) string { return bounded(strings.TrimSpace(text)) }
 
 // newIdentityInfo trims an AzureIdentity. White space around values, from YAML block scalars
 // or copying, is removed: in a request to IMDS it would be a part of the value.
 func newIdentityInfo(in *aadpodidentity.AzureIdentity) *identityInfo {
 	return &identityInfo{
 		ObjectName: cache.MetaObjectToName(in), kind: in.Spec.Type, unreadable: bounded(in.Spec.Unreadable),
-		clientID: strings.ToLower(bounded(strings.TrimSpace(in.Spec.ClientID))), resourceID: strings.ToLower(bounded(strings.TrimSpace(in.Spec.ResourceID))),
+		clientID: strings.ToLower(trimmed(in.Spec.ClientID)), resourceID: strings.ToLower(trimmed(in.Spec.ResourceID)),
 		namespaced: strings.EqualFold(in.Annotations[aadpodidentity.BehaviorAnnotation], aadpodidentity.BehaviorNamespaced),
-		federated:  cut(strings.TrimSpace(in.Annotations[aadpodidentity.FederatedAnnotation])),
+		federated:  trimmed(in.Annotations[aadpodidentity.FederatedAnnotation]),
 		principal:  principalOf(in),
 	}
 }
@@ -213,24 +217,23 @@ func newIdentityInfo(in *aadpodidentity.AzureIdentity) *identityInfo {
 // tokens of.
 func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 	if in.Spec.Type == aadpodidentity.UserAssignedMSI && in.Annotations[aadpodidentity.FederatedAnnotation] != "" {
-		return &Principal{TenantID: strings.TrimSpace(in.Spec.TenantID), Authority: authorityOf(in.Spec.ADEndpoint)}
+		return &Principal{TenantID: trimmed(in.Spec.TenantID), Authority: authorityOf(in.Spec.ADEndpoint)}
 	}
 	if in.Spec.Type != aadpodidentity.ServicePrincipal && in.Spec.Type != aadpodidentity.ServicePrincipalCertificate {
 		return nil
 	}
-	trim := func(text string) string { return bounded(strings.TrimSpace(text)) }
 	p := &Principal{
-		TenantID:        trim(in.Spec.TenantID),
+		TenantID:        trimmed(in.Spec.TenantID),
 		Authority:       cmp.Or(authorityOf(in.Spec.ADEndpoint), defaultAuthority),
-		SecretNamespace: cmp.Or(trim(in.Spec.ClientPassword.Namespace), in.Namespace),
-		SecretName:      trim(in.Spec.ClientPassword.Name),
+		SecretNamespace: cmp.Or(trimmed(in.Spec.ClientPassword.Namespace), in.Namespace),
+		SecretName:      trimmed(in.Spec.ClientPassword.Name),
 		Certificate:     in.Spec.Type == aadpodidentity.ServicePrincipalCertificate,
 	}
 	for _, tenant := range in.Spec.AuxiliaryTenantIDs {
 		if len(p.AuxiliaryTenantIDs) > maxAuxiliaryTenants {
 			break // which makes it unusable
 		}
-		if tenant = trim(tenant); tenant != "" && tenant != p.TenantID && !slices.Contains(p.AuxiliaryTenantIDs, tenant) {
+		if tenant = trimmed(tenant); tenant != "" && tenant != p.TenantID && !slices.Contains(p.AuxiliaryTenantIDs, tenant) {
 			p.AuxiliaryTenantIDs = append(p.AuxiliaryTenantIDs, tenant)
 		}
 	}
@@ -238,7 +241,7 @@ func principalOf(in *aadpodidentity.AzureIdentity) *Principal {
 }
 
 // authorityOf is an adEndpoint without white space and slashes at its end.
-func authorityOf(endpoint string) string { return strings.TrimRight(strings.TrimSpace(endpoint), "/") }
+func authorityOf(endpoint string) string { return strings.TrimRight(trimmed(endpoint), "/") }
 
 func newBindingInfo(in *aadpodidentity.AzureIdentityBinding) *bindingInfo {
 	return &bindingInfo{

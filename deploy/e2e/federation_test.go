@@ -289,7 +289,7 @@ func TestFederationInNamespaces(t *testing.T) {
 	require.NoError(t, err)
 	assert.Zero(t, code, plan)
 	assert.Contains(t, plan, "AzureIdentity shop/batch: moved\n  service accounts: shop/batch (pods: 1)\n")
-	assert.Contains(t, plan, "the cluster's issuer \"https://testbed\" is none that Entra reaches")
+	assert.Contains(t, plan, "Entra cannot reach the cluster's issuer \"https://testbed\"")
 
 	f.entra.SetFederated(federatedID)
 	got = batch.asks(resource(2))

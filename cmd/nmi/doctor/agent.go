@@ -87,7 +87,7 @@ func (d *doctor) agentNotes(ctx context.Context) (string, error) {
 	return "", nil
 }
 
-// podsServed lists the pods that the agent refuses, or has refused of late.
+// podsServed lists the pods that the agent refuses, or has refused in the last ten minutes.
 func (d *doctor) podsServed(ctx context.Context) (string, error) {
 	if !d.agent {
 		return "", skipf("no agent answers")

@@ -101,7 +101,7 @@ func issuerProblem(issuer string) string {
 	if strings.HasPrefix(issuer, "https://") && strings.Contains(host, ".") && !strings.HasSuffix(host, ".svc") && !strings.HasSuffix(host, ".local") {
 		return ""
 	}
-	return fmt.Sprintf("the cluster's issuer %q is none that Entra reaches: az aks update --enable-oidc-issuer, or give --issuer", issuer)
+	return fmt.Sprintf("Entra cannot reach the cluster's issuer %q: az aks update --enable-oidc-issuer, or give --issuer", issuer)
 }
 
 func plan(in podresolver.BoundIdentity, inventory podresolver.Inventory, o Options) Identity {
