@@ -22,6 +22,7 @@ if [ -n "${LOCAL:-}" ]; then
 		buildah commit --quiet --rm "$container" "$DEBIAN_IMAGE"
 		rm -rf "$base"
 	fi
+	go mod download # the build sees the modules read-only
 	# buildah 1.28 does not know BUILDPLATFORM by itself.
 	set -- "$@" --pull-never --build-arg "BUILDPLATFORM=linux/$(go env GOHOSTARCH)" --isolation chroot --volume "$(go env GOROOT):/usr/local/go:ro" \
 		--volume "$(go env GOMODCACHE):/go/pkg/mod:ro" --volume "$(go env GOCACHE):/root/.cache/go-build"

@@ -115,6 +115,26 @@ func TestNextTimeout(t *testing.T) {
 	})
 }
 
+// A process that gets no time to run notices a request and the deadline after it at once.
+func TestNextAfterTheDeadline(t *testing.T) {
+	c, client := connected(t, NewLimiter(8, 8))
+	const passed = -time.Second
+	_, err := c.Next(passed)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+
+	_, err = io.WriteString(client, "in time")
+	require.NoError(t, err)
+	require.NoError(t, client.CloseWrite())
+	var request []byte
+	require.EventuallyWithT(t, func(t *assert.CollectT) { // until the kernel has delivered it
+		request, err = c.Next(passed)
+		require.NoError(t, err)
+	}, 10*time.Second, time.Millisecond)
+	assert.Equal(t, "in time", string(request))
+	_, err = c.Next(passed)
+	assert.ErrorIs(t, err, io.EOF)
+}
+
 func TestEndNext(t *testing.T) {
 	l := NewLimiter(8, 8)
 	waiting, _ := connected(t, l)
