@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 cache=$(cd ../../.. && pwd)/.cache/clusters
+go mod download github.com/Azure/aad-pod-identity # for its folder
 read -r version module < <(go list -mod=mod -m -f '{{.Version}} {{.Dir}}' github.com/Azure/aad-pod-identity)
 
 mkdir -p "$cache/bin" "$cache/old-nmi"
