@@ -32,6 +32,7 @@ kubernetes_image() {
 # file_system makes the node's file system, but for the images.
 file_system() {
 	local kind
+	(cd "$root" && go mod download -modfile=.ci/kind/go.mod sigs.k8s.io/kind) # for its folder
 	kind=$(cd "$root" && go list -modfile=.ci/kind/go.mod -m -f '{{.Dir}}' sigs.k8s.io/kind)
 	mmdebstrap --quiet --variant=minbase bookworm "$fs" --include=systemd,conntrack,iptables,nftables,iproute2,ethtool,util-linux,mount,kmod,libseccomp2,pigz,e2fsprogs,bash,ca-certificates,curl,jq,procps,containerd,runc,containernetworking-plugins
 	rm -rf "$fs"/usr/share/{doc,man,locale} "$fs"/var/cache/apt/* "$fs"/var/lib/apt/lists/*
