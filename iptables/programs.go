@@ -25,7 +25,10 @@ func (cfg Config) newPrograms() *ebpf.Programs {
 // Caller returns the UID of the pod whose connection the agent has accepted; see
 // ebpf.Programs. It is for mode EBPF.
 func (r *Reconciler) Caller(conn *net.TCPConn) (uid string, err error) {
-	return r.programs.Caller(conn)
+	if uid, err = r.programs.Caller(conn); err != nil {
+		r.counts.unidentified[unidentifiedBy(err)].Add(1)
+	}
+	return uid, err
 }
 
 // ConnectProgram is what the kernel calls the program of mode EBPF that redirects.
@@ -37,6 +40,7 @@ func ProgramsInPlace(cfg Config) error { return ebpf.InPlace(cfg.Programs.Pins) 
 // ensurePrograms puts the programs in place, and the address that they lead to.
 func (r *Reconciler) ensurePrograms(res *result) {
 	if r.programs == nil {
+		res.down = append(res.down, partEgress)
 		return
 	}
 	err := r.ensureTarget()
@@ -45,6 +49,9 @@ func (r *Reconciler) ensurePrograms(res *result) {
 		found, err = r.programs.Ensure()
 		res.written = append(res.written, partsOf(found.Written)...)
 		res.lost = append(res.lost, partsOf(found.Lost)...)
+		if slices.Contains(found.Lost, ebpf.Egress) {
+			res.down = append(res.down, partEgress)
+		}
 		res.notes = append(res.notes, found.Notes...)
 	}
 	for _, part := range []string{partEgress, partRedirect} {

@@ -28,7 +28,7 @@ func (s *Status) Problem() string {
 	case causeOf(s.Err) == CausePermission:
 		return RulesRefused
 	}
-	for _, fence := range []string{partRouting, partGuard} {
+	for _, fence := range []string{partRouting, partGuard, partEgress} {
 		if inPlace, wanted := s.InPlace[fence]; wanted && !inPlace {
 			return FenceMissing
 		}

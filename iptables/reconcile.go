@@ -28,7 +28,7 @@ var parts = [...]string{partRouting, partGuard, partEgress, partRedirect, partWi
 type result struct {
 	written  []string // parts that were missing or wrong, and have been written
 	lost     []string // parts that this Run had left in place, and that were gone or changed
-	down     []string // fences that were not in place before
+	down     []string // fences that were not in place before, or that the mode has not
 	notes    []string
 	inPlace  map[string]bool // by part, whether it is now
 	err      error           // of parts that are required
@@ -112,12 +112,12 @@ const (
 func impact(lost, down []string) string {
 	var texts []string
 	switch {
-	case slices.Contains(down, partRouting) && slices.Contains(down, partGuard):
-		texts = append(texts, "both fences were down: pods may have reached the metadata service and got tokens of the node's identities")
+	case slices.Contains(down, partRouting) && slices.Contains(down, partGuard) && slices.Contains(down, partEgress):
+		texts = append(texts, "all fences were down: pods may have reached the metadata service and got tokens of the node's identities")
 	case slices.Contains(lost, partRedirect):
 		texts = append(texts, "pods' token requests were refused or dropped; a fence kept them from the metadata service")
-	case slices.Contains(lost, partRouting) || slices.Contains(lost, partGuard):
-		texts = append(texts, "none: pods' token requests were served, and the other fence was in place")
+	case slices.Contains(lost, partRouting) || slices.Contains(lost, partGuard) || slices.Contains(lost, partEgress):
+		texts = append(texts, "none: pods' token requests were served, and another fence was in place")
 	}
 	for _, tc := range []struct{ part, text string }{
 		{partWireserver, "pods may have reached the wireserver"},

@@ -151,11 +151,13 @@ func TestImpact(t *testing.T) {
 		want       string
 	}{
 		"the redirect":           {[]string{partRedirect}, nil, "refused or dropped; a fence kept them"},
-		"the redirect, a fence":  {[]string{partRouting, partRedirect}, []string{partRouting}, "refused or dropped; a fence kept them"},
-		"a fence":                {[]string{partGuard}, []string{partGuard}, "were served, and the other fence was in place"},
-		"both fences":            {[]string{partRouting, partGuard}, []string{partRouting, partGuard}, "tokens of the node's identities"},
-		"all":                    {[]string{partRouting, partGuard, partRedirect}, []string{partRouting, partGuard}, "tokens of the node's identities"},
-		"one, the other refused": {[]string{partRouting}, []string{partRouting, partGuard}, "tokens of the node's identities"},
+		"the redirect, a fence":  {[]string{partRouting, partRedirect}, []string{partEgress, partRouting}, "refused or dropped; a fence kept them"},
+		"a fence":                {[]string{partGuard}, []string{partEgress, partGuard}, "were served, and another fence was in place"},
+		"both fences":            {[]string{partRouting, partGuard}, []string{partEgress, partRouting, partGuard}, "tokens of the node's identities"},
+		"all":                    {[]string{partRouting, partGuard, partRedirect}, []string{partEgress, partRouting, partGuard}, "tokens of the node's identities"},
+		"one, the other refused": {[]string{partRouting}, []string{partEgress, partRouting, partGuard}, "tokens of the node's identities"},
+		"all but egress":         {[]string{partRouting, partGuard}, []string{partRouting, partGuard}, "another fence was in place"},
+		"egress":                 {[]string{partEgress}, []string{partEgress, partGuard}, "another fence was in place"},
 		"the wireserver's":       {[]string{partWireserver}, nil, "may have reached the wireserver"},
 		"input":                  {[]string{partInput}, nil, "the agent itself had to refuse"},
 		"antispoof":              {[]string{partAntispoof}, nil, "may have kept the node from the metadata service"},

@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/iptables/ebpf"
 )
 
 // Cause is why a part of the rules could not be read or written.
@@ -47,12 +49,43 @@ func causeOf(err error) Cause {
 	}
 }
 
+// Unidentified is why Caller did not find the caller of a connection.
+type Unidentified int
+
+// The reasons.
+const (
+	// NotRedirected means that the programs have no note of the connection: no pod of the node
+	// made it, or it was forged, or the kernel had no memory for the note.
+	NotRedirected Unidentified = iota
+	NoPod                      // the caller's cgroup is no pod's, or no longer one
+	LookupFailed
+	unidentifiedReasons = iota
+)
+
+// String names the reason as metrics do.
+func (u Unidentified) String() string {
+	return [...]string{NotRedirected: "not_redirected", NoPod: "no_pod", LookupFailed: "error"}[u]
+}
+
+// unidentifiedBy returns the reason for an error of Caller.
+func unidentifiedBy(err error) Unidentified {
+	switch {
+	case errors.Is(err, ebpf.ErrNotRedirected):
+		return NotRedirected
+	case errors.Is(err, ebpf.ErrNoPod):
+		return NoPod
+	default:
+		return LookupFailed
+	}
+}
+
 // counts is what Stats returns.
 type counts struct {
 	checks, repairs, staleFlows, contended atomic.Uint64
 
-	lost   [len(parts)]atomic.Uint64
-	errors [causes]atomic.Uint64
+	lost         [len(parts)]atomic.Uint64
+	errors       [causes]atomic.Uint64
+	unidentified [unidentifiedReasons]atomic.Uint64
 }
 
 // Stats are counts since New.
@@ -63,6 +96,8 @@ type Stats struct {
 	Errors        [causes]uint64    // by Cause, times that a part could not be read or written
 	LockContended uint64            // commands that found the xtables lock held by another program
 	StaleFlows    uint64            // connections past the agent that were ended
+	// Unidentified are connections whose caller Caller did not find, by the reason.
+	Unidentified [unidentifiedReasons]uint64
 }
 
 // Stats returns the counts so far.
@@ -77,6 +112,9 @@ func (r *Reconciler) Stats() Stats {
 	}
 	for cause := range c.errors {
 		s.Errors[cause] = c.errors[cause].Load()
+	}
+	for reason := range c.unidentified {
+		s.Unidentified[reason] = c.unidentified[reason].Load()
 	}
 	return s
 }

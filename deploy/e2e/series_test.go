@@ -26,16 +26,27 @@ var differs = regexp.MustCompile(`\b(version|goversion|backend|mode|quantile)="[
 // TestSeries: an agent that has served and refused has every series that dashboard and alerts ask for.
 func TestSeries(t *testing.T) {
 	s := begin(t)
-	s.agent()
+	a := s.agent()
 	served, refused := s.pod("served-0", "10.244.0.96", testbed.Ptp, "cart"), s.pod("refused-0", "10.244.0.97", testbed.Ptp, "nothing")
 	for range 3 {
 		served.hears(vault, cart.ClientID)
 	}
 	require.Equal(t, http.StatusBadRequest, refused.asks(vault).status)
-	client := &http.Client{Timeout: patience}
-	defer client.CloseIdleConnections()
-	status, text := page(client, "127.0.0.1", metricsPort, "/metrics")
-	require.Equal(t, http.StatusOK, status)
+	scrape := func() string {
+		client := &http.Client{Timeout: patience}
+		defer client.CloseIdleConnections()
+		status, text := page(client, "127.0.0.1", metricsPort, "/metrics")
+		require.Equal(t, http.StatusOK, status)
+		return text
+	}
+	text := scrape()
+	s.stops(a)
+	s.kubepods().agent() // has another fence
+	for line := range strings.Lines(scrape()) {
+		if strings.HasPrefix(line, "nmi_rules_in_place{") {
+			text += line
+		}
+	}
 	got := seriesIn(text)
 	if *write {
 		require.NoError(t, os.WriteFile(seriesFile, []byte(strings.Join(got, "\n")+"\n"), 0o644))

@@ -50,6 +50,8 @@ func (s snapshot) addRequests(l *list) {
 	l.gauge("nmi.connections.open", "", "Connections that pods have open", of(c.Open))
 	l.counter("nmi.connections.refused", "Connections closed on arrival because there were too many", of(c.Refused))
 	l.counter("nmi.connections.evicted", "Connections closed to make room for others", of(c.Evicted))
+	l.counter("nmi.connections.unidentified", "Connections reset on arrival in mode ebpf because their caller is not known",
+		each("reason", s.ruleCounts.Unidentified[:], iptables.Unidentified.String)...)
 }
 
 // requestLabels leaves out what is not known, as the semantic conventions have it.
