@@ -269,6 +269,7 @@ type request struct {
 	Address string // instead of the metadata service's
 	Command string
 	Cgroup  string // to move to
+	PID, FD int    // a socket of another process
 	Timeout time.Duration
 }
 

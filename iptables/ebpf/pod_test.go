@@ -153,6 +153,8 @@ func (r request) run(held *int) (answer string, err error) {
 		return r.run(held)
 	case "move": // the process does
 		return "moved", os.WriteFile(r.Cgroup+"/cgroup.procs", []byte("0"), 0o644)
+	case "socket", "take", "connect", "disconnect", "read":
+		return r.passed(held, v4)
 	case "connects":
 		return r.connects(v4)
 	case "flood":
