@@ -48,6 +48,8 @@ func TestEBPF(t *testing.T) {
 		_ = conn.Close()
 	}
 	assert.ErrorContains(t, err, "reset")
+	_, text := page(&http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}, "127.0.0.1", metricsPort, "/metrics")
+	assert.Contains(t, text, `nmi_connections_unidentified_total{reason="not_redirected"} 1`)
 }
 
 func TestEBPFHostNetwork(t *testing.T) {
