@@ -15,7 +15,7 @@ var errPrivileges = errors.New("run as root with the capabilities NET_ADMIN and 
 // routing an LSM program refuses every rule that is written in the node's network
 // namespace (azure-block-iptables of Azure/azure-container-networking).
 var errForbidden = errors.New("the node may forbid iptables rules, as AKS nodes with eBPF host routing do (label kubernetes.azure.com/ebpf-host-routing=true): " +
-	"there, use --redirect-mode=ebpf, or none with a local redirect policy of Cilium")
+	"there, use --redirect-mode=ebpf (the chart's nmi.redirectMode=ebpf), or none with a local redirect policy of Cilium")
 
 // missingCapabilities names the capabilities that this process needs and lacks. Policy
 // routing, iptables-nft and conntrack need NET_ADMIN; iptables-legacy also NET_RAW.

@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -129,6 +130,34 @@ func TestRoutingFenceWithoutIptables(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The node forbids rules from some time on: mode auto has chosen them, and says what to do now.
+func TestRulesForbiddenLater(t *testing.T) {
+	n := newNode(t, iptables.NFT, testbed.Ptp)
+	dir := t.TempDir()
+	for _, name := range []string{"iptables-nft", "iptables-nft-restore"} {
+		real, err := exec.LookPath(name)
+		require.NoError(t, err)
+		writeScript(t, dir+"/"+name, `[ -e `+dir+`/forbidden ] && echo 'iptables v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)' >&2 && exit 4; exec `+real+` "$@"`)
+	}
+	setPath(t, dir+":"+os.Getenv("PATH"))
+	cfg := n.config(iptables.ModeAuto)
+	pods := &testbed.PodList{}
+	pods.Set(n.pod.Addr)
+	cfg.Pods = pods.Addresses
+	r, _ := n.reconcile(cfg)
+	require.NoError(t, r.Status().Err)
+	require.NoError(t, os.WriteFile(dir+"/forbidden", nil, 0o600))
+	n.run("", "ip", "rule", "del", "pref", "11") // so that it looks
+	n.eventually(func() bool { return r.Status().Err != nil }, "noticed")
+	status := r.Status()
+	assert.ErrorContains(t, status.Err, "the chart's nmi.redirectMode=ebpf")
+	assert.ErrorContains(t, status.Err, "mode auto cannot use programs in the place of rules either", "these tests run in no pod")
+	assert.Equal(t, iptables.RulesRefused, status.Problem())
+	assert.Contains(t, n.ipRules(), routingFence, "what can be written is")
+	assert.Empty(t, askFor(n.pod, aMoment), "and pods are refused")
+	assert.Zero(t, n.leaks.Load())
 }
 
 // An agent that only starts, and may never serve, removes no fence.

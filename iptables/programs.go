@@ -2,9 +2,11 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 
@@ -106,6 +108,47 @@ func (r *Reconciler) bind() (again <-chan time.Time) {
 	}
 	return nil
 }
+
+// advise says what to do where rules do not work although mode auto has chosen them, given why
+// programs cannot be put in place; nil if they can.
+func advise(possible error) error {
+	switch {
+	case possible == nil:
+		return errors.New("mode auto chooses at the start alone: delete the agent's pod, and the next one uses programs in the place of rules (--redirect-mode=ebpf)")
+	case errors.Is(possible, ebpf.ErrPrivileges): // the manifest of ebpf gives them with the mounts
+		return fmt.Errorf("mode auto would use programs in the place of rules, but the agent lacks what they need: set the chart's value nmi.redirectMode=auto, or ebpf for all nodes, "+
+			"or apply deploy/manifests/ebpf/daemonset.yaml: %w", possible)
+	default:
+		return fmt.Errorf("mode auto cannot use programs in the place of rules either: %w", possible)
+	}
+}
+
+// LeftPrograms returns an error if programs that an agent in mode EBPF has left redirect connections past
+// the rules. It is for the other modes, whose agents have no right to see programs: it looks whether the
+// fence among them forbids this process a datagram to the metadata service (EPERM). Bound to lo, that
+// leaves the node in no case.
+func LeftPrograms(cfg Config) error {
+	if _, err := os.Stat(cfg.Programs.Pins); cfg.Programs.Pins != "" && err == nil { // the file system is mounted here
+		return fmt.Errorf("%w: they are pinned in %s", errLeftPrograms, cfg.Programs.Pins)
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil //nolint:nilerr // nothing is known
+	}
+	defer unix.Close(fd) //nolint:errcheck // nothing is to be written
+	const discard = 9    // RFC 863
+	if err := unix.BindToDevice(fd, "lo"); err != nil {
+		return nil //nolint:nilerr // likewise
+	}
+	if err := unix.Sendto(fd, nil, 0, &unix.SockaddrInet4{Port: discard, Addr: cfg.Metadata.Addr().As4()}); errors.Is(err, unix.EPERM) {
+		// Without the errno: the agent lacks no right.
+		return fmt.Errorf("%w: the kernel forbids this process to send to %s", errLeftPrograms, cfg.Metadata.Addr())
+	}
+	return nil
+}
+
+var errLeftPrograms = errors.New("programs that an agent in mode ebpf has left send pods' connections past the rules: apply deploy/cleanup.yaml to the node, " +
+	"or set the chart's value nmi.redirectMode=auto until they are gone: with it an agent that uses rules may remove them")
 
 // ChooseEBPF reports whether ModeAuto is to be EBPF, and why: rules cannot be written, or would be
 // without effect, and programs can be put in place. It changes nothing.

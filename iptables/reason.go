@@ -12,7 +12,7 @@ const (
 func Fix(reason string) string {
 	switch reason {
 	case RulesRefused:
-		return "give the agent root with NET_ADMIN and NET_RAW; where the node forbids rules all the same, use --redirect-mode=none: docs/doctor.md#writable"
+		return "give the agent root with NET_ADMIN and NET_RAW; where the node forbids rules all the same, use --redirect-mode=ebpf, or none: docs/doctor.md#writable"
 	case FenceMissing, RulesMissing:
 		return "see what keeps the agent from writing its rules: nmi doctor checks the node's tables, routing rules and iptables itself"
 	default:

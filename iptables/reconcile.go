@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/podidentity/nmi/iptables/ebpf"
 )
 
 // The parts of what Run keeps in place, as logs and metrics name them.
@@ -60,6 +62,17 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 	if r.programs != nil && !res.inPlace[partGuard] {
 		delete(res.inPlace, partGuard) // not asked for in this mode; a note says why it is missing
 	}
+	if !r.cleaned && redirected && (r.programs == nil || res.inPlace[partRedirect]) {
+		r.cleanStale(ctx)
+	}
+	if r.programs == nil { // after cleanStale, which removes them if it may
+		if err := LeftPrograms(r.cfg); err != nil {
+			r.fail(&res, partRedirect, err)
+		}
+	}
+	if r.cfg.Mode == ModeAuto && causeOf(res.err) == CausePermission {
+		res.err = errors.Join(res.err, advise(ebpf.Possible(r.cfg.Programs)))
+	}
 	status.Backend, status.InPlace, status.ruleNotes = r.backend(), res.inPlace, res.notes
 	if res.optional != nil {
 		if text := res.optional.Error(); text != r.lastOptional {
@@ -68,9 +81,6 @@ func (r *Reconciler) reconcile(ctx context.Context, status *Status) (changed boo
 		status.ruleNotes = append(status.ruleNotes, "running without rules that are not required: "+strings.ReplaceAll(res.optional.Error(), "\n", "; "))
 	}
 	r.lastOptional = errorText(res.optional)
-	if !r.cleaned && redirected && (r.programs == nil || res.inPlace[partRedirect]) {
-		r.cleanStale(ctx)
-	}
 	return len(res.written) > 0, res.err
 }
 

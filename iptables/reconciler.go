@@ -282,7 +282,7 @@ func (r *Reconciler) selectMode(last Status) (Status, <-chan struct{}) {
 	case bypass == nil || r.cfg.Mode == None || r.cfg.Mode == EBPF:
 	case r.cfg.Mode == ModeAuto:
 		s.Bypass = fmt.Errorf("mode auto cannot tell whether a redirect would work: %w: use --redirect-mode=ebpf, or none with a local redirect policy "+
-			"(deploy/cilium), or, if you know that Cilium routes through iptables here (legacy host routing), --redirect-mode=dnat", bypass)
+			"(deploy/cilium), or, if you know that Cilium routes through iptables here (legacy host routing), --redirect-mode=dnat; %w", bypass, advise(ebpf.Possible(r.cfg.Programs)))
 	default:
 		s.Notes = append(s.Notes, fmt.Sprintf("mode %s is set, although %s", r.cfg.Mode, bypass))
 	}

@@ -1,12 +1,16 @@
 package iptables
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/podidentity/nmi/iptables/ebpf"
 )
 
 var (
@@ -143,6 +147,16 @@ func TestToolError(t *testing.T) {
 	assert.Equal(t, CauseOther, causeOf(toolError("reading", "Segmentation fault")))
 	err := permissionAdvice([]string{"NET_RAW"})
 	assert.EqualError(t, err, "run as root with the capabilities NET_ADMIN and NET_RAW (missing: NET_RAW)")
+}
+
+func TestAdvise(t *testing.T) {
+	assert.ErrorContains(t, advise(nil), "delete the agent's pod")
+	err := advise(fmt.Errorf("%w (missing: BPF)", ebpf.ErrPrivileges))
+	assert.ErrorContains(t, err, "set the chart's value nmi.redirectMode=auto, or ebpf")
+	assert.ErrorContains(t, err, "(missing: BPF)")
+	err = advise(errors.New("the kubelet uses cgroup v1"))
+	assert.ErrorContains(t, err, "either: the kubelet uses cgroup v1")
+	assert.NotContains(t, err.Error(), "nmi.redirectMode", "it would not help")
 }
 
 func TestImpact(t *testing.T) {
