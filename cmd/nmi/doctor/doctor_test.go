@@ -138,6 +138,22 @@ var situations = map[string]situation{
 	"a bypass, and mode dnat": {(*node).cilium, "dataplane", Warning, "works only if Cilium routes through iptables"},
 	"a bypass, and mode none": {func(n *node) { n.cilium(); n.settings.Rules.Mode = iptables.None }, "dataplane", Success, "they need not"},
 
+	"no programs left": {healthy, "programs", Success, ""},
+	"programs left":    {func(n *node) { n.settings.Rules.Programs.Pins = n.t.TempDir() }, "programs", Error, "they are pinned in"},
+
+	"raw packets, no bypass": {func(n *node) { n.settings.Rules.Mode = iptables.EBPF; n.addPod(testbed.Ptp, container) }, "raw-packets", Success, "the node's routing sees"},
+	"raw packets": {func(n *node) {
+		n.settings.Rules.Mode = iptables.EBPF
+		n.cilium()
+		n.addPod(testbed.Ptp, container)
+	}, "raw-packets", Warning, "has a tcx ingress program): shop/p-10.244.0.7. Have them drop NET_RAW"},
+	"raw packets of an excepted pod": {func(n *node) {
+		n.settings.Rules.Mode = iptables.EBPF
+		n.cilium()
+		n.addPod(testbed.Ptp, container)
+		n.statusz = `{"pods":[{"namespace":"shop","name":"p-10.244.0.7","exception":"addons"}]}`
+	}, "raw-packets", Success, "none has NET_RAW"},
+
 	"IMDS": {healthy, "imds", Success, "it answered in "},
 	"IMDS out of reach": {func(n *node) {
 		n.command("ip route add blackhole 169.254.169.254")
@@ -181,6 +197,9 @@ var (
 func federated(p *corev1.Pod) {
 	p.Spec.Containers = []corev1.Container{{Name: "app", Env: []corev1.EnvVar{{Name: "AZURE_FEDERATED_TOKEN_FILE", Value: "/token"}}}}
 }
+
+// container has the capabilities that containerd gives by default.
+func container(p *corev1.Pod) { p.Spec.Containers = []corev1.Container{{Name: "app"}} }
 
 func labelled(p *corev1.Pod) { p.Labels = map[string]string{"aadpodidbinding": "cart"} }
 
@@ -364,7 +383,7 @@ func TestHints(t *testing.T) {
 		d.cluster = &cluster{doctor: d}
 		programs := &doctor{cfg: Config{Pre: pre}}
 		programs.settings.Rules.Mode = iptables.EBPF
-		for _, checks := range [][]check{programs.ruleChecks(), d.agentChecks(), d.ruleChecks(), d.networkChecks(), d.metadataChecks(), d.clusterChecks(), d.nodeChecks()} {
+		for _, checks := range [][]check{programs.ruleChecks(), programs.networkChecks(), d.agentChecks(), d.ruleChecks(), d.networkChecks(), d.metadataChecks(), d.clusterChecks(), d.nodeChecks()} {
 			for _, c := range checks {
 				anchors[c.anchor] = true
 			}

@@ -13,11 +13,15 @@ import (
 )
 
 func (d *doctor) networkChecks() []check {
-	return []check{
+	checks := []check{
 		{"interfaces", "the redirect mode works on the pods' interfaces", d.interfaces},
 		{"arp-spoofing", "pods cannot take each other's addresses", d.spoofing},
 		{"dataplane", "pods' packets pass iptables", d.dataplane},
 	}
+	if d.settings.Rules.Mode == iptables.EBPF {
+		checks = append(checks, check{"raw-packets", "no pod can send packets past the fences", d.rawPackets})
+	}
+	return checks
 }
 
 func (d *doctor) interfaces(ctx context.Context) (string, error) {

@@ -104,6 +104,10 @@ func (d *doctor) partChecks() (checks []check) {
 		checks = append(checks, check{"programs", "the programs of --redirect-mode=ebpf are in place", func(context.Context) (string, error) {
 			return "", iptables.ProgramsInPlace(d.settings.Rules)
 		}})
+	} else {
+		checks = append(checks, check{"programs", "no programs of --redirect-mode=ebpf are left", func(context.Context) (string, error) {
+			return "", iptables.LeftPrograms(d.settings.Rules)
+		}})
 	}
 	for _, name := range append(names, "antispoof") {
 		c := parts[name]
