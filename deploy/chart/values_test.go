@@ -47,7 +47,7 @@ func assertStrings(t *testing.T, value any) {
 func TestRefusedValues(t *testing.T) {
 	for set, text := range map[string]string{
 		"nmi.redirectmode=dnat":            "additional properties 'redirectmode' not allowed",
-		"nmi.redirectMode=magic":           "at '/nmi/redirectMode': value must be one of 'auto', 'redirect', 'dnat', 'ebpf', 'none'",
+		"nmi.redirectMode=magic":           "at '/nmi/redirectMode': value must be one of 'iptables', 'auto', 'redirect', 'dnat', 'ebpf', 'none'",
 		"operationMode=Managed":            "at '/operationMode': value must be one of 'managed', 'standard'",
 		"nmi.probePort=http":               "at '/nmi/probePort': 'http' does not match pattern",
 		"nmi.probePort=70000":              "at '/nmi/probePort': maximum: got 70,000, want 65,535",
@@ -222,4 +222,23 @@ func TestImageIsWhereReleasesAre(t *testing.T) {
 	makefile, err := os.ReadFile("../../Makefile")
 	require.NoError(t, err)
 	assert.Contains(t, string(makefile), "\nIMAGE ?= "+image)
+}
+
+// TestRedirectModes: the agent gets what programs need if it may use them, and not by default.
+func TestRedirectModes(t *testing.T) {
+	for mode, want := range map[string]struct{ programs, flag bool }{
+		"iptables": {false, false}, "auto": {true, false}, "ebpf": {true, true}, "dnat": {false, true}, "none": {false, true},
+	} {
+		out, err := render(t, "--set=nmi.redirectMode="+mode)
+		require.NoError(t, err, out)
+		for _, part := range []string{"add: [NET_ADMIN, NET_RAW, BPF]", "mountPath: /sys/fs/bpf", "--cgroup-root=/host/sys/fs/cgroup", "mountPath: /host/sys/fs/cgroup"} {
+			assert.Equal(t, want.programs, strings.Contains(out, part), "%s: %s", mode, part)
+		}
+		assert.Equal(t, want.flag, strings.Contains(out, "--redirect-mode="+mode), mode)
+		if mode == "iptables" {
+			byDefault, err := render(t)
+			require.NoError(t, err)
+			assert.Equal(t, byDefault, out)
+		}
+	}
 }

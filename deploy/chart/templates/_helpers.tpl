@@ -37,9 +37,9 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{- /* Whether the pod meets the programs of mode ebpf; cleanup does not know the mode. */}}
+{{- /* Whether the pod may meet the programs of mode ebpf; cleanup does not know the mode. */}}
 {{- define "nmi.bpf" -}}
-{{- if or (eq .Values.nmi.redirectMode "ebpf") .Values.cleanup }}true{{ end -}}
+{{- if or (has .Values.nmi.redirectMode (list "auto" "ebpf")) .Values.cleanup }}true{{ end -}}
 {{- end -}}
 
 {{- define "nmi.bpfMount" -}}
