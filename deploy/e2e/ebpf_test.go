@@ -110,9 +110,11 @@ func TestEBPFBridge(t *testing.T) {
 func TestEBPFServiceAccount(t *testing.T) {
 	s := begin(t)
 	f := s.federation()
+	f.grant("cluster.yaml", "service-accounts.yaml")
 	k := s.kubepods()
 	k.agent(federationFlag, "--operation-mode=managed", "--entra-authority="+f.authority, "--federation-authority="+f.authority, "--federation-tenant-id="+principalTenant)
-	f.podOf("shop", "default", "plain-0", testbed.NodeName, "", "")
+	f.serviceAccount("plain", nil)
+	f.podOf("shop", "plain", "plain-0", testbed.NodeName, "", "")
 	mine, plain := k.containerOf("shop", "cart-0", f.cart), k.containerOf("shop", "plain-0", f.cart)
 	var got answer
 	require.Eventually(t, func() bool { got = mine.asks(); return got.subject == federatedID }, patience, 100*time.Millisecond, "%+v", &got)
@@ -130,18 +132,13 @@ func TestEBPFPodsMadeMeanwhile(t *testing.T) {
 	host := k.pod("host-0", "", nil, binding("report"))
 	assert.Zero(t, p.asks().status)
 	assert.NotEqual(t, report.ClientID, host.asks().subject, "it gets what IMDS gives the node")
-	k.agent()
+	a = k.agent()
 	assert.Equal(t, cart.ClientID, p.asks().subject)
 	require.Eventually(t, func() bool { return host.asks().subject == report.ClientID }, patience, 50*time.Millisecond)
 
 	// The object is there before the cgroup, of which nothing tells the agent.
 	k.create(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "host-1", Labels: binding("cart")}, Spec: corev1.PodSpec{HostNetwork: true}})
-	client := &http.Client{Timeout: patience}
-	defer client.CloseIdleConnections()
-	require.Eventually(t, func() bool {
-		_, text := page(client, "127.0.0.1", probePort, "/statusz?format=json")
-		return strings.Contains(text, "host-1")
-	}, patience, 100*time.Millisecond)
+	s.says(a, "pod=shop/host-1")
 	late := k.containerOf("shop", "host-1", nil)
 	require.Eventually(t, func() bool { return late.asks().subject == cart.ClientID }, patience, 50*time.Millisecond)
 }

@@ -146,6 +146,7 @@ var situations = map[string]situation{
 		n.settings.Rules.Mode = iptables.EBPF
 		n.cilium()
 		n.addPod(testbed.Ptp, container)
+		n.statusz = "{}"
 	}, "raw-packets", Warning, "has a tcx ingress program): shop/p-10.244.0.7. Have them drop NET_RAW"},
 	"raw packets of an excepted pod": {func(n *node) {
 		n.settings.Rules.Mode = iptables.EBPF
