@@ -177,6 +177,16 @@ func TestFederatedAfterAssignment(t *testing.T) {
 	got, err = h.Owner(addr).Identity(Selector{})
 	require.NoError(t, err)
 	require.NotNil(t, got.Principal)
+
+	// The binding is gone, and MIC has not noticed yet.
+	h.put(before)
+	h.drop(b)
+	h.update()
+	h.put(after)
+	h.update()
+	got, err = h.Owner(addr).Identity(Selector{})
+	require.NoError(t, err)
+	require.NotNil(t, got.Principal)
 }
 
 // TestPrecedence: what is bound to a pod comes before what its service account gives it.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
@@ -23,6 +24,7 @@ type reference struct {
 	bindings   []*aadpodidentity.AzureIdentityBinding
 	exceptions []*aadpodidentity.AzurePodIdentityException
 	assigned   []*aadpodidentity.AzureAssignedIdentity
+	accounts   []*metav1.PartialObjectMetadata
 }
 
 // owner is "" for an unknown address, "ambiguous", or describes the pod and the result of each
@@ -111,25 +113,103 @@ func (m *reference) answer(p *corev1.Pod, want Selector) string {
 	slices.SortFunc(offers, func(a, b offer) int {
 		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.binding, b.binding), cmp.Compare(a.space, b.space), cmp.Compare(a.assignment, b.assignment))
 	})
-	for _, now := range []bool{true, false} {
-		for _, o := range offers {
-			id := plain(o.identity.Spec)
-			if o.now != now || want.ObjectID != "" ||
-				want.ClientID != "" && !strings.EqualFold(want.ClientID, id.ClientID) ||
-				want.ResourceID != "" && !strings.EqualFold(want.ResourceID, id.ResourceID) {
-				continue
-			}
-			if !now {
-				return "wait"
-			}
-			return told(o.identity.Namespace, o.identity.Name, strings.ToLower(id.ClientID+" "+id.ResourceID), o.by)
+	fits := func(clientID, resourceID string) bool {
+		return want.ObjectID == "" && (want.ClientID == "" || strings.EqualFold(want.ClientID, clientID)) && (want.ResourceID == "" || strings.EqualFold(want.ResourceID, resourceID))
+	}
+	for _, o := range offers {
+		if id := plain(o.identity.Spec); o.now && fits(id.ClientID, id.ResourceID) {
+			return told(o.identity.Namespace, o.identity.Name, strings.ToLower(id.ClientID+" "+id.ResourceID), o.by, m.proof(o.identity, p))
 		}
+	}
+	account := m.accountOf(p)
+	unnamed := want == Selector{} && (len(offers) > 0 || m.matched(p)) // gets what is bound, or nothing
+	for _, clientID := range m.annotated(p) {
+		bound := slices.ContainsFunc(offers, func(o offer) bool { return plain(o.identity.Spec).ClientID == clientID })
+		if !unnamed && !bound && fits(clientID, "") {
+			return told(account.Namespace, account.Name, clientID+" ", "", m.federation(p, account.Annotations[TenantIDAnnotation], ""))
+		}
+	}
+	for _, o := range offers {
+		if id := plain(o.identity.Spec); fits(id.ClientID, id.ResourceID) {
+			return "wait"
+		}
+	}
+	if m.cfg.Federation.ServiceAccounts && p.Spec.ServiceAccountName != "" && account == nil && !unnamed {
+		return "late"
 	}
 	return "none"
 }
 
-func told(namespace, name, ids, binding string) string {
-	return fmt.Sprintf("%s/%s %s by %s", namespace, name, ids, binding)
+// matched reports whether a binding matches a pod, even if it gives it nothing.
+func (m *reference) matched(p *corev1.Pod) bool {
+	label := p.Labels[aadpodidentity.BindingLabel]
+	return label != "" && slices.ContainsFunc(m.bindings, func(b *aadpodidentity.AzureIdentityBinding) bool {
+		return b.Spec.Selector == label && (m.cfg.Mode == Standard && !m.cfg.Namespaced || b.Namespace == p.Namespace)
+	})
+}
+
+// accountOf is a pod's own service account; nil if there is none.
+func (m *reference) accountOf(p *corev1.Pod) *metav1.PartialObjectMetadata {
+	for _, a := range m.accounts {
+		if a.Namespace == p.Namespace && a.Name == p.Spec.ServiceAccountName {
+			return a
+		}
+	}
+	return nil
+}
+
+// annotated are the client IDs that a pod's service account gives it, the default first.
+func (m *reference) annotated(p *corev1.Pod) (clientIDs []string) {
+	account := m.accountOf(p)
+	if account == nil || !m.cfg.Federation.ServiceAccounts || m.federation(p, account.Annotations[TenantIDAnnotation], "") == "" {
+		return nil
+	}
+	texts := append([]string{account.Annotations[ClientIDAnnotation]}, strings.Split(account.Annotations[AdditionalClientIDsAnnotation], ",")...)
+	for i, text := range texts {
+		id := strings.ToLower(strings.TrimSpace(text))
+		usable := strings.HasPrefix(id, "c") && (id != modelClient0 || len(m.cfg.Deny.ClientIDs) == 0)
+		if usable {
+			clientIDs = append(clientIDs, id)
+		} else if i == 0 {
+			return nil // no other becomes the default
+		}
+	}
+	return clientIDs
+}
+
+// federation is the proof with a token of the pod's own service account; "" if there is none.
+func (m *reference) federation(p *corev1.Pod, tenant, authority string) string {
+	tenant = cmp.Or(strings.TrimSpace(tenant), m.cfg.Federation.TenantID)
+	if p.Spec.ServiceAccountName == "" || tenant == "" || strings.Contains(tenant, "/") {
+		return ""
+	}
+	account := ServiceAccount{Namespace: p.Namespace, Name: p.Spec.ServiceAccountName}
+	if known := m.accountOf(p); known != nil {
+		account.UID = string(known.UID)
+	}
+	authority = cmp.Or(strings.TrimSuffix(authority, "/"), m.cfg.Federation.Authority, "https://login.microsoftonline.com")
+	return fmt.Sprintf("%s at %s/%s", account, authority, tenant)
+}
+
+// proof is how an AzureIdentity proves itself for a pod.
+func (m *reference) proof(id *aadpodidentity.AzureIdentity, p *corev1.Pod) string {
+	switch {
+	case id.Spec.Type == aadpodidentity.ServicePrincipal:
+		secret, authority := id.Spec.ClientPassword, cmp.Or(strings.TrimSuffix(id.Spec.ADEndpoint, "/"), "https://login.microsoftonline.com")
+		return fmt.Sprintf("Secret %s/%s at %s/%s", cmp.Or(secret.Namespace, id.Namespace), secret.Name, authority, strings.TrimSpace(id.Spec.TenantID))
+	case federatedValue(id) == "true":
+		return m.federation(p, id.Spec.TenantID, id.Spec.ADEndpoint)
+	default:
+		return "IMDS"
+	}
+}
+
+func federatedValue(id *aadpodidentity.AzureIdentity) string {
+	return strings.ToLower(strings.TrimSpace(id.Annotations[aadpodidentity.FederatedAnnotation]))
+}
+
+func told(namespace, name, ids, binding, proof string) string {
+	return fmt.Sprintf("%s/%s %s by %s with %s", namespace, name, ids, binding, proof)
 }
 
 func (m *reference) offers(p *corev1.Pod) []offer {
@@ -151,7 +231,16 @@ func (m *reference) offers(p *corev1.Pod) []offer {
 	for _, a := range m.assigned {
 		id, b := a.Spec.AzureIdentityRef, a.Spec.AzureBindingRef
 		if !standard || a.Spec.NodeName != m.cfg.Node || a.Spec.PodNamespace != p.Namespace || a.Spec.Pod != p.Name ||
-			a.Status.Status == "Unassigned" || b.Spec.Selector != label || !m.usable(id, p) {
+			a.Status.Status == "Unassigned" || b.Spec.Selector != label {
+			continue
+		}
+		if (m.cfg.Namespaced || id.Annotations[aadpodidentity.BehaviorAnnotation] == aadpodidentity.BehaviorNamespaced) && id.Namespace != p.Namespace {
+			continue
+		}
+		if a.Namespace == "default" { // MIC's copy may be older than the annotation
+			id = m.current(id)
+		}
+		if !m.usable(id, p) {
 			continue
 		}
 		by := b.Name
@@ -170,6 +259,16 @@ func (m *reference) offers(p *corev1.Pod) []offer {
 	return offers
 }
 
+// current is the AzureIdentity itself if a copy of it differs in the annotation for federation.
+func (m *reference) current(copied *aadpodidentity.AzureIdentity) *aadpodidentity.AzureIdentity {
+	for _, id := range m.identities {
+		if id.Namespace == copied.Namespace && id.Name == copied.Name && federatedValue(id) != federatedValue(copied) {
+			return id
+		}
+	}
+	return copied
+}
+
 // plain is the IDs of an AzureIdentity in the form in which they are compared.
 func plain(spec aadpodidentity.AzureIdentitySpec) struct{ ClientID, ResourceID string } {
 	return struct{ ClientID, ResourceID string }{strings.ToLower(strings.TrimSpace(spec.ClientID)), strings.ToLower(strings.TrimSpace(spec.ResourceID))}
@@ -178,14 +277,18 @@ func plain(spec aadpodidentity.AzureIdentitySpec) struct{ ClientID, ResourceID s
 func (m *reference) usable(id *aadpodidentity.AzureIdentity, p *corev1.Pod) bool {
 	guarded := m.cfg.Namespaced || id.Annotations[aadpodidentity.BehaviorAnnotation] == aadpodidentity.BehaviorNamespaced
 	ids := plain(id.Spec)
+	federated := federatedValue(id)
 	fit := (ids.ClientID != "" || ids.ResourceID != "") && !strings.HasSuffix(ids.ResourceID, "/")
 	if id.Spec.Type == aadpodidentity.ServicePrincipal {
 		secret := id.Spec.ClientPassword
 		borrowed := secret.Namespace != "" && secret.Namespace != id.Namespace
 		mayBorrow := m.cfg.Mode == Standard && !guarded
-		fit = ids.ClientID != "" && id.Spec.TenantID != "" && secret.Name != "" && (mayBorrow || !borrowed)
+		fit = federated != "true" && ids.ClientID != "" && id.Spec.TenantID != "" && secret.Name != "" && (mayBorrow || !borrowed)
 	}
-	return id.Spec.Unreadable == "" && fit && !strings.Contains(ids.ClientID, "{") && !m.denied(id) && (!guarded || id.Namespace == p.Namespace)
+	if id.Spec.Type == aadpodidentity.UserAssignedMSI && federated == "true" {
+		fit = fit && ids.ClientID != "" && m.federation(p, id.Spec.TenantID, id.Spec.ADEndpoint) != ""
+	}
+	return id.Spec.Unreadable == "" && fit && federated != "yes" && !strings.Contains(ids.ClientID, "{") && !m.denied(id) && (!guarded || id.Namespace == p.Namespace)
 }
 
 // denied only has to know the IDs of the model.
@@ -213,6 +316,17 @@ func (m *reference) affects(object any) []cache.ObjectName {
 		for _, b := range m.bindings {
 			if b.Namespace == o.Namespace && b.Spec.AzureIdentity == o.Name {
 				labelled(b.Namespace, b.Spec.Selector)
+			}
+		}
+		for _, a := range m.assigned { // which have a copy of it
+			if id := a.Spec.AzureIdentityRef; id.Namespace == o.Namespace && id.Name == o.Name {
+				all = append(all, cache.NewObjectName(a.Spec.PodNamespace, a.Spec.Pod))
+			}
+		}
+	case *metav1.PartialObjectMetadata:
+		for _, p := range m.pods {
+			if p.Namespace == o.Namespace && p.Spec.ServiceAccountName == o.Name {
+				all = append(all, cache.MetaObjectToName(p))
 			}
 		}
 	case *aadpodidentity.AzurePodIdentityException:

@@ -2,6 +2,7 @@ package podresolver
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -38,7 +39,7 @@ type machine struct {
 	t        testing.TB
 	pick     func(n int) int
 	h        *harness
-	stores   []*modelStore // pods, identities, bindings, exceptions, assigned
+	stores   []*modelStore // pods, identities, bindings, exceptions, assigned, accounts
 	expiry   <-chan time.Time
 	affected map[cache.ObjectName]bool // since the last decision
 }
@@ -46,13 +47,14 @@ type machine struct {
 var (
 	modelAddrs     = []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"}
 	modelQuestions = []Selector{
-		{}, {ClientID: strings.ToUpper(modelClient0)}, {ClientID: modelClient1}, {ResourceID: strings.ToUpper(modelPath0)}, {ObjectID: modelClient0}, {ClientID: "c9"},
+		{}, {ClientID: strings.ToUpper(modelClient0)}, {ClientID: modelClient1}, {ClientID: modelClient2}, {ResourceID: strings.ToUpper(modelPath0)}, {ObjectID: modelClient0}, {ClientID: "c9"},
 	}
 )
 
 const (
 	modelClient0 = "c0000000-0000-4000-8000-000000000000"
 	modelClient1 = "c1000000-0000-4000-8000-000000000000"
+	modelClient2 = "c2000000-0000-4000-8000-000000000000" // service accounts alone have it
 	modelPath0   = "/subscriptions/s/resourcegroups/r/providers/microsoft.managedidentity/userassignedidentities/0"
 	modelPath1   = "/subscriptions/S/resourceGroups/R/providers/Microsoft.ManagedIdentity/userAssignedIdentities/1"
 )
@@ -62,6 +64,7 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
 	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
 	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{modelPath0}}}[pick(4)]
+	cfg.Federation = []Federation{{}, {TenantID: "cluster"}, {ServiceAccounts: true}, {ServiceAccounts: true, TenantID: "cluster", Authority: "https://login.example"}}[pick(4)]
 	m := &machine{t: tb, pick: pick, h: newHarness(tb, cfg), affected: make(map[cache.ObjectName]bool)}
 	s := m.h.stores
 	refs := func(namespaces []string, names ...string) (all []cache.ObjectName) {
@@ -79,6 +82,7 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 		{to: s.bindings, make: (*machine).binding, refs: refs(both, "b0", "b1", "b2")},
 		{to: s.exceptions, make: (*machine).exception, refs: refs(both, "e0", "e1")},
 		{to: s.assigned, make: (*machine).assignment, refs: append(refs([]string{micAssignments}, "a0", "a1"), cache.NewObjectName("a", "a2"), cache.NewObjectName("b", "a3"))},
+		{to: s.accounts, make: (*machine).account, refs: refs(both, "s0", "s1")},
 	}
 	for _, s := range m.stores {
 		s.live = make(map[cache.ObjectName]kubeObject)
@@ -97,6 +101,7 @@ func (m *machine) soon() *metav1.Time {
 
 func (m *machine) pod() kubeObject {
 	p := &corev1.Pod{Spec: corev1.PodSpec{NodeName: choose(m, "node1", "node1", "node1", "node1", "node2"), HostNetwork: m.pick(8) == 1}}
+	p.Spec.ServiceAccountName = choose(m, "s0", "s0", "s1", "")
 	p.UID = choose[types.UID](m, "1", "2", "3")
 	p.CreationTimestamp = metav1.NewTime(time.Unix(int64(m.pick(3)), 0))
 	if m.pick(3) == 1 {
@@ -132,10 +137,26 @@ func (m *machine) identity() kubeObject {
 	if m.pick(6) == 1 {
 		id.Spec.Unreadable = "odd"
 	}
+	id.Annotations = make(map[string]string)
 	if m.pick(4) == 1 {
-		id.Annotations = map[string]string{aadpodidentity.BehaviorAnnotation: aadpodidentity.BehaviorNamespaced}
+		id.Annotations[aadpodidentity.BehaviorAnnotation] = aadpodidentity.BehaviorNamespaced
+	}
+	if value := choose(m, "", "", "", "true", " TRUE\n", "false", "yes"); value != "" {
+		id.Annotations[aadpodidentity.FederatedAnnotation] = value
+		id.Spec.TenantID, id.Spec.ADEndpoint = choose(m, "", "t ", "a/b"), choose(m, "", "https://login.example/")
 	}
 	return id
+}
+
+func (m *machine) account() kubeObject {
+	a := &metav1.PartialObjectMetadata{}
+	a.UID = choose[types.UID](m, "1", "2")
+	a.Annotations = map[string]string{
+		ClientIDAnnotation:            choose(m, strings.ToUpper(modelClient0), " "+modelClient1, modelClient2, "odd", ""),
+		TenantIDAnnotation:            choose(m, "", "", "t", "a/b"),
+		AdditionalClientIDsAnnotation: choose(m, "", "", modelClient2, modelClient1+", odd,"+strings.ToUpper(modelClient0)),
+	}
+	return a
 }
 
 func (m *machine) binding() kubeObject {
@@ -296,12 +317,26 @@ func answerOf(tb testing.TB, p *Pod, want Selector) string {
 	id, err := p.Identity(want)
 	switch {
 	case err == nil:
-		return told(id.Namespace, id.Name, id.ClientID+" "+id.ResourceID, id.Binding)
+		return told(id.Namespace, id.Name, id.ClientID+" "+id.ResourceID, id.Binding, proofOf(id.Principal))
 	case errors.Is(err, ErrNotAssigned):
 		return "wait"
+	case errors.Is(err, ErrServiceAccount):
+		return "late"
 	}
 	require.ErrorIs(tb, err, ErrNoIdentity)
 	return "none"
+}
+
+// proofOf tells whose tokens an identity gets, and how it proves itself.
+func proofOf(p *Principal) string {
+	switch {
+	case p == nil:
+		return "IMDS"
+	case p.Federated():
+		return fmt.Sprintf("%s at %s/%s", p.ServiceAccount, p.Authority, p.TenantID)
+	default:
+		return fmt.Sprintf("Secret %s/%s at %s/%s", p.SecretNamespace, p.SecretName, p.Authority, p.TenantID)
+	}
 }
 
 func (m *machine) reference() *reference {
@@ -311,5 +346,6 @@ func (m *machine) reference() *reference {
 		bindings:   liveOf[*aadpodidentity.AzureIdentityBinding](m.stores[2]),
 		exceptions: liveOf[*aadpodidentity.AzurePodIdentityException](m.stores[3]),
 		assigned:   liveOf[*aadpodidentity.AzureAssignedIdentity](m.stores[4]),
+		accounts:   liveOf[*metav1.PartialObjectMetadata](m.stores[5]),
 	}
 }

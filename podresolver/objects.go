@@ -26,6 +26,7 @@ type objects struct {
 	bindingsByIdentity multimap[cache.ObjectName, bindingInfo]
 	exceptionsByNS     multimap[string, exceptionInfo]
 	assignedByPod      multimap[cache.ObjectName, assignmentInfo]
+	assignedByIdentity multimap[cache.ObjectName, assignmentInfo]
 
 	acrossNamespaces bool // bindings match pods of other namespaces
 
@@ -46,6 +47,7 @@ func newObjects(acrossNamespaces bool) *objects {
 		bindingsByIdentity: make(multimap[cache.ObjectName, bindingInfo]),
 		exceptionsByNS:     make(multimap[string, exceptionInfo]),
 		assignedByPod:      make(multimap[cache.ObjectName, assignmentInfo]),
+		assignedByIdentity: make(multimap[cache.ObjectName, assignmentInfo]),
 		acrossNamespaces:   acrossNamespaces,
 		dirty:              make(map[cache.ObjectName]struct{}),
 		wake:               make(chan struct{}, 1),
@@ -89,6 +91,10 @@ func (o *objects) identityChangedLocked(id *identityInfo, _ bool) {
 	for _, b := range o.bindingsByIdentity[id.ObjectName] {
 		o.markLabelLocked(o.key(b.Namespace, b.selector))
 	}
+	// An assignment outlives its binding until MIC has noticed, see fromAssignmentLocked.
+	for _, a := range o.assignedByIdentity[id.ObjectName] {
+		o.dirty[a.pod] = struct{}{}
+	}
 }
 
 func (o *objects) exceptionChangedLocked(e *exceptionInfo, present bool) {
@@ -103,6 +109,7 @@ func (o *objects) exceptionChangedLocked(e *exceptionInfo, present bool) {
 func (o *objects) assignmentChangedLocked(a *assignmentInfo, present bool) {
 	o.dirty[a.pod] = struct{}{}
 	o.assignedByPod.set(a.pod, a, present)
+	o.assignedByIdentity.set(a.identity.ObjectName, a, present)
 }
 
 // multimap is an index: a key has several values.
