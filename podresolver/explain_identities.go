@@ -41,9 +41,12 @@ func (r *Resolver) explainIdentitiesLocked(d *Decision, p *Pod, want Selector) {
 		d.refuse(err, why)
 	}
 	step := func(name string, texts []string) {
-		if name == failing {
+		switch {
+		case name == failing:
 			d.add(name, Failed, why.fix, texts...)
-		} else {
+		case name == stepAccount && p.account != "":
+			d.add(name, Warning, correctAnnotations(p), texts...)
+		default:
 			d.add(name, OK, "", texts...)
 		}
 	}

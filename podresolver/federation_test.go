@@ -261,6 +261,7 @@ func TestUnusableAnnotations(t *testing.T) {
 			_, err := h.decide(pod).Identity(Selector{})
 			if tc.has > 0 {
 				require.NoError(t, err)
+				assert.Contains(t, said, "warning account: ", "of what it does not give")
 				return
 			}
 			require.ErrorIs(t, err, ErrNoIdentity)

@@ -109,7 +109,7 @@ func (r *Resolver) noIdentityLocked(p *Pod, near []nearMiss) cause {
 		return cause{IdentityUnusable, fmt.Sprintf("correct AzureIdentity %s/%s, or bind another one", b.Namespace, b.identity)}
 	}
 	if p.account != "" {
-		return cause{ServiceAccountUnusable, fmt.Sprintf("correct the annotations of ServiceAccount %s/%s", p.Namespace, p.info.account)}
+		return cause{ServiceAccountUnusable, correctAnnotations(p)}
 	}
 	for _, miss := range near {
 		if miss.fix != "" {
@@ -128,4 +128,8 @@ func (r *Resolver) noIdentityLocked(p *Pod, near []nearMiss) cause {
 	default:
 		return cause{NoIdentityBound, fmt.Sprintf("create an AzureIdentityBinding with the selector %q in namespace %q, or correct the pod's label", label, p.Namespace)}
 	}
+}
+
+func correctAnnotations(p *Pod) string {
+	return fmt.Sprintf("correct the annotations of ServiceAccount %s/%s", p.Namespace, p.info.account)
 }

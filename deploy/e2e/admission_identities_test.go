@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
 const (
@@ -174,24 +175,29 @@ func (c *admissionCluster) testWarnings(t *testing.T) {
 		"AzureIdentity, other case": {"AzureIdentity", set("clientid", cart.ClientID), []string{"spec.clientID or spec.resourceID must be set"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c.alice.warned()
-			// The allow-list would refuse most of these.
-			err := c.alice.dryRun(newCustom(tc.kind, "bank", "warned", tc.spec))
-			if err != nil {
-				assert.ErrorContains(t, err, "nmi-allowed-identities")
-			}
-			var got []string
-			for _, warning := range c.alice.warned() {
-				_, text, ok := strings.Cut(warning, "': ")
-				if ok && strings.HasPrefix(warning, "Validation failed for ValidatingAdmissionPolicy 'nmi-"+strings.ToLower(tc.kind)+"-values'") {
-					got = append(got, text)
-				}
-			}
-			require.Len(t, got, len(tc.want), "%q", got)
-			for i, want := range tc.want {
-				assert.True(t, strings.HasPrefix(got[i], want), "%q, want %q", got[i], want)
-			}
+			c.warns(t, newCustom(tc.kind, "bank", "warned", tc.spec), tc.want)
 		})
+	}
+}
+
+// warns checks the starts of the warnings that alice gets for an object.
+func (c *admissionCluster) warns(t *testing.T, object *unstructured.Unstructured, want []string) {
+	t.Helper()
+	c.alice.warned()
+	// The allow-list would refuse most of them.
+	if err := c.alice.dryRun(object); err != nil {
+		require.ErrorContains(t, err, "nmi-allowed-identities")
+	}
+	var got []string
+	for _, warning := range c.alice.warned() {
+		_, text, ok := strings.Cut(warning, "': ")
+		if ok && strings.HasPrefix(warning, "Validation failed for ValidatingAdmissionPolicy 'nmi-"+strings.ToLower(object.GetKind())+"-values'") {
+			got = append(got, text)
+		}
+	}
+	require.Len(t, got, len(want), "%q", got)
+	for i, text := range want {
+		assert.True(t, strings.HasPrefix(got[i], text), "%q, want %q", got[i], text)
 	}
 }
 

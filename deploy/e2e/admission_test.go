@@ -25,6 +25,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
@@ -45,6 +46,7 @@ func TestAdmission(t *testing.T) {
 	t.Run("allowed identities", c.testAllowedIdentities)
 	t.Run("MIC", c.testMICIsNotHindered)
 	t.Run("warnings", c.testWarnings)
+	t.Run("warnings of federation", c.testFederationWarnings)
 	t.Run("stored invalid objects", c.testStoredInvalidObjects)
 }
 
@@ -146,6 +148,9 @@ func (c *admissionCluster) install(t *testing.T) {
 		},
 		"nmi-azurepodidentityexception-values": func() bool {
 			return c.admin.dryRun(newCustom("AzurePodIdentityException", "shop", "probe", nil)) == nil && len(c.admin.warned()) > 0
+		},
+		"nmi-serviceaccount-values": func() bool {
+			return c.admin.dryRun(newServiceAccount("bank", "probe", podresolver.ClientIDAnnotation, "odd")) == nil && len(c.admin.warned()) > 0
 		},
 		"alice's role": func() bool { return c.alice.dryRun(newException("shop", "probe", "a", "b")) == nil },
 	} {
