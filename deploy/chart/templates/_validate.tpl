@@ -7,6 +7,8 @@
 {{- if and (eq .Values.federation.rights "node") (regexMatch "^v1[.]([12]?[0-9]|3[0-5])([.]|$)" .Capabilities.KubeVersion.Version) }}{{ fail (printf "federation.rights=node needs Kubernetes 1.36 or later (constrained impersonation); this cluster has %s. Use namespaces" .Capabilities.KubeVersion.Version) }}{{ end -}}
 {{- if and .Values.federation.namespaces (ne .Values.federation.rights "namespaces") }}{{ fail "federation.namespaces counts with federation.rights=namespaces only" }}{{ end -}}
 {{- if and (eq .Values.federation.rights "namespaces") (not .Values.federation.namespaces) }}{{ fail "federation.rights=namespaces needs federation.namespaces: the namespaces whose pods get tokens by federation" }}{{ end -}}
+{{- with .Values.federation }}{{ if and (or .tokenProxySNI .tokenProxyCA) (not .tokenProxy) }}{{ fail "federation.tokenProxySNI and federation.tokenProxyCA are of no use without federation.tokenProxy" }}{{ end }}{{ end -}}
+{{- if and .Values.federation.tokenProxy (eq .Values.federation.audience "api://AzureADTokenExchange") }}{{ fail "federation.tokenProxy: the proxy does not accept tokens for Entra. Set federation.audience=api://AKSIdentityBinding" }}{{ end -}}
 {{- if .Values.adminsecret }}{{ fail "adminsecret: it is MIC's, which this chart does not install. Remove the value" }}{{ end -}}
 {{- if .Values.rbac.allowAccessToSecrets }}{{ fail "rbac.allowAccessToSecrets: the agent is not given all secrets of the cluster. Name those of service principals in rbac.secrets, as {<namespace>: [<name>]}" }}{{ end -}}
 {{- if .Values.rbac.pspEnabled }}{{ fail "rbac.pspEnabled: Kubernetes has no PodSecurityPolicies since 1.25. Remove the value" }}{{ end -}}
@@ -36,6 +38,8 @@ the value does: the rights of a startup taint, the Service's port. */}}
   "federation-tenant-id" "federation.tenantID"
   "federation-authority" "federation.authority"
   "federation-audience" "federation.audience"
+  "federation-token-proxy" "federation.tokenProxy"
+  "federation-token-proxy-sni" "federation.tokenProxySNI"
   "MICNamespace" "nmi.micNamespace"
   "http-probe-port" "nmi.probePort"
   "prometheus-port" "nmi.prometheusPort"
