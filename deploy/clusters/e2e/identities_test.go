@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/podidentity/nmi/deploy/clusters/imds/control"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
@@ -46,7 +47,7 @@ func TestServicePrincipal(t *testing.T) {
 	s := begin(t, "A service principal's token comes from Entra, with the secret that the agent may read.", theIMDS)
 	entra, err := world.imds.Entra(t.Context())
 	require.NoError(t, err)
-	s.trustAuthority(entra.Authority, entra.Certificate)
+	s.trustAuthority(entra, "rbac.secrets."+s.namespace+"={credentials}")
 
 	_, err = world.kube.CoreV1().Secrets(s.namespace).Create(t.Context(), &corev1.Secret{
 		ObjectMeta: metav1.ObjectMeta{Name: "credentials"}, StringData: map[string]string{"clientsecret": principal.Secret},
@@ -62,20 +63,19 @@ func TestServicePrincipal(t *testing.T) {
 	assert.Empty(t, s.imds().Tokens, "IMDS has no part in it")
 }
 
-// trustAuthority has the agent send secrets to the fake Entra, as to one of a private
-// cloud, and read those of the scenario's namespace.
-func (s *scenario) trustAuthority(authority, certificate string) {
+// trustAuthority has the agent get tokens from the fake Entra, as from one of a private
+// cloud, with further values of the chart.
+func (s *scenario) trustAuthority(entra control.Entra, values ...string) {
 	s.t.Helper()
 	const name, path = "nmi-e2e-authority", "/etc/nmi-e2e"
 	maps := world.kube.CoreV1().ConfigMaps(agentNamespace)
-	_, err := maps.Create(s.t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"ca.pem": certificate}}, metav1.CreateOptions{})
+	_, err := maps.Create(s.t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"ca.pem": entra.Certificate}}, metav1.CreateOptions{})
 	require.NoError(s.t, err)
 	s.t.Cleanup(func() { assert.NoError(s.t, maps.Delete(context.Background(), name, metav1.DeleteOptions{})) })
-	s.upgrade(
-		"rbac.secrets."+s.namespace+"={credentials}",
-		"nmi.extraArgs={--entra-authority="+authority+"}",
+	s.upgrade(append(values,
+		"nmi.extraArgs={--entra-authority="+entra.Authority+"}",
 		"nmi.extraEnv[0].name=SSL_CERT_FILE", "nmi.extraEnv[0].value="+path+"/ca.pem",
 		"nmi.extraVolumes[0].name=authority", "nmi.extraVolumes[0].configMap.name="+name,
 		"nmi.extraVolumeMounts[0].name=authority", "nmi.extraVolumeMounts[0].mountPath="+path,
-	)
+	)...)
 }

@@ -57,7 +57,7 @@ write_certificates() {
 		"subjectAltName=DNS:kubernetes.default.svc,IP:$control_plane_ip,IP:${service_subnet%.0/*}.1"
 	# With it the API server asks the kubelet for logs, and for exec.
 	certificate kubelet-client /O=system:masters/CN=kube-apiserver-kubelet-client extendedKeyUsage=clientAuth
-	openssl ecparam -genkey -noout -name prime256v1 -out "$state/pki/service-accounts.key"
+	openssl genrsa -out "$state/pki/service-accounts.key" 2048 2>/dev/null # Entra accepts RS256 alone
 }
 
 # certificate <name> <subject> <extension>
