@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -334,4 +335,37 @@ func TestFederationInTheCluster(t *testing.T) {
 	require.NoError(t, err)
 	f.comesToToken(f.cart, vault)
 	assert.Equal(t, exchanged+1, f.entra.Tokens(), "the old token was dropped")
+}
+
+// TestFederationInModeNone: Cilium redirects, and what follows is the same.
+func TestFederationInModeNone(t *testing.T) {
+	s := begin(t)
+	f := s.federation()
+	f.grant("namespace.yaml", "service-accounts.yaml")
+	a := f.starts(federationFlag, "--redirect-mode=none")
+	require.NoError(t, a.AwaitReady(t.Context()))
+	// As to the pod of a local redirect policy, see deploy/cilium.
+	redirected := strings.Replace(tokenURL, testbed.MetadataAddress, testbed.NodeAddress+":2579", 1)
+	f.awaitRight(func() error { return f.requests(f.agentIn(""), "shop", "cart", "cart-0", tokenAudience) })
+	var got answer
+	require.Eventually(t, func() bool { // a refusal is remembered for ten seconds
+		got = f.cart.get(redirected+vault, patience)
+		return got.status == http.StatusOK
+	}, patience, 200*time.Millisecond, "%+v", &got)
+	assert.Equal(t, federatedID, got.subject)
+	exchanged := f.entra.Tokens()
+	assert.Equal(t, federatedID, f.cart.get(redirected+vault, patience).subject)
+	assert.Equal(t, exchanged, f.entra.Tokens(), "from memory")
+
+	f.entra.SetFederated(federatedID)
+	got = f.cart.get(redirected+resource(1), patience)
+	assert.Equal(t, http.StatusBadRequest, got.status)
+	assert.Contains(t, got.body, "AADSTS70021")
+	outside := &http.Client{Timeout: patience, Transport: &http.Transport{DialContext: world.Metadata.DialContext, DisableKeepAlives: true}}
+	stranger := ask(t, outside, redirected+vault)
+	assert.Equal(t, http.StatusServiceUnavailable, stranger.status, "from the network: no pod of this node")
+	assert.Empty(t, stranger.subject)
+	for _, call := range world.IMDS.Calls() {
+		assert.NotContains(t, call.Target, "oauth2/token")
+	}
 }
