@@ -5,7 +5,7 @@
 //
 // main.go says what is measured, cluster.go fills the API servers with the objects of
 // objects.go, generator.go is the load generator and load.go puts it to work. growth.go,
-// start.go, latency.go, upkeep.go and fleet.go measure.
+// start.go, latency.go, upkeep.go, fleet.go and accounts.go measure.
 package main
 
 import (
@@ -28,6 +28,7 @@ import (
 // plan is how much is measured, and for how long.
 type plan struct {
 	identities, pods, others int // in the large cluster
+	accounts                 int // service accounts, in the large cluster
 	keys                     []int
 	connections, callers     int
 	agents                   int // that restart at once
@@ -39,13 +40,13 @@ type plan struct {
 
 var (
 	full = plan{
-		identities: 10_000, pods: 250, others: 20_000, keys: []int{10, 1000, 2000, 4000},
+		identities: 10_000, pods: 250, others: 20_000, accounts: 10_000, keys: []int{10, 1000, 2000, 4000},
 		connections: 2000, callers: 10_000, agents: 5, samples: 300, rounds: 3,
 		length: 2 * time.Second, quiet: 10 * time.Second, watch: 15 * time.Second,
 	}
 	// short shows that everything still works.
 	short = plan{
-		identities: 50, pods: 10, others: 10, keys: []int{10},
+		identities: 50, pods: 10, others: 10, accounts: 50, keys: []int{10},
 		connections: 50, callers: 100, agents: 2, samples: 5, rounds: 1,
 		length: 100 * time.Millisecond, quiet: 100 * time.Millisecond, watch: 1 * time.Second,
 	}
@@ -175,6 +176,7 @@ func (b *bench) measure(ctx context.Context, large *filler) error {
 			return large.addIdentities(ctx, from, had)
 		}
 	}
+	identities := func(n int) string { return fmt.Sprintf("%d identities", n) }
 	growth := func(ctx context.Context) error { return b.growIdentities(ctx, had) }
 	for _, step := range []struct {
 		name string
@@ -187,13 +189,14 @@ func (b *bench) measure(ctx context.Context, large *filler) error {
 		{"reconciliation", b.reconcile},
 		{"upgrades", b.upgrade},
 		{"idle connections", b.idleConnections},
-		{"starts", func(ctx context.Context) error { return b.starts(ctx, had, 0.3, 30) }},
+		{"starts", func(ctx context.Context) error { return b.starts(ctx, identities(had), 0.3, 30) }},
 		{filling, grow(1000)},
 		{"identities", growth},
 		{filling, grow(b.identities)},
-		{"starts", func(ctx context.Context) error { return b.starts(ctx, had, 1, 40) }},
+		{"starts", func(ctx context.Context) error { return b.starts(ctx, identities(had), 1, 40) }},
 		{"identities", growth},
 		{"restarts", b.restarts},
+		{"service accounts", func(ctx context.Context) error { return b.serviceAccounts(ctx, large) }},
 		{"loaded memory", b.loadedMemory},
 		{"pods", b.growPods},
 		{"keys", b.growKeys},

@@ -10,14 +10,15 @@ import (
 	"github.com/podidentity/nmi/deploy/testbed"
 )
 
-// starts starts the agent on both cores, and leaves it alone until its memory has settled.
-func (b *bench) starts(ctx context.Context, identities int, maxReady, maxResident float64) error {
+// starts starts the agent on both cores, and leaves it alone until its memory has settled. The topic
+// is what the cluster has.
+func (b *bench) starts(ctx context.Context, topic string, maxReady, maxResident float64, flags ...string) error {
 	var ready, cpu []time.Duration
 	var settled, peak, file []int64
 	for range b.rounds {
 		err := func() (err error) {
 			began := time.Now()
-			agent, err := testbed.StartAgent(b.large.Kubeconfig)
+			agent, err := testbed.StartAgent(b.large.Kubeconfig, flags...)
 			if err != nil {
 				return err
 			}
@@ -44,10 +45,10 @@ func (b *bench) starts(ctx context.Context, identities int, maxReady, maxResiden
 			return err
 		}()
 		if err != nil {
-			return fmt.Errorf("starting with %d identities: %w", identities, err)
+			return fmt.Errorf("starting with %s: %w", topic, err)
 		}
 	}
-	topic := fmt.Sprintf("start, %d identities", identities)
+	topic = "start, " + topic
 	b.report.Add(topic, "to ready", measure.Median(ready).Seconds(), "s").AtMost(maxReady).
 		Notef("%d starts, the slowest %.2f s; the API server works on the same cores", len(ready), measure.Quantile(ready, 1).Seconds())
 	b.report.Add(topic, "CPU time until ready", measure.Median(cpu).Seconds(), "s")
