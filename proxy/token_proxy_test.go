@@ -87,4 +87,7 @@ func TestTokenProxyCAFile(t *testing.T) {
 	write(nil) // half-way through a renewal
 	status, body = f.asks(ofCart, management)
 	assert.Equal(t, 200, status, body)
+	write(stranger.CA) // the old one counts no more, on connections that are open neither
+	status, _ = f.asks(ofCart, "https://storage.azure.com/")
+	assert.Equal(t, 503, status)
 }
