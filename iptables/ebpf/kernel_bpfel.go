@@ -19,16 +19,10 @@ type kernelCaller struct {
 	Inner uint64
 }
 
-type kernelHandshake struct {
-	_      structs.HostLayout
-	Client uint32
-	Server uint32
-}
-
 type kernelSocket struct {
 	_         structs.HostLayout
 	Caller    kernelCaller
-	Handshake kernelHandshake
+	Handshake uint64
 	Direct    uint64
 }
 

@@ -42,16 +42,20 @@ struct caller {
 
 // The initial sequence numbers of a TCP connection, after the SYNs. Both ends know them, and
 // nobody can choose the kernel's (RFC 6528): this names a connection whatever its addresses
-// are, and a pod cannot pretend that another pod's connection is its own.
-struct handshake {
-	__u32 client;
-	__u32 server;
-};
+// are, and a pod cannot pretend that another pod's connection is its own. It is one number and
+// no structure: without CAP_PERFMON, old verifiers refuse to write two halves of a word to the
+// stack, where the second "corrupts" the first (seen on 6.1; check_stack_write_fixed_off).
+typedef __u64 handshake;
+
+static __always_inline handshake sequence_numbers(__u32 client, __u32 server)
+{
+	return (__u64)server << 32 | client;
+}
 
 struct socket {
 	struct caller caller;
-	struct handshake handshake; // of a client; zero before it is connected
-	__u64 direct;               // a client that may send to the metadata service itself
+	handshake handshake; // of a client; zero before it is connected
+	__u64 direct;        // a client that may send to the metadata service itself
 };
 
 // What is known of a socket. It ends with the socket. User space looks up the sockets that the
@@ -70,7 +74,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
-	__type(key, struct handshake);
+	__type(key, handshake);
 	__type(value, struct caller);
 } handshakes SEC(".maps");
 
@@ -182,13 +186,13 @@ int nmi_connect6(struct bpf_sock_addr *ctx)
 // tcp_send_ack): the server cannot have established the connection.
 static __always_inline void client_established(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
-	struct handshake h = { .client = ctx->snd_una, .server = ctx->rcv_nxt };
+	handshake h = sequence_numbers(ctx->snd_una, ctx->rcv_nxt);
 	struct socket *s = bpf_sk_storage_get(&sockets, sk, 0, 0);
 
 	if (!s || s->direct)
 		return;
 	// While a link is replaced the old program may run besides.
-	if (s->handshake.client == h.client && s->handshake.server == h.server)
+	if (s->handshake == h)
 		return;
 	s->handshake = h;
 	// If two sockets claim one handshake, by whatever chance, neither gets it.
@@ -201,7 +205,7 @@ static __always_inline void client_established(struct bpf_sock_ops *ctx, struct 
 // runs under (tcp_child_process, inet_accept), so it sees the result.
 static __always_inline void server_established(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
-	struct handshake h = { .client = ctx->rcv_nxt, .server = ctx->snd_nxt };
+	handshake h = sequence_numbers(ctx->rcv_nxt, ctx->snd_nxt);
 	struct caller *c = bpf_map_lookup_elem(&handshakes, &h);
 	struct socket *s;
 
