@@ -39,6 +39,9 @@ func ownCgroup() (cgroupID, error) {
 	}
 	req.AddRawData(b)
 	answers, err := req.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)
+	if errors.Is(err, unix.ENOENT) { // inet_diag_lock_handler, after request_module
+		return 0, errors.New("the kernel module tcp_diag is not loaded, and the kernel could not load it: run modprobe tcp_diag on the node")
+	}
 	if err != nil {
 		return 0, err
 	}
