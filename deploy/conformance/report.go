@@ -44,26 +44,45 @@ func Summary(results []Result) string {
 	return fmt.Sprintf("%d cases: %d pass, %d fail, %d not run", len(results), count["passes"], count["FAILS"], count["not run"])
 }
 
+// Column is a run in a table of several.
+type Column struct {
+	Title   string
+	Results []Result // of the same cases in each
+}
+
 // WriteMarkdown prints the table for the documentation. The same results give the
 // same bytes.
-func WriteMarkdown(w io.Writer, results []Result) error {
+func WriteMarkdown(w io.Writer, columns ...Column) error {
 	var b strings.Builder
-	b.WriteString("| # | case | known from | sends | result |\n|---:|---|---|---|---|\n")
-	for _, r := range results {
-		result := r.verdict()
-		switch {
-		case r.NotRun != "":
-			result += ": " + cell(r.NotRun)
-		case r.Failed():
-			result = "**" + result + "**: " + cell(strings.Join(r.Failures, "; "))
+	b.WriteString("| # | case | known from | sends |")
+	for _, c := range columns {
+		fmt.Fprintf(&b, " %s |", cell(c.Title))
+	}
+	b.WriteString("\n|---:|---|---|---|" + strings.Repeat("---|", len(columns)) + "\n")
+	for i, r := range columns[0].Results {
+		b.WriteString(MarkdownRow(r.Case))
+		for _, c := range columns {
+			fmt.Fprintf(&b, " %s |", c.Results[i].markdown())
 		}
-		fmt.Fprintf(&b, "%s %s |\n", MarkdownRow(r.Case), result)
+		b.WriteString("\n")
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }
 
-// MarkdownRow is a case's row in that table, up to its result.
+// markdown is a result in its cell.
+func (r Result) markdown() string {
+	switch {
+	case r.NotRun != "":
+		return r.verdict() + ": " + cell(r.NotRun)
+	case r.Failed():
+		return "**" + r.verdict() + "**: " + cell(strings.Join(r.Failures, "; "))
+	default:
+		return r.verdict()
+	}
+}
+
+// MarkdownRow is a case's row in that table, up to its results.
 func MarkdownRow(c Case) string {
 	return fmt.Sprintf("| %d | %s | %s: %s | %s |", c.Number, cell(c.Name), c.Mark, cell(c.Source), cell(c.Sends))
 }

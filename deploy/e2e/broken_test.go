@@ -115,7 +115,7 @@ type breakage struct {
 // something else, while not all of it is known.
 func (n *faulty) begins(t *testing.T, f fault) *breakage {
 	t.Helper()
-	b := &breakage{scenario: &scenario{t}, faulty: n, fault: f, name: bystander, logged: len(n.serving.Log()), mend: func() {}}
+	b := &breakage{scenario: &scenario{t: t}, faulty: n, fault: f, name: bystander, logged: len(n.serving.Log()), mend: func() {}}
 	b.before = b.metrics()
 	f.breaks(b)
 	if b.asks != nil {
@@ -308,7 +308,7 @@ func TestWhatIsBroken(t *testing.T) {
 		t.Run(f.what, func(t *testing.T) { n.begins(t, f).examine().ends() })
 	}
 	t.Run(lasting.what, func(t *testing.T) {
-		lasting.scenario = &scenario{t}
+		lasting.scenario = &scenario{t: t}
 		lasting.examine().ends()
 	})
 	for _, f := range nodeFaults[1:] {

@@ -160,12 +160,13 @@ const (
 
 // clientReport collects times, and what the clients say.
 type clientReport struct {
-	times  map[string]map[string]outcome // by client, by column
-	errors bytes.Buffer
+	redirect string
+	times    map[string]map[string]outcome // by client, by column
+	errors   bytes.Buffer
 }
 
-func newClientReport() *clientReport {
-	return &clientReport{times: map[string]map[string]outcome{}}
+func newClientReport(redirect string) *clientReport {
+	return &clientReport{redirect: redirect, times: map[string]map[string]outcome{}}
 }
 
 func (r *clientReport) took(c client, column string, o outcome) {
@@ -211,8 +212,8 @@ func ms(o outcome) string {
 	return fmt.Sprintf("%.0f", o.MS)
 }
 
-// write prints the report, and keeps it with other results.
-func (r *clientReport) write() error {
+// writeClientReports prints the reports, and keeps them with other results.
+func writeClientReports(reports []*clientReport) error {
 	var kernel unix.Utsname
 	if err := unix.Uname(&kernel); err != nil {
 		return err
@@ -223,27 +224,37 @@ func (r *clientReport) write() error {
 	}
 	release := strings.SplitN(unix.ByteSliceToString(kernel.Release[:]), ".", 3)
 	day := time.Now().Format(time.DateOnly)
-	text := fmt.Sprintf(clientsText, day, runtime.NumCPU(), strings.Join(release[:2], "."), runtime.Version(), strings.TrimSpace(string(node)),
-		imdsLatency.Milliseconds(),
-		r.table(columnFirst, columnSecond, columnAgain, columnThrottled, columnEnds, columnEndsAgain),
-		r.table("by client ID", "by resource ID", "by object ID"),
-		r.table(columnWaits, columnReturns),
-		r.table(columnOther, columnNone), r.errors.String())
-	fmt.Print(text)
-	return os.WriteFile("../../bench/results/"+day+"-clients.md", []byte(text), 0o644)
+	var b strings.Builder
+	fmt.Fprintf(&b, clientsIntro, day, runtime.NumCPU(), strings.Join(release[:2], "."), runtime.Version(), strings.TrimSpace(string(node)),
+		imdsLatency.Milliseconds())
+	for _, r := range reports {
+		fmt.Fprintf(&b, clientsTables, r.redirect,
+			r.table(columnFirst, columnSecond, columnAgain, columnThrottled, columnEnds, columnEndsAgain),
+			r.table("by client ID", "by resource ID", "by object ID"),
+			r.table(columnWaits, columnReturns),
+			r.table(columnOther, columnNone))
+	}
+	fmt.Fprintf(&b, clientsErrors, reports[0].errors.String())
+	fmt.Print(b.String())
+	return os.WriteFile("../../bench/results/"+day+"-clients.md", []byte(b.String()), 0o644)
 }
 
-const clientsText = `# Azure's SDKs in a pod, %s
+const clientsIntro = `# Azure's SDKs in a pod, %s
 
 Command: ` + "`sudo make clients`" + `. Machine: %d virtual cores, Linux %s, %s, node %s; etcd and kube-apiserver on the
 same cores. The service in Azure's place takes %d ms for a token. Versions of the SDKs:
 [deploy/clients](../../deploy/clients).
 
+Each section is of one redirect: the rules of iptables that ` + "`--redirect-mode=auto`" + ` chooses, and the programs of ` + "`--redirect-mode=ebpf`" + `.
 A client with a variable has it in its environment, with the address that SDKs ask anyway; those of JavaScript then end
 the token path with a slash. All times in milliseconds, of the call that gets a token, the making of the connection and, in the first call of a
 process, the SDK's own start included. *second*: in the same process, from the SDK's memory. *another process*: from the
 agent's memory. *throttled once*: the service answers 429 once with Retry-After: 1. *3 min left*: the token has three
 minutes to live, *again*: and is asked for again.
+`
+
+const clientsTables = `
+## %s
 
 %s
 The identity named, from the agent's memory. The agent does not know object IDs, and refuses them:
@@ -253,7 +264,11 @@ Standard mode; MIC assigns the identity 3 s after the start of the program. The 
 with --identity-wait=1s, answers 503 with Retry-After: 5:
 
 %s
-Refused, and with what words:
+Refused:
 
-%s
+%s`
+
+const clientsErrors = `
+## What they say when they are refused
+
 %s`

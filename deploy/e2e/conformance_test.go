@@ -24,42 +24,60 @@ var write = flag.Bool("write", false, "print what was measured, and write it to 
 
 const conformanceDoc = "../../docs/conformance.md"
 
-// The whole table, from pods' namespaces through the redirect.
+// The whole table, from pods' namespaces through each redirect.
 func TestConformance(t *testing.T) {
-	s := begin(t)
-	results := conformance.Run(t.Context(), s.target(), conformance.Cases())
-	if *write {
-		require.NoError(t, conformance.WriteText(os.Stdout, results))
-		var doc bytes.Buffer
-		fmt.Fprintf(&doc, conformanceIntro, conformance.Summary(results))
-		require.NoError(t, conformance.WriteMarkdown(&doc, results))
-		require.NoError(t, os.WriteFile(conformanceDoc, doc.Bytes(), 0o644))
-	}
-	for _, r := range results {
-		t.Run(fmt.Sprintf("%d %s", r.Number, r.Name), func(t *testing.T) {
-			assert.Empty(t, r.NotRun)
-			for _, failure := range r.Failures {
-				t.Error(failure)
+	var columns []conformance.Column
+	for _, redirect := range redirects {
+		t.Run(redirect, func(t *testing.T) {
+			results := conformance.Run(t.Context(), beginWith(t, redirect).target(), conformance.Cases())
+			columns = append(columns, conformance.Column{Title: redirect, Results: results})
+			for _, r := range results {
+				t.Run(fmt.Sprintf("%d %s", r.Number, r.Name), func(t *testing.T) {
+					assert.Empty(t, r.NotRun)
+					for _, failure := range r.Failures {
+						t.Error(failure)
+					}
+				})
 			}
 		})
 	}
+	if *write {
+		require.Len(t, columns, len(redirects))
+		writeConformance(t, columns)
+	}
 	doc, err := os.ReadFile(conformanceDoc)
 	require.NoError(t, err)
-	rows := 0
-	for _, r := range results {
-		if assert.Contains(t, string(doc), "\n"+conformance.MarkdownRow(r.Case), "make conformance writes it") {
-			rows++
+	rows := strings.Count(string(doc), "\n| ") - 1
+	for _, c := range conformance.Cases() {
+		if assert.Contains(t, string(doc), "\n"+conformance.MarkdownRow(c), "make conformance writes it") {
+			rows--
 		}
 	}
-	assert.Equal(t, rows, strings.Count(string(doc), "\n| ")-1, "there are rows of other cases")
+	assert.Zero(t, rows, "there are rows of other cases")
+}
+
+func writeConformance(t *testing.T, columns []conformance.Column) {
+	t.Helper()
+	var doc bytes.Buffer
+	doc.WriteString(conformanceIntro)
+	for _, c := range columns {
+		fmt.Printf("%s:\n", c.Title)
+		require.NoError(t, conformance.WriteText(os.Stdout, c.Results))
+		fmt.Fprintf(&doc, "* %s: %s.\n", c.Title, conformance.Summary(c.Results))
+	}
+	doc.WriteString("\n")
+	require.NoError(t, conformance.WriteMarkdown(&doc, columns...))
+	require.NoError(t, os.WriteFile(conformanceDoc, doc.Bytes(), 0o644))
 }
 
 const conformanceIntro = `# Conformance
 
 What a metadata service must do for the clients that exist, and whether the agent does. Written by
-` + "`sudo make conformance`" + `, which runs each case from a pod's network namespace through the real redirect, the real agent in
+` + "`sudo make conformance`" + `, which runs each case from a pod's network namespace through the real agent in
 managed mode with ` + "`--strict-identity-selection`" + ` (case 25: in standard mode) and a real API server; in Azure's place is
-` + "`proxy/imdstest`" + `. The same runs in ` + "`make e2e`" + `, which fails if a case does.
+` + "`proxy/imdstest`" + `. All of it is done twice, with each real redirect: the rules of iptables that ` + "`--redirect-mode=auto`" + ` chooses,
+and the programs of [` + "`--redirect-mode=ebpf`" + `](ebpf.md), with pods' processes in cgroups as the kubelet makes them.
+The same runs in ` + "`make e2e`" + `, which fails if a case does.
 
 R is a valid request: ` + "`GET /metadata/identity/oauth2/token?api-version=2018-02-01&resource=…`" + ` with the header
 ` + "`Metadata: true`" + `. How a case is known: **W** captured from the real service, **D** Microsoft's documentation
@@ -68,8 +86,6 @@ the real service gives more.
 
 Any other service can be tried, such as that of a virtual machine of Azure's; what cannot be arranged there is listed as
 not run: ` + "`go run ./deploy/conformance/cmd --url http://169.254.169.254 --client-id <id> --skip-policy`" + `.
-
-%s.
 
 `
 

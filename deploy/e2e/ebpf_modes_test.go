@@ -42,7 +42,7 @@ func TestEBPFByAutoWithoutMeans(t *testing.T) {
 	s := begin(t)
 	k := s.kubepods()
 	k.forbidRules()
-	k.capabilities, k.unmounted = capabilitiesOfRules, true
+	k.rules = true
 	a := k.starts("--redirect-mode=auto", "--iptables-backend=nft")
 	var text string
 	require.Eventually(t, func() bool {
@@ -98,7 +98,7 @@ func TestEBPFLeftPrograms(t *testing.T) {
 	k := s.kubepods()
 	p := k.pod("cart-0", "10.244.0.11", s.network("10.244.0.11", testbed.Routed), binding("cart"))
 	s.stops(k.agent())
-	k.capabilities, k.unmounted = capabilitiesOfRules, true
+	k.rules = true
 	a := k.starts("--redirect-mode=dnat")
 	var text string
 	require.Eventually(t, func() bool {

@@ -18,6 +18,8 @@ import (
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
+func binding(name string) map[string]string { return map[string]string{"aadpodidbinding": name} }
+
 // Each kind of pod gets what is its own, by whatever address.
 func TestEBPF(t *testing.T) {
 	s := begin(t)

@@ -41,10 +41,6 @@ const patience = 30 * time.Second
 var world *testbed.World
 
 func TestMain(m *testing.M) {
-	if os.Getenv(askEnv) != "" {
-		serveAsks(os.Stdin, os.Stdout)
-		return
-	}
 	if err := testbed.EnterNode(); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
@@ -84,7 +80,26 @@ func run(m *testing.M) (code int) {
 
 // scenario is one test's part of the world.
 type scenario struct {
-	t *testing.T
+	t    *testing.T
+	pods *kubepods // of agents in mode ebpf; else nil
+}
+
+// The redirects that scenarios may be run with: the rules that mode auto chooses, and programs.
+const (
+	byRules    = "iptables"
+	byPrograms = "ebpf"
+)
+
+var redirects = []string{byRules, byPrograms}
+
+// beginWith is begin for agents and pods of one of redirects.
+func beginWith(t *testing.T, redirect string) *scenario {
+	t.Helper()
+	s := begin(t)
+	if redirect == byPrograms {
+		s.pods = s.kubepods()
+	}
+	return s
 }
 
 // begin starts a scenario with an empty record at the metadata service. At its
@@ -95,6 +110,9 @@ func begin(t *testing.T) *scenario {
 	t.Cleanup(func() { assert.Empty(t, world.Leaks(), "requests that reached IMDS past the agent") })
 	return &scenario{t: t}
 }
+
+// within is a part of the scenario that is a test of its own.
+func (s *scenario) within(t *testing.T) *scenario { return &scenario{t: t, pods: s.pods} }
 
 // agent starts the agent and waits until it is ready. When the test ends the
 // agent is stopped, must have exited with 0, and its rules are removed.
@@ -107,8 +125,14 @@ func (s *scenario) agent(flags ...string) *testbed.Agent {
 
 func (s *scenario) agentNotReady(flags ...string) *testbed.Agent {
 	s.t.Helper()
-	a, err := testbed.StartAgent(world.Kubeconfig, flags...)
-	require.NoError(s.t, err)
+	var a *testbed.Agent
+	if s.pods != nil {
+		a = s.pods.starts(flags...)
+	} else {
+		var err error
+		a, err = testbed.StartAgent(world.Kubeconfig, flags...)
+		require.NoError(s.t, err)
+	}
 	s.endsWell(a)
 	return a
 }
@@ -157,7 +181,13 @@ func (s *scenario) command(name string, args ...string) string {
 func (s *scenario) pod(name, addr string, shape testbed.Shape, binding string) *pod {
 	s.t.Helper()
 	p := s.network(addr, shape)
+	p.name = name
 	s.object("shop", name, addr, map[string]string{"aadpodidbinding": binding})
+	if s.pods != nil {
+		c, err := s.pods.NewContainer(s.pods.uid("shop", name), p.Namespace)
+		require.NoError(s.t, err)
+		p.Enter(c)
+	}
 	return p
 }
 
@@ -180,7 +210,8 @@ func (s *scenario) object(namespace, name, addr string, labels map[string]string
 // pod asks for tokens from its namespace.
 type pod struct {
 	*testbed.Pod
-	t *testing.T
+	t    *testing.T
+	name string // of its object; "" if it has none
 }
 
 // answer is what the pod hears; status 0 when it hears nothing.

@@ -41,9 +41,13 @@ const nodeEnv = "NMI_TESTBED_NODE"
 // place, with the same process ID, arguments and open files. Call it first in
 // main or TestMain.
 //
-// It is also where a copy of the program that Pod.Attack starts does its work, and
-// ends.
+// It is also where copies of the program that Pod.Attack and Kubepods.NewContainer start do
+// their work, and end.
 func EnterNode() error {
+	if os.Getenv(dialerEnv) != "" {
+		_ = serveDials() // until the other end is gone
+		os.Exit(0)
+	}
 	if asked, err := attack.FromEnv(); asked {
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "attack:", err)
@@ -191,10 +195,11 @@ func (n *Namespace) Start(cmd *exec.Cmd) error { return n.Do(cmd.Start) }
 // Client returns an HTTP client that dials from inside, keeps connections alive
 // and gives up after the timeout.
 func (n *Namespace) Client(timeout time.Duration) *http.Client {
-	return &http.Client{
-		Timeout:   timeout,
-		Transport: &http.Transport{DialContext: n.DialContext, MaxIdleConnsPerHost: 1000},
-	}
+	return newClient(n.DialContext, timeout)
+}
+
+func newClient(dial func(ctx context.Context, network, address string) (net.Conn, error), timeout time.Duration) *http.Client {
+	return &http.Client{Timeout: timeout, Transport: &http.Transport{DialContext: dial, MaxIdleConnsPerHost: 1000}}
 }
 
 // sysctl writes a network setting of the calling thread's namespace.

@@ -1,10 +1,14 @@
 package testbed
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
+	"os/exec"
+	"time"
 
 	"github.com/vishvananda/netlink"
 )
@@ -42,8 +46,9 @@ type Pod struct {
 	Addr netip.Addr
 	Link string // the link's name on the node; PodLink inside
 
-	network *Network
-	shape   Shape
+	network   *Network
+	shape     Shape
+	container *Container
 }
 
 // AddPod connects a new namespace with the given address to the node.
@@ -112,9 +117,36 @@ func (p *Pod) connect() error {
 	return awaitUp(BridgeName)
 }
 
+// Enter makes a container what the pod's programs are started in, and its connections come from.
+// It ends with the pod.
+func (p *Pod) Enter(c *Container) { p.container = c }
+
+// Start starts a program inside.
+func (p *Pod) Start(cmd *exec.Cmd) error {
+	if p.container != nil {
+		return p.container.Start(cmd)
+	}
+	return p.Namespace.Start(cmd)
+}
+
+// DialContext is Namespace.DialContext, of the container if the pod has one.
+func (p *Pod) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	if p.container != nil {
+		return p.container.DialContext(ctx, network, address)
+	}
+	return p.Namespace.DialContext(ctx, network, address)
+}
+
+// Client is Namespace.Client, of the container if the pod has one.
+func (p *Pod) Client(timeout time.Duration) *http.Client { return newClient(p.DialContext, timeout) }
+
 // Close takes the pod off the node.
 func (p *Pod) Close() error {
-	err := deleteLink(p.Link)
+	var err error
+	if p.container != nil {
+		err = p.container.Close()
+	}
+	err = errors.Join(err, deleteLink(p.Link))
 	if p.shape == Bridge {
 		err = errors.Join(err, p.network.leaveBridge())
 	}

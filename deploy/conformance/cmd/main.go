@@ -64,11 +64,11 @@ func run(ctx context.Context) (failed bool, err error) {
 		cases = slices.DeleteFunc(cases, func(c conformance.Case) bool { return !slices.Contains(numbers, strconv.Itoa(c.Number)) })
 	}
 	results := conformance.Run(ctx, target, cases)
-	print := conformance.WriteText
+	failed = slices.ContainsFunc(results, conformance.Result.Failed)
 	if *markdown {
-		print = conformance.WriteMarkdown
+		return failed, conformance.WriteMarkdown(os.Stdout, conformance.Column{Title: "result", Results: results})
 	}
-	return slices.ContainsFunc(results, conformance.Result.Failed), print(os.Stdout, results)
+	return failed, conformance.WriteText(os.Stdout, results)
 }
 
 // targetOf dials what the URL names, directly: proxies must not be asked.
