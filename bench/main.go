@@ -22,8 +22,11 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/bench/openloop"
 	"github.com/podidentity/nmi/bench/peer"
@@ -98,7 +101,7 @@ func run() error {
 // pods is how many pods there are. The agent keeps 64 connections of each.
 const pods = 4
 
-// newSuite builds the world and the servers. Close the world when done.
+// newSuite builds the world and the servers. Close it when done.
 func newSuite(ctx context.Context, o options, dir string) (_ *suite, err error) {
 	id := imdstest.Identity{ClientID: "ca470000-0000-4000-8000-000000000001"}
 	s := &suite{options: o}
@@ -107,10 +110,13 @@ func newSuite(ctx context.Context, o options, dir string) (_ *suite, err error) 
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.world.Close())
+			err = errors.Join(err, s.close())
 		}
 	}()
 	if err := errors.Join(s.world.CreateNamespace(ctx, "shop"), s.world.Bind(ctx, "shop", "cart", id)); err != nil {
+		return nil, err
+	}
+	if s.kubepods, err = testbed.NewKubepods(); err != nil {
 		return nil, err
 	}
 	for i := range pods {
@@ -120,11 +126,33 @@ func newSuite(ctx context.Context, o options, dir string) (_ *suite, err error) 
 			return nil, err
 		}
 		s.pods = append(s.pods, pod)
-		if err := s.world.CreatePod(ctx, "shop", fmt.Sprintf("cart-%d", i), addr, map[string]string{"aadpodidbinding": "cart"}); err != nil {
+		name := fmt.Sprintf("cart-%d", i)
+		if err := s.world.CreatePod(ctx, "shop", name, addr, map[string]string{"aadpodidbinding": "cart"}); err != nil {
 			return nil, err
 		}
+		object, err := s.world.Kube.CoreV1().Pods("shop").Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return nil, err
+		}
+		container, err := s.kubepods.NewContainer(string(object.UID), pod.Namespace)
+		if err != nil {
+			return nil, err
+		}
+		pod.Enter(container)
 	}
-	return s, s.addServers(ctx, peer.Config{World: s.world, Core: serverCore, Dir: dir})
+	return s, s.addServers(ctx, peer.Config{World: s.world, Pods: s.kubepods, Core: serverCore, Dir: dir})
+}
+
+// close takes everything down.
+func (s *suite) close() error {
+	var errs []error
+	for _, pod := range s.pods {
+		errs = append(errs, pod.Close())
+	}
+	if s.kubepods != nil {
+		errs = append(errs, s.kubepods.Close())
+	}
+	return errors.Join(append(errs, s.world.Close())...)
 }
 
 func (s *suite) addServers(ctx context.Context, c peer.Config) (err error) {
@@ -138,9 +166,9 @@ func (s *suite) addServers(ctx context.Context, c peer.Config) (err error) {
 		return err
 	}
 	s.nginx = nginx.Version
-	s.servers = []peer.Server{redirect, c.Agent("dnat"), nginx, c.NetHTTP(serveBody)}
+	s.servers = []peer.Server{redirect, c.Agent("dnat"), c.AgentEBPF(), nginx, c.NetHTTP(serveBody)}
 	if s.short {
-		s.servers = []peer.Server{redirect, nginx, c.NetHTTP(serveBody)}
+		s.servers = slices.Delete(s.servers, 1, 2)
 	}
 	if path := strings.TrimSpace(os.Getenv("BENCH_PEER")); path != "" {
 		other, err := c.OtherAgent(ctx, path)

@@ -18,7 +18,8 @@ import (
 type suite struct {
 	options
 	world      *testbed.World
-	pods       []*testbed.Pod
+	kubepods   *testbed.Kubepods
+	pods       []*testbed.Pod // in it
 	servers    []peer.Server
 	tokenBytes int
 	nginx      string // its version
@@ -57,7 +58,13 @@ var openShares = []float64{0.25, 0.50, 0.75, 0.90}
 // shortLoads are measured with -short.
 var shortLoads = map[string]bool{keepAlive: true, identityGo: true, newConnection: true}
 
-// goals are those of the fast path, as ratios in one run.
+// The agent in two of its redirect modes, as the tables name it.
+const (
+	dnat     = "agent, dnat"
+	programs = "agent, ebpf"
+)
+
+// goals are those of the fast path, and that mode ebpf is as fast as redirect, as ratios in one run.
 func goals(agent, nginx, netHTTP string) []report.Goal {
 	var all []report.Goal
 	for _, name := range []string{keepAlive, identityJS, identityGo} {
@@ -66,6 +73,8 @@ func goals(agent, nginx, netHTTP string) []report.Goal {
 			report.Goal{Load: name, Server: agent, Than: netHTTP, Least: 1.7})
 	}
 	return append(all,
+		report.Goal{Load: keepAlive, Server: programs, Than: agent, Least: 0.95},
+		report.Goal{Load: newConnection, Server: programs, Than: agent, Least: 0.95},
 		report.Goal{Load: newConnection, Server: agent, Than: nginx, Least: 0.95},
 		report.Goal{Load: halfRate, Server: agent, Than: nginx, Most: 1.3})
 }
@@ -80,7 +89,7 @@ func measureAll(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.world.Close()) }()
+	defer func() { err = errors.Join(err, s.close()) }()
 	if s.report, err = s.newReport(); err != nil {
 		return err
 	}
@@ -93,9 +102,9 @@ func measureAll(ctx context.Context, o options) (err error) {
 	if err != nil || o.out == "" {
 		return err
 	}
-	plotted := []string{s.servers[0].Name} // the agent in one mode; the other is as fast
+	var plotted []string
 	for _, server := range s.servers {
-		if !server.Agent {
+		if server.Name != dnat { // it is as fast as redirect
 			plotted = append(plotted, server.Name)
 		}
 	}

@@ -29,6 +29,7 @@ type Server struct {
 	Optional bool
 
 	start func(ctx context.Context) (*testbed.Program, error)
+	undo  func() error // after its end; nil if what it leaves is in nobody's way
 }
 
 // Start starts the server on the core that its Config says. It may not answer yet.
@@ -41,22 +42,51 @@ func (s Server) Stop(p *testbed.Program) error {
 		return p.Kill()
 	}
 	_, err := p.Stop()
+	if s.undo != nil {
+		err = errors.Join(err, s.undo())
+	}
 	return err
 }
 
 // Config is what the servers need.
 type Config struct {
 	World *testbed.World
-	Core  int    // for the server
-	Dir   string // for files of the servers
+	Pods  *testbed.Kubepods // that the callers are in
+	Core  int               // for the server
+	Dir   string            // for files of the servers
 	// Body is what the peers answer: a token as the agent writes it.
 	Body []byte
 }
 
-// Agent returns the agent of bin/nmi in a redirect mode.
+// Agent returns the agent of bin/nmi in a redirect mode that uses iptables.
 func (c Config) Agent(mode string) Server {
 	return Server{Name: "agent, " + mode, Agent: true, start: func(ctx context.Context) (*testbed.Program, error) {
-		agent, err := testbed.StartPinnedAgent(c.Core, c.World.Kubeconfig, "--redirect-mode="+mode)
+		return ready(ctx)(testbed.StartPinnedAgent(c.Core, c.World.Kubeconfig, "--redirect-mode="+mode))
+	}}
+}
+
+// AgentEBPF returns the agent in mode ebpf, without rules of another mode.
+func (c Config) AgentEBPF() Server {
+	return Server{Name: "agent, ebpf", Agent: true, undo: func() error { return c.Pods.Cleanup() }, start: func(ctx context.Context) (*testbed.Program, error) {
+		if code, output, err := testbed.RunAgent(nil, "cleanup"); err != nil || code != 0 {
+			return nil, errors.Join(errors.New("nmi cleanup failed: "+output), err)
+		}
+		launcher, err := c.Pods.Agent()
+		if err != nil {
+			return nil, err
+		}
+		binary, err := testbed.AgentBinary()
+		if err != nil {
+			return nil, err
+		}
+		launcher = append([]string{"taskset", "-c", strconv.Itoa(c.Core)}, launcher...)
+		return ready(ctx)(testbed.StartAgentIn(launcher, binary, c.World.Kubeconfig, "--redirect-mode=ebpf", "--cgroup-root="+c.Pods.CgroupRoot))
+	}}
+}
+
+// ready waits for an agent that has been started.
+func ready(ctx context.Context) func(*testbed.Agent, error) (*testbed.Program, error) {
+	return func(agent *testbed.Agent, err error) (*testbed.Program, error) {
 		if err != nil {
 			return nil, err
 		}
@@ -64,7 +94,7 @@ func (c Config) Agent(mode string) Server {
 			return nil, errors.Join(err, agent.Kill())
 		}
 		return agent.Program, nil
-	}}
+	}
 }
 
 // behindRedirect starts a program on the server's core, behind the rules of mode

@@ -60,7 +60,7 @@ func (r *Report) goals(b *strings.Builder) {
 		if !met {
 			verdict = "MISSED"
 		}
-		rows = append(rows, fmt.Sprintf("| %s, %s to %s | %s | %s | %s |\n", g.Load, what, g.Than, ratioText(got), goal, verdict))
+		rows = append(rows, fmt.Sprintf("| %s: %s of %s to %s | %s | %s | %s |\n", g.Load, what, g.Server, g.Than, ratioText(got), goal, verdict))
 	}
 	if rows != nil {
 		b.WriteString("\n## Goals\n\n| ratio | measured | goal | |\n|---|---:|---:|---|\n" + strings.Join(rows, ""))

@@ -15,8 +15,8 @@ type theme struct {
 }
 
 var (
-	light = theme{"#ffffff", "#1f2328", "#59636e", "#d1d9e0", []string{"#0969da", "#bc4c00", "#6e7781", "#8250df"}}
-	dark  = theme{"#0d1117", "#e6edf3", "#9198a1", "#2f353d", []string{"#4493f8", "#f0883e", "#8b949e", "#a371f7"}}
+	light = theme{"#ffffff", "#1f2328", "#59636e", "#d1d9e0", []string{"#0969da", "#bc4c00", "#6e7781", "#8250df", "#1a7f37"}}
+	dark  = theme{"#0d1117", "#e6edf3", "#9198a1", "#2f353d", []string{"#4493f8", "#f0883e", "#8b949e", "#a371f7", "#3fb950"}}
 )
 
 const plotWidth = 860

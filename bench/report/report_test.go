@@ -63,8 +63,8 @@ func TestMarkdown(t *testing.T) {
 	for _, line := range []string{
 		"Command: `sudo make bench`, at abc. Machine: CPU, 2 cores, Linux 6.18, go1.26, nginx 1.22, wrk 4.1.",
 		"Meanwhile other programs used 0 % of a core (median of all measurements; 4 % at the highest).",
-		"| closed, requests/s to b | 2.00 | ≥ 1.90 | met |", "| closed, requests/s to b | 2.00 | ≥ 2.10 | MISSED |",
-		"| half, p99 to b | 0.50 | ≤ 0.60 | met |", "| half, p99 to b | 0.50 | ≤ 0.40 | MISSED |",
+		"| closed: requests/s of a to b | 2.00 | ≥ 1.90 | met |", "| closed: requests/s of a to b | 2.00 | ≥ 2.10 | MISSED |",
+		"| half: p99 of a to b | 0.50 | ≤ 0.60 | met |", "| half: p99 of a to b | 0.50 | ≤ 0.40 | MISSED |",
 		"| load | server | requests/s | to b | CPU, µs | core, % | p50 | p99 | p99.9 |", "|---|---|---:|---:|---:|---:|---:|---:|---:|",
 		"| closed | a | 40000 (20000 to 80000) | 2.00 | 10.0 | 40 | 500 µs | 2.00 ms | 12 ms |",
 		"| closed | b | 20000 (10000 to 40000) | 1.00 | 20.0 | 40 | 900 µs | 4.00 ms | 2.0 s |",
