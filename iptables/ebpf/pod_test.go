@@ -57,10 +57,11 @@ func (r request) run(held *int) (answer string, err error) {
 		}
 		defer unix.Close(fd)
 		limit := unix.NsecToTimeval(r.Timeout.Nanoseconds())
-		if err := errors.Join(
+		err = errors.Join(
 			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit), // of connect, too
 			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit),
-		); err != nil {
+		)
+		if err != nil && (r.How != "mptcp" || !errors.Is(err, unix.EOPNOTSUPP)) { // Linux 5.15 has none for MPTCP
 			return "", err
 		}
 		if err := r.bind(fd); err != nil {
@@ -251,7 +252,8 @@ func uringConnect(fd int, to netip.AddrPort) error {
 		return fmt.Errorf("io_uring: %w", errno)
 	}
 	defer unix.Close(int(ring))
-	queue, err := unix.Mmap(int(ring), 0, int(params.sq.array+params.sqEntries*4)+4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	size := max(params.sq.array+params.sqEntries*4, params.cq.cqes+params.cqEntries*16)
+	queue, err := unix.Mmap(int(ring), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return err
 	}
