@@ -71,7 +71,7 @@ func (c Config) AgentEBPF() Server {
 		if code, output, err := testbed.RunAgent(nil, "cleanup"); err != nil || code != 0 {
 			return nil, errors.Join(errors.New("nmi cleanup failed: "+output), err)
 		}
-		launcher, err := c.Pods.Agent()
+		launcher, err := c.Pods.Agent(false)
 		if err != nil {
 			return nil, err
 		}
