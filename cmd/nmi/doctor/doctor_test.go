@@ -180,13 +180,18 @@ var situations = map[string]situation{
 	"no federation":                                       {healthy, "federation", Success, "none, which only federation needs"},
 	"every service account":                               {func(n *node) { n.rights = wide }, "federation", Warning, "every service account of the cluster"},
 	"its own node":                                        {func(n *node) { n.rights = asNode; n.settings.Federation.AsNode = true }, "federation", Success, "those of its own node's pods"},
-	"its own node, no flag":                               {func(n *node) { n.rights = asNode }, "federation", Warning, "set --federation-as-node"},
-	"its own node, no right":                              {func(n *node) { n.rights = asNode[:1]; n.settings.Federation.AsNode = true }, "federation", Warning, "deploy/federation/own-node.yaml"},
-	"a namespace":                                         {func(n *node) { n.rights = []string{"create serviceaccounts/token shop"}; n.addPod(testbed.Ptp) }, "federation", Success, "those of namespaces with pods on this node: shop"},
-	"no namespace":                                        {func(n *node) { n.settings.Federation.ServiceAccounts = true; n.addPod(testbed.Ptp) }, "federation", Warning, "it may request none"},
-	"no workload identity":                                {func(n *node) { n.addPod(testbed.Ptp) }, "workload-identity", Success, ""},
-	"workload identity alone":                             {func(n *node) { n.addPod(testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
-	"workload identity, and a binding's label":            {func(n *node) { n.addPod(testbed.Ptp, federated, labelled) }, "workload-identity", Warning, "shop/p-10.244.0.7: most Azure SDKs prefer"},
+	"its own node, and a namespace": {func(n *node) {
+		n.rights = append([]string{"create serviceaccounts/token shop"}, asNode...)
+		n.settings.Federation.AsNode = true
+		n.addPod(testbed.Ptp)
+	}, "federation", Warning, "shop"},
+	"its own node, no flag":                    {func(n *node) { n.rights = asNode }, "federation", Warning, "set --federation-as-node"},
+	"its own node, no right":                   {func(n *node) { n.rights = asNode[:1]; n.settings.Federation.AsNode = true }, "federation", Warning, "deploy/federation/own-node.yaml"},
+	"a namespace":                              {func(n *node) { n.rights = []string{"create serviceaccounts/token shop"}; n.addPod(testbed.Ptp) }, "federation", Success, "those of namespaces with pods on this node: shop"},
+	"no namespace":                             {func(n *node) { n.settings.Federation.ServiceAccounts = true; n.addPod(testbed.Ptp) }, "federation", Warning, "it may request none"},
+	"no workload identity":                     {func(n *node) { n.addPod(testbed.Ptp) }, "workload-identity", Success, ""},
+	"workload identity alone":                  {func(n *node) { n.addPod(testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
+	"workload identity, and a binding's label": {func(n *node) { n.addPod(testbed.Ptp, federated, labelled) }, "workload-identity", Warning, "shop/p-10.244.0.7: most Azure SDKs prefer"},
 }
 
 // Rights for federation, as node.rights has them.
