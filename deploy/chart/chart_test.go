@@ -213,10 +213,18 @@ func TestFederationRights(t *testing.T) {
 		manifest, err := os.ReadFile("../federation/" + file + ".yaml")
 		require.NoError(t, err)
 		files := renderFiles(t, "--set="+set)
-		assert.Equal(t, rules(string(manifest)), rules(files["federation.yaml"]), file)
+		text := files["federation.yaml"] + files["admission.yaml"]
+		assert.Equal(t, rules(string(manifest)), rules(text), file)
 		assert.Equal(t, file == "own-node", strings.Contains(files["daemonset.yaml"], "- --federation-as-node\n"), file)
 		files = renderFiles(t, "--set="+set+",rbac.enabled=false")
 		assert.Empty(t, files["federation.yaml"], file)
+		assert.NotContains(t, files["admission.yaml"], "rbac.authorization.k8s.io", file)
+		if file == "own-node" {
+			assert.Equal(t, []string{"ValidatingAdmissionPolicy nmi-federation-own-node", "ValidatingAdmissionPolicyBinding nmi-federation-own-node"}, objects(t, files["admission.yaml"]))
+			another := renderFiles(t, "--set="+set+",federation.audience=api://AKSIdentityBinding")["admission.yaml"]
+			assert.Contains(t, another, `expression: "'api://AKSIdentityBinding'"`)
+			assert.Contains(t, another, `resources: ["api://AKSIdentityBinding"]`)
+		}
 	}
 	assert.Empty(t, renderFiles(t)["federation.yaml"])
 	out, err := render(t, "--kube-version=1.35.4", "--set=federation.rights=node")

@@ -69,6 +69,7 @@ func TestRefusedValues(t *testing.T) {
 		"federation.rights=all":                                         "at '/federation/rights': value must be one of '', 'node', 'namespaces', 'cluster'",
 		"federation.rights=namespaces":                                  "federation.rights=namespaces needs federation.namespaces",
 		"federation.namespaces={shop}":                                  "federation.namespaces counts with federation.rights=namespaces only",
+		"federation.audience=a'b":                                       "at '/federation/audience'",
 		"federation.tenantID=a/b":                                       "at '/federation/tenantID'",
 		"federation.authority=login.example":                            "at '/federation/authority'",
 		"federation.tokenProxy=http://proxy.example":                    "at '/federation/tokenProxy'",

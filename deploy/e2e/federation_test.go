@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/rsa"
 	"encoding/pem"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -18,9 +19,9 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -93,12 +94,7 @@ func (f *federation) serviceAccount(name string, annotations map[string]string) 
 // podOf makes the object of a pod with a service account until the test ends.
 func (f *federation) podOf(namespace, account, name, node, addr, label string) {
 	f.t.Helper()
-	_, err := world.Kube.CoreV1().Pods(namespace).Create(f.t.Context(), &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"aadpodidbinding": label}},
-		Spec:       corev1.PodSpec{NodeName: node, ServiceAccountName: account, Containers: []corev1.Container{{Name: "app", Image: "example/app"}}},
-	}, metav1.CreateOptions{})
-	require.NoError(f.t, err)
-	f.t.Cleanup(func() { _ = world.DeletePod(context.Background(), namespace, name) })
+	f.podWithTokens(namespace, account, name, node, label, "")
 	if addr != "" {
 		require.NoError(f.t, world.SetPodAddress(f.t.Context(), namespace, name, addr))
 	}
@@ -119,10 +115,8 @@ func (f *federation) grant(files ...string) {
 }
 
 func (f *federation) revoke(objects []*unstructured.Unstructured) {
-	plurals := map[string]string{"Role": "roles", "RoleBinding": "rolebindings", "ClusterRole": "clusterroles", "ClusterRoleBinding": "clusterrolebindings"}
 	for _, object := range objects {
-		gvk := object.GroupVersionKind()
-		resource := schema.GroupVersionResource{Group: gvk.Group, Version: gvk.Version, Resource: plurals[gvk.Kind]}
+		resource, _ := meta.UnsafeGuessKindToResource(object.GroupVersionKind())
 		_ = world.Custom.Resource(resource).Namespace(object.GetNamespace()).Delete(context.Background(), object.GetName(), metav1.DeleteOptions{})
 	}
 }
@@ -147,7 +141,7 @@ func (f *federation) agentIn(node string) kubernetes.Interface {
 	return client
 }
 
-// requests requests a token as a stolen token of the agent could.
+// requests requests a token as a stolen token of the agent could; without an audience it is the API server's.
 func (f *federation) requests(as kubernetes.Interface, namespace, account, pod, audience string) error {
 	f.t.Helper()
 	ctx, cancel := requestContext()
@@ -159,8 +153,12 @@ func (f *federation) requests(as kubernetes.Interface, namespace, account, pod, 
 		bound = &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod, UID: object.UID}
 	}
 	life := int64(600)
+	var audiences []string
+	if audience != "" {
+		audiences = []string{audience}
+	}
 	_, err := as.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, &authenticationv1.TokenRequest{
-		Spec: authenticationv1.TokenRequestSpec{Audiences: []string{audience}, ExpirationSeconds: &life, BoundObjectRef: bound},
+		Spec: authenticationv1.TokenRequestSpec{Audiences: audiences, ExpirationSeconds: &life, BoundObjectRef: bound},
 	}, metav1.CreateOptions{})
 	return err
 }
@@ -196,6 +194,8 @@ func TestFederationOnOwnNode(t *testing.T) {
 	assertForbidden(t, f.requests(own, "shop", "cart", "cart-0", tokenAudience), "without any right")
 	f.grant("own-node.yaml", "service-accounts.yaml")
 	f.awaitRight(func() error { return f.requests(own, "shop", "cart", "cart-0", tokenAudience) })
+	f.podWithTokens("shop", "cart", "cart-3", testbed.NodeName, "", "https://vault")
+	require.Eventually(t, func() bool { return f.requests(own, "shop", "cart", "cart-0", "") != nil }, patience, 100*time.Millisecond, "the policy is not in force")
 
 	for what, err := range map[string]error{
 		"a pod of another node":        f.requests(own, "shop", "cart", "cart-1", tokenAudience),
@@ -203,6 +203,8 @@ func TestFederationOnOwnNode(t *testing.T) {
 		"a token bound to no pod":      f.requests(own, "shop", "cart", "", tokenAudience),
 		"another audience":             f.requests(own, "shop", "cart", "cart-0", "https://another"),
 		"the API server's audience":    f.requests(own, "shop", "cart", "cart-0", testbed.Issuer),
+		"the same, as kubelets ask":    f.requests(own, "shop", "cart", "cart-0", ""),
+		"what a pod's volume names":    f.requests(own, "shop", "cart", "cart-3", "https://vault"),
 		"in its own name":              f.requests(plain, "shop", "cart", "cart-0", tokenAudience),
 		"an account without a pod":     f.requests(own, "shop", "batch", "", tokenAudience),
 		"another pod's account":        f.requests(own, "shop", "batch", "cart-0", tokenAudience),
@@ -214,7 +216,13 @@ func TestFederationOnOwnNode(t *testing.T) {
 		}
 	}
 	ctx := t.Context()
-	_, err := own.CoreV1().Secrets("shop").List(ctx, metav1.ListOptions{})
+	certified, err := world.Kubelet(testbed.NodeName)
+	require.NoError(t, err)
+	kubelet, err := kubernetes.NewForConfig(certified)
+	require.NoError(t, err)
+	require.NoError(t, f.requests(kubelet, "shop", "cart", "cart-0", ""), "the kubelet's own right")
+	require.NoError(t, f.requests(kubelet, "shop", "cart", "cart-3", "https://vault"))
+	_, err = own.CoreV1().Secrets("shop").List(ctx, metav1.ListOptions{})
 	assertForbidden(t, err, "what a node may do otherwise")
 	_, err = own.CoreV1().Nodes().Patch(ctx, testbed.NodeName, types.MergePatchType, []byte(`{"metadata":{"labels":{"a":"b"}}}`), metav1.PatchOptions{})
 	assertForbidden(t, err, "its node")
@@ -238,22 +246,25 @@ func TestFederationOnOwnNode(t *testing.T) {
 	require.Eventually(t, func() bool {
 		return apierrors.IsForbidden(f.requests(own, "shop", "cart", "cart-0", tokenAudience))
 	}, patience, 100*time.Millisecond, "without the audience")
-	f.podWithVolume("shop", "cart", "cart-2")
+	f.podWithTokens("shop", "cart", "cart-2", testbed.NodeName, "", tokenAudience)
 	f.awaitRight(func() error { return f.requests(own, "shop", "cart", "cart-2", tokenAudience) })
 }
 
-// podWithVolume makes the object of a pod with a volume of a token for Entra, as the webhook of Azure
-// Workload Identity makes it, until the test ends.
-func (f *federation) podWithVolume(namespace, account, name string) {
+// podWithTokens makes the object of a pod with volumes of tokens for audiences until the test ends. ""
+// is the API server's, for which the admission plugin ServiceAccount, which is off here, gives a volume
+// to nearly all pods.
+func (f *federation) podWithTokens(namespace, account, name, node, label string, audiences ...string) {
 	f.t.Helper()
 	life := int64(3600)
+	var sources []corev1.VolumeProjection
+	for i, audience := range audiences {
+		sources = append(sources, corev1.VolumeProjection{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: audience, ExpirationSeconds: &life, Path: fmt.Sprint("token", i)}})
+	}
 	_, err := world.Kube.CoreV1().Pods(namespace).Create(f.t.Context(), &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: name},
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"aadpodidbinding": label}},
 		Spec: corev1.PodSpec{
-			NodeName: testbed.NodeName, ServiceAccountName: account, Containers: []corev1.Container{{Name: "app", Image: "example/app"}},
-			Volumes: []corev1.Volume{{Name: "azure-identity-token", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
-				Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: tokenAudience, ExpirationSeconds: &life, Path: "azure-identity-token"}}},
-			}}}},
+			NodeName: node, ServiceAccountName: account, Containers: []corev1.Container{{Name: "app", Image: "example/app"}},
+			Volumes: []corev1.Volume{{Name: "tokens", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: sources}}}},
 		},
 	}, metav1.CreateOptions{})
 	require.NoError(f.t, err)

@@ -28,6 +28,7 @@ type ControlPlane struct {
 	bin, dir  string
 	shift     int // added to every port, so that two fit on one node
 	etcd, api *Program
+	clientCA  *clientCA
 }
 
 func (c *ControlPlane) apiServerURL() string {
@@ -71,8 +72,12 @@ func (c *ControlPlane) writeCredentials() error {
 		return err
 	}
 	block := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
+	if c.clientCA, err = newClientCA(); err != nil {
+		return err
+	}
 	return errors.Join(
 		os.WriteFile(c.path("sa.key"), block, 0o600),
+		os.WriteFile(c.path("clients.crt"), c.clientCA.pem(), 0o600),
 		os.WriteFile(c.path("tokens.csv"), []byte(adminToken+`,admin,1,"system:masters"`+"\n"), 0o600),
 	)
 }
@@ -87,6 +92,7 @@ func (c *ControlPlane) StartAPIServer(ctx context.Context) (err error) {
 		"--cert-dir=" + c.path("certs"), "--service-cluster-ip-range=10.96.0.0/16",
 		"--service-account-issuer=" + Issuer, "--service-account-key-file=" + c.path("sa.key"),
 		"--service-account-signing-key-file=" + c.path("sa.key"), "--token-auth-file=" + c.path("tokens.csv"),
+		"--client-ca-file=" + c.path("clients.crt"),
 		// As on AKS: nodes may do what the node authorizer and NodeRestriction let them.
 		"--authorization-mode=Node,RBAC",
 		// No controller makes default service accounts.
