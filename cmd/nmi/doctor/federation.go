@@ -3,6 +3,7 @@ package doctor
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 )
 
@@ -45,20 +46,24 @@ func (c *cluster) federation(ctx context.Context) (found string, err error) {
 	switch {
 	case cluster:
 		return "", warnf("it may request tokens of every service account of the cluster, with all their rights, and so may whoever steals a token of this account: see %s for a narrower right", federationAdvice)
-	case own && cfg.AsNode:
-		return "those of its own node's pods", nil
-	case own:
+	case own && !cfg.AsNode:
 		return "", warnf("it may request those of its own node's pods, and the agent does not: set --federation-as-node")
-	case cfg.AsNode:
+	case !own && cfg.AsNode:
 		return "", warnf("with --federation-as-node it needs deploy/federation/own-node.yaml, and Kubernetes 1.36: see %s", federationAdvice)
 	}
 	namespaces, err := c.federatedNamespaces(ctx)
 	var skip skipped
 	switch {
+	case own && errors.As(err, &skip):
+		return fmt.Sprintf("those of its own node's pods; whether those of some namespaces, too, is not known: %s", err), nil
 	case errors.As(err, &skip):
 		return "", skipf("whether it may request those of some namespaces is not known: %s", err)
 	case err != nil:
 		return "", err
+	case own && len(namespaces) > 0:
+		return "", warnf("besides those of its own node's pods it may request those of all pods of namespaces with pods on this node: %s. Delete the Roles that are left there (deploy/federation/namespace.yaml)", some(namespaces))
+	case own:
+		return "those of its own node's pods", nil
 	case len(namespaces) > 0:
 		return "those of namespaces with pods on this node: " + some(namespaces), nil
 	case cfg.ServiceAccounts:
