@@ -15,7 +15,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-	"unique"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -252,31 +251,6 @@ func (f *federationWorld) key(from, resource string) tokencache.Key {
 	id, err := f.resolver.Owner(netip.MustParseAddr(from)).Identity(podresolver.Selector{})
 	require.NoError(f.t, err)
 	return keyOf(id, resource)
-}
-
-// TestManyServiceAccountsStart: 250 pods with service accounts of their own start at once, and each
-// is served by its first request, at 18 exchanges a second.
-func TestManyServiceAccountsStart(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes 14 s")
-	}
-	f := newFederationWorld(t, nil)
-	const many = 250
-	key := f.key(ofCart, vault)
-	var asking sync.WaitGroup
-	began := time.Now()
-	for i := range many {
-		principal, _ := key.FromEntra()
-		principal.ServiceAccount.UID = fmt.Sprint(i)
-		one := tokencache.Key{ClientID: cartID, Resource: vault, Principal: unique.Make(principal)}
-		asking.Go(func() {
-			_, err := f.tokens.Get(t.Context(), one, netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}))
-			assert.NoError(t, err)
-		})
-	}
-	asking.Wait()
-	assert.Equal(t, many, f.entra.Tokens())
-	assert.GreaterOrEqual(t, time.Since(began), (many-upstream.DefaultPerSecond)*time.Second/upstream.DefaultPerSecond, "the limit was kept")
 }
 
 func TestFederationRefusals(t *testing.T) {

@@ -30,8 +30,6 @@ const (
 	maxBoundPods = 3
 	// maxAccountToken bounds what is read of a response. Tokens are of some 1 KB.
 	maxAccountToken = 64 << 10
-	// The rate at which tokens are requested when a node's pods all start at once.
-	accountTokensPerSecond, accountTokensAtOnce = 50, 100
 )
 
 // accountTokens requests tokens of service accounts from the API server (kubernetes.io,
@@ -54,7 +52,7 @@ func newAccountTokens(restConfig *rest.Config, cfg federationConfig, node string
 	known := runtime.NewScheme()
 	metav1.AddToGroupVersion(known, corev1.SchemeGroupVersion) // Status, with the API server's words
 	c.NegotiatedSerializer = serializer.NewCodecFactory(known).WithoutConversion()
-	c.QPS, c.Burst = accountTokensPerSecond, accountTokensAtOnce
+	c.QPS = -1 // no limit: upstream has pods take turns, which a queue of client-go's would undo
 	if cfg.asNode {
 		t.asNode = node
 		// The user alone: with a group, the API server would not take it for constrained
@@ -83,7 +81,21 @@ func (t *accountTokens) request(ctx context.Context, account tokencache.ServiceA
 
 // isGone reports whether an error may be about the pod that the token was to be bound to: it does
 // not exist, or is another one of the same name.
-func isGone(err error) bool { return apierrors.IsNotFound(err) || apierrors.IsConflict(err) }
+func isGone(err error) bool {
+	return (apierrors.IsNotFound(err) || apierrors.IsConflict(err)) && !isAboutAccount(err)
+}
+
+// isAboutAccount reports whether such an error is about the service account instead. The API server
+// says so of one that does not exist, and names the request where the UID is another's
+// (pkg/registry/core/serviceaccount/storage/token.go).
+func isAboutAccount(err error) bool {
+	var answer apierrors.APIStatus
+	if !errors.As(err, &answer) || answer.Status().Details == nil {
+		return false
+	}
+	kind := answer.Status().Details.Kind
+	return kind == "serviceaccounts" || kind == "TokenRequest"
+}
 
 func (t *accountTokens) requestFor(ctx context.Context, account tokencache.ServiceAccount, pod podresolver.BoundPod) (token string, err error) {
 	life := int64(accountTokenLife)
@@ -124,6 +136,8 @@ func (t *accountTokens) explain(account tokencache.ServiceAccount, err error) er
 	case apierrors.IsForbidden(err):
 		return fmt.Errorf("%w: the agent's service account may not request it; apply deploy/federation/namespace.yaml to namespace %s, or see docs/federation.md#the-right-to-request-tokens (%w)",
 			upstream.ErrNoServiceAccountToken, account.Namespace, err)
+	case apierrors.IsNotFound(err) && isAboutAccount(err):
+		return fmt.Errorf("%w: there is no such service account (%w)", upstream.ErrNoServiceAccountToken, err)
 	case apierrors.IsInvalid(err), apierrors.IsBadRequest(err):
 		return fmt.Errorf("%w: %w", upstream.ErrNoServiceAccountToken, err)
 	}

@@ -36,14 +36,16 @@ func newTokenAPI(t *testing.T) *tokenAPI {
 		status int
 		body   string
 	}{
-		"ok":        {201, `{"kind":"TokenRequest","status":{"token":"` + accountToken + `"}}`},
-		"gone":      {404, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"pods \"gone\" not found","reason":"NotFound","code":404}`},
-		"again":     {409, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"the UID in the bound object reference does not match","reason":"Conflict","code":409}`},
-		"forbidden": {403, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"User \"nmi\" cannot create serviceaccounts/token","reason":"Forbidden","code":403}`},
-		"invalid":   {422, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"may not specify a duration","reason":"Invalid","code":422}`},
-		"broken":    {500, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"etcd is away","reason":"InternalError","code":500}`},
-		"half":      {201, `{"kind":"TokenRequest","status":{"token":"` + accountToken},
-		"empty":     {201, `{"kind":"TokenRequest","status":{}}`},
+		"ok":          {201, `{"kind":"TokenRequest","status":{"token":"` + accountToken + `"}}`},
+		"gone":        {404, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"pods \"gone\" not found","reason":"NotFound","details":{"name":"gone","kind":"pods"},"code":404}`},
+		"no account":  {404, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"serviceaccounts \"cart\" not found","reason":"NotFound","details":{"name":"cart","kind":"serviceaccounts"},"code":404}`},
+		"new account": {409, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"the UID in the token request does not match","reason":"Conflict","details":{"name":"cart","group":"authentication.k8s.io","kind":"TokenRequest"},"code":409}`},
+		"again":       {409, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"the UID in the bound object reference does not match","reason":"Conflict","code":409}`},
+		"forbidden":   {403, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"User \"nmi\" cannot create serviceaccounts/token","reason":"Forbidden","code":403}`},
+		"invalid":     {422, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"may not specify a duration","reason":"Invalid","code":422}`},
+		"broken":      {500, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"etcd is away","reason":"InternalError","code":500}`},
+		"half":        {201, `{"kind":"TokenRequest","status":{"token":"` + accountToken},
+		"empty":       {201, `{"kind":"TokenRequest","status":{}}`},
 	}
 	a := &tokenAPI{}
 	a.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -73,6 +75,7 @@ func (a *tokenAPI) request(t *testing.T, asNode bool, pods ...string) (string, e
 			return bound
 		})
 	require.NoError(t, err)
+	assert.Nil(t, tokens.client.GetRateLimiter(), "a queue without turns")
 	return tokens.request(t.Context(), tokencache.ServiceAccount{Namespace: "shop", Name: "cart", UID: "u"})
 }
 
@@ -115,6 +118,8 @@ func TestServiceAccountToken(t *testing.T) {
 	}{
 		"no pod":                {nil, false, "no pod of this node that has it is left", false, 0},
 		"all gone":              {[]string{"gone", "again", "gone", "ok"}, false, "pods \"gone\" not found", false, 3},
+		"no service account":    {[]string{"no account", "ok"}, false, "there is no such service account", true, 1},
+		"a new service account": {[]string{"new account", "ok"}, false, "the UID in the token request does not match", false, 1},
 		"forbidden":             {[]string{"forbidden", "ok"}, false, "apply deploy/federation/namespace.yaml to namespace shop", true, 1},
 		"forbidden to its node": {[]string{"forbidden", "ok"}, true, "the agent may not request it as its node node1; apply deploy/federation/own-node.yaml", true, 1},
 		"invalid":               {[]string{"invalid"}, false, "may not specify a duration", true, 1},

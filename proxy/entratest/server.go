@@ -41,6 +41,7 @@ type Config struct {
 	// UnknownResources, if there are any, are the only ones that there are not.
 	UnknownResources []string
 	Lifetime         time.Duration // of a token; 0 means an hour
+	Latency          time.Duration // of each answer
 	// Issuers are the keys of those that federated credentials name, by URL.
 	Issuers map[string]*rsa.PublicKey
 }
@@ -151,6 +152,13 @@ type claims struct {
 
 // ServeHTTP answers as Entra would.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if s.cfg.Latency > 0 {
+		select {
+		case <-time.After(s.cfg.Latency):
+		case <-r.Context().Done():
+			return
+		}
+	}
 	call := Call{Path: r.URL.Path, UserAgent: r.UserAgent()}
 	status, body := http.StatusNotFound, any(map[string]string{"error": "not found"})
 	tenant, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")

@@ -32,15 +32,17 @@ type entra struct {
 	secret       func(ctx context.Context, namespace, name string) (map[string][]byte, error)
 	accountToken func(ctx context.Context, account tokencache.ServiceAccount) (string, error)
 	hosts        map[string]bool // that secrets may be sent to
+	limiters     entraLimiters
 	userAgent    string
 	transport    *http.Transport
 	tokenProxy   *tokenProxy // for federated identities; nil for none
 }
 
-func newEntra(cfg Config) *entra {
+func newEntra(cfg Config, perSecond int) *entra {
+	hosts := hostsOf(cfg.Authorities)
 	e := &entra{
 		certificates: newCertificates(),
-		secret:       cfg.Secret, accountToken: cfg.ServiceAccountToken, hosts: hostsOf(cfg.Authorities), userAgent: cfg.UserAgent,
+		secret:       cfg.Secret, accountToken: cfg.ServiceAccountToken, hosts: hosts, limiters: newEntraLimiters(hosts, perSecond), userAgent: cfg.UserAgent,
 		transport:  newEntraTransport(&tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.Roots}),
 		tokenProxy: newTokenProxy(cfg.TokenProxy),
 	}
@@ -73,8 +75,16 @@ func newEntraTransport(cfg *tls.Config) *http.Transport {
 	}
 }
 
-// token gets one token: is its authority allowed, what does the Secret or the API server hold,
-// what does Entra say. Only the last takes a slot, so that what comes before delays no other pod.
+// token gets one token, in these steps:
+//
+//  1. The authority must be one that secrets may be sent to.
+//  2. A service principal's Secret is read, without a slot: its certificate may take seconds to
+//     decode, which delays no other pod.
+//  3. The fetch waits for one slot, for all of the following.
+//  4. The token of a federated identity's service account is requested. Pods can cause as many of
+//     these requests as of those to Entra, so they take the same turns.
+//  5. Entra is asked.
+//
 // The error is an *Error (Entra refused), perhaps in an *AssertionError, a *CredentialError (Entra
 // could not even be asked), or wraps ErrEntra.
 func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p tokencache.Principal) (*tokencache.Token, error) {
@@ -82,20 +92,27 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 	if err != nil {
 		return nil, refusedCredential(p, err)
 	}
-	proof, err := e.proof(ctx, p)
-	if err != nil {
-		return nil, err
+	var transport http.RoundTripper = e.transport
+	f.limiter = e.limiters[host]
+	if p.Federated() && e.tokenProxy != nil {
+		transport = e.tokenProxy
+		f.limiter = e.limiters[tokenProxyHost]
 	}
-	// One slot for the few requests of a fetch: Entra has no limit for a node, and yet
-	// no pod is to make the node flood it.
+	var proof proof
+	if !p.Federated() {
+		if proof, err = e.secretProof(ctx, p); err != nil {
+			return nil, err
+		}
+	}
 	release, err := f.slot(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer release(0) // Entra throttles one tenant or application, not all
-	var transport http.RoundTripper = e.transport
-	if p.Federated() && e.tokenProxy != nil {
-		transport = e.tokenProxy
+	if p.Federated() {
+		if proof.assertion, err = e.assertion(ctx, p.ServiceAccount); err != nil {
+			return nil, credentialError(p, err)
+		}
 	}
 	x := &exchange{
 		client: &http.Client{
@@ -135,15 +152,8 @@ type proof struct {
 	certificate  certificate
 }
 
-// proof reads the Secret, or requests the service account's token. The error is a
-// *CredentialError.
-func (e *entra) proof(ctx context.Context, p tokencache.Principal) (got proof, err error) {
-	if p.Federated() {
-		if got.assertion, err = e.assertion(ctx, p.ServiceAccount); err != nil {
-			return proof{}, credentialError(p, err)
-		}
-		return got, nil
-	}
+// secretProof reads the Secret. The error is a *CredentialError.
+func (e *entra) secretProof(ctx context.Context, p tokencache.Principal) (got proof, err error) {
 	name := p.SecretNamespace + "/" + p.SecretName
 	data, err := e.secret(ctx, p.SecretNamespace, p.SecretName)
 	if err != nil {

@@ -90,6 +90,12 @@ func newPrincipals(t *testing.T, change func(*Config)) *principals {
 	return p
 }
 
+// limits replaces the limiter of the authority.
+func (p *principals) limits(l slotLimiter) {
+	host, _ := ParseAuthority(p.authority)
+	p.Upstream.entra.limiters[host] = l
+}
+
 func (p *principals) key(change func(*tokencache.Principal)) tokencache.Key {
 	principal := tokencache.Principal{TenantID: tenant, Authority: p.authority, SecretNamespace: "shop", SecretName: "sp"}
 	if change != nil {
@@ -124,7 +130,7 @@ func TestATokenByClientSecret(t *testing.T) {
 	p := newPrincipals(t, nil)
 	ask := asking(p.key(nil))
 	slots := &countedLimiter{Limiter: limiter.New(1000, 1000)}
-	p.entraLimiter = slots
+	p.limits(slots)
 	token, err := p.Token(t.Context(), ask)
 	require.NoError(t, err)
 	slots.check(t, 1) // for all requests of a fetch

@@ -48,11 +48,11 @@ func newPipeline(transport *http.Transport) runtime.Pipeline {
 // or Entra, is an *Error, wrapped where the deadline ended the tries after it.
 func (u *Upstream) Token(ctx context.Context, req tokencache.Request) (token *tokencache.Token, err error) {
 	principal, ok := req.FromEntra()
-	limiter, counts := u.imdsLimiter, &u.imdsCounts
+	counts := &u.imdsCounts
 	if ok {
-		limiter, counts = u.entraLimiter, &u.entraCounts
+		counts = &u.entraCounts
 	}
-	ctx, f := newFetch(ctx, limiter, counts, req)
+	ctx, f := newFetch(ctx, u.imdsLimiter, counts, req) // Entra's has one for each authority
 	defer f.end()
 	if ok {
 		token, err = u.entra.token(ctx, f, req.Key, principal)

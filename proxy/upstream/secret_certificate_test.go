@@ -141,7 +141,7 @@ func TestDecodingTakesNoSlot(t *testing.T) {
 		<-release
 		return certificate{}, errors.New("no")
 	}
-	p.entraLimiter = limiter.New(1, 1)
+	p.limits(limiter.New(1, 1))
 	cache := tokencache.New(p.Token, tokencache.Config{})
 	slow := p.key(func(k *tokencache.Principal) { k.Certificate, k.SecretName = true, "slow" })
 	var waiting sync.WaitGroup

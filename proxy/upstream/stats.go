@@ -7,6 +7,7 @@ import (
 
 	"github.com/podidentity/nmi/proxy/histogram"
 	"github.com/podidentity/nmi/tokencache"
+	"github.com/podidentity/nmi/tokencache/limiter"
 )
 
 // Outcome is what came of a request for a token.
@@ -75,13 +76,12 @@ type ServiceStats struct {
 // Stats returns the counts so far.
 func (u *Upstream) Stats() Stats {
 	return Stats{
-		IMDS: u.imdsCounts.stats(u.imdsLimiter), Entra: u.entraCounts.stats(u.entraLimiter),
+		IMDS: u.imdsCounts.stats(u.imdsLimiter.Stats()), Entra: u.entraCounts.stats(u.entra.limiters.stats()),
 		Available: u.Unavailable() == nil, Shared: u.Shared(),
 	}
 }
 
-func (c *counts) stats(l slotLimiter) ServiceStats {
-	now := l.Stats()
+func (c *counts) stats(now limiter.Stats) ServiceStats {
 	s := ServiceStats{Waits: c.waits.Snapshot(), Waiting: now.Waiting, InFlight: now.InFlight}
 	for outcome := range c.durations {
 		s.Durations[outcome] = c.durations[outcome].Snapshot()

@@ -46,8 +46,9 @@ type Config struct {
 	// UserAgent is sent with each token request.
 	UserAgent string
 
-	// PerSecond and AtOnce bound the requests for tokens to IMDS, and, apart from them,
-	// the fetches from Entra; 0 means DefaultPerSecond and DefaultAtOnce.
+	// PerSecond and AtOnce bound the requests for tokens to IMDS; 0 means DefaultPerSecond and
+	// DefaultAtOnce. PerSecond also bounds, apart from those, the fetches from each authority of
+	// Entra, of which as many may be in flight.
 	PerSecond, AtOnce int
 
 	// Secret reads a Kubernetes Secret, whenever a token of a service principal is
@@ -76,11 +77,11 @@ type Upstream struct {
 	transport *http.Transport
 	pipeline  runtime.Pipeline
 	entra     *entra
-	// Two, so that fetches which hang at Entra delay none from IMDS.
-	imdsLimiter, entraLimiter slotLimiter
-	imdsCounts, entraCounts   counts
-	perSecond, atOnce         int         // of each, see Share
-	shared                    atomic.Bool // see Share
+	// Not entra's, so that fetches which hang there delay none from IMDS.
+	imdsLimiter             slotLimiter
+	imdsCounts, entraCounts counts
+	perSecond, atOnce       int         // see Share
+	shared                  atomic.Bool // see Share
 
 	outage    outage
 	spellings spellings
@@ -109,9 +110,9 @@ func New(cfg Config) *Upstream {
 		base:        &url.URL{Scheme: cfg.IMDS.Scheme, Host: cfg.IMDS.Host},
 		userAgent:   cfg.UserAgent,
 		transport:   transport,
-		entra:       newEntra(cfg),
-		imdsLimiter: limiter.New(perSecond, atOnce), entraLimiter: limiter.New(perSecond, atOnce),
-		perSecond: perSecond, atOnce: atOnce,
+		entra:       newEntra(cfg, perSecond),
+		imdsLimiter: limiter.New(perSecond, atOnce),
+		perSecond:   perSecond, atOnce: atOnce,
 		pipeline:  newPipeline(transport),
 		outage:    outage{log: cfg.Logger},
 		spellings: spellings{logger: cfg.Logger, logged: make(map[string]bool)},
@@ -151,8 +152,8 @@ func (u *Upstream) Unshare() {
 	u.setLimits(u.perSecond, u.atOnce)
 }
 
-// Limits returns what Config allows each service: requests a second, and at once. Half of both
-// while Shared.
+// Limits returns what Config allows at IMDS: requests a second, and at once; the first also for
+// each authority of Entra. Half of both while Shared.
 func (u *Upstream) Limits() (perSecond, atOnce int) { return u.perSecond, u.atOnce }
 
 // Shared reports whether the limits are halved now.
@@ -160,7 +161,7 @@ func (u *Upstream) Shared() bool { return u.shared.Load() }
 
 func (u *Upstream) setLimits(perSecond, atOnce int) {
 	u.imdsLimiter.SetLimits(perSecond, atOnce)
-	u.entraLimiter.SetLimits(perSecond, atOnce)
+	u.entra.limiters.setLimit(perSecond)
 }
 
 // Close drops the idle connections, and what is remembered of Secrets.

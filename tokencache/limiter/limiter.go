@@ -12,7 +12,7 @@
 //     whoever sent that request first.
 //  3. When the answer is in, release frees the slot. The rate counts a request for one
 //     second from then on: wherever on the way the service noticed it, no window of a
-//     second has more of them than allowed.
+//     second has more of them than allowed. A limit of NewFromStart counts from Acquire.
 //  4. A service that throttles is left alone by all for as long as it says.
 package limiter
 
@@ -50,8 +50,9 @@ type Limiter struct {
 	mu          sync.Mutex // guards all following fields
 	perSecond   int        // 0 for any number
 	atOnce      int
+	fromStart   bool // see NewFromStart
 	inFlight    int
-	available   []time.Time // when each slot of the rate may be used again, the first first; without those in flight
+	available   []time.Time // when each slot of the rate may be used again, the first first; without those that counted has
 	pausedUntil time.Time
 	waiters     []*waiter // the oldest first
 	// rotation has the place of each caller that waits. The lowest is served next,
@@ -78,6 +79,14 @@ func New(perSecond, atOnce int) *Limiter {
 		available: make([]time.Time, perSecond),
 		rotation:  make(map[netip.Addr]uint64),
 	}
+}
+
+// NewFromStart is New for a limit that is the node's own and not the service's: the rate counts a
+// request from when it has its slot, and so does not sink with the service's latency.
+func NewFromStart(perSecond, atOnce int) *Limiter {
+	l := New(perSecond, atOnce)
+	l.fromStart = true
+	return l
 }
 
 // Acquire waits for a slot. release frees it: it must be called once, when the answer
@@ -144,7 +153,7 @@ func (l *Limiter) release(retryAfter time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	if l.inFlight--; l.perSecond > 0 {
+	if l.inFlight--; l.perSecond > 0 && !l.fromStart {
 		l.addSlotsLocked(now, 1)
 	}
 	if retryAfter > 0 {
@@ -161,7 +170,7 @@ func (l *Limiter) SetLimits(perSecond, atOnce int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.perSecond, l.atOnce = perSecond, atOnce
-	l.addSlotsLocked(time.Now(), max(0, perSecond-l.inFlight-len(l.available)))
+	l.addSlotsLocked(time.Now(), max(0, perSecond-l.countedLocked()-len(l.available)))
 	l.settleLocked()
 	l.dispatchLocked()
 }
@@ -197,8 +206,16 @@ func (l *Limiter) addSlotsLocked(now time.Time, n int) {
 	for range n {
 		l.available = append(l.available, now.Add(window))
 	}
-	excess := l.inFlight + len(l.available) - l.perSecond
+	excess := l.countedLocked() + len(l.available) - l.perSecond
 	l.available = l.available[min(max(0, excess), len(l.available)):]
+}
+
+// countedLocked returns how many slots of the rate are used by requests in flight.
+func (l *Limiter) countedLocked() int {
+	if l.fromStart {
+		return 0
+	}
+	return l.inFlight
 }
 
 // dispatchLocked gives out the slots that are free now, and sets the timer for the next.
@@ -220,7 +237,9 @@ func (l *Limiter) dispatchLocked() {
 		close(l.waiters[i].ready)
 		l.waiters = slices.Delete(l.waiters, i, i+1)
 		if l.inFlight++; l.perSecond > 0 {
-			l.available = l.available[1:]
+			if l.available = l.available[1:]; l.fromStart {
+				l.addSlotsLocked(time.Now(), 1)
+			}
 		}
 	}
 }

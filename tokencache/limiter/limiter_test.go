@@ -468,3 +468,30 @@ func BenchmarkDispatch(b *testing.B) {
 		l.mu.Unlock()
 	}
 }
+
+// TestRateFromStart: the rate of NewFromStart does not depend on how long requests take.
+func TestRateFromStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewFromStart(2, 5)
+		began := time.Now()
+		var releases []func(time.Duration)
+		for i := range 4 { // none of which ends
+			releases = append(releases, acquire(t, l, of(alice)))
+			assert.Equal(t, time.Duration(i/2)*time.Second, time.Since(began), "request %d", i)
+		}
+		l.SetLimits(1, 5)
+		releases = append(releases, acquire(t, l, of(alice)))
+		assert.Equal(t, 2*time.Second, time.Since(began))
+		l.SetLimits(3, 5)
+		waiting := time.AfterFunc(3*time.Second, func() { releases[0](0) })
+		releases[0] = acquire(t, l, of(alice))
+		assert.Equal(t, 5*time.Second, time.Since(began), "five at once")
+		waiting.Stop()
+		for _, release := range releases {
+			release(0)
+		}
+		synctest.Wait()
+		time.Sleep(time.Second)
+		idle(t, l)
+	})
+}

@@ -162,7 +162,7 @@ func TestPrintedSnapshot(t *testing.T) {
 ‼ other rules  antispoof not in place; the agent serves without
 √ API server   in sync; last heard of each of 2 resources within 41 s
 ‼ IMDS         throttles this node for another 42 s; 1 of 4 requests in flight, 0 waiting; 18 a second at most
-√ Entra        0 of 4 requests in flight, 0 waiting; 18 a second at most
+√ Entra        0 fetches in flight, 0 waiting; 18 a second at most for each authority
 ‼ tokens       4 in memory; 1 cannot be had
 √ connections  7 open, 1 busy
 - no other agent can take over from this one: the directory /run/nmi is not the node's

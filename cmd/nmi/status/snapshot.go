@@ -115,7 +115,7 @@ type Upstream struct {
 	Error          string     `json:"error,omitempty"`          // why IMDS gives no tokens
 	ThrottledUntil *time.Time `json:"throttledUntil,omitempty"` // by IMDS
 	Shared         bool       `json:"shared,omitempty"`         // another agent of the node has half of the limits
-	PerSecond      int        `json:"perSecond"`                // the limits, of each service
+	PerSecond      int        `json:"perSecond"`                // the limits of IMDS; this one also of each of Entra's authorities
 	AtOnce         int        `json:"atOnce"`
 }
 

@@ -93,7 +93,9 @@ func (s *Snapshot) apiServer() line {
 }
 
 func (s *Snapshot) imds() line {
-	l := line{"IMDS", OK, s.Upstream.describe(s.Upstream.IMDS)}
+	u := s.Upstream
+	perSecond, atOnce := u.limits()
+	l := line{"IMDS", OK, fmt.Sprintf("%d of %d requests in flight, %d waiting; %d a second at most", u.IMDS.InFlight, atOnce, u.IMDS.Waiting, perSecond)}
 	switch until := s.Upstream.ThrottledUntil; {
 	case s.Upstream.Error != "":
 		l.State, l.Text = Warning, oneLine(s.Upstream.Error)
@@ -105,14 +107,18 @@ func (s *Snapshot) imds() line {
 	return l
 }
 
-func (s *Snapshot) entra() line { return line{"Entra", OK, s.Upstream.describe(s.Upstream.Entra)} }
+func (s *Snapshot) entra() line {
+	u := s.Upstream
+	perSecond, _ := u.limits()
+	return line{"Entra", OK, fmt.Sprintf("%d fetches in flight, %d waiting; %d a second at most for each authority", u.Entra.InFlight, u.Entra.Waiting, perSecond)}
+}
 
-func (u *Upstream) describe(s Service) string {
-	perSecond, atOnce := u.PerSecond, u.AtOnce
+// limits are those in force now.
+func (u *Upstream) limits() (perSecond, atOnce int) {
 	if u.Shared {
-		perSecond, atOnce = max(1, perSecond/2), max(1, atOnce/2)
+		return max(1, u.PerSecond/2), max(1, u.AtOnce/2)
 	}
-	return fmt.Sprintf("%d of %d requests in flight, %d waiting; %d a second at most", s.InFlight, atOnce, s.Waiting, perSecond)
+	return u.PerSecond, u.AtOnce
 }
 
 func (s *Snapshot) tokens() line {
