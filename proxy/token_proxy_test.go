@@ -51,6 +51,17 @@ func TestTokenProxy(t *testing.T) {
 	assert.Contains(t, body, "AADSTS", "the words of Entra, or of who stands for it")
 }
 
+// TestTokenProxyRefuses: in words of its own, which are the cluster's.
+func TestTokenProxyRefuses(t *testing.T) {
+	f, proxy := newBoundWorld(t, nil)
+	proxy.Forbid(cartID)
+	status, body := f.asks(ofCart, vault)
+	assert.Equal(t, 400, status, body)
+	assert.Contains(t, body, "unauthorized_client")
+	assert.Contains(t, body, "the cluster's token proxy refused: cannot use-managed-identity")
+	assert.Len(t, proxy.Requests(), 2, "no retry changes it")
+}
+
 // TestUntrustedTokenProxy: a token of a service account is sent to no other program that listens there.
 func TestUntrustedTokenProxy(t *testing.T) {
 	_, stranger := newBoundWorld(t, nil)

@@ -24,19 +24,28 @@ type TokenProxy struct {
 	URL string // of the path that it serves below
 	CA  []byte // PEM
 
-	mu       sync.Mutex // guards requests
-	requests []string   // method and path
+	mu        sync.Mutex      // guards all below
+	requests  []string        // method and path
+	forbidden map[string]bool // client IDs
 }
 
 // StartTokenProxy starts a TokenProxy with a name in front of the server; the caller closes it. It
 // panics if it cannot.
 func (s *Server) StartTokenProxy(name string) *TokenProxy {
 	const path = "/identity-binding"
-	p := &TokenProxy{}
+	p := &TokenProxy{forbidden: make(map[string]bool)}
 	p.Server = httptest.NewUnstartedServer(http.StripPrefix(path, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		client := r.PostFormValue("client_id")
 		p.mu.Lock()
 		p.requests = append(p.requests, r.Method+" "+r.URL.Path)
+		forbidden := p.forbidden[client]
 		p.mu.Unlock()
+		if forbidden {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Forbidden","code":403,"message":"cannot use-managed-identity resource \"%s\" in API group \"cid.wi.aks.azure.com\""}`, client)
+			return
+		}
 		s.ServeHTTP(w, r)
 	})))
 	certificate, ca := certificateFor(name)
@@ -55,6 +64,14 @@ func (s *Server) StartTokenProxy(name string) *TokenProxy {
 	p.TLS.Certificates = nil
 	p.URL = p.Server.URL + path
 	return p
+}
+
+// Forbid refuses an identity to all service accounts, as to those without the right
+// use-managed-identity.
+func (p *TokenProxy) Forbid(clientID string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.forbidden[clientID] = true
 }
 
 // Requests returns the requests so far, as "GET /path".

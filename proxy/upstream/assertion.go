@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/podidentity/nmi/tokencache"
@@ -73,4 +74,7 @@ func (e *AssertionError) Unwrap() error { return e.Err }
 // NoMatch reports whether the identity has no federated credential with these claims: AADSTS70021,
 // or 700211 to 700213 of the issuer, the audience and the subject (learn.microsoft.com, "Microsoft
 // Entra authentication and authorization error codes").
-func (e *AssertionError) NoMatch() bool { return strings.HasPrefix(e.Err.Description, "AADSTS70021") }
+func (e *AssertionError) NoMatch() bool {
+	code, _, _ := strings.Cut(e.Err.Description, ":")
+	return slices.Contains([]string{"AADSTS70021", "AADSTS700211", "AADSTS700212", "AADSTS700213"}, code)
+}

@@ -5,7 +5,9 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -56,4 +58,42 @@ func TestUnusableServiceAccountToken(t *testing.T) {
 			assert.Zero(t, p.reads)
 		})
 	}
+}
+
+func TestNoMatch(t *testing.T) {
+	for description, want := range map[string]bool{
+		"AADSTS70021: No matching federated identity record found for presented assertion.":          true,
+		"AADSTS700211: No matching federated identity record found for presented assertion issuer.":  true,
+		"AADSTS700213: No matching federated identity record found for presented assertion subject.": true,
+		"AADSTS700218: The request body must contain the following parameter: 'client_assertion'.":   false,
+		"AADSTS7000215: Invalid client secret provided.":                                             false,
+		"": false,
+	} {
+		assert.Equal(t, want, (&AssertionError{Err: &Error{Description: description}}).NoMatch(), description)
+	}
+}
+
+func TestTokenProxyRefusals(t *testing.T) {
+	for name, tc := range map[string]struct {
+		status     int
+		body       string
+		class      tokencache.Class
+		code, text string
+	}{
+		"forbidden":        {403, `{"kind":"Status","message":"no right"}`, tokencache.Refused, "unauthorized_client", "refused: no right"},
+		"unauthorized":     {401, `{"kind":"Status","message":"Unauthorized"}`, tokencache.Refused, "invalid_client", "refused: Unauthorized"},
+		"a long message":   {403, `{"message":"` + strings.Repeat("ä", 300) + `"}`, tokencache.Refused, "unauthorized_client", "refused: " + strings.Repeat("ä", maxProxyMessage)},
+		"no JSON":          {403, "<html>", tokencache.Refused, "unauthorized_client", "refused: Forbidden"},
+		"nothing":          {403, "", tokencache.Refused, "unauthorized_client", "refused: Forbidden"},
+		"out of order":     {503, `{"message":"x"}`, tokencache.Unavailable, "", ""},
+		"in Entra's words": {403, `{"error":"invalid_client","error_description":"AADSTS700211: no"}`, tokencache.Refused, "invalid_client", "AADSTS700211: no"},
+	} {
+		x := &exchange{proxied: true, status: tc.status, body: []byte(tc.body)}
+		e := x.refusal(time.Now())
+		assert.Equal(t, tc.class, e.Class(), name)
+		assert.Equal(t, tc.code, e.Code, name)
+		assert.True(t, strings.HasSuffix(e.Description, tc.text), "%s: %s", name, e.Description)
+	}
+	x := &exchange{status: 403, body: []byte("<html>")}
+	assert.Equal(t, tokencache.Unavailable, x.refusal(time.Now()).Class(), "of a proxy before Entra")
 }

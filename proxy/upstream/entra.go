@@ -94,7 +94,8 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 	}
 	var transport http.RoundTripper = e.transport
 	f.limiter = e.limiters[host]
-	if p.Federated() && e.tokenProxy != nil {
+	proxied := p.Federated() && e.tokenProxy != nil
+	if proxied {
 		transport = e.tokenProxy
 		f.limiter = e.limiters[tokenProxyHost]
 	}
@@ -120,7 +121,7 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 			// The request holds the secret, or stands for it.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		hosts: e.hosts, userAgent: e.userAgent,
+		hosts: e.hosts, userAgent: e.userAgent, proxied: proxied,
 	}
 	credential, err := newCredential(key.ClientID, p, proof, optionsFor(host, x))
 	if err != nil {

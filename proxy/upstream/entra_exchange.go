@@ -17,6 +17,7 @@ type exchange struct {
 	client    *http.Client
 	hosts     map[string]bool // that may be asked, see entra.allowed
 	userAgent string
+	proxied   bool // the requests go to the TokenProxy
 
 	err    error // of the transport; nil if there was an answer
 	token  bool  // the last request was for a token, not for where to get one
@@ -62,6 +63,9 @@ func (x *exchange) do(r *http.Request) (*http.Response, error) {
 func (x *exchange) refusal(now time.Time) *Error {
 	e := newError(x.status, x.retry, x.body, now)
 	e.Source = sourceEntra
+	if x.proxied && e.Code == "" {
+		e.explainTokenProxy(x.body)
+	}
 	return e
 }
 

@@ -2,8 +2,10 @@ package upstream
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -102,6 +104,29 @@ func (p *tokenProxy) current() (*http.Transport, error) {
 	p.transport = newEntraTransport(&tls.Config{MinVersion: tls.VersionTLS12, ServerName: p.cfg.ServerName, RootCAs: roots})
 	p.transport.Proxy = nil // it is in the cluster
 	return p.transport, nil
+}
+
+// maxProxyMessage bounds what is kept of a TokenProxy's own words, in characters.
+const maxProxyMessage = 200
+
+// explainTokenProxy makes a refusal of the TokenProxy's own, which is not Entra's JSON, one that a
+// retry does not change. It refuses in the cluster's words (kind: Status) a service account without
+// the right use-managed-identity. The codes are those of RFC 6749, section 5.2.
+func (e *Error) explainTokenProxy(body []byte) {
+	switch e.Status {
+	case http.StatusUnauthorized:
+		e.Code = "invalid_client"
+	case http.StatusForbidden:
+		e.Code = "unauthorized_client"
+	default:
+		return
+	}
+	var status struct {
+		Message string `json:"message"`
+	}
+	_ = json.Unmarshal(body, &status) // what is not JSON has no message
+	e.empty = false
+	e.Description = fmt.Sprintf("the cluster's token proxy refused: %.*s", maxProxyMessage, cmp.Or(status.Message, http.StatusText(e.Status)))
 }
 
 func (p *tokenProxy) close() {
