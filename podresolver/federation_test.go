@@ -388,3 +388,24 @@ func TestFederatedIdentities(t *testing.T) {
 	h.drop(resolvertest.Pod("host", "", ""))
 	assert.Empty(t, h.FederatedIdentities())
 }
+
+// TestStrictSelectionOfBound: the annotation of a service account changes nothing for a pod that has a
+// binding.
+func TestStrictSelectionOfBound(t *testing.T) {
+	pod := resolvertest.Pod("p", addr.String(), "x")
+	h := newHarness(t, on(Config{StrictSelection: true}), resolvertest.Identity("i", cartClient, ""), resolvertest.Binding("b", "x", "i"), annotated(fedClient), pod)
+	got, err := h.decide(pod).Identity(Selector{})
+	require.NoError(t, err)
+	assert.Equal(t, cartClient, got.ClientID)
+}
+
+// TestServiceAccountMemory: every agent keeps all service accounts of the cluster, and who may annotate
+// one writes what they like.
+func TestServiceAccountMemory(t *testing.T) {
+	long := make([]string, 20)
+	for i := range long {
+		long[i] = fmt.Sprint(i, strings.Repeat("x", 5000))
+	}
+	a := newAccountInfo(annotated(long[0], TenantIDAnnotation, long[0], AdditionalClientIDsAnnotation, strings.Join(long[1:], ","))).annotations
+	assert.Less(t, len(a.clientID)+len(a.tenantID)+len(strings.Join(a.additional, "")), 4<<10, "bytes")
+}

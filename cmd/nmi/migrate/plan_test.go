@@ -187,3 +187,30 @@ func TestPrint(t *testing.T) {
 	plans(Options{}, nil).Print(terminal.New(&out))
 	assert.Contains(t, out.String(), "there are no AzureIdentities")
 }
+
+// TestRoleNames: no AzureIdentity's role replaces another one's.
+func TestRoleNames(t *testing.T) {
+	name := func(namespace, name string) string {
+		id := bound(func(id *podresolver.BoundIdentity) { id.Namespace, id.Name = namespace, name })
+		all := pods("cart")
+		all[0].Identities[0] = podresolver.Identity{Namespace: namespace, Name: name}
+		_, role, _ := strings.Cut(strings.Join(plans(Options{IdentityBindings: true}, all, id).Identities[0].Commands, "\n"), `"ClusterRole","metadata":{"name":`)
+		role, _, found := strings.Cut(role, "}")
+		require.True(t, found)
+		return role
+	}
+	assert.NotEqual(t, name("shop", "cart-x"), name("shop-cart", "x"))
+}
+
+// TestCredentialsOfOneIdentity: the limit is that of the identity, which several AzureIdentities may name.
+func TestCredentialsOfOneIdentity(t *testing.T) {
+	var all []podresolver.InventoryPod
+	for i := range 15 {
+		for _, name := range []string{"cart", "other"} {
+			all = append(all, podresolver.InventoryPod{Namespace: "shop", Name: fmt.Sprint(name, i), ServiceAccount: fmt.Sprint(name, i), Identities: []podresolver.Identity{{Namespace: "shop", Name: name}}})
+		}
+	}
+	for _, id := range plans(Options{}, all, bound(nil), bound(func(id *podresolver.BoundIdentity) { id.Name = "other" })).Identities {
+		assert.Equal(t, Blocked, id.State, id.Name)
+	}
+}
