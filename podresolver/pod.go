@@ -130,7 +130,7 @@ func (p *Pod) Identities() iter.Seq[Identity] { return slices.Values(p.identitie
 func (p *Pod) Identity(want Selector) (Identity, error) {
 	usable := p.usable(want)
 	if id := want.selectFrom(usable); id != nil {
-		if p.strict && want == (Selector{}) && len(p.identities) > 1 {
+		if p.strict && want == (Selector{}) && len(usable) > 1 {
 			return Identity{}, ErrMultipleIdentities
 		}
 		return *id, nil

@@ -72,7 +72,8 @@ type Config struct {
 	Deny                DenyList
 	Federation          Federation
 	// StrictSelection refuses a request without a selector if the pod has several
-	// identities, as IMDS does, instead of using the default.
+	// identities, as IMDS does, instead of using the default. Those of its service account do
+	// not count if a binding matches it.
 	StrictSelection bool
 	// ByUID resolves pods by the addresses of function ByUID, too, whatever state they are in
 	// and wherever their network is.
