@@ -88,12 +88,15 @@ func (r *Resolver) newFederated(account ServiceAccount, tenantID, authority stri
 	return p, ""
 }
 
+// maxTenant is the length of the longest domain, in bytes.
+const maxTenant = 253
+
 // ValidTenant reports whether a tenant is a GUID or a domain: it becomes a part of a URL's path.
 func ValidTenant(tenant string) bool {
 	invalid := func(c rune) bool {
 		return (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && c != '-' && c != '.'
 	}
-	return tenant != "" && len(tenant) <= 253 && !strings.ContainsFunc(tenant, invalid) && strings.Trim(tenant, ".") == tenant
+	return tenant != "" && len(tenant) <= maxTenant && !strings.ContainsFunc(tenant, invalid) && strings.Trim(tenant, ".") == tenant
 }
 
 // BoundPod names a pod that a token of its service account can be bound to.

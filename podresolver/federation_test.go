@@ -245,6 +245,7 @@ func TestUnusableAnnotations(t *testing.T) {
 		"odd tenant":      {account: annotated(fedClient, TenantIDAnnotation, "a/b"), why: `ServiceAccount shop/cart has tenant ID "a/b", which is neither a GUID nor a domain`},
 		"additional only": {account: annotated("", AdditionalClientIDsAnnotation, fedOther), why: "and not " + ClientIDAnnotation + ", which is required"},
 		"odd additional":  {account: annotated(fedClient, AdditionalClientIDsAnnotation, "x,"+denied+","+fedOther), why: `has client ID "x", which is not a GUID`, has: 2},
+		"odd ones":        {account: annotated(fedClient, AdditionalClientIDsAnnotation, "x,y,"+fedOther+",z"), why: ", and 2 more of that kind in " + AdditionalClientIDsAnnotation, has: 2},
 		"too many":        {account: annotated(fedClient, AdditionalClientIDsAnnotation, strings.Join(many, ",")), why: "more than 20 client IDs", has: 21},
 		"not annotated":   {account: annotated(""), why: "no annotation azure.workload.identity/client-id"},
 	} {
@@ -340,10 +341,23 @@ func TestServiceAccountChanges(t *testing.T) {
 func TestTrimmedServiceAccount(t *testing.T) {
 	long := strings.Repeat("ü", 100_000)
 	info := newAccountInfo(annotated(long, TenantIDAnnotation, long, AdditionalClientIDsAnnotation, strings.Repeat(long+",", 2), "other", long))
-	assert.Len(t, info.annotations.clientID, maxField+len("…"), "cut")
-	assert.Len(t, info.annotations.tenantID, maxField+len("…"))
-	assert.Empty(t, info.annotations.additional, "the same as the first")
+	assert.Len(t, info.annotations.clientID, maxMalformed+len("…"), "cut")
+	assert.Len(t, info.annotations.tenantID, maxTenant-1+len("…"))
+	assert.Empty(t, info.annotations.additional)
+	assert.Zero(t, info.annotations.malformedCount, "the same as the first")
 	assert.Nil(t, newAccountInfo(resolvertest.ServiceAccount("a", map[string]string{"other": long})).annotations)
+}
+
+// TestServiceAccountMemory: every agent keeps all service accounts of the cluster, and who may annotate
+// one writes what they like.
+func TestServiceAccountMemory(t *testing.T) {
+	valid, odd := make([]string, 30), make([]string, 30)
+	for i := range valid {
+		valid[i], odd[i] = resolvertest.GUID(fmt.Sprint(i)), fmt.Sprint(i, strings.Repeat("x", 5000))
+	}
+	a := newAccountInfo(annotated(odd[0], TenantIDAnnotation, odd[0], AdditionalClientIDsAnnotation, strings.Join(append(odd, valid...), ","))).annotations
+	assert.Equal(t, 29, a.malformedCount)
+	assert.Less(t, len(a.clientID)+len(a.tenantID)+len(a.malformed)+len(strings.Join(a.additional, "")), 1200, "bytes")
 }
 
 // TestPodsOf: a token is bound to a pod that stays.
@@ -392,20 +406,17 @@ func TestFederatedIdentities(t *testing.T) {
 // TestStrictSelectionOfBound: the annotation of a service account changes nothing for a pod that has a
 // binding.
 func TestStrictSelectionOfBound(t *testing.T) {
-	pod := resolvertest.Pod("p", addr.String(), "x")
-	h := newHarness(t, on(Config{StrictSelection: true}), resolvertest.Identity("i", cartClient, ""), resolvertest.Binding("b", "x", "i"), annotated(fedClient), pod)
+	pod, account := resolvertest.Pod("p", addr.String(), "x"), annotated(fedClient, AdditionalClientIDsAnnotation, fedOther)
+	one := []any{resolvertest.Identity("i", cartClient, ""), resolvertest.Binding("b", "x", "i"), account, pod}
+	h := newHarness(t, on(Config{StrictSelection: true}), one...)
 	got, err := h.decide(pod).Identity(Selector{})
 	require.NoError(t, err)
 	assert.Equal(t, cartClient, got.ClientID)
-}
-
-// TestServiceAccountMemory: every agent keeps all service accounts of the cluster, and who may annotate
-// one writes what they like.
-func TestServiceAccountMemory(t *testing.T) {
-	long := make([]string, 20)
-	for i := range long {
-		long[i] = fmt.Sprint(i, strings.Repeat("x", 5000))
+	for _, clientID := range []string{cartClient, fedClient, fedOther} {
+		_, err = h.decide(pod).Identity(Selector{ClientID: clientID})
+		require.NoError(t, err)
 	}
-	a := newAccountInfo(annotated(long[0], TenantIDAnnotation, long[0], AdditionalClientIDsAnnotation, strings.Join(long[1:], ","))).annotations
-	assert.Less(t, len(a.clientID)+len(a.tenantID)+len(strings.Join(a.additional, "")), 4<<10, "bytes")
+	h.put(resolvertest.Identity("j", resolvertest.GUID("j"), ""), resolvertest.Binding("c", "x", "j"))
+	_, err = h.decide(pod).Identity(Selector{})
+	require.ErrorIs(t, err, ErrMultipleIdentities)
 }

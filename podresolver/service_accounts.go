@@ -1,6 +1,7 @@
 package podresolver
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -24,9 +25,12 @@ const (
 // serviceAccounts is the resource.
 var serviceAccounts = corev1.SchemeGroupVersion.WithResource("serviceaccounts")
 
-// maxAdditional bounds the identities of AdditionalClientIDsAnnotation: every node has all service
-// accounts in memory.
-const maxAdditional = 20
+// Every node has all service accounts in memory, and authors of annotations write what they like: these
+// bound what is kept of one.
+const (
+	maxAdditional = 20  // identities of AdditionalClientIDsAnnotation
+	maxMalformed  = 100 // bytes of what is no client ID, for texts
+)
 
 // accountInfo is a trimmed service account. A cluster has thousands, and few are annotated.
 type accountInfo struct {
@@ -35,32 +39,45 @@ type accountInfo struct {
 	annotations *accountAnnotations // nil without ClientIDAnnotation and AdditionalClientIDsAnnotation
 }
 
-// accountAnnotations are the annotations, without white space; client IDs are in lower case.
+// accountAnnotations are the annotations, without white space; client IDs are in lower case. What is
+// too long to be valid is cut.
 type accountAnnotations struct {
 	clientID, tenantID string
-	additional         []string // maxAdditional at most
+	additional         []string // GUIDs, maxAdditional at most
 	tooMany            bool     // there are more
+	malformed          string   // the first of additional client IDs that is no GUID; "" for none
+	malformedCount     int
 }
 
 // newAccountInfo trims a service account.
 func newAccountInfo(in *metav1.PartialObjectMetadata) *accountInfo {
 	info := &accountInfo{ObjectName: cache.MetaObjectToName(in), uid: string(in.UID)}
-	value := func(key string) string { return trimmed(in.Annotations[key]) }
-	a := accountAnnotations{clientID: strings.ToLower(value(ClientIDAnnotation)), tenantID: value(TenantIDAnnotation)}
+	a := accountAnnotations{clientID: keptClientID(in.Annotations[ClientIDAnnotation]), tenantID: cut(strings.TrimSpace(in.Annotations[TenantIDAnnotation]), maxTenant)}
 	for text := range strings.SplitSeq(in.Annotations[AdditionalClientIDsAnnotation], ",") {
-		id := strings.ToLower(trimmed(text))
-		if id == "" || id == a.clientID || slices.Contains(a.additional, id) {
-			continue
+		switch id := keptClientID(text); {
+		case id == "" || id == a.clientID || slices.Contains(a.additional, id):
+		case !isGUID(id):
+			a.malformed = cmp.Or(a.malformed, id)
+			a.malformedCount++
+		case len(a.additional) == maxAdditional:
+			a.tooMany = true
+		default:
+			a.additional = append(a.additional, id)
 		}
-		if a.tooMany = len(a.additional) == maxAdditional; a.tooMany {
-			break
-		}
-		a.additional = append(a.additional, id)
 	}
-	if a.clientID != "" || len(a.additional) > 0 {
+	if a.clientID != "" || len(a.additional) > 0 || a.malformedCount > 0 {
 		info.annotations = &a
 	}
 	return info
+}
+
+// keptClientID returns a client ID in lower case, or the beginning of what is none.
+func keptClientID(text string) string {
+	text = strings.TrimSpace(text)
+	if isGUID(text) {
+		return strings.Clone(strings.ToLower(text))
+	}
+	return cut(text, maxMalformed)
 }
 
 func (o *objects) accountChangedLocked(a *accountInfo, _ bool) {
@@ -133,6 +150,13 @@ func (r *Resolver) annotatedLocked(pod *podInfo) (own []Identity, unusable strin
 			continue
 		}
 		own = append(own, Identity{Namespace: name.Namespace, Name: name.Name, ClientID: clientID, Principal: principal})
+	}
+	if a.malformedCount > 0 && len(own) > 0 {
+		text := fmt.Sprintf("ServiceAccount %s %s", name, checkClientID(a.malformed))
+		if more := a.malformedCount - 1; more > 0 {
+			text += fmt.Sprintf(", and %d more of that kind in %s", more, AdditionalClientIDsAnnotation)
+		}
+		all = append(all, text)
 	}
 	if a.tooMany {
 		all = append(all, fmt.Sprintf("ServiceAccount %s has more than %d client IDs in %s; the rest is ignored", name, maxAdditional, AdditionalClientIDsAnnotation))

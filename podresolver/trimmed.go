@@ -191,11 +191,14 @@ const maxField = 1024
 
 // bounded returns a copy of a string, since a part of one keeps the whole in memory. A string that is
 // too long is cut, and matches nothing then.
-func bounded(text string) string {
-	if len(text) <= maxField {
+func bounded(text string) string { return cut(text, maxField) }
+
+// cut is bounded to another number of bytes.
+func cut(text string, most int) string {
+	if len(text) <= most {
 		return strings.Clone(text)
 	}
-	return strings.ToValidUTF8(text[:maxField], "") + "…"
+	return strings.ToValidUTF8(text[:most], "") + "…"
 }
 
 // trimmed is bounded without white space around the string.
