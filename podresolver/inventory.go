@@ -13,7 +13,7 @@ import (
 // Inventory is who gets what in a whole cluster, and why not.
 type Inventory struct {
 	Identities []BoundIdentity // all AzureIdentities, by name
-	Pods       []InventoryPod  // that are bound or excepted, by name
+	Pods       []InventoryPod  // that are bound or excepted, by name, finished ones included
 }
 
 // BoundIdentity is an AzureIdentity and the bindings that name it.
@@ -75,9 +75,6 @@ func (r *Resolver) boundIdentitiesLocked() (all []BoundIdentity) {
 
 func (r *Resolver) inventoryPodsLocked() (all []InventoryPod) {
 	for _, info := range r.objects.pods {
-		if info.noClaim != "" && !info.hostNetwork { // it has finished
-			continue
-		}
 		p := InventoryPod{Namespace: info.Namespace, Name: info.Name, ServiceAccount: info.account, HostNetwork: info.hostNetwork}
 		p.Exception, _ = r.exceptionLocked(info)
 		decided := r.newPod(info)
