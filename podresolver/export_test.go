@@ -5,6 +5,7 @@ const (
 	LookupRate    = lookupRate
 	LookupBurst   = lookupBurst
 	LookupTimeout = lookupTimeout
+	MaxLookedUp   = maxLookedUp
 )
 
 // LastRetry is the longest pause between two tries.

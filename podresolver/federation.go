@@ -103,7 +103,7 @@ func ValidTenant(tenant string) bool {
 type BoundPod struct{ Name, UID string }
 
 // PodsOf returns the pods of this node that have a service account and are not at their end, those
-// that stay longest first.
+// that stay longest first, and then those that a look-up alone has found, of which some may be gone.
 func (r *Resolver) PodsOf(account ServiceAccount) []BoundPod {
 	r.objects.mu.Lock()
 	defer r.objects.mu.Unlock()
@@ -123,6 +123,12 @@ func (r *Resolver) PodsOf(account ServiceAccount) []BoundPod {
 	var pods []BoundPod
 	for _, info := range infos {
 		pods = append(pods, BoundPod{info.Name, info.uid})
+	}
+	for _, info := range r.objects.lookedUp {
+		pod := BoundPod{info.Name, info.uid}
+		if info.Namespace == account.Namespace && info.account == account.Name && !info.ended(now) && !slices.Contains(pods, pod) {
+			pods = append(pods, pod)
+		}
 	}
 	return pods
 }

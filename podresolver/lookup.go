@@ -20,11 +20,13 @@ const (
 	lookupRate    = 1 // a second
 	lookupBurst   = 5
 	lookupTimeout = 2 * time.Second
+	// maxLookedUp is how many of the pods found are remembered, for PodsOf: those of a fetch's time.
+	maxLookedUp = 20
 )
 
 // lookup asks the API server for the pod that has an address, in case the watch is late.
-// Concurrent requests share one call. The result is not stored: unlike the events of the
-// watch, it is not ordered, and may be outdated on arrival.
+// Concurrent requests share one call. No other request is decided by the result: unlike the
+// events of the watch, it is not ordered, and may be outdated on arrival.
 func (r *Resolver) lookup(ctx context.Context, addr netip.Addr) (*Pod, error) {
 	flight := r.lookups.DoChan(addr.String(), func() (any, error) {
 		if !r.lookupLimit.Allow() {
@@ -79,6 +81,15 @@ func (r *Resolver) listByAddress(ctx context.Context, addr netip.Addr) (*Pod, er
 	if known := r.Owner(addr); known == nil || known.UID != o.pod.UID {
 		r.counts.lookupHits.Add(1)
 		r.cfg.Logger.Warn("the API server knows a pod that the watch has not delivered yet", "pod", o.pod, "address", addr)
+		r.objects.rememberLookedUp(o.pod.info)
 	}
 	return o.pod, nil
+}
+
+// rememberLookedUp makes PodsOf return a pod that the watch has not delivered yet.
+func (o *objects) rememberLookedUp(info *podInfo) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	others := slices.DeleteFunc(o.lookedUp, func(other *podInfo) bool { return other.uid == info.uid })
+	o.lookedUp = slices.Insert(others[:min(len(others), maxLookedUp-1)], 0, info)
 }

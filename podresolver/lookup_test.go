@@ -97,6 +97,36 @@ func TestLookupIsNotStored(t *testing.T) {
 	})
 }
 
+// TestPodsOfLookup: a token of its service account can be bound to a pod that the watch has yet to deliver.
+func TestPodsOfLookup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, podresolver.Config{})
+		account := podresolver.ServiceAccount{Namespace: "shop", Name: resolvertest.ServiceAccountName}
+		named := func(i int) podresolver.BoundPod {
+			return podresolver.BoundPod{Name: fmt.Sprint("p", i), UID: fmt.Sprint("uid-of-p", i)}
+		}
+		const more = 5
+		next := addr
+		for i := range podresolver.MaxLookedUp + more {
+			w.Pods.AddDropWatch(resolvertest.Pod(named(i).Name, next.String(), ""))
+			assert.Equal(t, named(i).Name, w.name(next))
+			assert.Equal(t, named(i), w.resolver.PodsOf(account)[0], "the newest first")
+			next = next.Next()
+		}
+		assert.Len(t, w.resolver.PodsOf(account), podresolver.MaxLookedUp)
+		assert.Empty(t, w.resolver.PodsOf(podresolver.ServiceAccount{Namespace: "bank", Name: account.Name}))
+		assert.Empty(t, w.resolver.PodsOf(podresolver.ServiceAccount{Namespace: "shop", Name: "other"}))
+
+		w.name(addr) // again
+		assert.Equal(t, named(0), w.resolver.PodsOf(account)[0])
+		w.Modify(resolvertest.Pod(named(1).Name, "10.0.0.1", ""))
+		synctest.Wait()
+		assert.Equal(t, []podresolver.BoundPod{named(1), named(0)}, w.resolver.PodsOf(account)[:2], "that of the watch first")
+		w.name(addr)
+		assert.Len(t, w.resolver.PodsOf(account), podresolver.MaxLookedUp+1)
+	})
+}
+
 func TestLookupOwner(t *testing.T) {
 	pod := func(name string, change func(*corev1.Pod)) *corev1.Pod {
 		p := resolvertest.Pod(name, addr.String(), "cart")

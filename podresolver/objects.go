@@ -30,6 +30,8 @@ type objects struct {
 
 	acrossNamespaces bool // bindings match pods of other namespaces
 
+	lookedUp []*podInfo // the last that look-ups have found, the newest first, maxLookedUp at most
+
 	dirty map[cache.ObjectName]struct{} // pods to decide again
 	wake  chan struct{}                 // of capacity 1: there are dirty pods
 }
