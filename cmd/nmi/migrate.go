@@ -33,10 +33,16 @@ func migrateCommand(c *config) *cobra.Command {
 		Long: `migrate reads all AzureIdentities, bindings, exceptions and pods of the cluster, and says of
 each AzureIdentity which service accounts its pods have, which federated credentials (or
 AKS identity bindings) they need, what keeps it on the nodes, and whether it may leave the
-scale set now. It prints az and kubectl commands to read and run, and changes nothing. It does not
-ask Azure: a federated credential that exists already is created again without harm.
+scale set now. It prints az and kubectl commands to read and run, and changes nothing.
 
-Run it where kubectl works (KUBECONFIG), with the agents' flags: --operation-mode is required.`,
+It does not ask Azure. A federated credential that exists is created again without harm; under another
+name Azure refuses it, because the identity has one with this issuer and subject already.
+
+It knows the pods that there are, finished ones included, and nothing of those to come: of a CronJob
+whose last pods are gone, or of a Deployment without replicas.
+
+Run it where kubectl works (KUBECONFIG), with the agents' flags: --operation-mode is required, and
+--federation-tenant-id if they have it.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c.logger(cmd.ErrOrStderr())
@@ -45,7 +51,7 @@ Run it where kubectl works (KUBECONFIG), with the agents' flags: --operation-mod
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), migrateTimeout)
 			defer cancel()
-			o.Audience = c.federation.audience
+			o.Audience, o.Mode, o.TenantID = c.federation.audience, c.resolver.Mode, c.resolver.Federation.TenantID
 			plan, err := planMigration(ctx, c.resolver, o)
 			if err != nil {
 				return err

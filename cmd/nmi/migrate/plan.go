@@ -7,7 +7,6 @@
 package migrate
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"slices"
 	"strings"
@@ -22,7 +21,9 @@ const maxCredentials = 20
 
 // Options are what the inventory does not say.
 type Options struct {
-	Issuer   string // of the cluster's service account tokens; "" if it is not known
+	Mode     podresolver.Mode // of the agents
+	TenantID string           // --federation-tenant-id of the agents; "" for none
+	Issuer   string           // of the cluster's service account tokens; "" if it is not known
 	Audience string
 	// IdentityBindings plans for AKS identity bindings in place of federated credentials.
 	IdentityBindings bool
@@ -64,7 +65,7 @@ type Identity struct {
 	Commands []string `json:"commands,omitempty"`
 	Problems []string `json:"problems,omitempty"`
 	// MayLeave means that no AzureIdentity needs it on the nodes any more: Commands end with its
-	// removal. Excepted pods may use it all the same.
+	// removal. Excepted pods may use it all the same. In standard mode none may leave.
 	MayLeave bool `json:"mayLeave"`
 }
 
@@ -75,7 +76,10 @@ type Account struct {
 	Pods      int    `json:"pods"`
 }
 
-// New makes a plan.
+// shared reports whether pods have it for want of one of their own.
+func (a Account) shared() bool { return a.Name == "default" || a.Name == "" }
+
+// New makes a plan. Problems of the cluster do not change the state of an AzureIdentity.
 func New(inventory podresolver.Inventory, o Options) *Plan {
 	p := &Plan{Identities: []Identity{}}
 	for _, pod := range inventory.Pods {
@@ -89,8 +93,26 @@ func New(inventory podresolver.Inventory, o Options) *Plan {
 	if why := issuerProblem(o.Issuer); why != "" && !o.IdentityBindings {
 		p.Problems = append(p.Problems, why)
 	}
-	for _, id := range inventory.Identities {
-		p.Identities = append(p.Identities, plan(id, inventory, o))
+	if o.Mode == podresolver.Standard {
+		p.Problems = append(p.Problems, "in standard mode MIC keeps identities on the scale set, federated or not: none may leave it before the cluster is in managed mode")
+	}
+	if o.TenantID == "" {
+		p.Problems = append(p.Problems, "without --federation-tenant-id (that of the agents) a federated AzureIdentity has to have a tenantID")
+	}
+	for _, in := range inventory.Identities {
+		id := Identity{Namespace: in.Namespace, Name: in.Name, ClientID: in.ClientID, ResourceID: in.ResourceID, Bindings: in.Bindings}
+		id.addPods(inventory.Pods)
+		p.Identities = append(p.Identities, id)
+	}
+	grants := false
+	for i, in := range inventory.Identities {
+		id := &p.Identities[i]
+		id.plan(in, inventory, p.credentials(in, inventory), o)
+		grants = grants || id.State != Moved && len(id.Commands) > 0
+	}
+	if grants {
+		p.Problems = append(p.Problems, "authors of AzureIdentities choose what these commands grant to their service accounts, "+
+			"be it an identity that no node has: run the others only if each grep prints a line, or the identity is yours")
 	}
 	return p
 }
@@ -104,18 +126,34 @@ func issuerProblem(issuer string) string {
 	return fmt.Sprintf("Entra cannot reach the cluster's issuer %q: az aks update --enable-oidc-issuer, or give --issuer", issuer)
 }
 
-func plan(in podresolver.BoundIdentity, inventory podresolver.Inventory, o Options) Identity {
-	id := Identity{Namespace: in.Namespace, Name: in.Name, ClientID: in.ClientID, ResourceID: in.ResourceID, Bindings: in.Bindings}
-	id.addPods(inventory.Pods)
+// credentials is how many federated credentials an identity needs, which several AzureIdentities may
+// name.
+func (p *Plan) credentials(in podresolver.BoundIdentity, inventory podresolver.Inventory) int {
+	accounts := make(map[Account]bool)
+	for i, other := range inventory.Identities {
+		if !sameOnNode(in, other) {
+			continue
+		}
+		for _, a := range p.Identities[i].ServiceAccounts {
+			if other.Federated || !a.shared() {
+				accounts[Account{Namespace: a.Namespace, Name: a.Name}] = true
+			}
+		}
+	}
+	return len(accounts)
+}
+
+// plan is the rest of the plan, after addPods.
+func (id *Identity) plan(in podresolver.BoundIdentity, inventory podresolver.Inventory, credentials int, o Options) {
 	switch {
 	case in.Type == aadpodidentity.ServicePrincipal || in.Type == aadpodidentity.ServicePrincipalCertificate:
 		id.State = NotOnNode
 		id.Problems = append(id.Problems, "a service principal has no identity on the node, and stays as it is; with a federated credential it needs no secret: type 0, with its clientID and tenantID")
-		return id
+		return
 	case in.Unusable != "":
 		id.State = Blocked
 		id.Problems = append(id.Problems, "it "+in.Unusable)
-		return id
+		return
 	case in.ClientID == "":
 		id.Problems = append(id.Problems, "it has no clientID, by which Entra knows it")
 		id.Commands = append(id.Commands, "az identity show --query clientId --output tsv --ids "+quote(in.ResourceID))
@@ -123,13 +161,12 @@ func plan(in podresolver.BoundIdentity, inventory podresolver.Inventory, o Optio
 	if in.Federated {
 		id.State = Moved
 	} else {
-		id.addCredentials(o)
+		id.addCredentials(credentials, o)
 	}
-	id.MayLeave = mayLeave(in, inventory)
+	id.MayLeave = o.Mode != podresolver.Standard && mayLeave(in, inventory)
 	if id.MayLeave {
 		id.Commands = append(id.Commands, fmt.Sprintf(`az vmss identity remove --resource-group "$NODE_GROUP" --name "$SCALE_SET" --identities %s`, quote(in.ResourceID)))
 	}
-	return id
 }
 
 // addPods notes whose pods get the identity.
@@ -155,12 +192,13 @@ func (id *Identity) addPods(pods []podresolver.InventoryPod) {
 	}
 }
 
-// addCredentials adds what makes Entra accept the service accounts, and then the annotation.
-func (id *Identity) addCredentials(o Options) {
+// addCredentials adds what makes Entra accept the service accounts, and then the annotation. The
+// identity needs as many credentials, other AzureIdentities included.
+func (id *Identity) addCredentials(credentials int, o Options) {
 	id.State = Ready
 	var own []Account
 	for _, a := range id.ServiceAccounts {
-		if a.Name == "default" || a.Name == "" {
+		if a.shared() {
 			id.Problems = append(id.Problems, fmt.Sprintf("pods in namespace %s (%d) have the service account default, as all pods there without one of their own: a federated credential for it would be for all of those. Give them their own first (serviceAccountName)", a.Namespace, a.Pods))
 			continue
 		}
@@ -170,82 +208,19 @@ func (id *Identity) addCredentials(o Options) {
 		id.State = Unused
 		return
 	}
-	if o.IdentityBindings {
-		id.Commands = append(id.Commands, id.identityBinding(own)...)
-	} else {
-		if len(own) > maxCredentials {
-			id.Problems = append(id.Problems, fmt.Sprintf("it needs %d federated credentials, and can have %d: see --identity-bindings", len(own), maxCredentials))
+	if credentials > maxCredentials && !o.IdentityBindings {
+		others := ""
+		if credentials > len(own) {
+			others = " (other AzureIdentities name it, too)"
 		}
-		for _, a := range own {
-			id.Commands = append(id.Commands, id.credential(a, o))
-		}
+		id.Problems = append(id.Problems, fmt.Sprintf("it needs %d federated credentials%s, and can have %d: see --identity-bindings", credentials, others, maxCredentials))
 	}
+	id.Commands = append(id.Commands, id.grants(own, o)...)
 	if len(id.Problems) > 0 {
 		id.State = Blocked
 		return
 	}
 	id.Commands = append(id.Commands, fmt.Sprintf("kubectl --namespace=%s annotate azureidentity %s %s=true", quote(id.Namespace), quote(id.Name), aadpodidentity.FederatedAnnotation))
-}
-
-// credential is the command that creates a federated credential. Again it changes nothing.
-func (id *Identity) credential(a Account, o Options) string {
-	group, name, subscription := id.parts()
-	subject := fmt.Sprintf("system:serviceaccount:%s:%s", a.Namespace, a.Name)
-	issuer := quote(o.Issuer)
-	if issuerProblem(o.Issuer) != "" {
-		issuer = `"$ISSUER"`
-	}
-	return fmt.Sprintf("az identity federated-credential create%s --resource-group %s --identity-name %s --name %s --issuer %s --subject %s --audiences %s",
-		subscription, group, name, quote(credentialName(o.Issuer, a)), issuer, quote(subject), quote(o.Audience))
-}
-
-// parts are the identity's resource group and name, and the option for its subscription, as words of
-// a command. A client ID is a GUID, or its AzureIdentity is unusable.
-func (id *Identity) parts() (group, name, subscription string) {
-	parts := strings.Split(id.ResourceID, "/")
-	const length = 9 // /subscriptions/<ID>/resourcegroups/<group>/providers/microsoft.managedidentity/userassignedidentities/<name>
-	if len(parts) != length {
-		return id.find("resourceGroup"), id.find("name"), ""
-	}
-	return quote(parts[4]), quote(parts[8]), " --subscription " + quote(parts[2])
-}
-
-// find is a word that has Azure tell a field of the identity.
-func (id *Identity) find(field string) string {
-	return fmt.Sprintf(`"$(az identity list --query "[?clientId=='%s'].%s" --output tsv)"`, id.ClientID, field)
-}
-
-// credentialName is the same each time, and another one for each cluster and service account: up to
-// 120 letters, digits, hyphens and underscores.
-func credentialName(issuer string, a Account) string {
-	const most = 120 - 9
-	name := strings.ReplaceAll(a.Namespace+"-"+a.Name, ".", "-")
-	sum := sha256.Sum256([]byte(issuer + " " + a.Namespace + "/" + a.Name))
-	return fmt.Sprintf("%s-%x", name[:min(len(name), most)], sum[:4])
-}
-
-// identityBinding are the commands for an AKS identity binding, and the right of its service accounts
-// to use it (learn.microsoft.com, "Set up identity bindings on Azure Kubernetes Service").
-func (id *Identity) identityBinding(accounts []Account) []string {
-	_, name, _ := id.parts()
-	resource := quote(id.ResourceID)
-	if id.ResourceID == "" {
-		resource = id.find("id")
-	}
-	var subjects []string
-	for _, a := range accounts {
-		subjects = append(subjects, fmt.Sprintf(`{"kind":"ServiceAccount","namespace":%q,"name":%q}`, a.Namespace, a.Name))
-	}
-	role := fmt.Sprintf("use-%s-%s", id.Namespace, id.Name)
-	const api = "rbac.authorization.k8s.io"
-	manifest := fmt.Sprintf(`{"apiVersion":"v1","kind":"List","items":[`+
-		`{"apiVersion":"%[1]s/v1","kind":"ClusterRole","metadata":{"name":%[2]q},"rules":[{"apiGroups":["cid.wi.aks.azure.com"],"resources":[%[3]q],"verbs":["use-managed-identity"]}]},`+
-		`{"apiVersion":"%[1]s/v1","kind":"ClusterRoleBinding","metadata":{"name":%[2]q},"roleRef":{"apiGroup":"%[1]s","kind":"ClusterRole","name":%[2]q},"subjects":[%[4]s]}]}`,
-		api, role, id.ClientID, strings.Join(subjects, ","))
-	return []string{
-		fmt.Sprintf(`az aks identity-binding create --resource-group "$CLUSTER_GROUP" --cluster-name "$CLUSTER" --name %s --managed-identity-resource-id %s`, name, resource),
-		"kubectl apply -f - <<< " + quote(manifest),
-	}
 }
 
 // mayLeave reports whether no AzureIdentity needs the identity on the nodes.
@@ -254,8 +229,7 @@ func mayLeave(in podresolver.BoundIdentity, inventory podresolver.Inventory) boo
 		return false
 	}
 	for _, other := range inventory.Identities {
-		same := other.ClientID != "" && other.ClientID == in.ClientID || other.ResourceID != "" && other.ResourceID == in.ResourceID
-		if same && other.Type == aadpodidentity.UserAssignedMSI && !other.Federated && len(other.Bindings) > 0 {
+		if sameOnNode(in, other) && !other.Federated && len(other.Bindings) > 0 {
 			return false
 		}
 	}
@@ -267,13 +241,9 @@ func mayLeave(in podresolver.BoundIdentity, inventory podresolver.Inventory) boo
 	return true
 }
 
-// quote makes a word of a shell's command of a text, which authors of objects choose.
-func quote(text string) string {
-	plain := func(r rune) bool {
-		return r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || strings.ContainsRune("-_./:=", r)
-	}
-	if text != "" && !strings.ContainsFunc(text, func(r rune) bool { return !plain(r) }) {
-		return text
-	}
-	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
+// sameOnNode reports whether two AzureIdentities name one identity, and the other one is no service
+// principal.
+func sameOnNode(in, other podresolver.BoundIdentity) bool {
+	same := other.ClientID != "" && other.ClientID == in.ClientID || other.ResourceID != "" && other.ResourceID == in.ResourceID
+	return same && other.Type == aadpodidentity.UserAssignedMSI
 }

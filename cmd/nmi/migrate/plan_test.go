@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 
@@ -51,24 +52,29 @@ func plans(o Options, pods []podresolver.InventoryPod, identities ...podresolver
 	if o.Issuer == "" {
 		o.Issuer = issuer
 	}
-	o.Audience = "api://AzureADTokenExchange"
+	o.Audience, o.TenantID = "api://AzureADTokenExchange", "7e9a9700-0000-4000-8000-00000000000a"
 	return New(podresolver.Inventory{Identities: identities, Pods: pods}, o)
 }
 
 func TestReady(t *testing.T) {
 	p := plans(Options{}, pods("cart", "report.v2", "cart"), bound(nil))
-	assert.Empty(t, p.Problems)
+	require.Len(t, p.Problems, 1)
+	assert.Contains(t, p.Problems[0], "run the others only if each grep prints a line")
 	id := p.Identities[0]
 	assert.Equal(t, Ready, id.State)
 	assert.Equal(t, []Account{{"shop", "cart", 2}, {"shop", "report.v2", 1}}, id.ServiceAccounts)
 	assert.False(t, id.MayLeave)
-	require.Len(t, id.Commands, 3)
+	require.Len(t, id.Commands, 5)
+	assert.Equal(t, "grep --ignore-case --fixed-strings --line-regexp "+resourceID+
+		` <<< "$(az vmss identity show --resource-group "$NODE_GROUP" --name "$SCALE_SET" --query 'keys(userAssignedIdentities)' --output tsv)"`, id.Commands[0])
+	assert.Equal(t, "grep --ignore-case --fixed-strings --line-regexp "+clientID+
+		` <<< "$(az identity show --query clientId --output tsv --ids `+resourceID+`)"`, id.Commands[1], "one may be of another identity")
 	name := credentialName(issuer, id.ServiceAccounts[0])
 	assert.Equal(t, "az identity federated-credential create --subscription s1 --resource-group rg --identity-name cart --name "+name+
-		" --issuer "+issuer+" --subject system:serviceaccount:shop:cart --audiences api://AzureADTokenExchange", id.Commands[0])
+		" --issuer "+issuer+" --subject system:serviceaccount:shop:cart --audiences api://AzureADTokenExchange", id.Commands[2])
 	assert.Regexp(t, "^shop-cart-[0-9a-f]{8}$", name)
-	assert.Contains(t, id.Commands[1], "--name shop-report-v2-")
-	assert.Equal(t, "kubectl --namespace=shop annotate azureidentity cart aadpodidentity.k8s.io/Federated=true", id.Commands[2])
+	assert.Contains(t, id.Commands[3], "--name shop-report-v2-")
+	assert.Equal(t, "kubectl --namespace=shop annotate azureidentity cart aadpodidentity.k8s.io/Federated=true", id.Commands[4])
 }
 
 func TestStates(t *testing.T) {
@@ -86,6 +92,7 @@ func TestStates(t *testing.T) {
 		leaves   bool
 	}{
 		"moved":                   {identity: federated, pods: pods("cart"), state: Moved, last: remove, leaves: true},
+		"moved, standard mode":    {identity: federated, pods: pods("cart"), options: Options{Mode: podresolver.Standard}, state: Moved},
 		"moved, without pods":     {identity: federated, state: Moved, last: remove, leaves: true},
 		"moved, on the host":      {identity: federated, pods: onHost(pods("cart")), state: Moved, problem: "pods on the host network ask IMDS themselves, and lose it when it leaves the node: shop/p0"},
 		"unused":                  {state: Unused},
@@ -94,6 +101,7 @@ func TestStates(t *testing.T) {
 		"on the host alone":       {pods: onHost(pods("cart")), state: Blocked, problem: "shop/p0"},
 		"too many":                {pods: pods(many...), state: Blocked, problem: "it needs 21 federated credentials, and can have 20: see --identity-bindings", last: "az identity federated-credential create"},
 		"many, identity bindings": {pods: pods(many...), options: Options{IdentityBindings: true}, state: Ready, last: "kubectl --namespace=shop annotate"},
+		"no client ID, bindings":  {identity: func(id *podresolver.BoundIdentity) { id.ClientID = "" }, pods: pods("cart"), options: Options{IdentityBindings: true}, state: Blocked, problem: "it has no clientID", last: "az identity show"},
 		"no client ID":            {identity: func(id *podresolver.BoundIdentity) { id.ClientID = "" }, pods: pods("cart"), state: Blocked, problem: "it has no clientID", last: "az identity federated-credential create"},
 		"unusable":                {identity: func(id *podresolver.BoundIdentity) { id.Unusable = "is malformed: odd" }, pods: pods("cart"), state: Blocked, problem: "it is malformed: odd"},
 		"service principal":       {identity: func(id *podresolver.BoundIdentity) { id.Type = aadpodidentity.ServicePrincipal }, pods: pods("cart"), state: NotOnNode, problem: "a service principal"},
@@ -144,8 +152,17 @@ func TestExceptedPodsAndIssuers(t *testing.T) {
 	require.Len(t, p.Problems, 2)
 	assert.Contains(t, p.Problems[0], "excepted pods get the identities of the node")
 	assert.Contains(t, p.Problems[1], "az aks update --enable-oidc-issuer")
+	for problem, o := range map[string]Options{
+		"in standard mode MIC keeps identities on the scale set": {Mode: podresolver.Standard, TenantID: "t"},
+		"a federated AzureIdentity has to have a tenantID":       {},
+	} {
+		o.Issuer = issuer
+		problems := New(podresolver.Inventory{}, o).Problems
+		require.Len(t, problems, 1)
+		assert.Contains(t, problems[0], problem)
+	}
 	assert.Equal(t, Unused, p.Identities[0].State, "an excepted pod does not get it")
-	assert.Contains(t, plans(Options{Issuer: "https://kubernetes.default.svc"}, pods("cart"), bound(nil)).Identities[0].Commands[0], `--issuer "$ISSUER"`)
+	assert.Contains(t, plans(Options{Issuer: "https://kubernetes.default.svc"}, pods("cart"), bound(nil)).Identities[0].Commands[2], `--issuer "$ISSUER"`)
 }
 
 // TestCommandsAreQuoted: authors of AzureIdentities do not write commands of administrators.
@@ -158,16 +175,17 @@ func TestCommandsAreQuoted(t *testing.T) {
 		for _, command := range plans(o, pods("cart"), id).Identities[0].Commands {
 			// What a shell makes of it, with another program.
 			command = strings.Replace(command, "<<< ", "", 1)
-			out, err := exec.CommandContext(t.Context(), "sh", "-c", `printf '%s\n' `+command).Output()
+			out, err := exec.CommandContext(t.Context(), "sh", "-c", `az() { printf '%s\n' "$@"; }; printf '%s\n' `+command).Output()
 			require.NoError(t, err, command)
-			if strings.HasPrefix(command, "az ") {
-				assert.Contains(t, strings.Split(string(out), "\n"), evil, command)
+			if !strings.HasPrefix(command, "kubectl ") {
+				assert.True(t, slices.ContainsFunc(strings.Split(string(out), "\n"), func(word string) bool { return word == evil || word == id.ResourceID }), command)
 			}
 		}
 	}
 	assert.Equal(t, `''`, quote(""))
-	byClientID := plans(Options{}, pods("cart"), bound(func(id *podresolver.BoundIdentity) { id.ResourceID = "" })).Identities[0].Commands[0]
-	assert.Contains(t, byClientID, `--identity-name "$(az identity list --query "[?clientId=='`+clientID+`'].name" --output tsv)"`)
+	byClientID := plans(Options{}, pods("cart"), bound(func(id *podresolver.BoundIdentity) { id.ResourceID = "" })).Identities[0].Commands
+	assert.Contains(t, byClientID[0], `--line-regexp "$(az identity list --query "[?clientId=='`+clientID+`'].id" --output tsv)" `)
+	assert.Contains(t, byClientID[1], `--identity-name "$(az identity list --query "[?clientId=='`+clientID+`'].name" --output tsv)"`)
 }
 
 func TestPrint(t *testing.T) {
@@ -188,29 +206,45 @@ func TestPrint(t *testing.T) {
 	assert.Contains(t, out.String(), "there are no AzureIdentities")
 }
 
-// TestRoleNames: no AzureIdentity's role replaces another one's.
-func TestRoleNames(t *testing.T) {
-	name := func(namespace, name string) string {
-		id := bound(func(id *podresolver.BoundIdentity) { id.Namespace, id.Name = namespace, name })
+// TestIdentityBindingNames: no AzureIdentity's role replaces another one's, and no identity's binding.
+func TestIdentityBindingNames(t *testing.T) {
+	commands := func(namespace, name, clientID, resourceID string) []string {
+		id := bound(func(id *podresolver.BoundIdentity) {
+			id.Namespace, id.Name, id.ClientID, id.ResourceID = namespace, name, clientID, resourceID
+		})
 		all := pods("cart")
 		all[0].Identities[0] = podresolver.Identity{Namespace: namespace, Name: name}
-		_, role, _ := strings.Cut(strings.Join(plans(Options{IdentityBindings: true}, all, id).Identities[0].Commands, "\n"), `"ClusterRole","metadata":{"name":`)
-		role, _, found := strings.Cut(role, "}")
-		require.True(t, found)
-		return role
+		return plans(Options{IdentityBindings: true}, all, id).Identities[0].Commands[2:]
 	}
-	assert.NotEqual(t, name("shop", "cart-x"), name("shop-cart", "x"))
+	one := commands("shop", "cart-x", clientID, resourceID)
+	assert.Contains(t, one[0], "--name "+clientID+" --managed-identity-resource-id "+resourceID)
+	assert.Contains(t, one[1], `"ClusterRole","metadata":{"name":"use:shop:cart-x"}`)
+	const other = "ca470000-0000-4000-8000-000000000002"
+	two := commands("shop-cart", "x", other, strings.Replace(resourceID, "/rg/", "/rg2/", 1))
+	assert.Contains(t, two[0], "--name "+other+" ")
+	assert.Contains(t, two[1], `"ClusterRole","metadata":{"name":"use:shop-cart:x"}`)
 }
 
 // TestCredentialsOfOneIdentity: the limit is that of the identity, which several AzureIdentities may name.
 func TestCredentialsOfOneIdentity(t *testing.T) {
 	var all []podresolver.InventoryPod
-	for i := range 15 {
-		for _, name := range []string{"cart", "other"} {
-			all = append(all, podresolver.InventoryPod{Namespace: "shop", Name: fmt.Sprint(name, i), ServiceAccount: fmt.Sprint(name, i), Identities: []podresolver.Identity{{Namespace: "shop", Name: name}}})
-		}
+	give := func(name, account string) {
+		all = append(all, podresolver.InventoryPod{Namespace: "shop", Name: fmt.Sprint("p", len(all)), ServiceAccount: account, Identities: []podresolver.Identity{{Namespace: "shop", Name: name}}})
 	}
-	for _, id := range plans(Options{}, all, bound(nil), bound(func(id *podresolver.BoundIdentity) { id.Name = "other" })).Identities {
-		assert.Equal(t, Blocked, id.State, id.Name)
+	for i := range maxCredentials {
+		give("cart", fmt.Sprint("a", i))
 	}
+	give("other", "a0")
+	cart, other := bound(nil), bound(func(id *podresolver.BoundIdentity) { id.Name = "other" })
+	for _, id := range plans(Options{}, all, cart, other).Identities {
+		assert.Equal(t, Ready, id.State, "they share a0")
+	}
+	give("other", "default")
+	assert.Equal(t, Ready, plans(Options{}, all, cart, other).Identities[0].State, "for which no credential is to be")
+	federated(&other)
+	id := plans(Options{}, all, cart, other).Identities[0]
+	assert.Equal(t, Blocked, id.State, "which has one all the same")
+	assert.Equal(t, []string{"it needs 21 federated credentials (other AzureIdentities name it, too), and can have 20: see --identity-bindings"}, id.Problems)
+	other.ClientID, other.ResourceID = "x", "y"
+	assert.Equal(t, Ready, plans(Options{}, all, cart, other).Identities[0].State)
 }
