@@ -3,6 +3,7 @@ package podresolver
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -355,7 +356,7 @@ func TestServiceAccountMemory(t *testing.T) {
 	for i := range valid {
 		valid[i], odd[i] = resolvertest.GUID(fmt.Sprint(i)), fmt.Sprint(i, strings.Repeat("x", 5000))
 	}
-	a := newAccountInfo(annotated(odd[0], TenantIDAnnotation, odd[0], AdditionalClientIDsAnnotation, strings.Join(append(odd, valid...), ","))).annotations
+	a := newAccountInfo(annotated(odd[0], TenantIDAnnotation, odd[0], AdditionalClientIDsAnnotation, strings.Join(slices.Concat(odd, valid), ","))).annotations
 	assert.Equal(t, 29, a.malformedCount)
 	assert.Less(t, len(a.clientID)+len(a.tenantID)+len(a.malformed)+len(strings.Join(a.additional, "")), 1200, "bytes")
 }

@@ -35,9 +35,10 @@ func read(text string) ([]*listItem, string, error) {
 
 // TestDecodeMetadata: the API server sends the metadata of service accounts alone.
 func TestDecodeMetadata(t *testing.T) {
-	const text = `{"kind":"PartialObjectMetadataList","apiVersion":"meta.k8s.io/v1","metadata":{"resourceVersion":"9"},"items":[
+	const one, two = "fed00000-0000-4000-8000-00000000000a", "fed00000-0000-4000-8000-00000000000b"
+	text := `{"kind":"PartialObjectMetadataList","apiVersion":"meta.k8s.io/v1","metadata":{"resourceVersion":"9"},"items":[
 {"metadata":{"name":"cart","namespace":"shop","uid":"u1","resourceVersion":"3","labels":{"a":"b"},"managedFields":[{"manager":"m"}],
-"annotations":{"azure.workload.identity/client-id":"C1","azure.workload.identity/tenant-id":"t","aadpodidentity.k8s.io/additional-client-ids":"c2, c3","other":"x"}}},
+"annotations":{"azure.workload.identity/client-id":"` + strings.ToUpper(one) + `","azure.workload.identity/tenant-id":"t","aadpodidentity.k8s.io/additional-client-ids":"` + two + `, c3","other":"x"}}},
 {"metadata":{"name":"default","namespace":"shop","uid":"u2"}}]}`
 	targets := func(o *metav1.PartialObjectMetadata) decodeTargets { return decodeTargets{meta: &o.ObjectMeta} }
 	list, err := decodeList(strings.NewReader(text), "PartialObjectMetadataList", targets, newAccountInfo)
@@ -45,7 +46,7 @@ func TestDecodeMetadata(t *testing.T) {
 	require.Len(t, list.Items, 2)
 	assert.Equal(t, &listItem{cache.NewObjectName("shop", "cart"), &accountInfo{
 		ObjectName: cache.NewObjectName("shop", "cart"), uid: "u1",
-		annotations: &accountAnnotations{clientID: "c1", tenantID: "t", additional: []string{"c2", "c3"}},
+		annotations: &accountAnnotations{clientID: one, tenantID: "t", additional: []string{two}, malformed: "c3", malformedCount: 1},
 	}}, list.Items[0])
 	assert.Equal(t, &listItem{cache.NewObjectName("shop", "default"), &accountInfo{ObjectName: cache.NewObjectName("shop", "default"), uid: "u2"}}, list.Items[1])
 }
