@@ -7,7 +7,7 @@ KUBE    := .cache/bin
 ACTIONLINT := go tool -modfile=.ci/actionlint/go.mod actionlint -shellcheck= -pyflakes=
 
 .DEFAULT_GOAL := build
-.PHONY: help build demo test lint generate vuln unit promtool e2e docs manifests image image-test conformance sdks clients kube definitions e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
+.PHONY: help build demo test lint generate vuln unit promtool e2e docs manifests image image-test conformance sdks clients kube definitions e2e-node node-cluster node-parts e2e-kind kind-cluster kind-node-image kind-parts kernels bench bench-heads bench-scale bench-soak bench-misuse bench-micro packages root clean
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -75,11 +75,11 @@ image-test: root packages kube ## run the image with the DaemonSet's capabilitie
 
 conformance: root packages build kube sdks ## the cases of docs/conformance.md, which it writes
 	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e
-	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestConformance$$' -test.timeout 5m -write
+	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestConformance$$' -test.timeout 10m -write
 
 clients: root packages build kube sdks ## Azure's SDKs in pods, and how long they take
 	@go test -c -tags e2e -o .cache/e2e.test ./deploy/e2e
-	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestClients$$' -test.timeout 5m -write
+	@cd deploy/e2e && exec ../../.cache/e2e.test -test.run '^TestClients$$' -test.timeout 10m -write
 
 # Programs that get tokens through Azure's SDKs, with the SDKs.
 sdks: $(CLIENTS)/go $(CLIENTS)/js/clients.mjs ## deploy/clients, with Azure's SDKs
@@ -162,6 +162,13 @@ kind-parts: root
 	@go tool -modfile=.ci/kind/go.mod -n kind >/dev/null # builds it
 	@deploy/clusters/images.sh
 	@deploy/clusters/old-nmi/build.sh
+
+# KERNELS="bookworm noble" takes some only, RUN=<regexp> some tests: deploy/kernels/run.sh. Without
+# /dev/kvm it takes ten minutes a kernel and more. Not part of test.
+kernels: root ## the tests of iptables/ebpf on kernels of Debian's and Ubuntu's, in qemu
+	@deploy/packages.sh qemu-system-x86_64=qemu-system-x86 busybox cpio depmod=kmod iptables-nft=iptables xz=xz-utils zstd \
+		dpkg-deb=dpkg /usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring
+	@exec deploy/kernels/run.sh
 
 # BENCHFLAGS are those of bench/main.go. RESULTS=bench/results keeps the report there.
 # BENCH_PEER=<binary> measures another agent, too.
