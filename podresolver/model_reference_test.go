@@ -116,16 +116,13 @@ func (m *reference) answer(p *corev1.Pod, want Selector) string {
 	fits := func(clientID, resourceID string) bool {
 		return want.ObjectID == "" && (want.ClientID == "" || strings.EqualFold(want.ClientID, clientID)) && (want.ResourceID == "" || strings.EqualFold(want.ResourceID, resourceID))
 	}
-	account := m.accountOf(p)
-	unnamed := want == Selector{} && (len(offers) > 0 || m.matched(p)) // gets what is bound, or nothing
-	if want == (Selector{}) && m.cfg.StrictSelection && m.several(p, offers, unnamed) {
-		return "several"
-	}
 	for _, o := range offers {
 		if id := plain(o.identity.Spec); o.now && fits(id.ClientID, id.ResourceID) {
 			return told(o.identity.Namespace, o.identity.Name, strings.ToLower(id.ClientID+" "+id.ResourceID), o.by, m.proof(o.identity, p))
 		}
 	}
+	account := m.accountOf(p)
+	unnamed := want == Selector{} && (len(offers) > 0 || m.matched(p)) // gets what is bound, or nothing
 	for _, clientID := range m.annotated(p) {
 		bound := slices.ContainsFunc(offers, func(o offer) bool { return plain(o.identity.Spec).ClientID == clientID })
 		if !unnamed && !bound && fits(clientID, "") {
@@ -141,22 +138,6 @@ func (m *reference) answer(p *corev1.Pod, want Selector) string {
 		return "late"
 	}
 	return "none"
-}
-
-// several reports whether a request that names no identity could get more than one.
-func (m *reference) several(p *corev1.Pod, offers []offer, bound bool) bool {
-	usable := make(map[string]bool)
-	for _, o := range offers {
-		if o.now {
-			usable[fmt.Sprint(o.identity.Namespace, "/", o.identity.Name, plain(o.identity.Spec))] = true
-		}
-	}
-	if !bound {
-		for _, clientID := range m.annotated(p) {
-			usable[clientID] = true
-		}
-	}
-	return len(usable) > 1
 }
 
 // matched reports whether a binding matches a pod, even if it gives it nothing.

@@ -63,7 +63,6 @@ func newMachine(tb testing.TB, pick func(int) int) *machine {
 	tb.Helper()
 	cfg := []Config{{}, {Mode: Standard}, {Mode: Standard, Namespaced: true}}[pick(3)]
 	cfg.ExceptionNamespaces = [][]string{nil, nil, {"a"}, {}}[pick(4)]
-	cfg.StrictSelection = pick(2) == 0
 	cfg.Deny = []DenyList{{}, {}, {ClientIDs: []string{modelClient0}}, {ResourceIDs: []string{modelPath0}}}[pick(4)]
 	cfg.Federation = []Federation{{}, {TenantID: "cluster"}, {ServiceAccounts: true}, {ServiceAccounts: true, TenantID: "cluster", Authority: "https://login.example"}}[pick(4)]
 	m := &machine{t: tb, pick: pick, h: newHarness(tb, cfg), affected: make(map[cache.ObjectName]bool)}
@@ -323,8 +322,6 @@ func answerOf(tb testing.TB, p *Pod, want Selector) string {
 		return "wait"
 	case errors.Is(err, ErrServiceAccount):
 		return "late"
-	case errors.Is(err, ErrMultipleIdentities):
-		return "several"
 	}
 	require.ErrorIs(tb, err, ErrNoIdentity)
 	return "none"
