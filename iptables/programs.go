@@ -133,12 +133,12 @@ func LeftPrograms(cfg Config) error {
 	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil //nolint:nilerr // nothing is known
+		return nil // nothing is known
 	}
 	defer unix.Close(fd) //nolint:errcheck // nothing is to be written
 	const discard = 9    // RFC 863
 	if err := unix.BindToDevice(fd, "lo"); err != nil {
-		return nil //nolint:nilerr // likewise
+		return nil // likewise
 	}
 	if err := unix.Sendto(fd, nil, 0, &unix.SockaddrInet4{Port: discard, Addr: cfg.Metadata.Addr().As4()}); errors.Is(err, unix.EPERM) {
 		// Without the errno: the agent lacks no right.

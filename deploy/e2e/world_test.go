@@ -112,7 +112,10 @@ func begin(t *testing.T) *scenario {
 }
 
 // within is a part of the scenario that is a test of its own.
-func (s *scenario) within(t *testing.T) *scenario { return &scenario{t: t, pods: s.pods} }
+func (s *scenario) within(t *testing.T) *scenario {
+	t.Helper()
+	return &scenario{t: t, pods: s.pods}
+}
 
 // agent starts the agent and waits until it is ready. When the test ends the
 // agent is stopped, must have exited with 0, and its rules are removed.

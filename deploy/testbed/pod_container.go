@@ -77,7 +77,7 @@ func (c *Container) startDialer() error {
 	if err != nil {
 		return err
 	}
-	defer theirs.Close()
+	defer theirs.Close() //nolint:errcheck // the dialer has a copy
 	c.dials = mine
 	c.dialer = exec.Command("/proc/self/exe")
 	c.dialer.Env = append(os.Environ(), dialerEnv+"=1")
@@ -95,7 +95,7 @@ func (c *Container) DialContext(ctx context.Context, _, address string) (net.Con
 	if err != nil {
 		return nil, err
 	}
-	defer mine.Close()
+	defer mine.Close() //nolint:errcheck // nothing more is expected of it
 	_, _, err = c.dials.WriteMsgUnix([]byte(address), unix.UnixRights(int(theirs.Fd())), nil)
 	_ = theirs.Close()
 	if err != nil {
@@ -122,7 +122,7 @@ func serveDials() error {
 		return err
 	}
 	for {
-		address, answerTo, err := receive(conn.(*net.UnixConn))
+		address, answerTo, err := receive(conn.(*net.UnixConn)) //nolint:errcheck // socketPair's are of this type
 		if err != nil {
 			return err
 		}
@@ -131,7 +131,7 @@ func serveDials() error {
 }
 
 func answerDial(address string, answerTo *os.File) {
-	defer answerTo.Close()
+	defer answerTo.Close() //nolint:errcheck // the other end notices
 	const patience = time.Minute
 	conn, err := net.DialTimeout("tcp", address, patience)
 	if err != nil {
@@ -139,7 +139,7 @@ func answerDial(address string, answerTo *os.File) {
 		return
 	}
 	defer conn.Close()
-	raw, err := conn.(*net.TCPConn).SyscallConn()
+	raw, err := conn.(*net.TCPConn).SyscallConn() //nolint:errcheck // it dialled TCP
 	if err == nil {
 		_ = raw.Control(func(fd uintptr) {
 			_ = unix.Sendmsg(int(answerTo.Fd()), []byte("connected"), unix.UnixRights(int(fd)), nil, 0)
@@ -183,5 +183,5 @@ func socketPair() (mine *net.UnixConn, theirs *os.File, err error) {
 	if err != nil {
 		return nil, nil, errors.Join(err, theirs.Close())
 	}
-	return conn.(*net.UnixConn), theirs, nil
+	return conn.(*net.UnixConn), theirs, nil //nolint:errcheck // socketpair made it
 }
