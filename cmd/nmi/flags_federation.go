@@ -29,6 +29,8 @@ const (
 
 	// defaultAudience is that of Entra in the public cloud.
 	defaultAudience = "api://AzureADTokenExchange"
+	// bindingsAudience is that of the token proxy of AKS identity bindings.
+	bindingsAudience = "api://AKSIdentityBinding"
 )
 
 // addFederationFlags adds the flags that decide what pods get by federation, which nmi explain has,
@@ -42,7 +44,7 @@ func (c *config) addFederationFlags(fs *pflag.FlagSet) {
 
 // addTokenRequestFlags adds the flags of how the agent gets tokens of service accounts.
 func (c *config) addTokenRequestFlags(fs *pflag.FlagSet) {
-	fs.StringVar(&c.federation.audience, flagAudience, defaultAudience, "audience of the service account tokens that Entra exchanges; api://AzureADTokenExchangeUSGov and api://AzureADTokenExchangeChina in those clouds, api://AKSIdentityBinding for AKS identity bindings")
+	fs.StringVar(&c.federation.audience, flagAudience, defaultAudience, "audience of the service account tokens that Entra exchanges; api://AzureADTokenExchangeUSGov and api://AzureADTokenExchangeChina in those clouds, "+bindingsAudience+" for AKS identity bindings")
 	p := &c.upstream.TokenProxy
 	parsedVar(fs, &p.URL, flagTokenProxy, "", parseTokenProxy, "URL of the token proxy of AKS identity bindings, to exchange service account tokens there and not at Entra (also the environment's "+envTokenProxy+")")
 	fs.StringVar(&p.ServerName, flagTokenProxy+"-sni", "", "name that the token proxy is asked for by SNI, and that its certificate must have (also the environment's "+envTokenProxySNI+")")
@@ -95,8 +97,21 @@ func (c *config) checkFederation() error {
 	if err := c.completeTokenProxy(); err != nil {
 		return err
 	}
+	if err := c.checkAudience(); err != nil {
+		return err
+	}
+	switch proxy, audience := c.upstream.TokenProxy.URL != "", c.federation.audience; {
+	case proxy && audience == defaultAudience:
+		return fmt.Errorf("--%s (or %s) takes no tokens that are for Entra: set --%s=%s", flagTokenProxy, envTokenProxy, flagAudience, bindingsAudience)
+	case !proxy && audience == bindingsAudience:
+		return fmt.Errorf("--%s=%s needs --%s: Entra takes no such tokens", flagAudience, bindingsAudience, flagTokenProxy)
+	}
+	return nil
+}
+
+func (c *config) checkAudience() error {
 	if c.federation.audience == "" {
-		return errors.New("--federation-audience is empty: the API server would take that for its own audience")
+		return errors.New("--" + flagAudience + " is empty: the API server would take that for its own audience")
 	}
 	return nil
 }

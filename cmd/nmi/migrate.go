@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -49,6 +50,9 @@ Run it where kubectl works (KUBECONFIG), with the agents' flags: --operation-mod
 			if !cmd.Flags().Changed(flagOperationMode) {
 				return fmt.Errorf("--%s is required: that of the agents", flagOperationMode)
 			}
+			if err := c.checkMigration(o, cmd.Flags().Changed(flagAudience)); err != nil {
+				return err
+			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), migrateTimeout)
 			defer cancel()
 			o.Audience, o.Mode, o.TenantID = c.federation.audience, c.resolver.Mode, c.resolver.Federation.TenantID
@@ -72,6 +76,18 @@ Run it where kubectl works (KUBECONFIG), with the agents' flags: --operation-mod
 	cmd.Flags().AddFlag(requests.Lookup(flagAudience))
 	c.addLogFlags(cmd.Flags())
 	return cmd
+}
+
+// checkMigration refuses what would come out as commands that do not work.
+func (c *config) checkMigration(o migrate.Options, audience bool) error {
+	issuer, err := url.Parse(o.Issuer)
+	switch {
+	case o.IdentityBindings && audience:
+		return errors.New("--" + flagAudience + " has no meaning with --identity-bindings, whose audience is AKS's own")
+	case o.Issuer != "" && (err != nil || issuer.Scheme != "https" || issuer.Host == ""):
+		return fmt.Errorf("--issuer=%s: want https://<host>[/<path>], as kubectl get --raw /.well-known/openid-configuration says", o.Issuer)
+	}
+	return c.checkAudience()
 }
 
 func planMigration(ctx context.Context, cfg podresolver.Config, o migrate.Options) (*migrate.Plan, error) {
