@@ -1,6 +1,7 @@
 package ebpf_test
 
 import (
+	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -72,6 +73,26 @@ func TestEgress(t *testing.T) {
 	time.Sleep(aMoment) // for packets that must not arrive
 	assert.Equal(t, before, seen.Load())
 	assert.Equal(t, uidA, a.ask("blocking"))
+}
+
+// A host-network pod that is to be redirected keeps no connection from before.
+func TestEgressOnceBound(t *testing.T) {
+	for name, redirect := range map[string]func(*node, *ebpf.Programs) error{
+		"bound": func(_ *node, p *ebpf.Programs) error { _, err := p.Bind([]string{uidA}); return err },
+		"all":   func(n *node, _ *ebpf.Programs) error { n.cfg.HostNetworkAll = true; n.ensure(); return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.cfg.Metadata = netip.MustParseAddrPort("169.254.169.254:8080")
+			held := n.holdOpen()
+			p := n.ensure()
+			a := n.addHostPod(guaranteedA)
+			require.Equal(t, "held", a.do(request{How: "hold", Address: held}).Answer)
+			require.Equal(t, "echo", a.do(request{How: "send"}).Answer, "it reaches the metadata service itself")
+			require.NoError(t, redirect(n, p))
+			assert.Empty(t, a.do(request{How: "send", Timeout: aMoment}).Answer)
+		})
+	}
 }
 
 // holdOpen opens a second port of the metadata service, which answers more than once on a

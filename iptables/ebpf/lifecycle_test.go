@@ -120,6 +120,20 @@ func TestLostLinks(t *testing.T) {
 	assert.Zero(t, n.leaks.Load())
 }
 
+// Also when all that is pinned is removed, be it by hand.
+func TestLostDirectory(t *testing.T) {
+	n := newNode(t)
+	n.agent()
+	p := n.ensure()
+	a := n.addPod("10.244.0.7", guaranteedA, testbed.Routed)
+	require.NoError(t, os.RemoveAll(n.cfg.Pins))
+	res, err := p.Ensure()
+	require.NoError(t, err)
+	assert.Equal(t, ebpf.Result{Written: allHooks, Lost: allHooks}, res)
+	assert.Equal(t, uidA, a.ask("blocking"))
+	assert.Zero(t, n.leaks.Load())
+}
+
 // The cgroup of all pods is another one after the kubelet's driver has changed: the links died with
 // it.
 func TestCgroupReplaced(t *testing.T) {
