@@ -7,16 +7,17 @@
 // life of a connection:
 //
 //  1. A process of a pod calls connect() with the address of the metadata service. connect4
-//     notes on the socket which cgroups the process is in, and puts the agent's address in the
-//     place of the other.
-//  2. When the client's end is established, sock_ops stores the caller by the numbers that the
-//     kernels of both ends have drawn for this connection, its initial sequence numbers.
+//     notes by the socket's cookie which cgroups the process is in, and puts the agent's
+//     address in the place of the other.
+//  2. When the client's end is established, sock_ops stores the caller by the connection's
+//     initial sequence numbers, with the client's address and port and the time.
 //  3. When the agent's end is established, sock_ops finds the caller by the same numbers,
-//     deletes the entry, and notes the caller on the agent's socket.
+//     deletes the entry, and notes the caller on the agent's socket if the address and port
+//     are the same and the entry is new.
 //  4. The agent accepts the connection, and Caller reads the note: cgroup, then pod. A
 //     connection without one was not redirected.
 //
-// No address is part of this: a pod that takes the address of another one is known as itself.
+// No pod is known by its address: one that takes that of another is known as itself.
 // The egress program drops whatever else pods send to the metadata service.
 //
 // The life of the programs:

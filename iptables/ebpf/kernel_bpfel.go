@@ -19,11 +19,24 @@ type kernelCaller struct {
 	Inner uint64
 }
 
+type kernelClient struct {
+	_      structs.HostLayout
+	Caller kernelCaller
+	Local  uint64
+	Since  uint64
+}
+
+type kernelNote struct {
+	_      structs.HostLayout
+	Caller kernelCaller
+	Direct uint64
+}
+
 type kernelSocket struct {
-	_         structs.HostLayout
-	Caller    kernelCaller
-	Handshake uint64
-	Direct    uint64
+	_      structs.HostLayout
+	Caller kernelCaller
+	Unused uint64
+	Direct uint64
 }
 
 // Names of all BPF objects in the ELF.
@@ -31,8 +44,9 @@ type kernelSocket struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	kernelMapBound          = "bound"
+	kernelMapClients        = "clients"
+	kernelMapConnecting     = "connecting"
 	kernelMapExempt         = "exempt"
-	kernelMapHandshakes     = "handshakes"
 	kernelMapSockets        = "sockets"
 	kernelProgNmiConnect4   = "nmi_connect4"
 	kernelProgNmiConnect6   = "nmi_connect6"
@@ -100,8 +114,9 @@ type kernelProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type kernelMapSpecs struct {
 	Bound      *ebpf.MapSpec `ebpf:"bound"`
+	Clients    *ebpf.MapSpec `ebpf:"clients"`
+	Connecting *ebpf.MapSpec `ebpf:"connecting"`
 	Exempt     *ebpf.MapSpec `ebpf:"exempt"`
-	Handshakes *ebpf.MapSpec `ebpf:"handshakes"`
 	Sockets    *ebpf.MapSpec `ebpf:"sockets"`
 }
 
@@ -139,16 +154,18 @@ func (o *kernelObjects) Close() error {
 // It can be passed to loadKernelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type kernelMaps struct {
 	Bound      *ebpf.Map `ebpf:"bound"`
+	Clients    *ebpf.Map `ebpf:"clients"`
+	Connecting *ebpf.Map `ebpf:"connecting"`
 	Exempt     *ebpf.Map `ebpf:"exempt"`
-	Handshakes *ebpf.Map `ebpf:"handshakes"`
 	Sockets    *ebpf.Map `ebpf:"sockets"`
 }
 
 func (m *kernelMaps) Close() error {
 	return _KernelClose(
 		m.Bound,
+		m.Clients,
+		m.Connecting,
 		m.Exempt,
-		m.Handshakes,
 		m.Sockets,
 	)
 }

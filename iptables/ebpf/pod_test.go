@@ -158,6 +158,10 @@ func (r request) run(held *int) (answer string, err error) {
 		return r.passed(held, v4)
 	case "connects":
 		return r.connects(v4)
+	case "numbers":
+		return sequenceNumbers(*held)
+	case "hoard":
+		return r.hoard(v4)
 	case "flood":
 		return r.flood()
 	case "relay":
