@@ -97,8 +97,11 @@ func (p *Programs) Ensure() (res Result, err error) {
 // loaded for the cgroup of all pods that there is now. Then Caller works, whichever agent's
 // programs run.
 func (p *Programs) Load() error {
+	maps := filepath.Join(p.cfg.Pins, mapsDir)
 	if p.objects != nil && p.pods.valid() {
-		return nil
+		if current, err := p.repin(maps); current || err != nil {
+			return err
+		}
 	}
 	pods, err := findKubepods(p.cfg.CgroupRoot)
 	if err != nil {
@@ -127,8 +130,7 @@ func (p *Programs) Load() error {
 			m.Pinning = ebpf.PinByName
 		}
 	}
-	maps := filepath.Join(p.cfg.Pins, mapsDir)
-	if err := makePins(p.cfg.Pins, maps, filepath.Join(p.cfg.Pins, linksDir)); err != nil {
+	if err := p.makePins(); err != nil {
 		return err
 	}
 	objects := new(kernelObjects)
@@ -150,13 +152,6 @@ func (p *Programs) Close() {
 		p.objects = nil
 	}
 }
-
-// The files in Config.Pins. What is in mapsDir has the layout of this version: one that changes
-// a map takes another name, so that both agents work while one takes over from the other.
-const (
-	linksDir = "links"
-	mapsDir  = "maps-1"
-)
 
 // ConnectProgram is the name of the program that redirects.
 const ConnectProgram = kernelProgNmiConnect4
@@ -258,16 +253,6 @@ func (p *Programs) preceding() (notes []string) {
 		}
 	}
 	return notes
-}
-
-// makePins makes the directories, for root alone.
-func makePins(dirs ...string) error {
-	for _, dir := range dirs {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("making a directory for pinned programs: %w", explain(err))
-		}
-	}
-	return checkFileSystem(dirs[0])
 }
 
 // networkOrder is a port as it is in packets.

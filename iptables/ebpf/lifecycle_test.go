@@ -126,11 +126,17 @@ func TestLostDirectory(t *testing.T) {
 	n.agent()
 	p := n.ensure()
 	a := n.addPod("10.244.0.7", guaranteedA, testbed.Routed)
+	host := n.addHostPod(burstableB)
+	_, err := p.Bind([]string{uidB})
+	require.NoError(t, err)
 	require.NoError(t, os.RemoveAll(n.cfg.Pins))
 	res, err := p.Ensure()
 	require.NoError(t, err)
 	assert.Equal(t, ebpf.Result{Written: allHooks, Lost: allHooks}, res)
 	assert.Equal(t, uidA, a.ask("blocking"))
+	assert.Equal(t, uidB, host.ask("blocking"), "who was bound")
+	n.ensure() // the next agent has the same maps
+	assert.Equal(t, uidB, host.ask("blocking"))
 	assert.Zero(t, n.leaks.Load())
 }
 
