@@ -118,6 +118,36 @@ func TestBoundOnHostNetwork(t *testing.T) {
 	assert.ElementsMatch(t, []string{"host", "hash"}, h.BoundOnHostNetwork())
 }
 
+// A second object that names a static pod's hash must not give the static pod the node's identity:
+// it stays redirected, and is refused.
+func TestBoundOnHostNetworkAmbiguous(t *testing.T) {
+	mirror := func(name string, options ...podOption) *corev1.Pod {
+		p := resolvertest.Pod(name, "", "x")
+		for _, option := range append(options, mirrorOf("hash")) {
+			option(p)
+		}
+		return p
+	}
+	h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"),
+		mirror("static", uid("1"), hostNetwork))
+	h.update()
+	assert.Equal(t, []string{"hash"}, h.BoundOnHostNetwork())
+	h.put(mirror("evil", uid("2")))
+	h.update()
+	assert.Equal(t, []string{"hash"}, h.BoundOnHostNetwork())
+}
+
+// The UID of a pod that the API server does not name, or not any more, is nobody else's: what a mirror
+// says is a hash, not a UID.
+func TestMirrorNamesUID(t *testing.T) {
+	const real = "aaaaaaaa-0000-4000-8000-000000000001" // deleted from the API server by force; its processes still run
+	h := newHarness(t, Config{ByUID: true}, claimant("evil", uid("x"), mirrorOf(real)))
+	h.update()
+	pod, err := h.ResolveNow(ByUID(real), func(*Pod) error { return nil })
+	assert.ErrorIs(t, err, ErrUnknownAddress)
+	assert.Nil(t, pod)
+}
+
 func TestExplainByUID(t *testing.T) {
 	h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"))
 	p := resolvertest.Pod("p", "", "x")
