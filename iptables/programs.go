@@ -97,7 +97,11 @@ func (r *Reconciler) bind() (again <-chan time.Time) {
 	if r.programs == nil || r.cfg.Bound == nil || !r.status.Load().InPlace[partRedirect] {
 		return nil
 	}
-	missing, err := r.programs.Bind(r.cfg.Bound())
+	uids, known := r.cfg.Bound()
+	if !known {
+		return nil // an agent that starts anew leaves redirected what its predecessor did
+	}
+	missing, err := r.programs.Bind(uids)
 	if text := errorText(err); text != r.lastBind {
 		if r.lastBind = text; err != nil {
 			r.cfg.Logger.Error("host-network pods may get the node's identities instead of their own; retrying", "error", err)

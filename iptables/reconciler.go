@@ -62,8 +62,9 @@ type Config struct {
 	Programs ebpf.Config
 	// Bound returns the UIDs of the pods on the host network that mode EBPF redirects although
 	// Programs.HostNetworkAll is not set; nil for none. It is asked when Pods have changed.
-	Bound  func() []string `json:"-"`
-	Logger *slog.Logger    `json:"-"` // nil means slog.Default
+	// Unless they are known (ok), those that an earlier agent redirected stay so.
+	Bound  func() (uids []string, ok bool) `json:"-"`
+	Logger *slog.Logger                    `json:"-"` // nil means slog.Default
 }
 
 // Reconciler keeps the rules in place.

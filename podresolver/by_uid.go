@@ -1,9 +1,13 @@
 package podresolver
 
 import (
+	"crypto/md5"
+	"encoding/hex"
 	"net/netip"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // A caller whose pod the kernel has named needs no address. All that goes by a caller's address,
@@ -48,39 +52,40 @@ func unknown(caller netip.Addr) error {
 }
 
 // nodeUID is the UID that the node has for a pod. A static pod's is the hash of its manifest; the
-// object that the API server has of it, its mirror, has another UID, and names that one in an
-// annotation. mirror is whether it is such a one: anybody who may create pods can make an object
-// that looks like a mirror.
-func nodeUID(pod *corev1.Pod) (uid string, mirror bool) {
-	if pod.Annotations[corev1.MirrorPodAnnotationKey] != "" {
-		if hash := pod.Annotations["kubernetes.io/config.hash"]; hash != "" { // ConfigHashAnnotationKey of the kubelet
-			return hash, true
-		}
+// object that the API server has of it, its mirror, has another UID, and names the hash in an
+// annotation. Whoever may create pods can make such an object. So it names nothing but a hash,
+// which is never the UID of another kind of pod, and two of one hash are ambiguous. Nor is it one
+// without its node as an owner: the kubelet writes that (CreateMirrorPod), and the API server
+// refuses it to kubelets of other nodes (NodeRestriction).
+func nodeUID(pod *corev1.Pod) string {
+	if pod.Annotations[corev1.MirrorPodAnnotationKey] == "" {
+		return string(pod.UID)
 	}
-	return string(pod.UID), false
+	hash := pod.Annotations["kubernetes.io/config.hash"] // ConfigHashAnnotationKey of the kubelet
+	if !isManifestHash(hash) || !slices.ContainsFunc(pod.OwnerReferences, func(o metav1.OwnerReference) bool {
+		return o.APIVersion == "v1" && o.Kind == "Node" && o.Name == pod.Spec.NodeName
+	}) {
+		return string(pod.UID)
+	}
+	return hash
 }
 
-// addUIDs adds the pods by their UIDs to the claims of a snapshot. Unlike an address, a UID stays
-// its pod's whatever state that is in. That of a mirror is only what its object says: it counts
-// for nothing where it is another pod's own.
-func addUIDs(claims, mirrors map[netip.Addr][]*Pod) {
-	for caller, pods := range mirrors {
-		if _, taken := claims[caller]; !taken {
-			claims[caller] = pods
-		}
-	}
+// isManifestHash reports whether a UID is one that the kubelet makes of a static pod's manifest: the
+// MD5 sum in hexadecimal digits (applyDefaults). A UUID, which the API server gives pods, has dashes.
+// So has the UID that a manifest may set itself: such a pod is known by none.
+func isManifestHash(uid string) bool {
+	sum, err := hex.DecodeString(uid)
+	return err == nil && len(sum) == md5.Size
 }
 
 // bound reports whether the pod has an identity of its own.
 func (p *Pod) bound() bool { return len(p.identities)+len(p.pending) > 0 }
 
 // BoundOnHostNetwork returns the UIDs of the pods on the host network that have identities of their
-// own, by Config.ByUID, in any order. They change when Addresses' channel says so.
-func (r *Resolver) BoundOnHostNetwork() (uids []string) {
-	for caller, o := range r.current.Load().byAddr {
-		if uid := UIDOf(caller); uid != "" && o.pod != nil && o.pod.info.hostNetwork && !o.pod.info.finished && o.pod.bound() {
-			uids = append(uids, uid)
-		}
-	}
-	return uids
+// own, by Config.ByUID, and whether they are known: not before Synced. They change when Addresses'
+// channel says so. A UID that several pods claim is among them if one of these is such a pod: to be
+// refused is better than to get the node's identities.
+func (r *Resolver) BoundOnHostNetwork() (uids []string, ok bool) {
+	s := r.current.Load()
+	return s.boundOnHostNetwork, s.complete
 }

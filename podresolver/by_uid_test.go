@@ -8,14 +8,25 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podidentity/nmi/podresolver/resolvertest"
 )
 
+const manifestHash = "0123456789abcdef0123456789abcdef"
+
+// mirrorOf is the option for what the kubelet of node1 makes of a static pod.
 func mirrorOf(hash string) podOption {
 	return func(p *corev1.Pod) {
 		p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: hash, "kubernetes.io/config.hash": hash}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: p.Spec.NodeName}}
+	}
+}
+
+func ownedBy(apiVersion, kind, name string) podOption {
+	return func(p *corev1.Pod) {
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: apiVersion, Kind: kind, Name: name}}
 	}
 }
 
@@ -26,36 +37,65 @@ func TestUIDOwner(t *testing.T) {
 		owner string // of UID "u"; "" for none
 		err   error
 	}{
-		"another UID":                {map[string][]podOption{"other": nil}, "", ErrUnknownAddress},
-		"without an address":         {map[string][]podOption{"p": {uid("u"), noIP}}, "p", nil},
-		"with that of another pod":   {map[string][]podOption{"p": {uid("u")}, "other": nil}, "p", nil},
-		"on the host network":        {map[string][]podOption{"p": {uid("u"), hostNetwork}}, "p", nil},
-		"finished":                   {map[string][]podOption{"p": {uid("u"), phase(corev1.PodSucceeded)}}, "p", nil},
-		"its grace period is over":   {map[string][]podOption{"p": {uid("u"), graceOver}}, "p", nil},
-		"mirror":                     {map[string][]podOption{"p": {uid("x"), mirrorOf("u")}}, "p", nil},
-		"mirror, by its own UID":     {map[string][]podOption{"p": {uid("u"), mirrorOf("hash")}}, "", ErrUnknownAddress},
-		"forged mirror":              {map[string][]podOption{"p": {uid("u")}, "evil": {uid("x"), mirrorOf("u")}}, "p", nil},
-		"mirrors of one hash":        {map[string][]podOption{"p": {uid("x"), mirrorOf("u")}, "evil": {uid("y"), mirrorOf("u")}}, "", ErrAmbiguousAddress},
-		"hash without a mirror":      {map[string][]podOption{"p": {uid("x"), func(p *corev1.Pod) { p.Annotations = map[string]string{"kubernetes.io/config.hash": "u"} }}}, "", ErrUnknownAddress},
-		"mirror replaced by another": {map[string][]podOption{"old": {uid("x"), mirrorOf("u"), terminating}, "p": {uid("y"), mirrorOf("u")}}, "p", nil},
+		"another UID":              {map[string][]podOption{"other": nil}, "", ErrUnknownAddress},
+		"without an address":       {map[string][]podOption{"p": {uid("u"), noIP}}, "p", nil},
+		"with that of another pod": {map[string][]podOption{"p": {uid("u")}, "other": nil}, "p", nil},
+		"on the host network":      {map[string][]podOption{"p": {uid("u"), hostNetwork}}, "p", nil},
+		"finished":                 {map[string][]podOption{"p": {uid("u"), phase(corev1.PodSucceeded)}}, "p", nil},
+		"its grace period is over": {map[string][]podOption{"p": {uid("u"), graceOver}}, "p", nil},
+		"mirror's own":             {map[string][]podOption{"p": {uid("u"), mirrorOf(manifestHash)}}, "", ErrUnknownAddress},
+		"forged mirror":            {map[string][]podOption{"p": {uid("u")}, "evil": {uid("x"), mirrorOf("u")}}, "p", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := newHarness(t, Config{ByUID: true})
-			for name, options := range tc.pods {
-				h.put(claimant(name, options...))
-			}
-			h.update()
-			pod, err := h.ResolveNow(ByUID("u"), func(*Pod) error { return nil })
-			require.ErrorIs(t, err, tc.err)
-			if tc.owner != "" {
-				assert.Equal(t, tc.owner, pod.Name)
-				assert.Equal(t, pod, h.Owner(ByUID("u")))
-			}
-			addrs, _ := h.Addresses()
-			for _, a := range addrs {
-				assert.Empty(t, UIDOf(a), "for those who want addresses")
-			}
+			assertOwner(t, "u", tc.pods, tc.owner, tc.err)
 		})
+	}
+}
+
+// TestManifestHashOwner: the hash of a static pod's manifest belongs to its mirror.
+func TestManifestHashOwner(t *testing.T) {
+	const uuid = "aaaaaaaa-0000-4000-8000-000000000001"
+	for name, tc := range map[string]struct {
+		hash  string
+		pods  map[string][]podOption
+		owner string // "" for none
+		err   error
+	}{
+		"mirror":                       {manifestHash, map[string][]podOption{"p": {uid("x"), mirrorOf(manifestHash)}}, "p", nil},
+		"of another":                   {manifestHash, map[string][]podOption{"p": {uid("x"), mirrorOf("0" + manifestHash[:31])}}, "", ErrUnknownAddress},
+		"two of one hash":              {manifestHash, map[string][]podOption{"p": {uid("x"), mirrorOf(manifestHash)}, "evil": {uid("y"), mirrorOf(manifestHash)}}, "", ErrAmbiguousAddress},
+		"replaced by another":          {manifestHash, map[string][]podOption{"old": {uid("x"), mirrorOf(manifestHash), terminating}, "p": {uid("y"), mirrorOf(manifestHash)}}, "p", nil},
+		"hash without a mirror":        {manifestHash, map[string][]podOption{"p": {uid("x"), mirrorOf(manifestHash), func(p *corev1.Pod) { delete(p.Annotations, corev1.MirrorPodAnnotationKey) }}}, "", ErrUnknownAddress},
+		"without an owner":             {manifestHash, map[string][]podOption{"p": {uid("x"), mirrorOf(manifestHash), func(p *corev1.Pod) { p.OwnerReferences = nil }}}, "", ErrUnknownAddress},
+		"owner is another node":        {manifestHash, map[string][]podOption{"p": {uid("x"), mirrorOf(manifestHash), ownedBy("v1", "Node", "node2")}}, "", ErrUnknownAddress},
+		"owner is another kind":        {manifestHash, map[string][]podOption{"p": {uid("x"), mirrorOf(manifestHash), ownedBy("example.com/v1", "Node", "node1")}}, "", ErrUnknownAddress},
+		"too short":                    {manifestHash[:30], map[string][]podOption{"p": {uid("x"), mirrorOf(manifestHash[:30])}}, "", ErrUnknownAddress},
+		"UID that the manifest sets":   {uuid, map[string][]podOption{"p": {uid("x"), mirrorOf(uuid)}}, "", ErrUnknownAddress},
+		"UID of a pod that is unknown": {uuid, map[string][]podOption{"evil": {uid("x"), mirrorOf(uuid)}}, "", ErrUnknownAddress}, // deleted by force, and its processes still run
+	} {
+		t.Run(name, func(t *testing.T) {
+			assertOwner(t, tc.hash, tc.pods, tc.owner, tc.err)
+		})
+	}
+}
+
+// assertOwner asserts which of the pods has a UID.
+func assertOwner(t *testing.T, uid string, pods map[string][]podOption, owner string, ownerErr error) {
+	t.Helper()
+	h := newHarness(t, Config{ByUID: true})
+	for name, options := range pods {
+		h.put(claimant(name, options...))
+	}
+	h.update()
+	pod, err := h.ResolveNow(ByUID(uid), func(*Pod) error { return nil })
+	require.ErrorIs(t, err, ownerErr)
+	if owner != "" {
+		assert.Equal(t, owner, pod.Name)
+		assert.Equal(t, pod, h.Owner(ByUID(uid)))
+	}
+	addrs, _ := h.Addresses()
+	for _, a := range addrs {
+		assert.Empty(t, UIDOf(a), "for those who want addresses")
 	}
 }
 
@@ -104,49 +144,40 @@ func TestResolveByUID(t *testing.T) {
 }
 
 func TestBoundOnHostNetwork(t *testing.T) {
-	bound := func(name string, options ...podOption) *corev1.Pod {
-		p := resolvertest.Pod(name, "", "x")
-		for _, option := range append(options, uid(types.UID(name))) {
-			option(p)
-		}
-		return p
+	for name, tc := range map[string]struct {
+		pods map[string][]podOption
+		want []string
+	}{
+		"pods of all kinds": {map[string][]podOption{
+			"host": {hostNetwork}, "done": {hostNetwork, phase(corev1.PodFailed)}, "pod": nil, "unbound": {hostNetwork, unbound}, "mirror": {hostNetwork, mirrorOf(manifestHash)},
+		}, []string{manifestHash, "host"}},
+		// Refused is better than the node's identities.
+		"two of one hash":                {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash)}, "evil": {unbound, mirrorOf(manifestHash)}}, []string{manifestHash}},
+		"two of one hash, both bound":    {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash)}, "evil": {hostNetwork, mirrorOf(manifestHash)}}, []string{manifestHash}},
+		"the one of two that is deleted": {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash), terminating}, "evil": {unbound, mirrorOf(manifestHash)}}, []string{manifestHash}},
+		"its grace period is over":       {map[string][]podOption{"host": {hostNetwork, graceOver}}, []string{"host"}},
+		"none":                           {nil, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"))
+			_, ok := h.BoundOnHostNetwork()
+			assert.False(t, ok, "nothing is known yet")
+			for name, options := range tc.pods {
+				p := resolvertest.Pod(name, "", "x")
+				for _, option := range append(options, uid(types.UID(name))) {
+					option(p)
+				}
+				h.put(p)
+			}
+			h.update()
+			uids, ok := h.BoundOnHostNetwork()
+			assert.True(t, ok)
+			assert.Equal(t, tc.want, uids)
+		})
 	}
-	h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"),
-		bound("host", hostNetwork), bound("done", hostNetwork, phase(corev1.PodFailed)), bound("pod"),
-		bound("unbound", hostNetwork, func(p *corev1.Pod) { p.Labels = nil }), bound("mirror", hostNetwork, mirrorOf("hash")))
-	h.update()
-	assert.ElementsMatch(t, []string{"host", "hash"}, h.BoundOnHostNetwork())
 }
 
-// A second object that names a static pod's hash must not give the static pod the node's identity:
-// it stays redirected, and is refused.
-func TestBoundOnHostNetworkAmbiguous(t *testing.T) {
-	mirror := func(name string, options ...podOption) *corev1.Pod {
-		p := resolvertest.Pod(name, "", "x")
-		for _, option := range append(options, mirrorOf("hash")) {
-			option(p)
-		}
-		return p
-	}
-	h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"),
-		mirror("static", uid("1"), hostNetwork))
-	h.update()
-	assert.Equal(t, []string{"hash"}, h.BoundOnHostNetwork())
-	h.put(mirror("evil", uid("2")))
-	h.update()
-	assert.Equal(t, []string{"hash"}, h.BoundOnHostNetwork())
-}
-
-// The UID of a pod that the API server does not name, or not any more, is nobody else's: what a mirror
-// says is a hash, not a UID.
-func TestMirrorNamesUID(t *testing.T) {
-	const real = "aaaaaaaa-0000-4000-8000-000000000001" // deleted from the API server by force; its processes still run
-	h := newHarness(t, Config{ByUID: true}, claimant("evil", uid("x"), mirrorOf(real)))
-	h.update()
-	pod, err := h.ResolveNow(ByUID(real), func(*Pod) error { return nil })
-	assert.ErrorIs(t, err, ErrUnknownAddress)
-	assert.Nil(t, pod)
-}
+func unbound(p *corev1.Pod) { p.Labels = nil }
 
 func TestExplainByUID(t *testing.T) {
 	h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"))
@@ -161,11 +192,10 @@ func TestExplainByUID(t *testing.T) {
 	p.Labels = nil
 	h.put(p)
 	assert.Contains(t, h.explain(t), "warning requests: it is on the host network, and nothing is bound to it")
-	mirrorOf("v")(p)
+	mirrorOf(manifestHash)(p)
 	p = p.DeepCopy()
 	p.Labels = map[string]string{"aadpodidbinding": "x"}
 	p.Spec.HostNetwork = false
-	victim := claimant("victim", uid("v"))
-	h.put(p, victim)
-	assert.Contains(t, h.explain(t), "failed address: ")
+	h.put(p, claimant("evil", mirrorOf(manifestHash)))
+	assert.Contains(t, h.explain(t), "failed address: several live pods claim this address (UID "+manifestHash+"): ")
 }

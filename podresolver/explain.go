@@ -188,11 +188,8 @@ func (d *Decision) explainRequests(info *podInfo) {
 // explainUID is explainAddressesLocked for a pod that is known by its UID.
 func (r *Resolver) explainUID(d *Decision, s *snapshot, p *Pod) *Pod {
 	found, err := s.resolve(p.info.caller, func(*Pod) error { return nil })
-	switch {
-	case r.expired.Load():
+	if r.expired.Load() {
 		err = ErrStale
-	case err == nil && found.UID != p.UID: // this one is a mirror
-		err = fmt.Errorf("%w: the UID that it mirrors is that of %s", ErrUnconfirmed, found)
 	}
 	if err != nil {
 		why := causeOf(err)

@@ -352,6 +352,7 @@ func (r *Resolver) update() (expiry <-chan time.Time) {
 
 	now := time.Now()
 	next, expires := newSnapshot(maps.Values(r.decided), now)
+	next.complete = true // Run and Read wait for all resources
 	before := r.current.Load()
 	for addr, owner := range next.byAddr {
 		if owner.err != nil && before.byAddr[addr].err == nil {

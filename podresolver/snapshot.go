@@ -14,6 +14,10 @@ import (
 // snapshot is the owner of each address at one time. It does not change once published.
 type snapshot struct {
 	byAddr map[netip.Addr]owner
+	// boundOnHostNetwork is for BoundOnHostNetwork; each UID once.
+	boundOnHostNetwork []string
+	// complete is whether all resources have been listed.
+	complete bool
 	// replaced is closed when a newer snapshot is in place.
 	replaced chan struct{}
 }
@@ -57,17 +61,17 @@ func compareClaims(a, b *Pod) int {
 
 // newSnapshot resolves the owner of each address at now. A pod whose grace period has ended
 // owns none. Of several pods the youngest is the owner if all others are terminating;
-// otherwise the address is ambiguous and has no owner. expires is the next time at which an
+// otherwise the address is ambiguous and has no owner. A pod owns its UID in whatever state it is. expires is the next time at which an
 // owner changes without an event, zero if none does.
 func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.Time) {
-	claims, mirrors := make(map[netip.Addr][]*Pod), make(map[netip.Addr][]*Pod)
+	s := &snapshot{replaced: make(chan struct{})}
+	claims := make(map[netip.Addr][]*Pod)
 	for p := range pods {
-		switch caller := p.info.caller; {
-		case !caller.IsValid():
-		case p.info.mirror:
-			mirrors[caller] = append(mirrors[caller], p)
-		default:
+		if caller := p.info.caller; caller.IsValid() {
 			claims[caller] = append(claims[caller], p)
+			if p.info.hostNetwork && !p.info.finished && p.bound() {
+				s.boundOnHostNetwork = append(s.boundOnHostNetwork, UIDOf(caller))
+			}
 		}
 		if p.info.expired(now) {
 			continue
@@ -79,8 +83,9 @@ func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.
 			claims[addr] = append(claims[addr], p)
 		}
 	}
-	addUIDs(claims, mirrors)
-	s := &snapshot{byAddr: make(map[netip.Addr]owner, len(claims)), replaced: make(chan struct{})}
+	slices.Sort(s.boundOnHostNetwork)
+	s.boundOnHostNetwork = slices.Compact(s.boundOnHostNetwork)
+	s.byAddr = make(map[netip.Addr]owner, len(claims))
 	for addr, by := range claims {
 		s.byAddr[addr] = resolveOwner(addr, by)
 	}

@@ -34,10 +34,7 @@ type (
 		mic         bool         // see isMICPod
 		hostNetwork bool
 		finished    bool
-		// caller stands for the pod's UID, see ByUID; zero without Config.ByUID. mirror is
-		// that of nodeUID.
-		caller netip.Addr
-		mirror bool
+		caller      netip.Addr // stands for nodeUID, see ByUID; zero without Config.ByUID
 		// workloadIdentity is the setting that keeps SDKs in the pod from using IMDS; "" for
 		// none.
 		workloadIdentity string
@@ -101,9 +98,7 @@ func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInf
 			info.until = pod.DeletionTimestamp.Time
 		}
 		if byUID {
-			var uid string
-			uid, info.mirror = nodeUID(pod)
-			info.caller = ByUID(uid)
+			info.caller = ByUID(nodeUID(pod))
 		}
 		info.finished = pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
 		var running, any bool
