@@ -162,7 +162,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case r.Context().Err() != nil: // the client has gone, or finished sending
 	case errors.As(err, &httpErr): // the client's mistake, and the response has all there is to say
-		s.log.DebugContext(r.Context(), "refused", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
+		s.log.DebugContext(r.Context(), "refused", "from", peerOf(r), "method", r.Method, "path", r.URL.Path, "status", e.status, "error", err)
 	default:
 		s.notServed(r, e.status, err)
 	}
@@ -192,7 +192,7 @@ func (s *Server) notServed(r *http.Request, status int, err error) {
 	cause := err
 	if logged {
 		refusal.Reason, refusal.Fix, err = s.diagnose(err)
-		s.log.InfoContext(r.Context(), "not served", "from", r.RemoteAddr, "pod", refusal.Pod, "status", status, "reason", refusal.Reason, "error", err, "fix", refusal.Fix)
+		s.log.InfoContext(r.Context(), "not served", "from", peerOf(r), "pod", refusal.Pod, "status", status, "reason", refusal.Reason, "error", err, "fix", refusal.Fix)
 	}
 	refusal.Text = err.Error()
 	count := s.refusals.add(caller, refusal, logged)

@@ -110,6 +110,15 @@ func callerOf(r *http.Request) netip.Addr {
 	return from.Addr().Unmap()
 }
 
+// peerOf is the address and port that a request came from, for logs. That of a caller whom the
+// kernel has named, see listener.OnlyIdentified, is not in RemoteAddr.
+func peerOf(r *http.Request) string {
+	if peer := listener.FromContext(r.Context()).Peer(); peer != nil {
+		return peer.String()
+	}
+	return r.RemoteAddr
+}
+
 // resolve finds the pod that has the caller's address, and checks that the connection is its.
 func (s *Server) resolve(ctx context.Context, caller netip.Addr, conn *listener.Conn) (*podresolver.Pod, error) {
 	if !caller.IsValid() {

@@ -47,6 +47,8 @@ func TestCallersByUID(t *testing.T) {
 	resp, body = w.get(excepted, tokenURL)
 	assert.Equal(t, http.StatusServiceUnavailable, resp.StatusCode, body)
 	assert.Contains(t, w.log.String(), "UID nobody")
+	assert.Contains(t, w.log.String(), "from="+excepted+":")
+	assert.NotContains(t, w.log.String(), "from=[::%", "what stands for the pod's UID")
 	assert.Equal(t, 1, w.imds.Tokens())
 	refusals := w.server.Refusals(podresolver.ByUID("uid-of-unbound"))
 	require.Len(t, refusals, 1)

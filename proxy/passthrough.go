@@ -28,7 +28,7 @@ const maxPassThrough = 8
 // passThrough sends a request to IMDS as it is. It is the one way there for requests of pods,
 // and has their bounds. why is for the log: the path or the pod, as keys and values.
 func (s *Server) passThrough(w http.ResponseWriter, r *http.Request, why ...any) error {
-	s.log.DebugContext(r.Context(), "passed through", append(why, "from", r.RemoteAddr, "method", r.Method)...)
+	s.log.DebugContext(r.Context(), "passed through", append(why, "from", peerOf(r), "method", r.Method)...)
 	if r.ContentLength > maxBody { // not even its beginning
 		return &http.MaxBytesError{Limit: maxBody}
 	}

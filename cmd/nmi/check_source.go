@@ -25,6 +25,9 @@ func (a *agent) checkSource() func(addr netip.Addr, ingress int, pod *podresolve
 
 // onlyPods is the listener without the connections that are no pod's.
 func (a *agent) onlyPods(ln *handover.Listener) (net.Listener, error) {
+	if err := listener.OnlyTo(ln.TCPListener, a.cfg.destinations()...); err != nil {
+		return nil, err
+	}
 	switch a.cfg.rules.Mode {
 	case iptables.None:
 		return ln, nil
@@ -33,6 +36,19 @@ func (a *agent) onlyPods(ln *handover.Listener) (net.Listener, error) {
 	default:
 		return listener.OnlyRedirected(ln, a.cfg.rules.Metadata), nil
 	}
+}
+
+// destinations are the addresses of the node that connections may come to; nil for all. In mode
+// ebpf no rule drops connections that were not redirected, and to find out that one was not takes
+// the agent longer than the kernel.
+func (c *config) destinations() []netip.Addr {
+	switch {
+	case c.rules.Mode != iptables.EBPF:
+		return nil
+	case len(c.proxy.HostTokenUIDs) > 0:
+		return []netip.Addr{c.rules.Address, netip.AddrFrom4([4]byte{127, 0, 0, 1})}
+	}
+	return []netip.Addr{c.rules.Address}
 }
 
 // identify returns the caller of a connection in mode ebpf.

@@ -65,7 +65,7 @@ exit 4
 `
 		require.NoError(k.t, os.WriteFile(filepath.Join(refusing, name), []byte(script), 0o755))
 	}
-	k.path = refusing + ":/usr/bin:/bin"
+	k.env = []string{"PATH=" + refusing + ":/usr/bin:/bin"}
 }
 
 // An agent in another mode takes over, both ways, and leaves nothing of the other mode behind.

@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
@@ -41,11 +42,14 @@ func TestEBPF(t *testing.T) {
 	hash := "0123456789abcdef0123456789abcdef"
 	k.create(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{
 		Name: "static-node1", Labels: binding("cart"), Annotations: map[string]string{corev1.MirrorPodAnnotationKey: hash, "kubernetes.io/config.hash": hash},
+		OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: testbed.NodeName, UID: "node"}},
 	}})
 	assert.Equal(t, cart.ClientID, k.container(hash, m).asks().subject, "static pod")
 
-	// Only pods: the node's own programs, and connections to the agent's port.
-	conn, err := net.Dial("tcp", testbed.NodeAddress+":2579")
+	// Only pods, and only where the programs lead them.
+	_, err := net.DialTimeout("tcp", testbed.NodeAddress+":2579", time.Second)
+	assert.ErrorContains(t, err, "timeout")
+	conn, err := net.Dial("tcp", iptables.DefaultAddress.String()+":2579")
 	if err == nil {
 		_, err = conn.Read(make([]byte, 1))
 		_ = conn.Close()

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -20,8 +21,8 @@ type kubepods struct {
 	*testbed.Kubepods
 
 	// Of agents that start from now on.
-	path  string // of their commands; "" for the usual one
-	rules bool   // they have what the manifest for rules gives them
+	env   []string // what differs in their environment
+	rules bool     // they have what the manifest for rules gives them
 }
 
 func (s *scenario) kubepods() *kubepods {
@@ -45,9 +46,7 @@ func (k *kubepods) starts(flags ...string) *testbed.Agent {
 	k.t.Helper()
 	launcher, err := k.Agent(k.rules)
 	require.NoError(k.t, err)
-	if k.path != "" {
-		launcher = append([]string{"env", "PATH=" + k.path}, launcher...)
-	}
+	launcher = slices.Concat([]string{"env"}, k.env, launcher)
 	binary, err := testbed.AgentBinary()
 	require.NoError(k.t, err)
 	a, err := testbed.StartAgentIn(launcher, binary, world.Kubeconfig, append([]string{"--redirect-mode=ebpf", "--cgroup-root=" + k.CgroupRoot}, flags...)...)

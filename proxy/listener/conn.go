@@ -68,6 +68,18 @@ func (c *Conn) Caller() netip.Addr {
 	return c.caller.addr
 }
 
+// Peer is the address and port at the other end, which for a connection of OnlyIdentified is not
+// RemoteAddr; nil if that is not known.
+func (c *Conn) Peer() net.Addr {
+	if c == nil {
+		return nil
+	}
+	if identified, ok := c.Conn.(*identifiedConn); ok {
+		return identified.TCPConn.RemoteAddr()
+	}
+	return c.RemoteAddr()
+}
+
 // Acquire counts a request of the connection's caller, unless the caller has limit of them
 // already. Each that was acquired must be released.
 func (c *Conn) Acquire(limit int) bool {

@@ -43,6 +43,7 @@ func TestOnlyIdentified(t *testing.T) {
 	port := known.LocalAddr().(*net.TCPAddr).AddrPort().Port()
 	assert.Equal(t, netip.AddrPortFrom(caller, port).String(), c.RemoteAddr().String())
 	assert.Equal(t, caller, netip.MustParseAddrPort(c.RemoteAddr().String()).Addr(), "as handlers read it")
+	assert.Equal(t, known.LocalAddr().String(), c.Peer().String(), "for logs")
 	assert.NotZero(t, c.Ingress())
 	_, err = unknown.Read(make([]byte, 1))
 	require.ErrorContains(t, err, "connection reset")
