@@ -1,7 +1,6 @@
 package podresolver
 
 import (
-	"crypto/md5"
 	"encoding/hex"
 	"net/netip"
 	"slices"
@@ -74,8 +73,9 @@ func nodeUID(pod *corev1.Pod) string {
 // MD5 sum in hexadecimal digits (applyDefaults). A UUID, which the API server gives pods, has dashes.
 // So has the UID that a manifest may set itself: such a pod is known by none.
 func isManifestHash(uid string) bool {
+	const bits = 128 // of MD5
 	sum, err := hex.DecodeString(uid)
-	return err == nil && len(sum) == md5.Size
+	return err == nil && 8*len(sum) == bits
 }
 
 // bound reports whether the pod has an identity of its own.
