@@ -67,7 +67,7 @@ the identity of the node.`,
 // node without rules, as cleanup does.
 func cleanUp(ctx context.Context, cfg *config, log *slog.Logger) error {
 	guardErr := removeBootGuard(ctx, cfg, log)
-	return errors.Join(guardErr, iptables.Cleanup(ctx, iptables.Config{Address: cfg.rules.Address, Programs: ebpf.Config{Pins: ebpf.DefaultPins}, Logger: log}))
+	return errors.Join(guardErr, iptables.Cleanup(ctx, iptables.Config{Address: cfg.rules.Address, Programs: ebpf.Config{Pins: ebpf.FindPins()}, Logger: log}))
 }
 
 // removeBootGuard removes the unit from --boot-guard-dir, or else from wherever it may be.

@@ -109,7 +109,7 @@ func (c *config) complete() error {
 		return err
 	}
 	c.rules.Port = c.front.addr.Port()
-	c.rules.Programs.Pins = ebpf.DefaultPins
+	c.rules.Programs.Pins = ebpf.FindPins()
 	c.resolver.ByUID = c.rules.Mode == iptables.EBPF
 	c.upstream.IMDS = &url.URL{Scheme: "http", Host: c.rules.Metadata.String()}
 	c.upstream.UserAgent = strings.TrimSpace("nmi/" + version + " " + c.userAgent)

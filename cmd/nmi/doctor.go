@@ -12,6 +12,7 @@ import (
 
 	"github.com/podidentity/nmi/cmd/nmi/doctor"
 	"github.com/podidentity/nmi/cmd/nmi/terminal"
+	"github.com/podidentity/nmi/iptables/ebpf"
 	"github.com/podidentity/nmi/podresolver"
 )
 
@@ -85,7 +86,7 @@ func examine(ctx context.Context, cfg doctor.Config, output string, out io.Write
 // doctorSettings are what nmi doctor needs to know of the agent's flags.
 func (c *config) doctorSettings() doctor.Settings {
 	rules := c.rules
-	rules.Port = c.front.addr.Port()
+	rules.Port, rules.Programs.Pins = c.front.addr.Port(), ebpf.FindPins()
 	return doctor.Settings{
 		Node: c.resolver.Node, Mode: c.resolver.Mode, Rules: rules, AllowUnguarded: c.links.AllowUnguarded,
 		Ports: []doctor.Port{

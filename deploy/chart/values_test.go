@@ -236,7 +236,7 @@ func TestRedirectModes(t *testing.T) {
 	} {
 		out, err := render(t, "--set=nmi.redirectMode="+mode)
 		require.NoError(t, err, out)
-		for _, part := range []string{"add: [NET_ADMIN, NET_RAW, BPF]", "mountPath: /sys/fs/bpf", "--cgroup-root=/host/sys/fs/cgroup", "mountPath: /host/sys/fs/cgroup"} {
+		for _, part := range []string{"add: [NET_ADMIN, NET_RAW, BPF]", "mountPath: /host/sys/fs/bpf", "--cgroup-root=/host/sys/fs/cgroup", "mountPath: /host/sys/fs/cgroup"} {
 			assert.Equal(t, want.programs, strings.Contains(out, part), "%s: %s", mode, part)
 		}
 		assert.Equal(t, want.flag, strings.Contains(out, "--redirect-mode="+mode), mode)

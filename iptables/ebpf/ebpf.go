@@ -18,7 +18,7 @@ import (
 const (
 	// DefaultCgroupRoot is where systemd mounts the hierarchy.
 	DefaultCgroupRoot = "/sys/fs/cgroup"
-	// DefaultPins is in the BPF file system that systemd mounts.
+	// DefaultPins is in the BPF file system that systemd mounts; see FindPins.
 	DefaultPins = "/sys/fs/bpf/nmi"
 )
 
@@ -135,7 +135,7 @@ func (p *Programs) Load() error {
 	}
 	objects := new(kernelObjects)
 	if err := spec.LoadAndAssign(objects, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: maps}}); err != nil {
-		return fmt.Errorf("loading the programs: %w", explain(err))
+		return fmt.Errorf("loading the programs: %w", explainPins(p.cfg.Pins, err))
 	}
 	p.Close()
 	p.objects, p.pods = objects, pods
@@ -221,12 +221,12 @@ func (p *Programs) attach(h hook, program *ebpf.Program, pin string) error {
 	defer l.Close()           //nolint:errcheck // nothing was written
 	temporary := pin + "_new" // this file system allows no dots (bpf_lookup)
 	if err := os.Remove(temporary); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+		return explainPins(p.cfg.Pins, err)
 	}
 	if err := l.Pin(temporary); err != nil {
-		return fmt.Errorf("pinning: %w", explain(err))
+		return fmt.Errorf("pinning: %w", explainPins(p.cfg.Pins, err))
 	}
-	return os.Rename(temporary, pin)
+	return explainPins(p.cfg.Pins, os.Rename(temporary, pin))
 }
 
 // preceding says which hooks have another program on the same cgroup that runs before ours: of

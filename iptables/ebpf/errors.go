@@ -65,15 +65,3 @@ func explainAttach(err error, path string) error {
 	}
 	return fmt.Errorf("attaching to %s: %w", path, explain(err))
 }
-
-// checkFileSystem reports whether a directory is in a BPF file system.
-func checkFileSystem(dir string) error {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return err
-	}
-	if st.Type != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("%s is not in a BPF file system: mount the node's /sys/fs/bpf into the pod (on the node: mount -t bpf bpf /sys/fs/bpf)", dir)
-	}
-	return nil
-}

@@ -3,7 +3,6 @@ package ebpf_test
 import (
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"testing"
 
@@ -329,34 +328,10 @@ func TestRefusals(t *testing.T) {
 func TestCapabilities(t *testing.T) {
 	n := newNode(t)
 	n.agent()
-	as := func(capabilities ...int) (err error) {
-		done := make(chan error)
-		go func() {
-			runtime.LockOSThread() // and never unlocked: the thread ends
-			header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-			var data [2]unix.CapUserData
-			for _, c := range capabilities {
-				data[c/32].Effective |= 1 << (c % 32)
-				data[c/32].Permitted |= 1 << (c % 32)
-			}
-			if err := unix.Capset(&header, &data[0]); err != nil {
-				done <- err
-				return
-			}
-			p := ebpf.New(n.cfg)
-			_, err := p.Ensure()
-			if err == nil {
-				n.programs.Store(p)
-				t.Cleanup(p.Close)
-			}
-			done <- err
-		}()
-		return <-done
-	}
-	require.ErrorContains(t, as(unix.CAP_NET_ADMIN), "missing: BPF")
-	require.ErrorContains(t, as(unix.CAP_BPF), "missing: NET_ADMIN")
-	require.NoError(t, as(unix.CAP_BPF, unix.CAP_NET_ADMIN))
-	require.NoError(t, as(unix.CAP_BPF, unix.CAP_NET_ADMIN), "with the pinned ones")
+	require.ErrorContains(t, n.ensureWith(unix.CAP_NET_ADMIN), "missing: BPF")
+	require.ErrorContains(t, n.ensureWith(unix.CAP_BPF), "missing: NET_ADMIN")
+	require.NoError(t, n.ensureWith(unix.CAP_BPF, unix.CAP_NET_ADMIN))
+	require.NoError(t, n.ensureWith(unix.CAP_BPF, unix.CAP_NET_ADMIN), "with the pinned ones")
 	assert.Equal(t, uidA, n.addPod("10.244.0.7", guaranteedA, testbed.Routed).ask("blocking"))
 	assert.Zero(t, n.leaks.Load())
 }

@@ -18,12 +18,15 @@ const (
 
 // makePins makes the directories, for root alone.
 func (p *Programs) makePins() error {
+	if err := checkFileSystem(filepath.Dir(p.cfg.Pins)); err != nil {
+		return err
+	}
 	for _, dir := range []string{p.cfg.Pins, filepath.Join(p.cfg.Pins, mapsDir), filepath.Join(p.cfg.Pins, linksDir)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return fmt.Errorf("making a directory for pinned programs: %w", explain(err))
+			return explainPins(p.cfg.Pins, err)
 		}
 	}
-	return checkFileSystem(p.cfg.Pins)
+	return nil
 }
 
 // repin pins our maps again where somebody has removed that, with what is in them, and reports
@@ -47,7 +50,7 @@ func (p *Programs) repin(dir string) (ours bool, err error) {
 			err = unpinned.Pin(pin)
 			_ = unpinned.Close()
 			if err != nil {
-				return false, fmt.Errorf("pinning the map %s: %w", name, explain(err))
+				return false, fmt.Errorf("pinning the map %s: %w", name, explainPins(dir, err))
 			}
 			continue
 		}

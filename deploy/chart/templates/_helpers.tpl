@@ -43,9 +43,9 @@ seccompProfile:
 {{- end -}}
 
 {{- define "nmi.bpfMount" -}}
-# Programs that outlive the agent are pinned here.
+# Programs that outlive the agent are pinned here. AppArmor forbids that in the container's /sys/fs.
 - name: bpf
-  mountPath: /sys/fs/bpf
+  mountPath: /host/sys/fs/bpf
 {{- end }}
 
 {{- define "nmi.bpfVolume" -}}
