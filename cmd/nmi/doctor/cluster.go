@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
@@ -204,14 +205,20 @@ func (c *cluster) allowed(ctx context.Context, r right) (bool, error) {
 	return review.Status.Allowed, err
 }
 
+// proxyAnnotation has Azure Workload Identity put a sidecar into a pod that answers its requests to IMDS.
+const proxyAnnotation = "azure.workload.identity/inject-proxy-sidecar"
+
 func (c *cluster) workloadIdentity(ctx context.Context) (string, error) {
 	pods, err := c.listPods(ctx)
 	if err != nil {
 		return "", err
 	}
-	var both []string
+	var both, proxies []string
 	others := 0
 	for _, pod := range pods {
+		if pod.Annotations[proxyAnnotation] == "true" {
+			proxies = append(proxies, pod.Namespace+"/"+pod.Name)
+		}
 		if podresolver.WorkloadIdentity(&pod) == "" {
 			continue
 		}
@@ -220,6 +227,9 @@ func (c *cluster) workloadIdentity(ctx context.Context) (string, error) {
 			continue
 		}
 		both = append(both, pod.Namespace+"/"+pod.Name)
+	}
+	if len(proxies) > 0 && c.settings.Rules.Mode == iptables.EBPF {
+		return "", warnf("%s: with --redirect-mode=ebpf their requests to IMDS come to the agent, and never to Azure Workload Identity's proxy in the pod: use SDKs that need no proxy, or another mode on their nodes", some(proxies))
 	}
 	if len(both) > 0 {
 		return "", warnf("%s: most Azure SDKs prefer Azure Workload Identity (the variable AZURE_FEDERATED_TOKEN_FILE), and never ask the agent: remove the pods' label %s, or that of Azure Workload Identity",

@@ -192,6 +192,11 @@ var situations = map[string]situation{
 	"no workload identity":                     {func(n *node) { n.addPod(testbed.Ptp) }, "workload-identity", Success, ""},
 	"workload identity alone":                  {func(n *node) { n.addPod(testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
 	"workload identity, and a binding's label": {func(n *node) { n.addPod(testbed.Ptp, federated, labelled) }, "workload-identity", Warning, "shop/p-10.244.0.7: most Azure SDKs prefer"},
+	"workload identity's proxy":                {func(n *node) { n.addPod(testbed.Ptp, federated, proxied) }, "workload-identity", Success, "1 of the node's pods"},
+	"workload identity's proxy, and mode ebpf": {func(n *node) {
+		n.settings.Rules.Mode = iptables.EBPF
+		n.addPod(testbed.Ptp, federated, proxied)
+	}, "workload-identity", Warning, "shop/p-10.244.0.7: with --redirect-mode=ebpf their requests"},
 }
 
 // Rights for federation, as node.rights has them.
@@ -202,6 +207,10 @@ var (
 
 func federated(p *corev1.Pod) {
 	p.Spec.Containers = []corev1.Container{{Name: "app", Env: []corev1.EnvVar{{Name: "AZURE_FEDERATED_TOKEN_FILE", Value: "/token"}}}}
+}
+
+func proxied(p *corev1.Pod) {
+	p.Annotations = map[string]string{"azure.workload.identity/inject-proxy-sidecar": "true"}
 }
 
 // container has the capabilities that containerd gives by default.
