@@ -115,7 +115,7 @@ func Cleanup(ctx context.Context, cfg Config) error {
 	if len(installed()) == 0 {
 		noCommands = errNoCommands
 	}
-	programs, programsErr := ebpf.Cleanup(cfg.Programs.Pins)
+	programs, programsErr := cleanupPrograms(cfg.Programs.Pins)
 	nft, nftErr := removeFrom(ctx, NFT, ownChains)
 	legacy, legacyErr := removeFrom(ctx, Legacy, ownChains)
 	address, addressErr := removeAddresses(cfg.Address)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -135,20 +136,33 @@ func LeftPrograms(cfg Config) error {
 	if _, err := os.Stat(cfg.Programs.Pins); cfg.Programs.Pins != "" && err == nil { // the file system is mounted here
 		return fmt.Errorf("%w: they are pinned in %s", errLeftPrograms, cfg.Programs.Pins)
 	}
+	if forbidden(cfg.Metadata.Addr()) { // without the errno: the agent lacks no right
+		return fmt.Errorf("%w: the kernel forbids this process to send to %s", errLeftPrograms, cfg.Metadata.Addr())
+	}
+	return nil
+}
+
+// forbidden reports whether the kernel is known to forbid this process a datagram to an address.
+func forbidden(addr netip.Addr) bool {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil // nothing is known
+		return false // nothing is known
 	}
 	defer unix.Close(fd) //nolint:errcheck // nothing is to be written
 	const discard = 9    // RFC 863
 	if err := unix.BindToDevice(fd, "lo"); err != nil {
-		return nil // likewise
+		return false
 	}
-	if err := unix.Sendto(fd, nil, 0, &unix.SockaddrInet4{Port: discard, Addr: cfg.Metadata.Addr().As4()}); errors.Is(err, unix.EPERM) {
-		// Without the errno: the agent lacks no right.
-		return fmt.Errorf("%w: the kernel forbids this process to send to %s", errLeftPrograms, cfg.Metadata.Addr())
+	return errors.Is(unix.Sendto(fd, nil, 0, &unix.SockaddrInet4{Port: discard, Addr: addr.As4()}), unix.EPERM)
+}
+
+// cleanupPrograms removes the programs. Where it cannot see them, it returns an error if there are any.
+func cleanupPrograms(pins string) (removed bool, err error) {
+	removed, err = ebpf.Cleanup(pins)
+	if metadata := netip.AddrFrom4([4]byte{169, 254, 169, 254}); err == nil && !removed && !ebpf.Mounted(pins) && forbidden(metadata) {
+		err = fmt.Errorf("programs of mode ebpf are left, for the kernel forbids this process to send to %s: mount the node's BPF file system at /host%[2]s or %[2]s, as deploy/cleanup.yaml does", metadata, filepath.Dir(ebpf.DefaultPins))
 	}
-	return nil
+	return removed, err
 }
 
 var errLeftPrograms = errors.New("programs that an agent in mode ebpf has left send pods' connections past the rules: apply deploy/cleanup.yaml to the node, " +

@@ -19,10 +19,13 @@ func TestLeftPrograms(t *testing.T) {
 	n.ensure()
 	require.NoError(t, iptables.LeftPrograms(cfg), "its own cgroup is exempt")
 	n.enter("kubepods/podnext/agent")
+	unmounted := iptables.Config{Address: target.Addr(), Programs: ebpf.Config{Pins: "/nowhere/nmi"}}
+	require.ErrorContains(t, iptables.Cleanup(t.Context(), unmounted), "programs of mode ebpf are left, for the kernel forbids this process to send to 169.254.169.254: mount the node's BPF file system at /host/sys/fs/bpf or /sys/fs/bpf,")
 	assert.ErrorContains(t, iptables.LeftPrograms(cfg), "the kernel forbids this process to send to 169.254.169.254")
 	cfg.Programs.Pins = n.cfg.Pins
 	assert.ErrorContains(t, iptables.LeftPrograms(cfg), "they are pinned in "+n.cfg.Pins)
 	_, err := ebpf.Cleanup(n.cfg.Pins)
 	require.NoError(t, err)
-	assert.NoError(t, iptables.LeftPrograms(cfg))
+	require.NoError(t, iptables.LeftPrograms(cfg))
+	assert.NoError(t, iptables.Cleanup(t.Context(), unmounted))
 }
