@@ -35,3 +35,11 @@ func (s *Status) Problem() string {
 	}
 	return RulesMissing
 }
+
+// Fix is what to do about the Problem, in this mode.
+func (s *Status) Fix() string {
+	if s.Mode == EBPF && s.Problem() == RulesRefused {
+		return "give the agent root with BPF, NET_ADMIN and NET_RAW, as deploy/manifests/ebpf/daemonset.yaml does; with these see the node's audit log for what AppArmor, SELinux or another program refuses"
+	}
+	return Fix(s.Problem())
+}

@@ -51,6 +51,11 @@ func TestProblem(t *testing.T) {
 		assert.NotEmpty(t, Fix(reason), reason)
 	}
 	assert.Empty(t, Fix(""))
+	refused := Status{Err: errForbidden, Mode: DNAT}
+	assert.Equal(t, Fix(RulesRefused), refused.Fix())
+	refused.Mode = EBPF
+	assert.Contains(t, refused.Fix(), "BPF")
+	assert.NotContains(t, refused.Fix(), "--redirect-mode", "it is used")
 	notYet := Status{Err: errNotYet}
 	assert.Equal(t, RulesMissing, notYet.Problem())
 }

@@ -209,7 +209,7 @@ func (r *Reconciler) Run(ctx context.Context) {
 				next = retry
 				retry = min(2*retry, r.cfg.Interval)
 				reason := status.Problem()
-				r.cfg.Logger.Error("putting rules in place failed; retrying", "reason", reason, "error", status.Err, "in", next, "fix", Fix(reason))
+				r.cfg.Logger.Error("putting rules in place failed; retrying", "reason", reason, "error", status.Err, "in", next, "fix", status.Fix())
 			} else {
 				retry = min(firstRetry, r.cfg.Interval)
 			}
@@ -271,6 +271,9 @@ func (r *Reconciler) selectMode(last Status) (Status, <-chan struct{}) {
 	s := Status{Err: last.Err, Mode: r.cfg.Mode, Reason: cmp.Or(r.cfg.Reason, reasonFlag), Backend: last.Backend, InPlace: last.InPlace, ruleNotes: last.ruleNotes}
 	if r.cfg.Pods == nil {
 		return s, nil
+	}
+	if r.cfg.Programs.HostNetworkAll && r.programs == nil {
+		s.Notes = append(s.Notes, "--host-network-pods=bound is without effect, and host-network pods get what IMDS gives the node: rules do not see these pods; --redirect-mode=ebpf does")
 	}
 	pods, changed := r.cfg.Pods()
 	if r.cfg.Mode == ModeAuto {

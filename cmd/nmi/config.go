@@ -102,6 +102,9 @@ func (c *config) complete() error {
 	if c.rules.Address == c.rules.Metadata.Addr() {
 		return fmt.Errorf("--redirect-address=%s is the metadata service's own address: choose another", c.rules.Address)
 	}
+	if c.rules.Programs.HostNetworkAll && c.rules.Mode != iptables.EBPF && c.rules.Mode != iptables.ModeAuto {
+		return fmt.Errorf("--host-network-pods=%s needs --redirect-mode=ebpf: rules do not see pods on the host network", hostNetworkBound)
+	}
 	if _, err := os.Stat(filepath.Dir(c.probeSocket)); err != nil && c.probeSocket == defaultProbeSocket {
 		c.probeSocket = "" // not in the image: nothing asks there
 	}

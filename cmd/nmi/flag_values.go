@@ -99,18 +99,21 @@ func (v verbosity) Set(text string) error {
 // Type implements pflag.Value.
 func (verbosity) Type() string { return "value" }
 
-// hostNetworkNode is the value of --host-network-pods that leaves host-network pods to the node.
-const hostNetworkNode = "node"
+// Values of --host-network-pods. The first leaves host-network pods to the node.
+const (
+	hostNetworkNode  = "node"
+	hostNetworkBound = "bound"
+)
 
 // parseHostNetworkPods returns whether all host-network pods are redirected.
 func parseHostNetworkPods(text string) (all bool, err error) {
 	switch text {
 	case hostNetworkNode:
 		return false, nil
-	case "bound":
+	case hostNetworkBound:
 		return true, nil
 	}
-	return false, fmt.Errorf("want %q or %q", hostNetworkNode, "bound")
+	return false, fmt.Errorf("want %q or %q", hostNetworkNode, hostNetworkBound)
 }
 
 // upTo parses numbers from 1.
@@ -194,6 +197,14 @@ func parseIPv4(text string) (netip.Addr, error) {
 func parseAbsolutePath(text string) (string, error) {
 	if text != "" && !filepath.IsAbs(text) {
 		return "", errors.New(`want an absolute path, or "" to turn it off`)
+	}
+	return text, nil
+}
+
+// parseRequiredPath is parseAbsolutePath for what cannot be turned off.
+func parseRequiredPath(text string) (string, error) {
+	if !filepath.IsAbs(text) {
+		return "", errors.New("want an absolute path")
 	}
 	return text, nil
 }

@@ -88,7 +88,7 @@ func (c *config) addRedirectFlags(fs *pflag.FlagSet) {
 	parsedVar(fs, &c.rules.Mode, "redirect-mode", string(iptables.ModeAuto), iptables.ParseMode,
 		`"redirect": to the pod-facing interface's own address, where it has one; "dnat": to --redirect-address, on any interface; "auto": redirect if every interface that leads to a pod has an IPv4 address, else dnat; "ebpf": to --redirect-address, by programs on the cgroup of all pods, without iptables; "none": another program redirects, such as Cilium`)
 	c.addRedirectAddress(fs)
-	parsedVar(fs, &c.rules.Programs.CgroupRoot, "cgroup-root", ebpf.DefaultCgroupRoot, parseAbsolutePath, "for --redirect-mode=ebpf, directory that the node's /sys/fs/cgroup, of version 2, is mounted at")
+	parsedVar(fs, &c.rules.Programs.CgroupRoot, "cgroup-root", ebpf.DefaultCgroupRoot, parseRequiredPath, "for --redirect-mode=ebpf, directory that the node's /sys/fs/cgroup, of version 2, is mounted at")
 	parsedVar(fs, &c.rules.Programs.HostNetworkAll, "host-network-pods", hostNetworkNode, parseHostNetworkPods,
 		`for --redirect-mode=ebpf, what pods on the host network get: "node": what is bound to them, and others what IMDS gives the node; "bound": only what is bound to them`)
 	parsedVar(fs, &c.rules.Backend, "iptables-backend", string(iptables.BackendAuto), iptables.ParseBackend, `"nft" or "legacy"; "auto" finds out which one the node uses`)

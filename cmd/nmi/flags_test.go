@@ -122,6 +122,7 @@ func TestUnusableValuesNameTheFlagAndSayWhatToDo(t *testing.T) {
 		"--redirect-address=169.254.169.254":             "is the metadata service's own address",
 		"--iptables-backend=x":                           `"x" is not an iptables backend: use "auto", "nft" or "legacy"`,
 		"--host-network-pods=all":                        `want "node" or "bound"`,
+		"--cgroup-root=":                                 "want an absolute path",
 		"--redirect-mode=magic":                          `"magic" is not a redirect mode: use "auto", "redirect", "dnat", "ebpf" or "none"`,
 		"--prometheus-port=2579":                         "--nmi-port and --prometheus-port are both 2579",
 		"--http-probe-address=localhost":                 "want an IP address of the node, 127.0.0.1 for the node alone",
@@ -327,4 +328,20 @@ func TestInstanceMetadataNamespaces(t *testing.T) {
 	cfg := mustParse(t, "--node=n", "--block-instance-metadata", "--instance-metadata-namespaces=a, b", "--allow-path=/metadata/THIM")
 	assert.Equal(t, []string{"a", "b"}, cfg.proxy.InstanceMetadataNamespaces)
 	assert.Equal(t, []string{"/metadata/THIM"}, cfg.proxy.Allow)
+}
+
+func TestHostNetworkPodsNeedPrograms(t *testing.T) {
+	for _, mode := range []string{"redirect", "dnat", "none"} {
+		_, err := parse("--node=n", "--host-network-pods=bound", "--redirect-mode="+mode)
+		require.EqualError(t, err, "--host-network-pods=bound needs --redirect-mode=ebpf: rules do not see pods on the host network", mode)
+	}
+	for _, mode := range []string{"auto", "ebpf"} {
+		assert.True(t, mustParse(t, "--node=n", "--host-network-pods=bound", "--redirect-mode="+mode).rules.Programs.HostNetworkAll, mode)
+	}
+}
+
+func TestRequiredPathIsNotTurnedOff(t *testing.T) {
+	_, err := parse("--node=n", "--cgroup-root=sys")
+	require.ErrorContains(t, err, "want an absolute path")
+	assert.NotContains(t, err.Error(), "turn it off")
 }

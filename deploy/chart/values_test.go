@@ -81,6 +81,7 @@ func TestRefusedValues(t *testing.T) {
 		"rbac.allowAccessToSecrets=true":                                "Name those of service principals in rbac.secrets",
 		"rbac.pspEnabled=true":                                          "Kubernetes has no PodSecurityPolicies",
 		"cilium.localRedirectPolicy=true":                               "cilium.localRedirectPolicy needs nmi.redirectMode=none",
+		"nmi.hostNetworkPods=bound":                                     "nmi.hostNetworkPods=bound needs nmi.redirectMode=ebpf: rules do not see pods on the host network",
 		"nmi.updateStrategy.type=Recreate":                              "at '/nmi/updateStrategy/type': value must be one of 'RollingUpdate', 'OnDelete'",
 		"serviceMonitor.interval=30":                                    "at '/serviceMonitor/interval'",
 		"prometheusRule.severity=a":                                     "at '/prometheusRule': additional properties 'severity' not allowed",

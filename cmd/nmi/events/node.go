@@ -39,7 +39,7 @@ func (w *Writer) WatchRules(ctx context.Context, status func() iptables.Status) 
 			since = now
 		case now.Sub(since) >= rulesGrace && now.Sub(recorded) >= rulesAgain:
 			recorded = now
-			w.Record(Event{Regarding: w.node(), Reason: s.Problem(), Action: "WriteRules", Note: withFix(s.Err.Error(), iptables.Fix(s.Problem()))})
+			w.Record(Event{Regarding: w.node(), Reason: s.Problem(), Action: "WriteRules", Note: withFix(s.Err.Error(), s.Fix())})
 		}
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/podidentity/nmi/iptables"
 	"github.com/podidentity/nmi/podresolver"
 	"github.com/podidentity/nmi/proxy"
 	"github.com/podidentity/nmi/tokencache"
@@ -156,7 +155,7 @@ func (p Parts) addRules(pod *Pod) {
 	}
 	requests := &pod.Steps[0] // see podresolver.Explain
 	reason := s.Problem()
-	requests.State, requests.Fix = Warning, iptables.Fix(reason)
+	requests.State, requests.Fix = Warning, s.Fix()
 	if inPlace, checked := s.InPlace["redirect"]; checked && !inPlace { // before the first check the last agent's may be
 		requests.State, requests.Texts = Failed, nil
 		pod.Answer, pod.Reason, pod.Fix = unreached, reason, requests.Fix

@@ -146,7 +146,7 @@ type Other struct {
 }
 
 // partOrder is the order of the parts of Rules.
-var partOrder = []string{"redirect", "guard", "routing", "wireserver", "input", "antispoof"}
+var partOrder = []string{"redirect", "guard", "routing", "egress", "wireserver", "input", "antispoof"}
 
 // Snapshot reads the parts.
 func (p Parts) Snapshot() Snapshot {
@@ -169,7 +169,7 @@ func (p Parts) Snapshot() Snapshot {
 func (p Parts) rules() Rules {
 	status := p.Rules()
 	r := Rules{Mode: string(status.Mode), Reason: status.Reason, Backend: string(status.Backend), Error: textOf(status.Err), Problem: status.Problem()}
-	r.Fix = iptables.Fix(r.Problem)
+	r.Fix = status.Fix()
 	for name, inPlace := range status.InPlace {
 		r.Parts = append(r.Parts, Part{name, inPlace})
 	}

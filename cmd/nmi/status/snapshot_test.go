@@ -282,3 +282,11 @@ func TestRefusedWheneverItAsked(t *testing.T) {
 		assert.Equal(t, proxy.IdentityUnknownToIMDS, pod.Reason, later)
 	}
 }
+
+func TestRedirectByPrograms(t *testing.T) {
+	s := Snapshot{Rules: Rules{Mode: "ebpf", Reason: "set by flag", Backend: "nft", Parts: []Part{{"redirect", true}, {"routing", true}, {"egress", true}}}}
+	assert.Equal(t, line{"redirect", OK, "ebpf, by programs: set by flag"}, s.redirect())
+	assert.Equal(t, line{"fences", OK, "routing and egress in place"}, s.fences())
+	s.Rules.Parts[2].InPlace = false
+	assert.Equal(t, line{"fences", Warning, "egress not in place; routing holds alone"}, s.fences())
+}

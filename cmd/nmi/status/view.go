@@ -33,12 +33,18 @@ func (r *Rules) inPlace(names ...string) (yes, no []string) {
 	return yes, no
 }
 
-const modeNone = "none" // another program redirects
+const (
+	modeNone = "none" // another program redirects
+	modeEBPF = "ebpf" // no rules do
+)
 
 func (s *Snapshot) redirect() line {
 	l := line{"redirect", OK, s.Rules.Mode + ": " + s.Rules.Reason}
 	if s.Rules.Backend != "" {
 		l.Text = fmt.Sprintf("%s, by iptables-%s: %s", s.Rules.Mode, s.Rules.Backend, s.Rules.Reason)
+	}
+	if s.Rules.Mode == modeEBPF {
+		l.Text = s.Rules.Mode + ", by programs: " + s.Rules.Reason
 	}
 	if s.Rules.Mode == modeNone {
 		l.State, l.Text = None, "left to another program"
@@ -49,7 +55,7 @@ func (s *Snapshot) redirect() line {
 }
 
 func (s *Snapshot) fences() line {
-	yes, no := s.Rules.inPlace("guard", "routing")
+	yes, no := s.Rules.inPlace("guard", "routing", "egress")
 	l := line{"fences", OK, strings.Join(yes, " and ") + " in place"}
 	switch {
 	case len(yes) == 0 && len(no) == 0:
@@ -59,8 +65,12 @@ func (s *Snapshot) fences() line {
 			l.State = Warning
 		}
 		l.Text = strings.Join(no, " and ") + " not in place"
-		if len(yes) > 0 {
-			l.Text += "; " + strings.Join(yes, " and ") + " holds alone"
+		switch len(yes) {
+		case 0:
+		case 1:
+			l.Text += "; " + yes[0] + " holds alone"
+		default:
+			l.Text += "; " + strings.Join(yes, " and ") + " in place"
 		}
 	}
 	return l

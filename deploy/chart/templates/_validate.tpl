@@ -20,6 +20,7 @@
 {{- $label := "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?" }}
 {{- $domain := "[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*" }}
 {{- if and .Values.startupTaint (not (regexMatch (printf "^(%s/)?%s(=(%s)?)?:(NoSchedule|NoExecute)$" $domain $label $label) .Values.startupTaint)) }}{{ fail (printf "startupTaint: %q is not a taint that keeps pods off: want <key>[=<value>]:NoSchedule or <key>[=<value>]:NoExecute, such as startup-taint.cluster-autoscaler.kubernetes.io/nmi-not-ready=true:NoSchedule" .Values.startupTaint) }}{{ end -}}
+{{- if and (eq .Values.nmi.hostNetworkPods "bound") (not (has .Values.nmi.redirectMode (list "auto" "ebpf"))) }}{{ fail "nmi.hostNetworkPods=bound needs nmi.redirectMode=ebpf: rules do not see pods on the host network" }}{{ end -}}
 {{- if and .Values.cilium.localRedirectPolicy (ne .Values.nmi.redirectMode "none") }}{{ fail "cilium.localRedirectPolicy needs nmi.redirectMode=none: Cilium redirects then, and not the agent" }}{{ end -}}
 {{- end -}}
 
