@@ -354,7 +354,7 @@ func TestLostRulesAreLogged(t *testing.T) {
 
 	n.run("", "ip", "rule", "del", "pref", "11")
 	n.eventually(func() bool { return strings.Contains(log.String(), "rules=[routing]") }, "said")
-	assert.Contains(t, log.String(), "were served, and the other fence was in place")
+	assert.Contains(t, log.String(), "were served, and another fence was in place")
 
 	// Changes by another agent that had taken over are no losses.
 	stop()

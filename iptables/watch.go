@@ -48,6 +48,8 @@ func newWatcher(ctx context.Context, backend Backend, tables []string) (*watcher
 		err = errors.Join(err, w.subscribe(ctx, w.rules, unix.NETLINK_NETFILTER, nftablesGroup))
 	} else {
 		w.legacy = tables
+		asFound := w.layouts() // the first look at the rules is no poll's business, however long it takes
+		w.desired.Store(&asFound)
 		w.running.Go(func() { w.pollLegacy(ctx) })
 	}
 	if err != nil {
