@@ -91,10 +91,10 @@ func (c *admissionCluster) testFederationWarnings(t *testing.T) {
 		assert.Empty(t, c.alice.warned())
 		require.NoError(t, c.alice.remove(stored))
 
-		identity := newIdentity("shop", "annotated-later", managedSpec("", cart.ResourceID))
+		identity := newIdentity("shop", "annotated-later", managedSpec(shared, ""))
 		require.NoError(t, c.alice.create(identity))
 		assert.Empty(t, c.alice.warned())
-		require.NoError(t, c.alice.patch(identity, `{"metadata":{"annotations":{"aadpodidentity.k8s.io/Federated":"true"}}}`))
+		require.NoError(t, c.alice.patch(identity, `{"metadata":{"annotations":{"aadpodidentity.k8s.io/Federated":"yes"}}}`))
 		assert.Len(t, c.alice.warned(), 1)
 		require.NoError(t, c.alice.remove(identity))
 	})

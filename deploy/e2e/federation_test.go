@@ -287,7 +287,7 @@ func TestFederationInNamespaces(t *testing.T) {
 	got := batch.asks(vault)
 	assert.Equal(t, http.StatusBadRequest, got.status, got.body)
 	assert.Contains(t, got.body, "see the log of the node's agent")
-	assert.Contains(t, a.Log(), "apply deploy/federation/namespace.yaml to namespace shop")
+	s.says(a, "apply deploy/federation/namespace.yaml to namespace shop")
 	s.awaitEvent("batch-0", "CredentialUnusable", "service account shop/batch", 1)
 	assert.Equal(t, http.StatusBadRequest, f.cart.asks(vault).status, "annotations do not count")
 
