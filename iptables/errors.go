@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/iptables/capabilities"
 )
 
 // errPrivileges means that this process lacks capabilities that it needs.
@@ -19,21 +21,8 @@ var errForbidden = errors.New("the node may forbid iptables rules, as AKS nodes 
 
 // missingCapabilities names the capabilities that this process needs and lacks. Policy
 // routing, iptables-nft and conntrack need NET_ADMIN; iptables-legacy also NET_RAW.
-func missingCapabilities() (missing []string) {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData // version 3 has two, for 64 capabilities
-	if err := unix.Capget(&header, &data[0]); err != nil {
-		return nil // the operations that are refused will fail
-	}
-	for _, c := range []struct {
-		bit  int
-		name string
-	}{{unix.CAP_NET_ADMIN, "NET_ADMIN"}, {unix.CAP_NET_RAW, "NET_RAW"}} {
-		if data[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
-			missing = append(missing, c.name)
-		}
-	}
-	return missing
+func missingCapabilities() []string {
+	return capabilities.Missing(unix.CAP_NET_ADMIN, unix.CAP_NET_RAW)
 }
 
 // permissionAdvice says what to do about EPERM, given the missing capabilities.

@@ -23,7 +23,7 @@
 // The life of the programs:
 //
 //  1. Ensure finds the cgroup of all pods, from the one that the agent's own container is in.
-//  2. It pins maps and links in the BPF file system: they outlive the process, and redirect to
+//  2. It pins maps and links in the BPF file system: they stay when the process ends, and redirect to
 //     the agent's address whether or not an agent listens there. A newer agent gives the
 //     links its own programs, each atomically, with the same maps.
 //  3. Ensure is called again and again, and mends what is missing. A link whose cgroup has been

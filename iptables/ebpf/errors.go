@@ -7,6 +7,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/nmi/iptables/capabilities"
 )
 
 // ErrPrivileges means that this process lacks capabilities that it needs.
@@ -16,21 +18,8 @@ var ErrPrivileges = errors.New("mode ebpf needs the capabilities BPF and NET_ADM
 var errAbove = errors.New("a program on a cgroup above, attached without BPF_F_ALLOW_MULTI or BPF_F_ALLOW_OVERRIDE, forbids others (bpftool cgroup tree shows it): have its owner attach it with one of these flags or as a link")
 
 // missingCapabilities names the capabilities that this process needs and lacks.
-func missingCapabilities() (missing []string) {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData // version 3 has two, for 64 capabilities
-	if err := unix.Capget(&header, &data[0]); err != nil {
-		return nil // the operations that are refused will fail
-	}
-	for _, c := range []struct {
-		bit  int
-		name string
-	}{{unix.CAP_BPF, "BPF"}, {unix.CAP_NET_ADMIN, "NET_ADMIN"}} {
-		if data[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
-			missing = append(missing, c.name)
-		}
-	}
-	return missing
+func missingCapabilities() []string {
+	return capabilities.Missing(unix.CAP_BPF, unix.CAP_NET_ADMIN)
 }
 
 // Privileges says which capabilities this process lacks; nil if it has them.
