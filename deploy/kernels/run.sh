@@ -4,13 +4,14 @@
 # machines have no network. Packages are only unpacked, in .cache/kernels, where they are kept;
 # remove it for newer ones.
 #
-# KERNELS="bookworm noble" takes some only, RUN=<regexp> some tests. Without /dev/kvm, qemu
-# interprets, and each kernel takes some minutes.
+# KERNELS="bookworm noble" takes some only, RUN=<regexp> some tests. Debian's packages come from the
+# mirror that apt has here, or DEBIAN_MIRROR=<URL>; Ubuntu's from UBUNTU_MIRROR=<URL>, without which
+# its kernels are left out. Without /dev/kvm, qemu interprets, and each kernel takes some minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cache=$PWD/.cache/kernels
-debian=http://deb.debian.org/debian
-ubuntu=http://archive.ubuntu.com/ubuntu
+debian=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Label: Debian' | head -n 1)}
+ubuntu=${UBUNTU_MIRROR:-}
 limit=1800 # seconds for one kernel
 
 # The distribution and a package that depends on the newest image of a kernel. Those of Ubuntu
@@ -25,7 +26,7 @@ kernel() {
 	*) echo "unknown kernel $1" >&2; return 1 ;;
 	esac
 }
-KERNELS=${KERNELS:-jammy bookworm noble trixie trixie-backports}
+KERNELS=${KERNELS:-${ubuntu:+jammy noble} bookworm trixie trixie-backports}
 
 # What the machines load, where it is not built in: tcp_diag is what the agent needs, which kernels
 # on nodes load by themselves; the others are for the tests.
@@ -104,10 +105,10 @@ boot() { # <vmlinuz>
 }
 
 mkdir -p "$cache/logs"
-rm -rf "$cache/root" && mkdir -p "$cache/root"/{bin,dev,proc,sys,tmp}
+rm -rf "$cache/root" && mkdir -p "$cache/root"/{bin,dev,mnt,proc,sys,tmp}
 add "$cache/root" "$(command -v busybox)" bin/busybox
 add "$cache/root" "$(readlink -f "$(command -v iptables-nft)")" bin/iptables-nft
-for plugin in /usr/lib/*/xtables/lib{xt_owner,xt_tcp,xt_REDIRECT,ipt_REDIRECT}.so; do
+for plugin in /usr/lib/*/xtables/lib{xt_standard,xt_owner,xt_tcp,xt_REDIRECT,ipt_REDIRECT}.so; do
 	[ ! -e "$plugin" ] || install -D "$plugin" "$cache/root/$plugin"
 done
 install deploy/kernels/init "$cache/root/init"
