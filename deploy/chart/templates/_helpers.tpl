@@ -43,7 +43,7 @@ seccompProfile:
 {{- end -}}
 
 {{- define "nmi.bpfMount" -}}
-# Programs that outlive the agent are pinned here. AppArmor forbids that in the container's /sys/fs.
+# Programs are pinned here, and stay when the agent ends. AppArmor forbids that in the container's /sys/fs.
 - name: bpf
   mountPath: /host/sys/fs/bpf
 {{- end }}
