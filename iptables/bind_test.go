@@ -13,7 +13,7 @@ import (
 func TestBindUnknown(t *testing.T) {
 	known := false
 	r := &Reconciler{programs: ebpf.New(ebpf.Config{}), cfg: Config{
-		Bound: func() ([]string, bool) { return nil, known }, Logger: slog.New(slog.DiscardHandler),
+		HostNetworkPods: func() (_, _ []string, _ bool) { return nil, nil, known }, Logger: slog.New(slog.DiscardHandler),
 	}}
 	r.status.Store(&Status{InPlace: map[string]bool{partRedirect: true}})
 	assert.Nil(t, r.bind())

@@ -95,14 +95,14 @@ const bindRetry = 100 * time.Millisecond
 // bind tells the programs which host-network pods to redirect. The channel delivers when that has
 // to be done again, whatever else happens; it is nil if it need not.
 func (r *Reconciler) bind() (again <-chan time.Time) {
-	if r.programs == nil || r.cfg.Bound == nil || !r.status.Load().InPlace[partRedirect] {
+	if r.programs == nil || r.cfg.HostNetworkPods == nil || !r.status.Load().InPlace[partRedirect] {
 		return nil
 	}
-	uids, known := r.cfg.Bound()
+	bound, unbound, known := r.cfg.HostNetworkPods()
 	if !known {
 		return nil // an agent that starts anew leaves redirected what its predecessor did
 	}
-	missing, err := r.programs.Bind(uids)
+	missing, err := r.programs.Bind(bound, unbound)
 	if text := errorText(err); text != r.lastBind {
 		if r.lastBind = text; err != nil {
 			r.cfg.Logger.Error("host-network pods may get the node's identities instead of their own; retrying", "error", err)

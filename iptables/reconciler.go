@@ -60,11 +60,12 @@ type Config struct {
 	BlockWireserver bool                                   // reject what pods send to 168.63.129.16, ports 80 and 32526
 	// Programs are those of mode EBPF. Metadata and Agent in it need not be given.
 	Programs ebpf.Config
-	// Bound returns the UIDs of the pods on the host network that mode EBPF redirects although
-	// Programs.HostNetworkAll is not set; nil for none. It is asked when Pods have changed.
-	// Unless they are known (ok), those that an earlier agent redirected stay so.
-	Bound  func() (uids []string, ok bool) `json:"-"`
-	Logger *slog.Logger                    `json:"-"` // nil means slog.Default
+	// HostNetworkPods returns the UIDs of the pods on the host network that mode EBPF redirects
+	// although Programs.HostNetworkAll is not set, and of those that it leaves alone; nil for none. It
+	// is asked when Pods have changed. Unless they are known (ok), those that an earlier agent
+	// redirected stay so.
+	HostNetworkPods func() (bound, unbound []string, ok bool) `json:"-"`
+	Logger          *slog.Logger                              `json:"-"` // nil means slog.Default
 }
 
 // Reconciler keeps the rules in place.

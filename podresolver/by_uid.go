@@ -81,11 +81,11 @@ func isManifestHash(uid string) bool {
 // bound reports whether the pod has an identity of its own.
 func (p *Pod) bound() bool { return len(p.identities)+len(p.pending) > 0 }
 
-// BoundOnHostNetwork returns the UIDs of the pods on the host network that have identities of their
-// own, by Config.ByUID, and whether they are known: not before Synced. They change when Addresses'
-// channel says so. A UID that several pods claim is among them if one of these is such a pod: to be
-// refused is better than to get the node's identities.
-func (r *Resolver) BoundOnHostNetwork() (uids []string, ok bool) {
+// HostNetworkPods returns the UIDs of the pods on the host network by Config.ByUID: of those that have
+// identities of their own, and of the others; and whether they are known: not before Synced. They
+// change when Addresses' channel says so. A UID that several pods claim is bound if one of these pods
+// is: to be refused is better than to get the node's identities.
+func (r *Resolver) HostNetworkPods() (bound, unbound []string, ok bool) {
 	s := r.current.Load()
-	return s.boundOnHostNetwork, s.complete
+	return s.hostNetwork.bound, s.hostNetwork.unbound, s.complete
 }

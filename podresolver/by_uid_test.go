@@ -143,24 +143,25 @@ func TestResolveByUID(t *testing.T) {
 	assert.Contains(t, causeOf(err).fix, "UID")
 }
 
-func TestBoundOnHostNetwork(t *testing.T) {
+func TestHostNetworkPods(t *testing.T) {
 	for name, tc := range map[string]struct {
 		pods map[string][]podOption
 		want []string
+		rest []string // the unbound ones
 	}{
 		"pods of all kinds": {map[string][]podOption{
 			"host": {hostNetwork}, "done": {hostNetwork, phase(corev1.PodFailed)}, "pod": nil, "unbound": {hostNetwork, unbound}, "mirror": {hostNetwork, mirrorOf(manifestHash)},
-		}, []string{manifestHash, "host"}},
+		}, []string{manifestHash, "host"}, []string{"unbound"}},
 		// Refused is better than the node's identities.
-		"two of one hash":                {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash)}, "evil": {unbound, mirrorOf(manifestHash)}}, []string{manifestHash}},
-		"two of one hash, both bound":    {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash)}, "evil": {hostNetwork, mirrorOf(manifestHash)}}, []string{manifestHash}},
-		"the one of two that is deleted": {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash), terminating}, "evil": {unbound, mirrorOf(manifestHash)}}, []string{manifestHash}},
-		"its grace period is over":       {map[string][]podOption{"host": {hostNetwork, graceOver}}, []string{"host"}},
-		"none":                           {nil, nil},
+		"two of one hash":                {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash)}, "evil": {hostNetwork, unbound, mirrorOf(manifestHash)}}, []string{manifestHash}, nil},
+		"two of one hash, both bound":    {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash)}, "evil": {hostNetwork, mirrorOf(manifestHash)}}, []string{manifestHash}, nil},
+		"the one of two that is deleted": {map[string][]podOption{"static": {hostNetwork, mirrorOf(manifestHash), terminating}, "evil": {unbound, mirrorOf(manifestHash)}}, []string{manifestHash}, nil},
+		"its grace period is over":       {map[string][]podOption{"host": {hostNetwork, graceOver}}, []string{"host"}, nil},
+		"none":                           {nil, nil, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHarness(t, Config{ByUID: true}, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "x", "i"))
-			_, ok := h.BoundOnHostNetwork()
+			_, _, ok := h.HostNetworkPods()
 			assert.False(t, ok, "nothing is known yet")
 			for name, options := range tc.pods {
 				p := resolvertest.Pod(name, "", "x")
@@ -170,9 +171,10 @@ func TestBoundOnHostNetwork(t *testing.T) {
 				h.put(p)
 			}
 			h.update()
-			uids, ok := h.BoundOnHostNetwork()
+			bound, rest, ok := h.HostNetworkPods()
 			assert.True(t, ok)
-			assert.Equal(t, tc.want, uids)
+			assert.Equal(t, tc.want, bound)
+			assert.ElementsMatch(t, tc.rest, rest)
 		})
 	}
 }

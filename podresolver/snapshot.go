@@ -14,8 +14,8 @@ import (
 // snapshot is the owner of each address at one time. It does not change once published.
 type snapshot struct {
 	byAddr map[netip.Addr]owner
-	// boundOnHostNetwork is for BoundOnHostNetwork; each UID once.
-	boundOnHostNetwork []string
+	// hostNetwork is for HostNetworkPods; each UID once.
+	hostNetwork struct{ bound, unbound []string }
 	// complete is whether all resources have been listed.
 	complete bool
 	// replaced is closed when a newer snapshot is in place.
@@ -69,9 +69,7 @@ func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.
 	for p := range pods {
 		if caller := p.info.caller; caller.IsValid() {
 			claims[caller] = append(claims[caller], p)
-			if p.info.hostNetwork && !p.info.finished && p.bound() {
-				s.boundOnHostNetwork = append(s.boundOnHostNetwork, UIDOf(caller))
-			}
+			s.addHostNetwork(p)
 		}
 		if p.info.expired(now) {
 			continue
@@ -83,13 +81,35 @@ func newSnapshot(pods iter.Seq[*Pod], now time.Time) (_ *snapshot, expires time.
 			claims[addr] = append(claims[addr], p)
 		}
 	}
-	slices.Sort(s.boundOnHostNetwork)
-	s.boundOnHostNetwork = slices.Compact(s.boundOnHostNetwork)
+	s.sortHostNetwork()
 	s.byAddr = make(map[netip.Addr]owner, len(claims))
 	for addr, by := range claims {
 		s.byAddr[addr] = resolveOwner(addr, by)
 	}
 	return s, expires
+}
+
+// addHostNetwork adds a pod to hostNetwork if it is on the host network and may run.
+func (s *snapshot) addHostNetwork(p *Pod) {
+	switch h := &s.hostNetwork; {
+	case !p.info.hostNetwork || p.info.finished:
+	case p.bound():
+		h.bound = append(h.bound, UIDOf(p.info.caller))
+	default:
+		h.unbound = append(h.unbound, UIDOf(p.info.caller))
+	}
+}
+
+// sortHostNetwork makes each UID of hostNetwork one of bound or of unbound.
+func (s *snapshot) sortHostNetwork() {
+	h := &s.hostNetwork
+	slices.Sort(h.bound)
+	h.bound = slices.Compact(h.bound)
+	slices.Sort(h.unbound)
+	h.unbound = slices.DeleteFunc(slices.Compact(h.unbound), func(uid string) bool {
+		_, bound := slices.BinarySearch(h.bound, uid)
+		return bound
+	})
 }
 
 func resolveOwner(addr netip.Addr, claims []*Pod) owner {

@@ -89,7 +89,7 @@ func build(ctx context.Context, cfg config, log *slog.Logger) (*agent, error) {
 	a.resolver = cluster.resolver
 	cfg.rules.Logger, cfg.links.Logger, cfg.upstream.Logger, cfg.proxy.Logger = log, log, log, log
 	cfg.rules.Pods, cfg.links.Pods = a.resolver.Addresses, a.resolver.Addresses // which nothing asks for before Run
-	cfg.rules.Bound = a.resolver.BoundOnHostNetwork
+	cfg.rules.HostNetworkPods = a.resolver.HostNetworkPods
 	var err error
 	if a.rules, err = iptables.New(cfg.rules); err != nil {
 		return nil, err

@@ -278,21 +278,58 @@ func TestBind(t *testing.T) {
 	n.agent()
 	p := n.ensure()
 	a, b := n.addHostPod(guaranteedA), n.addHostPod(burstableB)
-	bind := func(missing int, uids ...string) {
+	bind := func(missing int, bound, unbound []string) {
 		t.Helper()
-		got, err := p.Bind(uids)
+		got, err := p.Bind(bound, unbound)
 		require.NoError(t, err)
 		assert.Equal(t, missing, got)
 	}
-	bind(1, uidA, "not-there-yet")
+	bind(1, []string{uidA, "not-there-yet"}, []string{uidB})
 	assert.Equal(t, uidA, a.ask("blocking"))
 	assert.Equal(t, "imds", b.ask("blocking"))
-	bind(0, uidB)
+	bind(0, []string{uidB}, []string{uidA})
 	assert.Equal(t, "imds", a.ask("blocking"))
 	assert.Equal(t, uidB, b.ask("blocking"))
-	n.ensure() // another agent's programs have the same map
+	p = n.ensure() // another agent's programs have the same map
 	assert.Equal(t, uidB, b.ask("blocking"))
-	bind(0)
+	bind(0, nil, []string{uidA, uidB})
 	assert.Equal(t, "imds", b.ask("blocking"))
 	assert.EqualValues(t, 3, n.leaks.Load())
+}
+
+// A bound host-network pod whose object is gone, but not its processes, does not get the node's identity.
+func TestBindWithoutObject(t *testing.T) {
+	n := newNode(t)
+	n.agent()
+	p := n.ensure()
+	a := n.addHostPod(guaranteedA)
+	_, err := p.Bind([]string{uidA}, nil)
+	require.NoError(t, err)
+	_, err = p.Bind(nil, nil)
+	require.NoError(t, err)
+	assert.Equal(t, uidA, a.ask("blocking"))
+	assert.Zero(t, n.leaks.Load())
+
+	a.kill()
+	require.NoError(t, os.Remove(filepath.Dir(a.dir)))
+	assert.Len(t, n.bound(), 1)
+	_, err = p.Bind(nil, nil)
+	require.NoError(t, err)
+	assert.Empty(t, n.bound(), "removed with its cgroup")
+}
+
+// bound returns the cgroups of the redirected host-network pods.
+func (n *node) bound() (ids []uint64) {
+	n.t.Helper()
+	m, err := cilium.LoadPinnedMap(filepath.Join(n.cfg.Pins, "maps-1", "bound"), nil)
+	require.NoError(n.t, err)
+	defer m.Close()
+	var id uint64
+	var value uint8
+	entries := m.Iterate()
+	for entries.Next(&id, &value) {
+		ids = append(ids, id)
+	}
+	require.NoError(n.t, entries.Err())
+	return ids
 }

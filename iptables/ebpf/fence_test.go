@@ -78,7 +78,7 @@ func TestEgress(t *testing.T) {
 // A host-network pod that is to be redirected keeps no connection from before.
 func TestEgressOnceBound(t *testing.T) {
 	for name, redirect := range map[string]func(*node, *ebpf.Programs) error{
-		"bound": func(_ *node, p *ebpf.Programs) error { _, err := p.Bind([]string{uidA}); return err },
+		"bound": func(_ *node, p *ebpf.Programs) error { _, err := p.Bind([]string{uidA}, nil); return err },
 		"all":   func(n *node, _ *ebpf.Programs) error { n.cfg.HostNetworkAll = true; n.ensure(); return nil },
 	} {
 		t.Run(name, func(t *testing.T) {

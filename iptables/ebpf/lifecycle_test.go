@@ -126,7 +126,7 @@ func TestLostDirectory(t *testing.T) {
 	p := n.ensure()
 	a := n.addPod("10.244.0.7", guaranteedA, testbed.Routed)
 	host := n.addHostPod(burstableB)
-	_, err := p.Bind([]string{uidB})
+	_, err := p.Bind([]string{uidB}, nil)
 	require.NoError(t, err)
 	require.NoError(t, os.RemoveAll(n.cfg.Pins))
 	res, err := p.Ensure()

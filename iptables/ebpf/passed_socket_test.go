@@ -110,7 +110,7 @@ func TestPassedSocketOfHostNetwork(t *testing.T) {
 	b.step("read", "imds")
 	b.step("disconnect", "disconnected")
 
-	_, err := p.Bind([]string{uidB})
+	_, err := p.Bind([]string{uidB}, nil)
 	require.NoError(t, err)
 	b.step("connect", "connected")
 	a.step("read", uidB)
