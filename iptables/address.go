@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -21,8 +22,17 @@ func findLo() (netlink.Link, error) {
 	return lo, nil
 }
 
-// ensureAddress adds the address to lo, as that of one host and of scope host, if it is missing.
+// ensureAddress adds the address to lo, as that of one host and of scope host, unless the node has it.
+// It must be link-local then: another might be that of another machine, which the node would no
+// longer reach.
 func ensureAddress(addr netip.Addr) error {
+	all, err := netlink.AddrList(nil, unix.AF_INET)
+	if err == nil && slices.ContainsFunc(all, func(a netlink.Addr) bool { return a.IP.Equal(addr.AsSlice()) }) {
+		return nil
+	}
+	if !addr.IsLinkLocalUnicast() {
+		return fmt.Errorf("--redirect-address=%s is no address of this node: give one that the node has, or a link-local one (169.254.0.0/16), which the agent adds to lo", addr)
+	}
 	lo, err := findLo()
 	if err != nil {
 		return err

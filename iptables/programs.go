@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/nmi/iptables/ebpf"
@@ -46,7 +45,7 @@ func (r *Reconciler) ensurePrograms(res *result) {
 		res.down = append(res.down, partEgress)
 		return
 	}
-	err := r.ensureTarget()
+	err := ensureAddress(r.cfg.Address)
 	if err == nil {
 		var found ebpf.Result
 		found, err = r.programs.Ensure()
@@ -63,16 +62,6 @@ func (r *Reconciler) ensurePrograms(res *result) {
 	if err != nil {
 		r.fail(res, partRedirect, fmt.Errorf("the programs that redirect pods' connections are not in place: %w", err))
 	}
-}
-
-// ensureTarget adds the address that the programs lead to to lo, unless the node has it: it may be
-// the node's own.
-func (r *Reconciler) ensureTarget() error {
-	all, err := netlink.AddrList(nil, unix.AF_INET)
-	if err == nil && slices.ContainsFunc(all, func(a netlink.Addr) bool { return a.IP.Equal(r.cfg.Address.AsSlice()) }) {
-		return nil
-	}
-	return ensureAddress(r.cfg.Address)
 }
 
 // partsOf returns the parts that hooks belong to.

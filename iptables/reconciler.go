@@ -51,7 +51,7 @@ type Config struct {
 	Reason   string
 	Metadata netip.AddrPort // of the metadata service, IPv4
 	Port     uint16         // that the agent listens on
-	Address  netip.Addr     // the destination in the modes DNAT and EBPF; added to lo unless the node has it
+	Address  netip.Addr     // the destination in the modes DNAT and EBPF; if the node lacks it, it is added to lo, and must be link-local
 	Interval time.Duration  // between two checks of the rules without an announced change
 	// Pods returns the addresses of this node's pods, and a channel that is closed when
 	// they have changed. ModeAuto requires it.

@@ -53,7 +53,7 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
-func TestRulesOutliveAgent(t *testing.T) {
+func TestRulesStayWithoutAgent(t *testing.T) {
 	for _, backend := range backends {
 		t.Run(string(backend), func(t *testing.T) {
 			for _, mode := range []iptables.Mode{iptables.Redirect, iptables.DNAT} {

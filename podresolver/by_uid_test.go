@@ -194,6 +194,10 @@ func TestExplainByUID(t *testing.T) {
 	p.Labels = nil
 	h.put(p)
 	assert.Contains(t, h.explain(t), "warning requests: it is on the host network, and nothing is bound to it")
+	all := newHarness(t, Config{ByUID: true, HostNetworkAll: true})
+	all.put(p)
+	assert.Contains(t, all.explain(t), "ok requests: its connections to IMDS are redirected to the agent\n")
+	assert.NotContains(t, all.explain(t), "directly")
 	mirrorOf(manifestHash)(p)
 	p = p.DeepCopy()
 	p.Labels = map[string]string{"aadpodidbinding": "x"}

@@ -132,7 +132,7 @@ func (r *Resolver) Explain(namespace, podName string, want Selector, confirm fun
 	}
 	byUID := info.caller.IsValid()
 	decided := r.decideLocked(info)
-	d.HostNetwork = info.hostNetwork && (!byUID || !decided.bound())
+	d.HostNetwork = info.hostNetwork && (!byUID || !r.cfg.HostNetworkAll && !decided.bound())
 	if d.explainRequests(info); d.HostNetwork {
 		return d, nil
 	}

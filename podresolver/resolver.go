@@ -78,6 +78,9 @@ type Config struct {
 	// ByUID resolves pods by the addresses of function ByUID, too, whatever state they are in
 	// and wherever their network is.
 	ByUID bool
+	// HostNetworkAll says that the requests of all pods on the host network come to the agent, with
+	// ByUID; otherwise those of pods that have identities of their own. It is for explanations.
+	HostNetworkAll bool
 
 	PodWait      time.Duration // how long a request from an unknown address waits for its pod; 0 means DefaultPodWait
 	IdentityWait time.Duration // how long a request waits for MIC's assignment; 0 means DefaultIdentityWait

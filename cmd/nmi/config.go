@@ -113,7 +113,7 @@ func (c *config) complete() error {
 	}
 	c.rules.Port = c.front.addr.Port()
 	c.rules.Programs.Pins = ebpf.FindPins()
-	c.resolver.ByUID = c.rules.Mode == iptables.EBPF
+	c.resolver.ByUID, c.resolver.HostNetworkAll = c.rules.Mode == iptables.EBPF, c.rules.Programs.HostNetworkAll
 	c.upstream.IMDS = &url.URL{Scheme: "http", Host: c.rules.Metadata.String()}
 	c.upstream.UserAgent = strings.TrimSpace("nmi/" + version + " " + c.userAgent)
 	c.proxy.MetadataHeaderOptional = !c.headerRequired

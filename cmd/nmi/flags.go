@@ -163,7 +163,7 @@ func (c *config) addLogFlags(fs *pflag.FlagSet) {
 }
 
 func (c *config) addRedirectAddress(fs *pflag.FlagSet) {
-	parsedVar(fs, &c.rules.Address, "redirect-address", iptables.DefaultAddress.String(), parseIPv4, "address that connections are redirected to, for --redirect-mode=dnat and ebpf: of the agent's own on lo, or for ebpf also one that the node has")
+	parsedVar(fs, &c.rules.Address, "redirect-address", iptables.DefaultAddress.String(), parseIPv4, "address that connections are redirected to, for --redirect-mode=dnat and ebpf: one that the node has, or a link-local one, which the agent adds to lo")
 }
 
 func (c *config) addBootGuardDir(fs *pflag.FlagSet) {
