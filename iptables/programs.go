@@ -17,11 +17,11 @@ import (
 	"github.com/podidentity/nmi/iptables/links"
 )
 
-// newPrograms returns the programs of mode EBPF.
-func (cfg Config) newPrograms() *ebpf.Programs {
+// programs are those of mode EBPF.
+func (cfg Config) programs() ebpf.Config {
 	p := cfg.Programs
 	p.Metadata, p.Agent = cfg.Metadata, netip.AddrPortFrom(cfg.Address, cfg.Port)
-	return ebpf.New(p)
+	return p
 }
 
 // Caller returns the UID of the pod whose connection the agent has accepted; see
@@ -38,6 +38,13 @@ const ConnectProgram = ebpf.ConnectProgram
 
 // ProgramsInPlace says which programs of mode EBPF are not in place; nil if all are.
 func ProgramsInPlace(cfg Config) error { return ebpf.InPlace(cfg.Programs.Pins) }
+
+// TryPrograms says why the programs of mode EBPF cannot be put in place on this node; nil if the kernel
+// takes them. It changes nothing. Where this process is in no pod, it is ErrNotInPod, and says no more.
+func TryPrograms(cfg Config) error { return ebpf.Try(cfg.programs()) }
+
+// ErrNotInPod is returned by TryPrograms.
+var ErrNotInPod = ebpf.ErrNotInPod
 
 // ensurePrograms puts the programs in place, and the address that they lead to.
 func (r *Reconciler) ensurePrograms(res *result) {
@@ -145,13 +152,33 @@ func forbidden(addr netip.Addr) bool {
 	return errors.Is(unix.Sendto(fd, nil, 0, &unix.SockaddrInet4{Port: discard, Addr: addr.As4()}), unix.EPERM)
 }
 
-// cleanupPrograms removes the programs. Where it cannot see them, it returns an error if there are any.
+// cleanupPrograms removes the programs. It returns an error if there are still any, where it cannot see
+// them or only unpin them.
 func cleanupPrograms(pins string) (removed bool, err error) {
 	removed, err = ebpf.Cleanup(pins)
-	if metadata := netip.AddrFrom4([4]byte{169, 254, 169, 254}); err == nil && !removed && !ebpf.Mounted(pins) && forbidden(metadata) {
+	if err != nil {
+		return removed, err
+	}
+	metadata := netip.AddrFrom4([4]byte{169, 254, 169, 254})
+	switch {
+	case removed && ebpf.Privileges() != nil && !detached(metadata):
+		err = fmt.Errorf("another process holds the programs of mode ebpf, for the kernel still forbids this process to send to %s: end it (bpftool link show names it), or run nmi cleanup as root on the node, which detaches them", metadata)
+	case !removed && !ebpf.Mounted(pins) && forbidden(metadata):
 		err = fmt.Errorf("programs of mode ebpf are left, for the kernel forbids this process to send to %s: mount the node's BPF file system at /host%[2]s or %[2]s, as deploy/cleanup.yaml does", metadata, filepath.Dir(ebpf.DefaultPins))
 	}
 	return removed, err
+}
+
+// detached waits for the kernel to detach what is no longer pinned (bpf_link_put_deferred).
+func detached(metadata netip.Addr) bool {
+	const attempts, pause = 100, 20 * time.Millisecond
+	for range attempts {
+		if !forbidden(metadata) {
+			return true
+		}
+		time.Sleep(pause)
+	}
+	return false
 }
 
 var errLeftPrograms = errors.New("programs that an agent in mode ebpf has left send pods' connections past the rules: apply deploy/cleanup.yaml to the node, " +

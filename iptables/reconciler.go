@@ -133,7 +133,7 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	r := &Reconciler{cfg: cfg, last: make(map[string][]string)}
 	if cfg.Mode == EBPF {
-		r.programs = cfg.newPrograms()
+		r.programs = ebpf.New(cfg.programs())
 	}
 	if err := r.open(); err != nil {
 		cfg.Logger.Warn("iptables is not usable; retrying", "error", err)

@@ -9,13 +9,15 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // Cleanup removes the links and maps of all versions that are pinned in a directory, and
 // reports whether there were any. The redirect goes first and the fence last: pods are refused
-// until the end.
+// until the end. It needs no capability. Without BPF a program that another process holds stays
+// attached, and one that none holds for a moment.
 func Cleanup(pins string) (removed bool, err error) {
-	switch _, err := os.Stat(pins); { // before system calls that need CAP_BPF
+	switch _, err := os.Stat(pins); {
 	case errors.Is(err, fs.ErrNotExist):
 		return false, nil
 	case err != nil:
@@ -31,9 +33,12 @@ func Cleanup(pins string) (removed bool, err error) {
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		if err == nil {
+		switch {
+		case err == nil:
 			// Another process may hold the link: without its pin it would stay attached.
 			err = errors.Join(l.(interface{ Detach() error }).Detach(), os.Remove(pin), l.Close()) //nolint:errcheck // a cgroup's link has it
+		case errors.Is(err, unix.EPERM) && Privileges() != nil:
+			err = os.Remove(pin)
 		}
 		if err != nil {
 			all = errors.Join(all, fmt.Errorf("removing the program %s: %w", h.name, explain(err)))

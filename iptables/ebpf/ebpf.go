@@ -103,27 +103,9 @@ func (p *Programs) Load() error {
 			return err
 		}
 	}
-	pods, err := findKubepods(p.cfg.CgroupRoot)
+	spec, pods, err := p.cfg.spec()
 	if err != nil {
 		return err
-	}
-	netns, err := netnsCookie()
-	if err != nil {
-		return err
-	}
-	spec, err := loadKernel()
-	if err != nil {
-		return err
-	}
-	metadata, agent := p.cfg.Metadata.Addr().As4(), p.cfg.Agent.Addr().As4()
-	for name, value := range map[string]any{
-		kernelVarMetadataAddr: metadata, kernelVarMetadataPort: networkOrder(p.cfg.Metadata.Port()),
-		kernelVarAgentAddr: agent, kernelVarAgentPort: networkOrder(p.cfg.Agent.Port()),
-		kernelVarKubepodsId: uint64(pods.id), kernelVarHostNetns: netns, kernelVarHostNetworkAll: p.cfg.HostNetworkAll,
-	} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			return fmt.Errorf("constant %s: %w", name, err)
-		}
 	}
 	for _, m := range spec.Maps {
 		if m.Name != ".rodata" {
@@ -142,6 +124,31 @@ func (p *Programs) Load() error {
 	p.tree.Store(&pods.path)
 	p.sockets.Store(objects.Sockets)
 	return nil
+}
+
+// spec returns the programs with this Config in them, and the cgroup that they are for.
+func (cfg Config) spec() (spec *ebpf.CollectionSpec, pods kubepods, err error) {
+	if pods, err = findKubepods(cfg.CgroupRoot); err != nil {
+		return nil, pods, err
+	}
+	netns, err := netnsCookie()
+	if err != nil {
+		return nil, pods, err
+	}
+	if spec, err = loadKernel(); err != nil {
+		return nil, pods, err
+	}
+	metadata, agent := cfg.Metadata.Addr().As4(), cfg.Agent.Addr().As4()
+	for name, value := range map[string]any{
+		kernelVarMetadataAddr: metadata, kernelVarMetadataPort: networkOrder(cfg.Metadata.Port()),
+		kernelVarAgentAddr: agent, kernelVarAgentPort: networkOrder(cfg.Agent.Port()),
+		kernelVarKubepodsId: uint64(pods.id), kernelVarHostNetns: netns, kernelVarHostNetworkAll: cfg.HostNetworkAll,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, pods, fmt.Errorf("constant %s: %w", name, err)
+		}
+	}
+	return spec, pods, nil
 }
 
 // Close lets go of the programs and maps. They stay in place.

@@ -49,6 +49,23 @@ func Possible(cfg Config) error {
 	return err
 }
 
+// Try is Possible, and loads the programs, too: only the kernel can say whether it takes them. They are
+// not attached, and nothing stays.
+func Try(cfg Config) error {
+	if err := Possible(cfg); err != nil {
+		return err
+	}
+	spec, _, err := cfg.spec()
+	if err != nil {
+		return err
+	}
+	objects := new(kernelObjects)
+	if err := spec.LoadAndAssign(objects, nil); err != nil {
+		return fmt.Errorf("loading the programs: %w", explain(err))
+	}
+	return objects.Close()
+}
+
 // Above returns the cgroup above that of all pods that has a program for connect(), such as
 // GuestProxyAgent's, which may rewrite connections before there is a packet; "" for none.
 func Above(cgroupRoot string) (path string, err error) {

@@ -26,6 +26,9 @@ type kubepods struct {
 // errCgroupV1 means that mode ebpf cannot be used on this node.
 var errCgroupV1 = errors.New("the kubelet of this node does not use cgroup v2, which mode ebpf needs: use another --redirect-mode, or a node image with cgroup v2")
 
+// ErrNotInPod means that this process is not in a pod, where mode ebpf needs it to be.
+var ErrNotInPod = errors.New("mode ebpf works only in a pod of the DaemonSet")
+
 // findKubepods finds the cgroup of all pods by the agent's own, which is in it. So it does not
 // matter how the kubelet is configured (its cgroupDriver and cgroupRoot).
 func findKubepods(root string) (kubepods, error) {
@@ -59,7 +62,7 @@ func findKubepods(root string) (kubepods, error) {
 		id, err := idOf(at)
 		return kubepods{path: at, id: id, own: own}, err
 	}
-	return kubepods{}, fmt.Errorf("the agent runs in the cgroup %s, which is not that of a pod (kubepods or kubepods.slice): mode ebpf works only in a pod of the DaemonSet", path)
+	return kubepods{}, fmt.Errorf("%w: its cgroup is %s, not that of a pod (below kubepods or kubepods.slice)", ErrNotInPod, path)
 }
 
 // isKubepods reports whether the kubelet calls the cgroup of all pods so: kubepods with the

@@ -336,6 +336,21 @@ func TestCapabilities(t *testing.T) {
 	assert.Zero(t, n.leaks.Load())
 }
 
+// Whether the kernel takes the programs can be tried, and leaves nothing behind.
+func TestTry(t *testing.T) {
+	n := newNode(t)
+	require.NoError(t, ebpf.Try(n.cfg))
+	assert.NoDirExists(t, n.cfg.Pins)
+	a := n.addPod("10.244.0.7", guaranteedA, testbed.Routed)
+	assert.Equal(t, "imds", a.ask("blocking"), "nothing is attached")
+	n.agent()
+	n.ensure()
+	require.NoError(t, ebpf.Try(n.cfg))
+	assert.Equal(t, uidA, a.ask("blocking"), "the agent's are as they were")
+	n.enter("system.slice")
+	assert.ErrorIs(t, ebpf.Try(n.cfg), ebpf.ErrNotInPod)
+}
+
 func TestAbove(t *testing.T) {
 	n := newNode(t)
 	require.NoError(t, ebpf.Possible(n.cfg))

@@ -15,6 +15,19 @@ import (
 
 // ensureWith is Ensure with no other capabilities than these.
 func (n *node) ensureWith(capabilities ...int) error {
+	return with(capabilities, func() error {
+		p := ebpf.New(n.cfg)
+		_, err := p.Ensure()
+		if err == nil {
+			n.programs.Store(p)
+			n.t.Cleanup(p.Close)
+		}
+		return err
+	})
+}
+
+// with calls fn with no other capabilities than these.
+func with(capabilities []int, fn func() error) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends
@@ -28,13 +41,7 @@ func (n *node) ensureWith(capabilities ...int) error {
 			done <- err
 			return
 		}
-		p := ebpf.New(n.cfg)
-		_, err := p.Ensure()
-		if err == nil {
-			n.programs.Store(p)
-			n.t.Cleanup(p.Close)
-		}
-		done <- err
+		done <- fn()
 	}()
 	return <-done
 }

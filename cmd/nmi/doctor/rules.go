@@ -16,8 +16,11 @@ func (d *doctor) ruleChecks() []check {
 		{"backend", "iptables is installed", d.backend},
 		{"writable", "the node admits iptables rules", d.writable},
 	}
-	if !d.cfg.Pre {
+	switch {
+	case !d.cfg.Pre:
 		checks = append(checks, d.partChecks()...)
+	case d.settings.Rules.Mode == iptables.EBPF:
+		checks = append(checks, check{"programs", "the kernel takes the programs of --redirect-mode=ebpf", d.tryPrograms})
 	}
 	return append(checks,
 		check{"earlier-rules", "no rule of another program comes before the redirect", d.earlier},
@@ -115,6 +118,14 @@ func (d *doctor) partChecks() (checks []check) {
 		checks = append(checks, c)
 	}
 	return checks
+}
+
+func (d *doctor) tryPrograms(context.Context) (string, error) {
+	err := iptables.TryPrograms(d.settings.Rules)
+	if errors.Is(err, iptables.ErrNotInPod) {
+		return "", skipf("this can be tried only in a pod: %s", err)
+	}
+	return "", err
 }
 
 func (d *doctor) part(name string) error {

@@ -37,9 +37,9 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{- /* Whether the pod may meet the programs of mode ebpf; cleanup does not know the mode. */}}
+{{- /* Whether the agent may attach the programs of mode ebpf. Cleanup unpins them, which takes no capability. */}}
 {{- define "nmi.bpf" -}}
-{{- if or (has .Values.nmi.redirectMode (list "auto" "ebpf")) .Values.cleanup }}true{{ end -}}
+{{- if and (has .Values.nmi.redirectMode (list "auto" "ebpf")) (not .Values.cleanup) }}true{{ end -}}
 {{- end -}}
 
 {{- define "nmi.bpfMount" -}}
