@@ -86,22 +86,34 @@ func TestEBPFKills(t *testing.T) {
 	t.Logf("%d requests, %d of them failed", asked.Load(), failed.Load())
 }
 
-// A pod that may send raw packets, past the programs, gets no token of the node either.
+// A pod that may send raw packets, past the programs, gets no token of the node either, and not where
+// there is no guard chain.
 func TestEBPFForgedPackets(t *testing.T) {
-	s := begin(t)
-	k := s.kubepods()
-	k.agent()
-	attacker := s.network("10.244.0.11", testbed.Ptp)
-	port := uint16(20000)
-	for _, first := range []attack.FirstPacket{attack.None, attack.ACK, attack.SYN} {
-		port += 4
-		results, err := attacker.Attack(t.Context(), attack.Config{
-			First: first, Ports: []uint16{port, port + 1, port + 2, port + 3}, Patience: 1400 * time.Millisecond,
-			Path: strings.TrimPrefix(tokenURL, "http://"+testbed.MetadataAddress) + vault,
+	for name, forbidden := range map[string]bool{"with the guard chain": false, "rules are forbidden": true} {
+		t.Run(name, func(t *testing.T) {
+			s := begin(t)
+			k := s.kubepods()
+			if forbidden {
+				k.forbidRules()
+			}
+			k.agent()
+			require.Equal(t, !forbidden, strings.Contains(s.command("iptables-save"), "nmi-guard"))
+			n := s.network("10.244.0.11", testbed.Ptp)
+			attacker := k.pod("attacker-0", "10.244.0.11", n, nil)
+			require.Equal(t, 400, attacker.asks().status)
+			port := uint16(20000)
+			for _, first := range []attack.FirstPacket{attack.None, attack.ACK, attack.SYN} {
+				port += 4
+				results, err := attacker.Attack(t.Context(), attack.Config{
+					Pod: n.Addr, First: first, Ports: []uint16{port, port + 1, port + 2, port + 3}, Patience: 1400 * time.Millisecond,
+					Path: strings.TrimPrefix(tokenURL, "http://"+testbed.MetadataAddress) + vault,
+				})
+				require.NoError(t, err)
+				for _, r := range results {
+					assert.Contains(t, r.Answer, "Identity not found", first)
+				}
+			}
+			assert.Zero(t, world.IMDS.Requests())
 		})
-		require.NoError(t, err)
-		for _, r := range results {
-			assert.NotContains(t, r.Answer, "access_token", first)
-		}
 	}
 }

@@ -19,7 +19,17 @@ import (
 // the capability NET_RAW and no other. That process is this program once more: see
 // EnterNode. Pod and Metadata need not be given.
 func (p *Pod) Attack(ctx context.Context, cfg attack.Config) (results []attack.Result, err error) {
-	cfg.Pod, cfg.Metadata = p.Addr, metadataAddrPort
+	cfg.Pod = p.Addr
+	return runAttack(ctx, cfg, p.Start)
+}
+
+// Attack is Pod.Attack from a process in the container's cgroup. cfg.Pod is the address of its network.
+func (c *Container) Attack(ctx context.Context, cfg attack.Config) ([]attack.Result, error) {
+	return runAttack(ctx, cfg, c.Start)
+}
+
+func runAttack(ctx context.Context, cfg attack.Config, start func(*exec.Cmd) error) (results []attack.Result, err error) {
+	cfg.Metadata = metadataAddrPort
 	text, err := json.Marshal(cfg)
 	if err != nil {
 		return nil, err
@@ -36,7 +46,7 @@ func (p *Pod) Attack(ctx context.Context, cfg attack.Config) (results []attack.R
 		Credential:  &syscall.Credential{Uid: nobody, Gid: nobody},
 		AmbientCaps: []uintptr{unix.CAP_NET_RAW},
 	}
-	if err := p.Start(cmd); err != nil {
+	if err := start(cmd); err != nil {
 		return nil, fmt.Errorf("starting the attack: %w", err)
 	}
 	if err := cmd.Wait(); err != nil {
