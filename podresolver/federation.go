@@ -78,7 +78,7 @@ func (r *Resolver) newFederated(account ServiceAccount, tenantID, authority stri
 	case account.Name == "":
 		unusable = "is federated, and the pod has no service account"
 	case p.TenantID == "":
-		unusable = "is federated and has no tenant ID, and the agent has no --federation-tenant-id"
+		unusable = "is federated and has no tenant ID: give it one, or all of them by --federation-tenant-id (the chart's federation.tenantID)"
 	case !ValidTenant(p.TenantID):
 		unusable = fmt.Sprintf("has tenant ID %.100q, which is neither a GUID nor a domain", p.TenantID)
 	}

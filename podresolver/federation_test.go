@@ -119,7 +119,7 @@ func TestFederatedIdentity(t *testing.T) {
 		"empty":           {change: annotate(""), fromIMDS: true},
 		"odd":             {change: annotate("yes"), why: `has the annotation aadpodidentity.k8s.io/Federated="yes", which is neither "true" nor "false"`},
 		"no client ID":    {change: func(id *aadpodidentity.AzureIdentity) { id.Spec.ClientID = "" }, why: "is federated and has no clientID"},
-		"no tenant":       {change: func(id *aadpodidentity.AzureIdentity) { id.Spec.TenantID = "" }, why: "is federated and has no tenant ID, and the agent has no --federation-tenant-id"},
+		"no tenant":       {change: func(id *aadpodidentity.AzureIdentity) { id.Spec.TenantID = "" }, why: "is federated and has no tenant ID: give it one, or all of them by --federation-tenant-id"},
 		"odd tenant":      {change: func(id *aadpodidentity.AzureIdentity) { id.Spec.TenantID = "../common" }, why: `has tenant ID "../common", which is neither a GUID nor a domain`},
 		"odd client ID":   {change: func(id *aadpodidentity.AzureIdentity) { id.Spec.ClientID = "{" + fedClient + "}" }, why: "which is not a GUID"},
 		"odd resource ID": {change: func(id *aadpodidentity.AzureIdentity) { id.Spec.ResourceID = "odd" }, why: "which is not the resource ID"},

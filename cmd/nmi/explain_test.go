@@ -190,7 +190,7 @@ var situations = map[string]situation{
 	"an annotation without a tenant": {
 		config:  podresolver.Config{Federation: podresolver.Federation{ServiceAccounts: true}},
 		objects: []runtime.Object{aPod(label("app", "x")), resolvertest.ServiceAccount("cart", map[string]string{"azure.workload.identity/client-id": reportID})},
-		answer:  "400 invalid_request: Identity not found", log: []string{"ServiceAccount shop/cart is federated and has no tenant ID, and the agent has no --federation-tenant-id"},
+		answer:  "400 invalid_request: Identity not found", log: []string{"ServiceAccount shop/cart is federated and has no tenant ID: give it one, or all of them by --federation-tenant-id"},
 		explain: []string{"reason: ServiceAccountUnusable", "fix: correct the annotations of ServiceAccount shop/cart"},
 	},
 	"a service account whose event is late": {

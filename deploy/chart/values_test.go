@@ -248,3 +248,16 @@ func TestRedirectModes(t *testing.T) {
 		}
 	}
 }
+
+// What an installation lacks is in the notes that Helm prints.
+func TestNotes(t *testing.T) {
+	const warning = "WARNING: federation.serviceAccounts is set and federation.rights is not"
+	notes := func(args ...string) string {
+		out, err := helm(t, append([]string{"install", "nmi", ".", "--namespace=kube-system", "--dry-run=client"}, args...)...)
+		require.NoError(t, err, out)
+		return out
+	}
+	assert.Contains(t, notes("--set=federation.serviceAccounts=true"), warning)
+	assert.NotContains(t, notes("--set=federation.serviceAccounts=true,federation.rights=node"), warning)
+	assert.NotContains(t, notes(), "WARNING")
+}

@@ -43,6 +43,8 @@ func (c *admissionCluster) testFederationWarnings(t *testing.T) {
 		object.SetAnnotations(map[string]string{aadpodidentity.FederatedAnnotation: value})
 		return object
 	}
+	misspelt := newIdentity("bank", "warned", managedSpec(cart.ClientID, ""))
+	misspelt.SetAnnotations(map[string]string{strings.ToLower(aadpodidentity.FederatedAnnotation): "true", "example.com/a": "b"})
 	principal := map[string]any{"type": int64(1), "clientID": shared, "tenantID": "t", "clientPassword": map[string]any{"name": "s"}}
 	account := func(annotations ...string) *unstructured.Unstructured {
 		return newServiceAccount("bank", "warned", annotations...)
@@ -59,6 +61,7 @@ func (c *admissionCluster) testFederationWarnings(t *testing.T) {
 		"with a tenant":                  {federated(" TRUE\n", with("tenantID", "contoso.onmicrosoft.com")), nil},
 		"not federated":                  {federated("false", managedSpec("", cart.ResourceID)), nil},
 		"no value":                       {federated("", managedSpec("", cart.ResourceID)), nil},
+		"odd key":                        {misspelt, []string{"annotations without effect: aadpodidentity.k8s.io/federated; "}},
 		"odd value":                      {federated("yes", managedSpec(cart.ClientID, "")), []string{`the annotation aadpodidentity.k8s.io/Federated must be "true" or "false"`}},
 		"a service principal":            {federated("true", principal), []string{"the annotation aadpodidentity.k8s.io/Federated is for type 0"}},
 		"resource ID alone":              {federated("true", managedSpec("", cart.ResourceID)), []string{"spec.clientID must be set for a federated identity"}},
@@ -67,6 +70,7 @@ func (c *admissionCluster) testFederationWarnings(t *testing.T) {
 		"service account":                {account(), nil},
 		"annotated":                      {account(clientID, cart.ClientID, tenantID, tenant, additional, " "+shared+" ,"+strings.ToUpper(report.ClientID)+","), nil},
 		"empty annotations":              {account(clientID, "", tenantID, "", additional, ""), nil},
+		"odd keys":                       {account("azure.workload.identity/clientid", cart.ClientID), []string{"annotations without effect: azure.workload.identity/clientid; "}},
 		"client ID is a name":            {account(clientID, "cart"), []string{"the annotation azure.workload.identity/client-id must be a GUID"}},
 		"client ID with white space":     {account(clientID, cart.ClientID+"\n"), []string{"white space around the value of the annotation azure.workload.identity/client-id"}},
 		"tenant is a path":               {account(clientID, cart.ClientID, tenantID, "a/b"), []string{"the annotation azure.workload.identity/tenant-id must be a GUID or a domain"}},

@@ -16,9 +16,11 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/deploy/testbed"
 	"github.com/podidentity/nmi/iptables"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 // situation is a node with one fault, and what the checks say of it.
@@ -185,11 +187,16 @@ var situations = map[string]situation{
 		n.settings.Federation.AsNode = true
 		n.addPod(testbed.Ptp)
 	}, "federation", Warning, "shop"},
-	"its own node, no flag":                    {func(n *node) { n.rights = asNode }, "federation", Warning, "set --federation-as-node"},
-	"its own node, no right":                   {func(n *node) { n.rights = asNode[:1]; n.settings.Federation.AsNode = true }, "federation", Warning, "deploy/federation/own-node.yaml"},
-	"a namespace":                              {func(n *node) { n.rights = []string{"create serviceaccounts/token shop"}; n.addPod(testbed.Ptp) }, "federation", Success, "those of namespaces with pods on this node: shop"},
-	"no namespace":                             {func(n *node) { n.settings.Federation.ServiceAccounts = true; n.addPod(testbed.Ptp) }, "federation", Warning, "it may request none"},
-	"no workload identity":                     {func(n *node) { n.addPod(testbed.Ptp) }, "workload-identity", Success, ""},
+	"its own node, no flag":  {func(n *node) { n.rights = asNode }, "federation", Warning, "set --federation-as-node"},
+	"its own node, no right": {func(n *node) { n.rights = asNode[:1]; n.settings.Federation.AsNode = true }, "federation", Warning, "deploy/federation/own-node.yaml"},
+	"a namespace":            {func(n *node) { n.rights = []string{"create serviceaccounts/token shop"}; n.addPod(testbed.Ptp) }, "federation", Success, "those of namespaces with pods on this node: shop"},
+	"no namespace":           {func(n *node) { n.settings.Federation.ServiceAccounts = true; n.addPod(testbed.Ptp) }, "federation", Warning, "it may request none"},
+	"no workload identity":   {func(n *node) { n.addPod(testbed.Ptp) }, "workload-identity", Success, ""},
+	"a federated AzureIdentity": {func(n *node) {
+		for _, value := range []string{"", "true"} {
+			n.ids = append(n.ids, metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart" + value, Annotations: map[string]string{aadpodidentity.FederatedAnnotation: value}}})
+		}
+	}, "federation", Warning, "no tokens for federated AzureIdentities, such as shop/carttrue"},
 	"workload identity alone":                  {func(n *node) { n.addPod(testbed.Ptp, federated) }, "workload-identity", Success, "1 of the node's pods use Azure Workload Identity alone"},
 	"workload identity, and a binding's label": {func(n *node) { n.addPod(testbed.Ptp, federated, labelled) }, "workload-identity", Warning, "shop/p-10.244.0.7: most Azure SDKs prefer"},
 	"workload identity's proxy":                {func(n *node) { n.addPod(testbed.Ptp, federated, proxied) }, "workload-identity", Success, "1 of the node's pods"},

@@ -4,7 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/url"
 	"slices"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
 )
 
 // Federation is what the checks need to know of the agent's flags for it.
@@ -69,7 +76,34 @@ func (c *cluster) federation(ctx context.Context) (found string, err error) {
 	case cfg.ServiceAccounts:
 		return "", warnf("it may request none of those of this node's pods, and they get no tokens by federation: see %s", federationAdvice)
 	}
+	switch name, err := c.federatedIdentity(ctx); {
+	case apierrors.IsNotFound(err): // no definition: another check says so
+	case err != nil:
+		return "", skipf("it may request none; whether an AzureIdentity needs them is not known: %s", err)
+	case name != "":
+		return "", warnf("it may request none of those of this node's pods, and gets no tokens for federated AzureIdentities, such as %s: see %s", name, federationAdvice)
+	}
 	return "none, which only federation needs", nil
+}
+
+// federatedIdentity names an AzureIdentity of the cluster that is federated; "" if none is.
+func (c *cluster) federatedIdentity(ctx context.Context) (string, error) {
+	query := url.Values{"limit": {"500"}} // each list is in memory, and the agent's limit holds for this process, too
+	for {
+		var page metav1.PartialObjectMetadataList
+		if _, err := c.do(ctx, http.MethodGet, "/apis/"+aadpodidentity.GroupVersion.String()+"/azureidentities?"+query.Encode(), nil, &page); err != nil {
+			return "", err
+		}
+		for _, id := range page.Items {
+			if id.Annotations[aadpodidentity.FederatedAnnotation] != "" {
+				return id.Namespace + "/" + id.Name, nil
+			}
+		}
+		if page.Continue == "" {
+			return "", nil
+		}
+		query.Set("continue", page.Continue)
+	}
 }
 
 // mayAsNode reports whether this account may request tokens in the name of its node (KEP-5284).

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -54,7 +55,8 @@ type node struct {
 	imds    http.HandlerFunc
 	date    time.Time // of the API server; zero for now
 	pods    []corev1.Pod
-	rights  []string // beside those of deploy/manifests, as reviewed
+	rights  []string                       // beside those of deploy/manifests, as reviewed
+	ids     []metav1.PartialObjectMetadata // AzureIdentities, a page each
 }
 
 // reviewed is a right in short: verb, resource and namespace.
@@ -158,6 +160,15 @@ func (n *node) apiServer() *httptest.Server {
 	serve("GET /version", func() any { return map[string]string{"gitVersion": "v1.37.0"} })
 	serve("GET /api/v1/pods", func() any {
 		return corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, Items: n.pods}
+	})
+	mux.HandleFunc("GET /apis/aadpodidentity.k8s.io/v1/azureidentities", func(w http.ResponseWriter, r *http.Request) {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		var page metav1.PartialObjectMetadataList
+		if at, _ := strconv.Atoi(r.FormValue("continue")); at < len(n.ids) {
+			page.Items, page.Continue = n.ids[at:at+1], strconv.Itoa(at+1)
+		}
+		_ = json.NewEncoder(w).Encode(page)
 	})
 	mux.HandleFunc("POST /apis/authorization.k8s.io/v1/selfsubjectaccessreviews", func(w http.ResponseWriter, r *http.Request) {
 		var review authorizationv1.SelfSubjectAccessReview

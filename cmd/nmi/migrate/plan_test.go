@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -198,8 +199,18 @@ func TestPrint(t *testing.T) {
 	for _, line := range []string{
 		"‼ AzureIdentity shop/cart: blocked", "  service accounts: shop/cart (pods: 1), shop/default (pods: 1)", "√ AzureIdentity shop/moved: moved",
 		"moved: 1, ready: 0, blocked: 1, unused: 0, not on the node: 0", "  and 5 more",
+		"moved: its annotation says so; whether Entra gives it tokens, nmi explain <namespace>/<pod> knows on the pod's node",
 	} {
 		assert.Contains(t, out.String(), line+"\n")
+	}
+	out.Reset()
+	p = plans(Options{Issuer: "https://kubernetes.default.svc"}, pods("cart"), bound(nil))
+	p.Print(terminal.New(&out))
+	assert.Regexp(t, `(?s)variables of a shell.*    CLUSTER_GROUP=<.*    CLUSTER=<.*    ISSUER="\$\(az aks.*    NODE_GROUP="\$\(az aks.*    SCALE_SET=<.*AzureIdentity shop/cart: ready`, out.String())
+	for _, command := range p.Identities[0].Commands {
+		for _, used := range regexp.MustCompile(`"\$([A-Z_]+)"`).FindAllStringSubmatch(command, -1) {
+			assert.Contains(t, out.String(), "    "+used[1]+"=", "each variable is explained")
+		}
 	}
 	out.Reset()
 	plans(Options{}, nil).Print(terminal.New(&out))
