@@ -22,13 +22,9 @@ import (
 // watches nor keeps any: a compromised agent leaks whatever it keeps.
 type secrets struct{ client *rest.RESTClient }
 
-const (
-	// maxSecret bounds what is read of one. The API server takes 1 MiB of data,
-	// which base64 makes longer by a third.
-	maxSecret = 4 << 20
-	// The rate at which secrets are read when a node's pods all start at once.
-	secretsPerSecond, secretsAtOnce = 50, 100
-)
+// maxSecret bounds what is read of one. The API server takes 1 MiB of data,
+// which base64 makes longer by a third.
+const maxSecret = 4 << 20
 
 func newSecrets(restConfig *rest.Config) (*secrets, error) {
 	c := rest.CopyConfig(restConfig)
@@ -37,7 +33,7 @@ func newSecrets(restConfig *rest.Config) (*secrets, error) {
 	known := runtime.NewScheme()
 	metav1.AddToGroupVersion(known, corev1.SchemeGroupVersion) // Status, with the API server's words
 	c.NegotiatedSerializer = serializer.NewCodecFactory(known).WithoutConversion()
-	c.QPS, c.Burst = secretsPerSecond, secretsAtOnce
+	c.QPS = -1 // no limit: upstream has pods take turns, which a queue of client-go's would undo
 	client, err := rest.RESTClientFor(c)
 	if err != nil {
 		return nil, fmt.Errorf("client for secrets: %w", err)

@@ -78,9 +78,9 @@ func newEntraTransport(cfg *tls.Config) *http.Transport {
 // token gets one token, in these steps:
 //
 //  1. The authority must be one that secrets may be sent to.
-//  2. A service principal's Secret is read, without a slot: its certificate may take seconds to
-//     decode, which delays no other pod.
-//  3. The fetch waits for one slot, for all of the following.
+//  2. A service principal's Secret is read, in a slot of its own kind, which is free again before a
+//     certificate in it is decoded: that may take seconds, and delays no other pod.
+//  3. The fetch waits for one slot at Entra, for all of the following.
 //  4. The token of a federated identity's service account is requested. Pods can cause as many of
 //     these requests as of those to Entra, so they take the same turns.
 //  5. Entra is asked.
@@ -93,18 +93,17 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 		return nil, refusedCredential(p, err)
 	}
 	var transport http.RoundTripper = e.transport
-	f.limiter = e.limiters[host]
 	proxied := p.Federated() && e.tokenProxy != nil
 	if proxied {
-		transport = e.tokenProxy
-		f.limiter = e.limiters[tokenProxyHost]
+		transport, host = e.tokenProxy, tokenProxyHost
 	}
 	var proof proof
 	if !p.Federated() {
-		if proof, err = e.secretProof(ctx, p); err != nil {
+		if proof, err = e.secretProof(ctx, f, p); err != nil {
 			return nil, err
 		}
 	}
+	f.turnTo(e.limiters[host])
 	release, err := f.slot(ctx)
 	if err != nil {
 		return nil, err
@@ -153,10 +152,16 @@ type proof struct {
 	certificate  certificate
 }
 
-// secretProof reads the Secret. The error is a *CredentialError.
-func (e *entra) secretProof(ctx context.Context, p tokencache.Principal) (got proof, err error) {
+// secretProof reads the Secret. The error is a *CredentialError, or says why there was no slot.
+func (e *entra) secretProof(ctx context.Context, f *fetch, p tokencache.Principal) (got proof, err error) {
+	f.turnTo(e.limiters[secretReads])
+	release, err := f.slot(ctx)
+	if err != nil {
+		return proof{}, err
+	}
 	name := p.SecretNamespace + "/" + p.SecretName
 	data, err := e.secret(ctx, p.SecretNamespace, p.SecretName)
+	release(0)
 	if err != nil {
 		e.certificates.forget(name) // the Secret may have been deleted
 		return proof{}, credentialError(p, err)

@@ -26,10 +26,12 @@ const (
 	reachable   = "https://example.com" // which httptest has a certificate for
 	unreachable = "https://unreachable.example"
 	audience    = "api://AzureADTokenExchange"
+	// secretClient is an application with a client secret.
+	secretClient = "5ec7e700-0000-4000-8000-000000000001"
 )
 
 // exchanges is an Entra on connections in memory, so that a bubble's clock governs them, and an API
-// server that has no service accounts in namespace gone.
+// server that has nothing in namespace gone.
 type exchanges struct {
 	*Upstream
 	cache  *tokencache.Cache
@@ -37,7 +39,7 @@ type exchanges struct {
 	issuer *entratest.Issuer
 
 	mu       sync.Mutex  // guards all following fields
-	requests []time.Time // for tokens of service accounts
+	requests []time.Time // for Secrets and tokens of service accounts
 	inFlight int
 	peak     int
 }
@@ -51,7 +53,7 @@ func newExchanges(t *testing.T, latency time.Duration) (x *exchanges, stop func(
 		Principals: []entratest.Principal{{
 			ClientID: clientID, Tenants: []string{tenant},
 			Federated: []entratest.FederatedCredential{{Issuer: x.issuer.URL, Subject: entratest.Subject("shop", "cart"), Audience: audience}},
-		}},
+		}, {ClientID: secretClient, Tenants: []string{tenant}, Secret: clientSecret}},
 		UnknownResources: []string{"none"}, Latency: latency, Issuers: map[string]*rsa.PublicKey{x.issuer.URL: x.issuer.Key()},
 	})
 	srv := httptest.NewUnstartedServer(x.fake)
@@ -63,6 +65,10 @@ func newExchanges(t *testing.T, latency time.Duration) (x *exchanges, stop func(
 	roots.AddCert(srv.Certificate())
 	x.Upstream = New(Config{
 		IMDS: &url.URL{Scheme: "http", Host: "imds.test"}, Roots: roots, Authorities: []string{"example.com", "unreachable.example"},
+		Secret: func(ctx context.Context, namespace, _ string) (map[string][]byte, error) {
+			_, err := x.request(ctx, tokencache.ServiceAccount{Namespace: namespace}, latency)
+			return map[string][]byte{"clientsecret": []byte(clientSecret)}, err
+		},
 		ServiceAccountToken: func(ctx context.Context, account tokencache.ServiceAccount) (string, error) {
 			return x.request(ctx, account, latency)
 		},
@@ -83,7 +89,7 @@ func newExchanges(t *testing.T, latency time.Duration) (x *exchanges, stop func(
 	}
 }
 
-// request is Config.ServiceAccountToken.
+// request is Config.ServiceAccountToken, and what it and Config.Secret cost the API server.
 func (x *exchanges) request(ctx context.Context, account tokencache.ServiceAccount, latency time.Duration) (string, error) {
 	x.mu.Lock()
 	x.requests = append(x.requests, time.Now())
@@ -168,9 +174,26 @@ func TestUnreachableAuthorityDelaysNobody(t *testing.T) {
 	})
 }
 
-// TestServiceAccountTokensTakeTurns: pods whose service accounts are gone have the API server asked no
-// more often than others have, and delay these by one slot a round each.
-func TestServiceAccountTokensTakeTurns(t *testing.T) {
+func secretKey(namespace, resource string) tokencache.Key {
+	return tokencache.Key{ClientID: secretClient, Resource: resource, Principal: unique.Make(tokencache.Principal{
+		TenantID: tenant, Authority: reachable, SecretNamespace: namespace, SecretName: "sp",
+	})}
+}
+
+// TestRequestsToAPIServerTakeTurns: pods whose service accounts or Secrets are gone have the API server
+// asked no more often than others have, and delay these by one slot a round each.
+func TestRequestsToAPIServerTakeTurns(t *testing.T) {
+	for name, key := range map[string]func(namespace, resource string) tokencache.Key{
+		"tokens of service accounts": func(namespace, resource string) tokencache.Key {
+			return exchangeKey(reachable, namespace, "", resource)
+		},
+		"secrets": secretKey,
+	} {
+		t.Run(name, func(t *testing.T) { testTurns(t, key) })
+	}
+}
+
+func testTurns(t *testing.T, key func(namespace, resource string) tokencache.Key) {
 	synctest.Test(t, func(t *testing.T) {
 		x, stop := newExchanges(t, 20*time.Millisecond)
 		defer stop()
@@ -182,7 +205,7 @@ func TestServiceAccountTokensTakeTurns(t *testing.T) {
 		for i := range hostile * 20 {
 			others.Go(func() {
 				for n := 0; ctx.Err() == nil; n++ {
-					_, err := x.cache.Get(ctx, exchangeKey(reachable, "gone", "", fmt.Sprint(i, " ", n)), podAddr(1000+i%hostile))
+					_, err := x.cache.Get(ctx, key("gone", fmt.Sprint(i, " ", n)), podAddr(1000+i%hostile))
 					assert.Error(t, err)
 					_ = pause(ctx, 100*time.Millisecond)
 				}
@@ -193,7 +216,7 @@ func TestServiceAccountTokensTakeTurns(t *testing.T) {
 			x.mu.Lock()
 			before := len(x.requests)
 			x.mu.Unlock()
-			_, err := x.cache.Get(t.Context(), exchangeKey(reachable, "shop", "", fmt.Sprint(i)), podAddr(0))
+			_, err := x.cache.Get(t.Context(), key("shop", fmt.Sprint(i)), podAddr(0))
 			require.NoError(t, err)
 			x.mu.Lock()
 			assert.LessOrEqual(t, len(x.requests)-before, 3*hostile, "requests while this one waited")

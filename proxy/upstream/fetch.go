@@ -83,6 +83,9 @@ func (f *fetch) slot(ctx context.Context) (release func(retryAfter time.Duration
 	return release, err
 }
 
+// turnTo makes the next slot one of another limiter, with all of fetchTimeout for what follows.
+func (f *fetch) turnTo(l slotLimiter) { f.limiter, f.began = l, time.Time{} }
+
 // end releases the fetch's context.
 func (f *fetch) end() {
 	f.timer.Stop()
