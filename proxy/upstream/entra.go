@@ -63,13 +63,16 @@ func newEntraTransport(cfg *tls.Config) *http.Transport {
 	return &http.Transport{
 		// Unlike IMDS, Entra is on the Internet, which some nodes reach through
 		// a proxy only.
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 3 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		TLSClientConfig:       cfg,
-		TLSHandshakeTimeout:   5 * time.Second,
-		ForceAttemptHTTP2:     true,
-		MaxIdleConns:          8,
-		MaxIdleConnsPerHost:   4,
+		Proxy:               http.ProxyFromEnvironment,
+		DialContext:         (&net.Dialer{Timeout: 3 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		TLSClientConfig:     cfg,
+		TLSHandshakeTimeout: 5 * time.Second,
+		ForceAttemptHTTP2:   true,
+		// Entra and AKS's proxy speak HTTP/2, and need one. Who may write an AzureIdentity could have
+		// many made to each authority where something in between does not.
+		MaxConnsPerHost:       8,
+		MaxIdleConnsPerHost:   8,
+		MaxIdleConns:          16,
 		IdleConnTimeout:       90 * time.Second,
 		ResponseHeaderTimeout: 10 * time.Second,
 	}
