@@ -10,6 +10,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/podresolver/aadpodidentity"
+	"github.com/podidentity/nmi/proxy/entratest"
 	"github.com/podidentity/nmi/proxy/imdstest"
 )
 
@@ -136,6 +138,26 @@ var podFaults = []fault{
 		},
 	},
 	{
+		what: "the agent may not request tokens of the service account of a federated identity", reason: "CredentialUnusable", fix: "docs/federation.md#the-right-to-request-tokens",
+		faces: refusal("CredentialUnusable"),
+		breaks: func(b *breakage) {
+			f := b.federated("unrequested", "10.244.0.135")
+			b.mend = func() { f.grant("namespace.yaml") }
+		},
+	},
+	{
+		what: "a federated identity has no federated credential for the pod's service account", reason: "FederationUnknown", fix: "create a federated credential",
+		faces: refusal("FederationUnknown"),
+		breaks: func(b *breakage) {
+			b.fakeEntra.SetFederated(federatedID)
+			f := b.federated("untrusted", "10.244.0.136")
+			f.grant("namespace.yaml")
+			b.mend = func() {
+				b.fakeEntra.SetFederated(federatedID, entratest.FederatedCredential{Issuer: testbed.Issuer, Subject: entratest.Subject("shop", "untrusted"), Audience: tokenAudience})
+			}
+		},
+	},
+	{
 		what: "IMDS throttles the node", reason: "Throttled", fix: "find the pod or program that requests too many tokens",
 		faces: refusal("Throttled").passes("it passes by itself, and is not one pod's fault"),
 		breaks: func(b *breakage) {
@@ -160,6 +182,23 @@ func (b *breakage) newPod(name, addr, binding string) {
 	b.t.Helper()
 	b.pod = b.scenario.pod(name, addr, testbed.Ptp, binding)
 	b.name, b.asks = name, b.asksAnew(b.pod, "")
+}
+
+// federated makes a federated AzureIdentity, its binding, a service account and the affected pod, of one
+// name.
+func (b *breakage) federated(name, addr string) *federation {
+	b.t.Helper()
+	f := &federation{scenario: b.scenario}
+	f.serviceAccount(name, nil)
+	b.put("AzureIdentity", "shop", name, map[string]any{
+		"annotations": map[string]any{aadpodidentity.FederatedAnnotation: "true"},
+		"spec":        map[string]any{"type": int64(0), "clientID": federatedID, "tenantID": principalTenant, "adEndpoint": b.authority},
+	})
+	b.binding("shop", name, name, name)
+	b.pod = b.network(addr, testbed.Ptp)
+	f.podOf("shop", name, name, testbed.NodeName, addr, name)
+	b.name, b.asks = name, b.asksAnew(b.pod, "")
+	return f
 }
 
 // principal makes an AzureIdentity of a service principal and its binding, of one name, that of its

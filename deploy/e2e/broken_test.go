@@ -19,6 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/podidentity/nmi/deploy/testbed"
+	"github.com/podidentity/nmi/proxy/entratest"
 )
 
 // fault is something that is broken on purpose. The tables are in broken_pods_test.go and
@@ -90,8 +91,9 @@ func containsAll(text string, words []string) bool {
 type faulty struct {
 	test       *scenario // whose end all of it lasts to
 	serving    *testbed.Agent
-	kubeconfig string               // of that agent
-	authority  string               // of service principals
+	kubeconfig string // of that agent
+	fakeEntra  *entratest.Server
+	authority  string               // of service principals and federated identities
 	refuse     func(pattern string) // has the first agent's iptables-restore fail for what contains it; "" is nothing
 	bystander  *pod
 	requests   int // sent so far
@@ -298,7 +300,7 @@ func TestWhatIsBroken(t *testing.T) {
 	n := &faulty{test: s, kubeconfig: world.Kubeconfig}
 	var path string
 	path, n.refuse = stubbornIptables(t)
-	_, n.authority = s.entra(1000)
+	n.fakeEntra, n.authority = s.entra(1000)
 	n.serving = s.agentWithPath(path, "--iptables-backend=nft", "--pod-wait=100ms", "--entra-authority="+n.authority)
 	require.NoError(t, n.serving.AwaitReady(t.Context()))
 	n.bystander = s.pod(bystander, "10.244.0.120", testbed.Ptp, "cart")

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"crypto/rsa"
 	"encoding/pem"
 	"fmt"
 	"net/http"
@@ -46,7 +47,15 @@ const (
 // started from here on trust it.
 func (s *scenario) entra(resources int) (*entratest.Server, string) {
 	s.t.Helper()
-	cfg := entratest.Config{Principals: []entratest.Principal{{ClientID: principalID, Tenants: []string{principalTenant}, Secret: firstSecret}}}
+	key, err := world.IssuerKey()
+	require.NoError(s.t, err)
+	cfg := entratest.Config{
+		Principals: []entratest.Principal{
+			{ClientID: principalID, Tenants: []string{principalTenant}, Secret: firstSecret},
+			{ClientID: federatedID, Tenants: []string{principalTenant}, Federated: []entratest.FederatedCredential{{Issuer: testbed.Issuer, Subject: entratest.Subject("shop", "unrequested"), Audience: tokenAudience}}},
+		},
+		Issuers: map[string]*rsa.PublicKey{testbed.Issuer: key},
+	}
 	for i := range resources {
 		cfg.Resources = append(cfg.Resources, resource(i))
 	}
