@@ -75,10 +75,14 @@ func TestEBPFModeChange(t *testing.T) {
 	rules := func() string { return s.command("iptables-save") }
 	n := s.network("10.244.0.11", testbed.Routed)
 	a := k.agent("--redirect-mode=dnat")
-	p := k.pod("cart-0", "10.244.0.11", n, binding("cart"))
+	p := k.pod("changed-0", "10.244.0.11", n, binding("cart"))
 	require.Equal(t, cart.ClientID, p.asks().subject)
 	require.Contains(t, rules(), "aad-metadata")
+	asked, failed, stop := k.asking(4)
+	defer stop()
 	for _, mode := range []string{"ebpf", "dnat", "ebpf"} {
+		asked.Store(0)
+		failed.Store(0)
 		next := k.starts("--redirect-mode=" + mode)
 		s.says(next, "listening")
 		require.NoError(t, next.AwaitReady(t.Context()))
@@ -89,6 +93,7 @@ func TestEBPFModeChange(t *testing.T) {
 			return strings.Contains(now, "aad-metadata") == (mode == "dnat") && strings.Contains(now, "nmi-input") == (mode == "dnat")
 		}, patience, 50*time.Millisecond, mode)
 		require.Eventually(t, func() bool { return p.asks().subject == cart.ClientID }, patience, 50*time.Millisecond, mode)
+		t.Logf("to mode %s: %d requests, %d of them failed", mode, asked.Load(), failed.Load())
 	}
 }
 
