@@ -136,3 +136,28 @@ func TestKeptFieldsAreCopies(t *testing.T) {
 	assert.Less(t, int64(memory.HeapAlloc)-int64(before), int64(objects<<20/10), "of %d MiB", 3*objects)
 	runtime.KeepAlive(kept)
 }
+
+// A pod's identities are bounded: those of the oldest bindings count, and whoever asks is told.
+func TestIdentitiesOfPodAreBounded(t *testing.T) {
+	for _, mode := range []Mode{Managed, Standard} {
+		objects := []any{resolvertest.Pod("p", "10.0.0.1", "x")}
+		for i := range 3 * maxIdentities {
+			name := fmt.Sprintf("i%03d", i)
+			id, binding := resolvertest.Identity(name, resolvertest.GUID(name), ""), resolvertest.Binding("b"+name, "x", name)
+			objects = append(objects, id, binding)
+			if mode == Standard {
+				objects = append(objects, resolvertest.Assigned("a"+name, "p", "Assigned", id, binding))
+			}
+		}
+		h := newHarness(t, Config{Mode: mode}, objects...)
+		h.update()
+		d, err := h.Explain("shop", "p", Selector{}, nil)
+		require.NoError(t, err)
+		require.Len(t, d.Identities, maxIdentities, mode)
+		assert.Equal(t, "i000", d.Identities[0].Name, "bindings of one age are sorted by name")
+		assert.Equal(t, fmt.Sprintf("i%03d", maxIdentities-1), d.Identities[maxIdentities-1].Name)
+		assert.LessOrEqual(t, len(d.Pending), maxIdentities)
+		assert.Contains(t, h.explain(t), "300 AzureIdentityBindings match it, and a pod has 100 identities at most")
+		assert.ErrorIs(t, h.refused(t, Selector{ClientID: resolvertest.GUID("i200")}), ErrNoIdentity)
+	}
+}

@@ -184,13 +184,18 @@ func (r *Resolver) checkPrincipal(in *identityInfo) string {
 	return ""
 }
 
-// appendIdentity appends an identity unless it is there already, because two bindings name it.
+// maxIdentities is how many identities a pod can have by bindings, the oldest first. Who may create
+// bindings could have the agent of each node use up its memory otherwise.
+const maxIdentities = 100
+
+// appendIdentity appends an identity unless it is there already, because two bindings name it, or there
+// are maxIdentities.
 // What MIC copied into an assignment may be older than the AzureIdentity and have other IDs.
 func appendIdentity(to []Identity, id Identity) []Identity {
 	same := func(other Identity) bool {
 		return other.Namespace == id.Namespace && other.Name == id.Name && other.ClientID == id.ClientID && other.ResourceID == id.ResourceID
 	}
-	if slices.ContainsFunc(to, same) {
+	if len(to) == maxIdentities || slices.ContainsFunc(to, same) {
 		return to
 	}
 	return append(to, id)

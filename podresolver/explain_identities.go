@@ -67,6 +67,9 @@ func (r *Resolver) explainIdentitiesLocked(d *Decision, p *Pod, want Selector) {
 
 // explainBindingsLocked describes the bindings that match, and those that nearly do.
 func (r *Resolver) explainBindingsLocked(p *Pod, bound []candidate, near []nearMiss) (texts []string) {
+	if len(p.identities) == maxIdentities && len(bound) > maxIdentities {
+		texts = append(texts, fmt.Sprintf("%d AzureIdentityBindings match it, and a pod has %d identities at most: those of the oldest bindings", len(bound), maxIdentities))
+	}
 	for _, c := range bound {
 		if c.unusable != "" {
 			texts = append(texts, c.String())

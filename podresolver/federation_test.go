@@ -242,7 +242,7 @@ func TestUnusableAnnotations(t *testing.T) {
 	}{
 		"odd client ID":   {account: annotated("cart"), why: `ServiceAccount shop/cart has client ID "cart", which is not a GUID`},
 		"denied":          {account: annotated(denied, AdditionalClientIDsAnnotation, fedOther), why: "ServiceAccount shop/cart has client ID " + denied + ", denied by --deny-identity"},
-		"no tenant":       {account: annotated(fedClient), cfg: func(c *Config) { c.Federation.TenantID = "" }, why: "no --federation-tenant-id"},
+		"no tenant":       {account: annotated(fedClient), cfg: func(c *Config) { c.Federation.TenantID = "" }, why: "all of them by --federation-tenant-id"},
 		"odd tenant":      {account: annotated(fedClient, TenantIDAnnotation, "a/b"), why: `ServiceAccount shop/cart has tenant ID "a/b", which is neither a GUID nor a domain`},
 		"additional only": {account: annotated("", AdditionalClientIDsAnnotation, fedOther), why: "and not " + ClientIDAnnotation + ", which is required"},
 		"odd additional":  {account: annotated(fedClient, AdditionalClientIDsAnnotation, "x,"+denied+","+fedOther), why: `has client ID "x", which is not a GUID`, has: 2},
