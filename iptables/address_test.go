@@ -19,7 +19,7 @@ func TestAddressOfTheNode(t *testing.T) {
 	n := newNode(t, iptables.NFT, testbed.Routed)
 	link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "own"}, PeerName: "other"}
 	require.NoError(t, netlink.LinkAdd(link))
-	defer netlink.LinkDel(link) //nolint:errcheck // the namespace goes with it
+	defer netlink.LinkDel(link)
 	own, err := netlink.ParseAddr("10.9.9.9/32")
 	require.NoError(t, err)
 	cfg := n.config(iptables.DNAT)

@@ -189,40 +189,38 @@ func TestRequestsToAPIServerTakeTurns(t *testing.T) {
 		},
 		"secrets": secretKey,
 	} {
-		t.Run(name, func(t *testing.T) { testTurns(t, key) })
-	}
-}
-
-func testTurns(t *testing.T, key func(namespace, resource string) tokencache.Key) {
-	synctest.Test(t, func(t *testing.T) {
-		x, stop := newExchanges(t, 20*time.Millisecond)
-		defer stop()
-		const hostile = 16
-		ctx, end := context.WithCancel(t.Context())
-		var others sync.WaitGroup
-		defer others.Wait()
-		defer end()
-		for i := range hostile * 20 {
-			others.Go(func() {
-				for n := 0; ctx.Err() == nil; n++ {
-					_, err := x.cache.Get(ctx, key("gone", fmt.Sprint(i, " ", n)), podAddr(1000+i%hostile))
-					assert.Error(t, err)
-					_ = pause(ctx, 100*time.Millisecond)
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				x, stop := newExchanges(t, 20*time.Millisecond)
+				defer stop()
+				const hostile = 16
+				ctx, end := context.WithCancel(t.Context())
+				var others sync.WaitGroup
+				defer others.Wait()
+				defer end()
+				for i := range hostile * 20 {
+					others.Go(func() {
+						for n := 0; ctx.Err() == nil; n++ {
+							_, err := x.cache.Get(ctx, key("gone", fmt.Sprint(i, " ", n)), podAddr(1000+i%hostile))
+							assert.Error(t, err)
+							_ = pause(ctx, 100*time.Millisecond)
+						}
+					})
 				}
+				time.Sleep(4 * time.Second)
+				for i := range 3 {
+					x.mu.Lock()
+					before := len(x.requests)
+					x.mu.Unlock()
+					_, err := x.cache.Get(t.Context(), key("shop", fmt.Sprint(i)), podAddr(0))
+					require.NoError(t, err)
+					x.mu.Lock()
+					assert.LessOrEqual(t, len(x.requests)-before, 3*hostile, "requests while this one waited")
+					x.mu.Unlock()
+				}
+				assert.LessOrEqual(t, x.peak, DefaultPerSecond)
+				assert.LessOrEqual(t, x.mostInASecond(), DefaultPerSecond)
 			})
-		}
-		time.Sleep(4 * time.Second)
-		for i := range 3 {
-			x.mu.Lock()
-			before := len(x.requests)
-			x.mu.Unlock()
-			_, err := x.cache.Get(t.Context(), key("shop", fmt.Sprint(i)), podAddr(0))
-			require.NoError(t, err)
-			x.mu.Lock()
-			assert.LessOrEqual(t, len(x.requests)-before, 3*hostile, "requests while this one waited")
-			x.mu.Unlock()
-		}
-		assert.LessOrEqual(t, x.peak, DefaultPerSecond)
-		assert.LessOrEqual(t, x.mostInASecond(), DefaultPerSecond)
-	})
+		})
+	}
 }
