@@ -93,7 +93,7 @@ func (o *objects) identityChangedLocked(id *identityInfo, _ bool) {
 	for _, b := range o.bindingsByIdentity[id.ObjectName] {
 		o.markLabelLocked(o.key(b.Namespace, b.selector))
 	}
-	// An assignment outlives its binding until MIC has noticed, see fromAssignmentLocked.
+	// An assignment stays after its binding until MIC has noticed, see fromAssignmentLocked.
 	for _, a := range o.assignedByIdentity[id.ObjectName] {
 		o.dirty[a.pod] = struct{}{}
 	}

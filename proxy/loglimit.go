@@ -9,7 +9,7 @@ import (
 
 // logLimit keeps pods that send requests in a loop from filling the log, and from hiding each
 // other's lines: one line a second and five at once for each address, 20 and 100 for all. It
-// outlives connections, so that a new one does not start anew.
+// stays when connections end, so that a new one does not start anew.
 type logLimit struct {
 	all  *rate.Limiter
 	each *lru.Cache[netip.Addr, *rate.Limiter]
