@@ -96,9 +96,10 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 		return nil, refusedCredential(p, err)
 	}
 	var transport http.RoundTripper = e.transport
+	turns := e.limiters[host]
 	proxied := p.Federated() && e.tokenProxy != nil
 	if proxied {
-		transport, host = e.tokenProxy, tokenProxyHost
+		transport, turns = e.tokenProxy, e.limiters[tokenProxyHost]
 	}
 	var proof proof
 	if !p.Federated() {
@@ -106,7 +107,7 @@ func (e *entra) token(ctx context.Context, f *fetch, key tokencache.Key, p token
 			return nil, err
 		}
 	}
-	f.turnTo(e.limiters[host])
+	f.turnTo(turns)
 	release, err := f.slot(ctx)
 	if err != nil {
 		return nil, err
