@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -157,7 +158,26 @@ func TestIdentitiesOfPodAreBounded(t *testing.T) {
 		assert.Equal(t, "i000", d.Identities[0].Name, "bindings of one age are sorted by name")
 		assert.Equal(t, fmt.Sprintf("i%03d", maxIdentities-1), d.Identities[maxIdentities-1].Name)
 		assert.LessOrEqual(t, len(d.Pending), maxIdentities)
-		assert.Contains(t, h.explain(t), "300 AzureIdentityBindings match it, and a pod has 100 identities at most")
+		assert.Contains(t, h.explain(t), "300 AzureIdentityBindings match it, and a pod has 100 identities of its own namespace at most")
 		assert.ErrorIs(t, h.refused(t, Selector{ClientID: resolvertest.GUID("i200")}), ErrNoIdentity)
 	}
+}
+
+// Authors in other namespaces, whose bindings are older, do not keep a pod from its own identity.
+func TestIdentitiesOfOtherNamespaces(t *testing.T) {
+	own, binding := resolvertest.Identity("own", resolvertest.GUID("own"), ""), resolvertest.Binding("own", "x", "own")
+	objects := []any{resolvertest.Pod("p", "10.0.0.1", "x"), own, binding, resolvertest.Assigned("own", "p", "Assigned", own, binding)}
+	for i := range 2 * maxIdentities {
+		name := fmt.Sprintf("i%03d", i)
+		id := resolvertest.In("bank", resolvertest.Identity(name, resolvertest.GUID(name), ""))
+		binding := resolvertest.In("bank", resolvertest.BindingOfAge("b"+name, "x", name, time.Hour))
+		objects = append(objects, id, binding, resolvertest.Assigned("a"+name, "p", "Assigned", id, binding))
+	}
+	h := newHarness(t, Config{Mode: Standard}, objects...)
+	h.update()
+	d, err := h.Explain("shop", "p", Selector{ClientID: resolvertest.GUID("own")}, nil)
+	require.NoError(t, err)
+	require.NoError(t, d.Refusal)
+	assert.Equal(t, "own", d.Chosen.Name)
+	assert.Len(t, d.Identities, maxIdentities+1)
 }

@@ -185,17 +185,27 @@ func (r *Resolver) checkPrincipal(in *identityInfo) string {
 }
 
 // maxIdentities is how many identities a pod can have by bindings, the oldest first. Who may create
-// bindings could have the agent of each node use up its memory otherwise.
+// bindings could have the agent of each node use up its memory otherwise. Those of its own namespace
+// count apart from those of others, whose authors could keep it from its own otherwise.
 const maxIdentities = 100
 
 // appendIdentity appends an identity unless it is there already, because two bindings name it, or there
 // are maxIdentities.
 // What MIC copied into an assignment may be older than the AzureIdentity and have other IDs.
-func appendIdentity(to []Identity, id Identity) []Identity {
+func appendIdentity(to []Identity, id Identity, namespace string) []Identity {
 	same := func(other Identity) bool {
 		return other.Namespace == id.Namespace && other.Name == id.Name && other.ClientID == id.ClientID && other.ResourceID == id.ResourceID
 	}
-	if len(to) == maxIdentities || slices.ContainsFunc(to, same) {
+	own, alike := id.Namespace == namespace, 0
+	for _, other := range to {
+		if same(other) {
+			return to
+		}
+		if (other.Namespace == namespace) == own {
+			alike++
+		}
+	}
+	if alike == maxIdentities {
 		return to
 	}
 	return append(to, id)
@@ -208,7 +218,7 @@ func (r *Resolver) decideManagedLocked(p *Pod) {
 			unusable = append(unusable, c.String())
 			continue
 		}
-		p.identities = appendIdentity(p.identities, c.Identity)
+		p.identities = appendIdentity(p.identities, c.Identity, p.Namespace)
 	}
 	p.unusable = joinFirst(unusable)
 }

@@ -67,8 +67,8 @@ func (r *Resolver) explainIdentitiesLocked(d *Decision, p *Pod, want Selector) {
 
 // explainBindingsLocked describes the bindings that match, and those that nearly do.
 func (r *Resolver) explainBindingsLocked(p *Pod, bound []candidate, near []nearMiss) (texts []string) {
-	if len(p.identities) == maxIdentities && len(bound) > maxIdentities {
-		texts = append(texts, fmt.Sprintf("%d AzureIdentityBindings match it, and a pod has %d identities at most: those of the oldest bindings", len(bound), maxIdentities))
+	if len(p.identities) >= maxIdentities && len(bound) > maxIdentities {
+		texts = append(texts, fmt.Sprintf("%d AzureIdentityBindings match it, and a pod has %d identities of its own namespace at most, and as many of others: those of the oldest bindings", len(bound), maxIdentities))
 	}
 	for _, c := range bound {
 		if c.unusable != "" {
@@ -119,7 +119,7 @@ func (r *Resolver) explainChoice(d *Decision, want Selector, err error) (texts [
 	}
 	var all []Identity
 	for _, id := range slices.Concat(d.Identities, d.Pending) {
-		all = appendIdentity(all, id)
+		all = appendIdentity(all, id, d.Namespace)
 	}
 	for _, id := range all {
 		if id.ClientID == "" && len(r.cfg.Deny.ClientIDs) > 0 {

@@ -80,7 +80,7 @@ func (r *Resolver) inventoryPodsLocked() (all []InventoryPod) {
 		decided := r.newPod(info)
 		r.decideIdentitiesLocked(decided)
 		for _, id := range slices.Concat(decided.identities, decided.pending) {
-			p.Identities = appendIdentity(p.Identities, id)
+			p.Identities = appendIdentity(p.Identities, id, p.Namespace)
 		}
 		if p.Exception != "" || len(p.Identities) > 0 {
 			all = append(all, p)

@@ -61,9 +61,9 @@ func (r *Resolver) decideStandardLocked(p *Pod) {
 		case why != "":
 			unusable = append(unusable, a.describe(why))
 		case a.assigned:
-			p.identities = appendIdentity(p.identities, id)
+			p.identities = appendIdentity(p.identities, id, p.Namespace)
 		case a.pending:
-			p.pending = appendIdentity(p.pending, id)
+			p.pending = appendIdentity(p.pending, id, p.Namespace)
 		}
 	}
 	for _, c := range bound {
@@ -71,7 +71,7 @@ func (r *Resolver) decideStandardLocked(p *Pod) {
 			unusable = append(unusable, c.String())
 			continue
 		}
-		p.pending = appendIdentity(p.pending, c.Identity)
+		p.pending = appendIdentity(p.pending, c.Identity, p.Namespace)
 	}
 	p.unusable = joinFirst(append(unusable, untrusted...))
 }
