@@ -27,7 +27,10 @@ func findLo() (netlink.Link, error) {
 // longer reach.
 func ensureAddress(addr netip.Addr) error {
 	all, err := netlink.AddrList(nil, unix.AF_INET)
-	if err == nil && slices.ContainsFunc(all, func(a netlink.Addr) bool { return a.IP.Equal(addr.AsSlice()) }) {
+	if err != nil {
+		return fmt.Errorf("listing the node's addresses: %w", err)
+	}
+	if slices.ContainsFunc(all, func(a netlink.Addr) bool { return a.IP.Equal(addr.AsSlice()) }) {
 		return nil
 	}
 	if !addr.IsLinkLocalUnicast() {
