@@ -25,8 +25,15 @@ func TestEBPFByAuto(t *testing.T) {
 	assert.NotContains(t, text, "ebpf", "rules can be written")
 	s.stops(a)
 	k.cleanup()
+	flags := []string{"--redirect-mode=auto", "--iptables-backend=nft", "--cgroup-root=" + k.CgroupRoot}
+	before := func() diagnosis { return s.diagnose(world.Kubeconfig, k.launcher(), append(flags, "--pre")...) }
+	assert.Empty(t, before().about("programs"))
 	k.forbidRules()
-	a = k.agent("--redirect-mode=auto", "--iptables-backend=nft")
+	d := before()
+	s.finds(d, "programs", "success", "")
+	assert.Contains(t, d.about("programs")[0].Description, "--redirect-mode=auto chooses them here, since iptables rules cannot be written")
+	s.finds(d, "writable", "warning", "the fences of --redirect-mode=ebpf that are rules cannot be written")
+	a = k.agent(flags...)
 	_, text = a.Ready(t.Context())
 	assert.Contains(t, text, "redirect mode ebpf: iptables rules cannot be written")
 	_, text = page(&http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true}}, "127.0.0.1", metricsPort, "/metrics")

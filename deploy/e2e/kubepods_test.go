@@ -41,15 +41,20 @@ func (k *kubepods) cleanup() {
 	assert.NoError(k.t, k.Cleanup("--handover-dir="+testbed.HandoverDir(world.Kubeconfig)))
 }
 
-// starts starts an agent in a pod of its own, with the manifest's capabilities, and does not wait for it.
-func (k *kubepods) starts(flags ...string) *testbed.Agent {
+// launcher is a command that starts the one after it as an agent of a new pod.
+func (k *kubepods) launcher() []string {
 	k.t.Helper()
 	launcher, err := k.Agent(k.rules)
 	require.NoError(k.t, err)
-	launcher = slices.Concat([]string{"env"}, k.env, launcher)
+	return slices.Concat([]string{"env"}, k.env, launcher)
+}
+
+// starts starts an agent in a pod of its own, with the manifest's capabilities, and does not wait for it.
+func (k *kubepods) starts(flags ...string) *testbed.Agent {
+	k.t.Helper()
 	binary, err := testbed.AgentBinary()
 	require.NoError(k.t, err)
-	a, err := testbed.StartAgentIn(launcher, binary, world.Kubeconfig, append([]string{"--redirect-mode=ebpf", "--cgroup-root=" + k.CgroupRoot}, flags...)...)
+	a, err := testbed.StartAgentIn(k.launcher(), binary, world.Kubeconfig, append([]string{"--redirect-mode=ebpf", "--cgroup-root=" + k.CgroupRoot}, flags...)...)
 	require.NoError(k.t, err)
 	k.t.Cleanup(func() {
 		_ = a.Kill()

@@ -153,6 +153,7 @@ type doctor struct {
 	cfg       Config
 	settings  Settings
 	agent     bool                // it answers
+	chosen    string              // why mode auto is ebpf on this node; "" if it is not
 	inspector *iptables.Inspector // nil until it is needed
 	cluster   *cluster
 }
@@ -161,6 +162,9 @@ type doctor struct {
 func Run(ctx context.Context, cfg Config, to Printer) Report {
 	d := &doctor{cfg: cfg, settings: cfg.Settings}
 	d.cluster = &cluster{doctor: d}
+	if cfg.Pre {
+		d.chooseMode(ctx)
+	}
 	report := Report{Success: true}
 	deadline := time.Now().Add(cfg.Wait)
 	for _, category := range []struct {

@@ -28,6 +28,16 @@ func (d *doctor) ruleChecks() []check {
 	)
 }
 
+// chooseMode does for mode auto what an agent does at its start.
+func (d *doctor) chooseMode(ctx context.Context) {
+	if d.settings.Rules.Mode != iptables.ModeAuto {
+		return
+	}
+	if reason, ok := iptables.ChooseEBPF(ctx, d.settings.Rules); ok {
+		d.settings.Rules.Mode, d.chosen = iptables.EBPF, reason
+	}
+}
+
 func (d *doctor) privileges(context.Context) (string, error) {
 	if err := iptables.Privileges(); err != nil {
 		return "", err
@@ -120,12 +130,15 @@ func (d *doctor) partChecks() (checks []check) {
 	return checks
 }
 
-func (d *doctor) tryPrograms(context.Context) (string, error) {
-	err := iptables.TryPrograms(d.settings.Rules)
-	if errors.Is(err, iptables.ErrNotInPod) {
-		return "", skipf("this can be tried only in a pod: %s", err)
+func (d *doctor) tryPrograms(context.Context) (found string, err error) {
+	if d.chosen != "" {
+		found = "--redirect-mode=auto chooses them here, since " + d.chosen
 	}
-	return "", err
+	err = iptables.TryPrograms(d.settings.Rules)
+	if errors.Is(err, iptables.ErrNotInPod) {
+		err = skipf("this can be tried only in a pod: %s", err)
+	}
+	return found, err
 }
 
 func (d *doctor) part(name string) error {
