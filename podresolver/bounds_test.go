@@ -2,6 +2,7 @@ package podresolver
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"runtime"
 	"strings"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/podresolver/aadpodidentity"
@@ -80,20 +82,52 @@ func TestManyMissingIdentities(t *testing.T) {
 	}
 }
 
-// Labels of a pod and of an exception are compared once each: 3000 and 10,000 of them took 1.5 GiB.
-func TestManyLabels(t *testing.T) {
-	want := make(map[string]string)
+// manyLabels are some hundred kilobytes.
+func manyLabels(prefix, value string) map[string]string {
+	labels := make(map[string]string)
 	for i := range 10_000 {
-		want[fmt.Sprint("w", i)] = "x"
+		labels[fmt.Sprint(prefix, i)] = value
 	}
-	p := resolvertest.Pod("p", "10.0.0.1", "")
-	p.Labels = make(map[string]string)
-	for i := range 3000 {
-		p.Labels[fmt.Sprint("h", i)] = "y"
+	return labels
+}
+
+// Of a pod with too many labels its binding alone counts, and of an exception with too many none does:
+// 250 pods of a megabyte each would fill the agent's memory.
+func TestManyLabels(t *testing.T) {
+	many, one := manyLabels("l", "x"), map[string]string{"l1": "x"}
+	for name, tc := range map[string]struct {
+		pod, exception map[string]string
+		excepted       bool
+		near           string
+	}{
+		"few":           {one, one, true, ""},
+		"the pod's":     {many, one, false, `no AzurePodIdentityException applies: it has more than 8 KiB of labels, of which the agent knows "aadpodidbinding" alone`},
+		"the exception": {one, many, false, "AzurePodIdentityException shop/e does not apply: it lists more than 8 KiB of labels"},
+	} {
+		p := resolvertest.Pod("p", "10.0.0.1", "cart")
+		maps.Copy(p.Labels, tc.pod)
+		h := newHarness(t, Config{}, resolvertest.Exception("e", tc.exception), p, resolvertest.Identity("i", resolvertest.GUID("c"), ""), resolvertest.Binding("b", "cart", "i"))
+		h.update()
+		pod, err := h.Resolve(t.Context(), netip.MustParseAddr("10.0.0.1"))
+		require.NoError(t, err, name)
+		assert.Equal(t, tc.excepted, pod.Exception() != "", name)
+		if tc.excepted {
+			continue
+		}
+		id, err := pod.Identity(Selector{})
+		require.NoError(t, err, name)
+		assert.Equal(t, resolvertest.GUID("c"), id.ClientID, name)
+		d, err := h.Explain("shop", "p", Selector{}, nil)
+		require.NoError(t, err, name)
+		assert.Contains(t, fmt.Sprint(d.Steps), tc.near, name)
+		for _, info := range h.objects.pods {
+			assert.Less(t, len(info.labels), 200, name)
+		}
 	}
-	h := newHarness(t, Config{ExceptionNamespaces: []string{}}, resolvertest.Exception("e", want), p)
-	err := h.refused(t, Selector{})
-	assert.Less(t, testing.AllocsPerRun(1, func() { h.Hint(err) }), 20_000.0)
+	h := newHarness(t, Config{})
+	p := resolvertest.Pod("p", "10.0.0.1", "cart")
+	p.Labels["app"], p.Status.Phase = "x", corev1.PodSucceeded
+	assert.Equal(t, map[string]string{aadpodidentity.BindingLabel: "cart"}, h.trimPod(p).labels, "of a finished pod")
 }
 
 // In mode standard bindings of any namespace count. What they say is not for the namespace of the pod.

@@ -142,6 +142,9 @@ func (r *Resolver) nearExceptionsLocked(info *podInfo) []nearMiss {
 		nearMiss
 	}
 	var near []miss
+	if info.labelsCut && !info.finished {
+		return []nearMiss{{text: fmt.Sprintf("no AzurePodIdentityException applies: it has more than %d KiB of labels, of which the agent knows %q alone", maxLabels>>10, aadpodidentity.BindingLabel)}}
+	}
 	folded := make(map[string]string, len(info.labels)) // the pod's keys by their lower case
 	for key := range info.labels {
 		lower := strings.ToLower(key)
@@ -151,6 +154,8 @@ func (r *Resolver) nearExceptionsLocked(info *podInfo) []nearMiss {
 	}
 	for _, e := range r.objects.exceptions {
 		switch key := matchedLabel(info.labels, e.labels); {
+		case e.labelsCut && key == "" && e.Namespace == info.Namespace:
+			near = append(near, miss{e, nearMiss{text: fmt.Sprintf("AzurePodIdentityException %s does not apply: it lists more than %d KiB of labels", e.ObjectName, maxLabels>>10)}})
 		case key != "" && e.Namespace != info.Namespace:
 			near = append(near, miss{e, nearMiss{text: fmt.Sprintf("AzurePodIdentityException %s lists its label %s=%s but does not apply: it is in another namespace", e.ObjectName, key, info.labels[key])}})
 		case key == "" && e.Namespace == info.Namespace:

@@ -27,11 +27,12 @@ type (
 		// includes; zero for other pods. After it the address may have been given to
 		// another pod, although a finalizer keeps this object.
 		until       time.Time
-		labels      map[string]string
-		account     string       // name of its service account
-		addrs       []netip.Addr // of its status
-		noClaim     string       // why the pod does not claim addrs; "" if it does
-		mic         bool         // see isMICPod
+		labels      map[string]string // see keptLabels
+		labelsCut   bool              // there are more
+		account     string            // name of its service account
+		addrs       []netip.Addr      // of its status
+		noClaim     string            // why the pod does not claim addrs; "" if it does
+		mic         bool              // see isMICPod
 		hostNetwork bool
 		finished    bool
 		caller      netip.Addr // stands for nodeUID, see ByUID; zero without Config.ByUID
@@ -55,7 +56,8 @@ type (
 	}
 	exceptionInfo struct {
 		cache.ObjectName
-		labels map[string]string
+		labels    map[string]string // see keptLabels
+		labelsCut bool              // there are more
 	}
 	assignmentInfo struct {
 		cache.ObjectName
@@ -91,7 +93,7 @@ func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInf
 			return nil
 		}
 		info := &podInfo{
-			ObjectName: cache.MetaObjectToName(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, labels: pod.Labels, account: pod.Spec.ServiceAccountName,
+			ObjectName: cache.MetaObjectToName(pod), uid: string(pod.UID), created: pod.CreationTimestamp.Time, account: pod.Spec.ServiceAccountName,
 			mic: isMICPod(pod, micNamespace), hostNetwork: pod.Spec.HostNetwork, workloadIdentity: WorkloadIdentity(pod),
 		}
 		if pod.DeletionTimestamp != nil {
@@ -101,6 +103,9 @@ func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInf
 			info.caller = ByUID(nodeUID(pod))
 		}
 		info.finished = pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
+		if info.labels, info.labelsCut = keptLabels(pod.Labels); info.finished {
+			info.labels = bindingLabelOf(pod.Labels) // thousands of finished pods may be left, and nothing is decided for them
+		}
 		var running, any bool
 		info.started, running, any = containerSummary(&pod.Status)
 		switch {
@@ -199,6 +204,35 @@ func cut(text string, most int) string {
 // trimmed is bounded without white space around the string.
 func trimmed(text string) string { return bounded(strings.TrimSpace(text)) }
 
+// maxLabels bounds the labels that are kept of an object, in bytes with what a map needs for each
+// (labelCost). Kubernetes bounds each label and not their number: a pod may have a megabyte of them.
+// Pods have some ten, of 1 KiB.
+const (
+	maxLabels = 8 << 10
+	labelCost = 64
+)
+
+// keptLabels returns labels, and of those above maxLabels the binding label alone: fewer labels of a pod,
+// or of an exception, match less.
+func keptLabels(labels map[string]string) (kept map[string]string, cut bool) {
+	size := 0
+	for key, value := range labels {
+		size += len(key) + len(value) + labelCost
+	}
+	if size <= maxLabels {
+		return labels, false
+	}
+	return bindingLabelOf(labels), true
+}
+
+func bindingLabelOf(labels map[string]string) map[string]string {
+	value, ok := labels[aadpodidentity.BindingLabel]
+	if !ok {
+		return nil
+	}
+	return map[string]string{aadpodidentity.BindingLabel: bounded(value)}
+}
+
 // newIdentityInfo trims an AzureIdentity. White space around values, from YAML block scalars
 // or copying, is removed: in a request to IMDS it would be a part of the value.
 func newIdentityInfo(in *aadpodidentity.AzureIdentity) *identityInfo {
@@ -249,7 +283,9 @@ func newBindingInfo(in *aadpodidentity.AzureIdentityBinding) *bindingInfo {
 }
 
 func newExceptionInfo(in *aadpodidentity.AzurePodIdentityException) *exceptionInfo {
-	return &exceptionInfo{ObjectName: cache.MetaObjectToName(in), labels: in.Spec.PodLabels}
+	info := &exceptionInfo{ObjectName: cache.MetaObjectToName(in)}
+	info.labels, info.labelsCut = keptLabels(in.Spec.PodLabels)
+	return info
 }
 
 // assignmentInfoFor returns the trim function for the assignments to one node's pods.
@@ -259,7 +295,7 @@ func assignmentInfoFor(node string) func(*aadpodidentity.AzureAssignedIdentity) 
 			return nil
 		}
 		info := &assignmentInfo{
-			ObjectName: cache.MetaObjectToName(in), pod: cache.NewObjectName(in.Spec.PodNamespace, in.Spec.Pod), identity: *newIdentityInfo(in.Spec.AzureIdentityRef),
+			ObjectName: cache.MetaObjectToName(in), pod: cache.NewObjectName(bounded(in.Spec.PodNamespace), bounded(in.Spec.Pod)), identity: *newIdentityInfo(in.Spec.AzureIdentityRef),
 			// Early versions of MIC wrote no state. The other state is Unassigned, before
 			// MIC deletes the object.
 			assigned: in.Status.Status == "" || in.Status.Status == aadpodidentity.Assigned,
