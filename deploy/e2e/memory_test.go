@@ -3,6 +3,8 @@
 package e2e
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -59,4 +61,39 @@ func TestPodsThatNeverReadDoNotKillTheAgent(t *testing.T) {
 			assert.Zero(t, kills)
 		})
 	}
+}
+
+// Whoever may create pods cannot fill the agent's memory with what is theirs, as Kubernetes does not bound
+// the number of labels.
+func TestPodsWithManyLabelsDoNotKillTheAgent(t *testing.T) {
+	s := begin(t)
+	good := s.pod("good-0", "10.244.0.81", testbed.Ptp, "cart")
+	many := make(map[string]string)
+	prefix := strings.Repeat(strings.Repeat("d", 63)+".", 3) + strings.Repeat("d", 61)
+	for i := range 3000 { // of 380 bytes; an object may have 1.5 MiB
+		many[fmt.Sprintf("%s/%063d", prefix, i)] = strings.Repeat("x", 63)
+	}
+	create := func(from, to int) {
+		for i := from; i < to; i++ {
+			s.object("shop", fmt.Sprintf("labelled-%d", i), fmt.Sprintf("10.244.1.%d", i), many)
+		}
+	}
+	create(0, 20)
+	limit, env, err := testbed.NewManifestMemoryLimit()
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, limit.Close()) })
+	a, err := limit.StartAgent(env, world.Kubeconfig)
+	require.NoError(t, err)
+	s.endsWell(a)
+	require.NoError(t, a.AwaitReady(t.Context()))
+	require.Equal(t, 200, good.asks(vault).status)
+	create(20, 40)
+	assert.Equal(t, 200, good.asks(vault).status)
+	peak, err := limit.Peak()
+	require.NoError(t, err)
+	t.Logf("%d MiB at most", peak>>20)
+	assert.Less(t, peak, int64(50<<20), "of pods with 46 MiB of labels")
+	kills, err := limit.OOMKills()
+	require.NoError(t, err)
+	assert.Zero(t, kills)
 }
