@@ -4,19 +4,18 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
-
-	"github.com/podidentity/nmi/podresolver"
 )
 
 // cluster is what the checks ask of the API server, with plain requests: the clients of
@@ -26,7 +25,15 @@ type cluster struct {
 	client *http.Client // nil until it is connected
 	err    error        // why the API server does not answer, after the check for it
 	pods   []corev1.Pod // of the node; nil until they are listed
+
+	received int // bytes of all responses
 }
+
+// This process shares the memory limit of the agent's container.
+const (
+	maxBody = 4 << 20 // of a response
+	maxPods = 8 << 20 // of the pods of a node
+)
 
 // do sends a request, and decodes the response into a value unless that is nil.
 func (c *cluster) do(ctx context.Context, method, path string, body, into any) (http.Header, error) {
@@ -64,10 +71,12 @@ func (c *cluster) do(ctx context.Context, method, path string, body, into any) (
 		return nil, err
 	}
 	defer resp.Body.Close()
-	const maxBody = 4 << 20 // this process shares the memory limit of the agent's container
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
 	if err != nil {
 		return nil, err
+	}
+	if c.received += len(text); len(text) == maxBody {
+		return nil, fmt.Errorf("the response has more than %d MiB, which is all that nmi doctor reads", maxBody>>20)
 	}
 	if resp.StatusCode >= http.StatusBadRequest {
 		var status metav1.Status
@@ -83,7 +92,8 @@ func (c *cluster) do(ctx context.Context, method, path string, body, into any) (
 	return resp.Header, err
 }
 
-// listPods lists the node's pods, once.
+// listPods lists the node's pods that have not finished, once, and a few at a time: their authors choose
+// how large they are.
 func (c *cluster) listPods(ctx context.Context) ([]corev1.Pod, error) {
 	switch {
 	case c.pods != nil:
@@ -93,27 +103,35 @@ func (c *cluster) listPods(ctx context.Context) ([]corev1.Pod, error) {
 	case c.settings.Node == "":
 		return nil, skipf("give --node, the node's name, to look at its pods")
 	}
-	sources, err := podresolver.FromAPIServer(c.cfg.API, c.settings.Node)
-	if err != nil {
-		return nil, err
+	onNode := fields.AndSelectors(fields.OneTermEqualSelector("spec.nodeName", c.settings.Node),
+		fields.OneTermNotEqualSelector("status.phase", string(corev1.PodSucceeded)), fields.OneTermNotEqualSelector("status.phase", string(corev1.PodFailed)))
+	query := url.Values{"fieldSelector": {onNode.String()}, "limit": {"10"}}
+	pods := []corev1.Pod{}
+	for before := c.received; ; {
+		var page corev1.PodList
+		if _, err := c.do(ctx, http.MethodGet, "/api/v1/pods?"+query.Encode(), nil, &page); err != nil {
+			return nil, skipf("listing the node's pods: %s", err)
+		}
+		if c.received-before > maxPods {
+			return nil, skipf("the node's pods have more than %d MiB together, which is all that nmi doctor reads", maxPods>>20)
+		}
+		for _, pod := range page.Items {
+			pod.ManagedFields = nil
+			pods = append(pods, pod)
+		}
+		if page.Continue == "" {
+			c.pods = pods
+			return pods, nil
+		}
+		query.Set("continue", page.Continue)
 	}
-	list, err := cache.ToListerWatcherWithContext(sources.Pods).ListWithContext(ctx, metav1.ListOptions{})
-	if err != nil {
-		return nil, skipf("listing the node's pods: %s", err)
-	}
-	pods, ok := list.(*corev1.PodList)
-	if !ok {
-		return nil, errors.New("listing the node's pods: malformed response")
-	}
-	c.pods = append([]corev1.Pod{}, pods.Items...)
-	return c.pods, nil
 }
 
 // podAddresses returns the IPv4 addresses of the node's pods that run and have their own.
 func (c *cluster) podAddresses(ctx context.Context) (addrs []netip.Addr, err error) {
 	pods, err := c.listPods(ctx)
 	for _, pod := range pods {
-		if pod.Spec.HostNetwork || pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
+		if pod.Spec.HostNetwork {
 			continue
 		}
 		if addr, err := netip.ParseAddr(pod.Status.PodIP); err == nil && addr.Is4() {

@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/nmi/iptables"
 )
@@ -189,5 +192,38 @@ func TestHints(t *testing.T) {
 	assert.Len(t, documented, len(anchors))
 	for _, s := range situations {
 		assert.True(t, anchors[s.anchor], s.anchor)
+	}
+}
+
+// Whoever may create pods chooses their size, and this process shares the agent's memory limit.
+func TestManyAndLargePods(t *testing.T) {
+	n := newNode(t)
+	pods := make([]corev1.Pod, 25)
+	for i := range pods {
+		pods[i].Namespace, pods[i].Name = "shop", fmt.Sprint("p", i)
+		pods[i].ManagedFields = []metav1.ManagedFieldsEntry{{Manager: "kubectl"}}
+	}
+	n.mu.Lock()
+	n.pods = pods
+	n.mu.Unlock()
+	list := func() ([]corev1.Pod, error) {
+		d := &doctor{cfg: n.cfg, settings: n.settings}
+		d.cluster = &cluster{doctor: d}
+		return d.cluster.listPods(t.Context())
+	}
+	listed, err := list()
+	require.NoError(t, err)
+	require.Len(t, listed, len(pods), "of all pages")
+	assert.Empty(t, listed[0].ManagedFields)
+	for size, want := range map[int]string{
+		400 << 10: "the node's pods have more than 8 MiB together",
+		4 << 20:   "listing the node's pods: the response has more than 4 MiB",
+	} {
+		for i := range pods {
+			pods[i].Annotations = map[string]string{"large": strings.Repeat("x", size)}
+		}
+		_, err = list()
+		assert.ErrorContains(t, err, want)
+		assert.ErrorAs(t, err, new(skipped))
 	}
 }

@@ -158,8 +158,17 @@ func (n *node) apiServer() *httptest.Server {
 		})
 	}
 	serve("GET /version", func() any { return map[string]string{"gitVersion": "v1.37.0"} })
-	serve("GET /api/v1/pods", func() any {
-		return corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, Items: n.pods}
+	mux.HandleFunc("GET /api/v1/pods", func(w http.ResponseWriter, r *http.Request) {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		assert.Equal(n.t, "spec.nodeName=node1,status.phase!=Succeeded,status.phase!=Failed", r.FormValue("fieldSelector"))
+		var page corev1.PodList
+		at, _ := strconv.Atoi(r.FormValue("continue"))
+		end := min(at+2, len(n.pods))
+		if page.Items = n.pods[at:end]; end < len(n.pods) {
+			page.Continue = strconv.Itoa(end)
+		}
+		_ = json.NewEncoder(w).Encode(page)
 	})
 	mux.HandleFunc("GET /apis/aadpodidentity.k8s.io/v1/azureidentities", func(w http.ResponseWriter, r *http.Request) {
 		n.mu.Lock()

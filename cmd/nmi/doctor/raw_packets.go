@@ -33,8 +33,7 @@ func (d *doctor) rawPackets(ctx context.Context) (string, error) {
 	var found []string
 	for _, pod := range pods {
 		name := pod.Namespace + "/" + pod.Name
-		running := pod.Status.Phase != corev1.PodSucceeded && pod.Status.Phase != corev1.PodFailed
-		if running && !pod.Spec.HostNetwork && mayUseRawPackets(pod.Spec) && !slices.Contains(excepted, name) {
+		if !pod.Spec.HostNetwork && mayUseRawPackets(pod.Spec) && !slices.Contains(excepted, name) {
 			found = append(found, name)
 		}
 	}
