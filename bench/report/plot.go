@@ -62,13 +62,12 @@ func (s *svg) diamond(x, y float64, colour string) {
 func (s *svg) colour(i int) string { return s.series[i%len(s.series)] }
 
 // legend writes the servers' names in one row.
-func (s *svg) legend(x, y float64, servers []string) (end float64) {
+func (s *svg) legend(x, y float64, servers []string) {
 	for i, server := range servers {
 		s.rect(x, y-10, 12, 12, s.colour(i))
 		s.text(x+18, y, "start", "", server)
 		x += 40 + 7.2*float64(len(server))
 	}
-	return x
 }
 
 func (s *svg) end() string {
@@ -151,7 +150,7 @@ func (r *Report) latency(servers []string, t theme) string {
 	if fastest == 0 {
 		return ""
 	}
-	const left, right, top, height = 90.0, 40.0, 78.0, 440.0
+	const left, right, top, height = 90.0, 40.0, 100.0, 462.0
 	bottom := height - 56
 	ticks := ladder(low, high)
 	lowest, highest := math.Log10(ticks[0]), math.Log10(ticks[len(ticks)-1])
@@ -161,14 +160,14 @@ func (r *Report) latency(servers []string, t theme) string {
 	}
 	s := newSVG(t, height, "Latency of cached tokens by rate", "Lines of the 50th and 99th percentile of each server at fixed rates, and diamonds at rates of its own, as in the table of latencies.")
 	s.text(20, 30, "start", "title", "Latency of cached tokens at fixed rates, server on one core (log scale)")
-	end := s.legend(20, 56, servers)
-	fmt.Fprintf(s.Builder, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\"/>", end, t.text)
-	s.text(end+32, 56, "start", "", "p99")
-	fmt.Fprintf(s.Builder, "<path d=\"M%.1f 52h26\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>", end+76, t.text)
-	s.text(end+108, 56, "start", "", "p50")
+	s.legend(20, 56, servers)
+	fmt.Fprintf(s.Builder, "<path d=\"M20 74h26\" stroke=\"%s\" stroke-width=\"2\"/>", t.text)
+	s.text(52, 78, "start", "", "p99")
+	fmt.Fprintf(s.Builder, "<path d=\"M96 74h26\" stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"3 4\"/>", t.text)
+	s.text(128, 78, "start", "", "p50")
 	if ownLoad != "" {
-		s.diamond(end+158, 52, t.text)
-		s.text(end+170, 56, "start", "", "at "+ownLoad)
+		s.diamond(178, 74, t.text)
+		s.text(190, 78, "start", "", "at "+ownLoad)
 	}
 	for _, v := range ticks {
 		s.line(left, y(v), plotWidth-right, y(v), t.grid)
