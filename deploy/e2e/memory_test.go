@@ -14,6 +14,19 @@ import (
 	"github.com/podidentity/nmi/deploy/testbed"
 )
 
+// limitedAgent starts an agent with the manifest's memory limit.
+func (s *scenario) limitedAgent() (*testbed.Agent, *testbed.MemoryLimit) {
+	s.t.Helper()
+	limit, env, err := testbed.NewManifestMemoryLimit()
+	require.NoError(s.t, err)
+	s.t.Cleanup(func() { assert.NoError(s.t, limit.Close()) })
+	a, err := limit.StartAgent(env, world.Kubeconfig)
+	require.NoError(s.t, err)
+	s.endsWell(a)
+	require.NoError(s.t, a.AwaitReady(s.t.Context()))
+	return a, limit
+}
+
 // Pods that send requests and read no answer cannot bring the agent to its memory limit,
 // and others are served meanwhile.
 func TestPodsThatNeverReadDoNotKillTheAgent(t *testing.T) {
@@ -26,13 +39,7 @@ func TestPodsThatNeverReadDoNotKillTheAgent(t *testing.T) {
 			s := begin(t)
 			good := s.pod("good-0", "10.244.0.81", testbed.Ptp, "cart")
 			bad := []*pod{s.pod("bad-0", "10.244.0.82", testbed.Ptp, "cart"), s.pod("bad-1", "10.244.0.83", testbed.Ptp, "cart")}
-			limit, env, err := testbed.NewManifestMemoryLimit()
-			require.NoError(t, err)
-			t.Cleanup(func() { assert.NoError(t, limit.Close()) })
-			a, err := limit.StartAgent(env, world.Kubeconfig)
-			require.NoError(t, err)
-			s.endsWell(a)
-			require.NoError(t, a.AwaitReady(t.Context()))
+			a, limit := s.limitedAgent()
 			require.Equal(t, 200, good.asks(vault).status)
 
 			var floods []*testbed.Flood
@@ -79,13 +86,7 @@ func TestPodsWithManyLabelsDoNotKillTheAgent(t *testing.T) {
 		}
 	}
 	create(0, 20)
-	limit, env, err := testbed.NewManifestMemoryLimit()
-	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, limit.Close()) })
-	a, err := limit.StartAgent(env, world.Kubeconfig)
-	require.NoError(t, err)
-	s.endsWell(a)
-	require.NoError(t, a.AwaitReady(t.Context()))
+	_, limit := s.limitedAgent()
 	require.Equal(t, 200, good.asks(vault).status)
 	create(20, 40)
 	assert.Equal(t, 200, good.asks(vault).status)

@@ -84,13 +84,7 @@ func TestAPodCannotKillTheAgentByItsPages(t *testing.T) {
 				s := begin(t)
 				bad := s.network("10.244.0.21", testbed.Ptp)
 				good := s.pod("cart-0", "10.244.0.11", testbed.Ptp, "cart")
-				limit, env, err := testbed.NewManifestMemoryLimit()
-				require.NoError(t, err)
-				t.Cleanup(func() { assert.NoError(t, limit.Close()) })
-				a, err := limit.StartAgent(env, world.Kubeconfig)
-				require.NoError(t, err)
-				s.endsWell(a)
-				require.NoError(t, a.AwaitReady(t.Context()))
+				a, limit := s.limitedAgent()
 
 				ctx, stop := context.WithCancel(t.Context())
 				var scraping sync.WaitGroup
