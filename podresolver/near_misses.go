@@ -142,7 +142,7 @@ func (r *Resolver) nearExceptionsLocked(info *podInfo) []nearMiss {
 		nearMiss
 	}
 	var near []miss
-	if info.labelsCut && !info.finished {
+	if info.labelsCut {
 		return []nearMiss{{text: fmt.Sprintf("no AzurePodIdentityException applies: it has more than %d KiB of labels, of which the agent knows %q alone", maxLabels>>10, aadpodidentity.BindingLabel)}}
 	}
 	folded := make(map[string]string, len(info.labels)) // the pod's keys by their lower case

@@ -36,7 +36,7 @@ func TestLateServiceAccount(t *testing.T) {
 	none := resolvertest.With(resolvertest.Pod("p", addr.String(), ""), func(p *corev1.Pod) { p.Spec.ServiceAccountName = "" })
 	static := newHarness(t, on(Config{}), none)
 	_, err = static.decide(none).Identity(Selector{})
-	require.ErrorIs(t, err, ErrNoIdentity, "there is none to wait for")
+	require.ErrorIs(t, err, ErrNoIdentity, "the pod has no identity to wait for")
 	static.put(none)
 	assert.Contains(t, static.explain(t), "ok account: it has no service account")
 	assert.NotContains(t, static.explain(t), "or annotate")

@@ -103,8 +103,10 @@ func podInfoFor(node, micNamespace string, byUID bool) func(*corev1.Pod) *podInf
 			info.caller = ByUID(nodeUID(pod))
 		}
 		info.finished = pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
-		if info.labels, info.labelsCut = keptLabels(pod.Labels); info.finished {
+		if info.finished {
 			info.labels = bindingLabelOf(pod.Labels) // thousands of finished pods may be left, and nothing is decided for them
+		} else {
+			info.labels, info.labelsCut = keptLabels(pod.Labels)
 		}
 		var running, any bool
 		info.started, running, any = containerSummary(&pod.Status)
